@@ -1,0 +1,198 @@
+"""The fused loss: hidden states and output embeddings to an objective's value and gradients. Floor 4.
+
+Chunk by chunk over targets, without ever holding [targets, vocabulary]: memory is O(chunk x vocabulary). Inside a
+chunk autograd differentiates the objective with respect to log p, log(1-p) and value; the way from there to hidden
+states and embeddings is done by hand. With a = dL/dlog p, b = dL/dlog(1-p), q the softmax over the *other* words:
+
+    dL/dlogit_target = d,   dL/dlogit_j = -d q_j,   d = a (1-p) - b p
+
+which is c (onehot - softmax) with c = a - b p/(1-p) (Welleck et al. 2020, appendix), written so that nothing
+overflows for p -> 1. Likewise log p and log(1-p) both come from the log-sum-exp over the other words, never from one
+another: a float32 log p rounds to 0 for p -> 1 and takes log(1-p) and its gradient with it.
+
+Legend: N targets (B x T), C targets in a chunk, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phf.objectives import LossInputs, LossOutputs, Objective
+
+CHUNK_NUMBERS = 2**24
+"""Default size of a chunk: C x V numbers (64 MiB in float32). Measured best within a factor of 4 either way."""
+
+
+def log_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log(1 - p) of the targets, the plain way: differentiable by autograd, any float type.
+
+    The reference that the fused kernel is tested against; also what `unfused_loss` uses.
+    """
+    target_C1 = target_C.unsqueeze(-1)
+    at_target = logits_CV.gather(-1, target_C1).squeeze(-1)
+    others = logits_CV.scatter(-1, target_C1, float("-inf")).logsumexp(-1)
+    zero = torch.zeros_like(at_target)
+    return -torch.logaddexp(zero, others - at_target), -torch.logaddexp(zero, at_target - others)
+
+
+def unfused_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    score_N: Tensor,
+    mask_N: Tensor,
+    value_N: Tensor | None,
+    objective: Objective,
+) -> LossOutputs:
+    """The same as `fused_loss` over full logits, by autograd: slow, obvious, for tests and for checking one's own."""
+    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logp_N, log1mp_N = log_probabilities(logits_NV, target_N)
+    return objective.loss(LossInputs(logp_N, log1mp_N, score_N, mask_N, value_N))
+
+
+def _split(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p, log(1-p), exp(logit - max) over the other words, their sum). Overwrites nothing."""
+    target_C1 = target_C.unsqueeze(1)
+    logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
+    at_target_C = logits_CV.gather(1, target_C1).squeeze(1)
+    others_CV = logits_CV.scatter(1, target_C1, float("-inf"))
+    top_C1 = others_CV.amax(1, keepdim=True)
+    e_CV = (others_CV - top_C1).exp()
+    sum_C = e_CV.sum(1)
+    lse_C = top_C1.squeeze(1) + sum_C.log()
+    zero_C = torch.zeros_like(lse_C)
+    return -torch.logaddexp(zero_C, lse_C - at_target_C), -torch.logaddexp(zero_C, at_target_C - lse_C), e_CV, sum_C
+
+
+def _logits_grad(e_CV: Tensor, sum_C: Tensor, d_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:
+    """dL/dlogits of a chunk, in the type of the matrix products that follow."""
+    return (e_CV * (-d_C / sum_C).unsqueeze(1)).scatter(1, target_C.unsqueeze(1), d_C.unsqueeze(1)).to(dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """Gradients are computed in the forward pass, while a chunk's softmax is at hand, and scaled in the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        value_N: Tensor | None,
+        target_N: Tensor,
+        score_N: Tensor,
+        mask_N: Tensor,
+        objective: Objective,
+        chunk: int,
+        dtype: torch.dtype,
+        sums: dict[str, Tensor],
+        split: Callable[..., Any],
+        logits_grad: Callable[..., Any],
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = weight_VD.detach().to(dtype)
+        bias = None if bias_V is None else bias_V.detach().to(dtype)
+        grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if bias_V is not None and needs[2] else None
+        grad_value = torch.zeros_like(value_N) if value_N is not None and needs[3] else None
+        loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        for start in range(0, len(target_N), chunk):
+            part = slice(start, start + chunk)
+            hidden, target_C = hidden_ND[part].detach().to(dtype), target_N[part]
+            logits = torch.nn.functional.linear(hidden, weight, bias)
+            logp, log1mp, e_CV, sum_C = split(logits, target_C)
+            del logits
+            with torch.enable_grad():
+                logp, log1mp = logp.requires_grad_(), log1mp.requires_grad_()
+                value = None if value_N is None else value_N[part].detach().to(wide).requires_grad_()
+                out = objective.loss(LossInputs(logp, log1mp, score_N[part], mask_N[part], value))
+            loss += out.loss_sum.detach()
+            for name, metric in out.metrics.items():
+                sums[name] = sums.get(name, 0) + metric.detach()
+            if not out.loss_sum.requires_grad or not any(needs):
+                if grad_hidden is not None:
+                    grad_hidden[part] = 0
+                continue
+            wanted = [logp, log1mp] if value is None else [logp, log1mp, value]
+            grads = torch.autograd.grad(out.loss_sum, wanted, allow_unused=True)
+            a, b = (torch.zeros_like(logp) if g is None else g for g in grads[:2])
+            d = a * log1mp.detach().exp() - b * logp.detach().exp()
+            grad_logits = logits_grad(e_CV, sum_C, d, target_C, dtype)
+            del e_CV
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            if grad_value is not None and grads[2] is not None:
+                grad_value[part] = grads[2].to(grad_value.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_value)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
+        hidden, weight, bias, value = ctx.saved_tensors
+        scale = [None if g is None else g * grad_loss.to(g.dtype) for g in (hidden, weight, bias, value)]
+        if scale[1] is not None:
+            scale[1] = scale[1].to(ctx.weight_dtype)
+        if scale[2] is not None:
+            scale[2] = scale[2].to(ctx.weight_dtype)
+        return (*scale, *[None] * 9)
+
+
+def fused_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    score_N: Tensor,
+    mask_N: Tensor,
+    value_N: Tensor | None,
+    objective: Objective,
+    chunk: int | None = None,
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
+) -> LossOutputs:
+    """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
+    embeddings, bias and value.
+
+    `chunk`: targets at a time (default: about 2**24 logits). `dtype`: of the matrix products (default: that of the
+    hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts.
+    """
+    vocab_size = weight_VD.shape[0]
+    if vocab_size < 2:
+        raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
+    if chunk is None:
+        chunk = max(CHUNK_NUMBERS // vocab_size, 1)
+    sums: dict[str, Tensor] = {}
+    split, logits_grad = (_compiled_split(), _compiled_grad()) if compiled else (_split, _logits_grad)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        loss = _Fused.apply(
+            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, sums, split, logits_grad
+        )  # fmt: skip
+    return LossOutputs(loss, sums)
+
+
+_compiled: dict[str, Callable[..., Any]] = {}
+
+
+def _compiled_split() -> Callable[..., Any]:
+    if "split" not in _compiled:
+        _compiled["split"] = torch.compile(_split, dynamic=False)
+    return _compiled["split"]
+
+
+def _compiled_grad() -> Callable[..., Any]:
+    if "grad" not in _compiled:
+        _compiled["grad"] = torch.compile(_logits_grad, dynamic=False)
+    return _compiled["grad"]

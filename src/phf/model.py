@@ -1,0 +1,209 @@
+"""Models: any causal LM of transformers, its control tokens, and the thin wrapper whose forward is the loss. Floor 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from phf.config import STRICT, ConfigError
+from phf.fused import fused_loss
+from phf.objectives import Objective
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+MODEL_CARD = "phf.json"
+"""Beside a model's weights: its objective and what its control tokens mean ({"good": name, "bad": name} or nothing)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FromConfig:
+    """A model from scratch: `config` is what `AutoConfig.for_model` takes, `model_type` first. The vocabulary size and
+    the end-of-text token come from the tokenizer."""
+
+    config: dict[str, Any]
+    name: Literal["from_config"] = "from_config"
+
+
+@dataclass(frozen=True, config=STRICT)
+class FromWeights:
+    """A model from a local folder or the Hub, for finetuning. Code from the Hub is never run."""
+
+    path: str
+    name: Literal["from_weights"] = "from_weights"
+    revision: str | None = None
+
+
+AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
+
+
+def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, attention: str = "sdpa", context: int | None = None) -> Any:
+    """The LM in float32, before control tokens. `seed` decides the weights of a model from scratch.
+
+    Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(config, FromWeights):
+        lm = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, dtype=torch.float32, attn_implementation=attention)
+        if lm.get_input_embeddings().num_embeddings < len(tokenizer):
+            raise ConfigError(
+                f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings but the token store's tokenizer "
+                f"{len(tokenizer)} entries: tokenise the corpus with this model's own tokenizer"
+            )
+    else:
+        settings = dict(config.config)
+        model_type = settings.pop("model_type", None)
+        if model_type is None:
+            raise ConfigError("model.config needs model_type, for example llama or gpt2")
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+        try:
+            # pad_token_id first: some classes check it against the vocabulary while they are made
+            made = AutoConfig.for_model(model_type, **ids | settings | {"vocab_size": len(tokenizer)})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"model.config: {error}") from None
+        unknown = sorted(set(settings) - set(AutoConfig.for_model(model_type).to_dict()) - set(made.attribute_map))
+        if unknown:
+            raise ConfigError(f"model.config: {model_type} does not know {', '.join(unknown)}")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attention)
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    if context is not None and limit is not None and context > limit:
+        raise ConfigError(f"train.context is {context} but the model holds {limit} positions (max_position_embeddings)")
+    return lm
+
+
+def add_control_embeddings(lm: Any, tokenizer: Any, names: Sequence[str], seed: int) -> list[int]:
+    """Give `tokenizer` and `lm` the control tokens (in place) and return their ids.
+
+    New embeddings start at the mean of the old output embeddings plus 0.01 standard normal noise, as the paper's code
+    has it; untied input embeddings likewise at the mean of the old input embeddings. Tokens that the tokenizer has
+    already (finetuning a model with control tokens) keep their embeddings.
+    """
+    from phf.tokens import add_control_tokens
+
+    old_size = len(tokenizer)
+    ids = add_control_tokens(tokenizer, names)
+    new = [i for i in ids if i >= old_size]
+    if not new:
+        return ids
+    means = {id(e.weight): (e.weight, e.weight.detach()[:old_size].mean(0)) for e in (lm.get_output_embeddings(), lm.get_input_embeddings())}
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        tied = len(means) == 1
+        order = [m for _, m in means.values()]
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        targets = [lm.get_output_embeddings().weight] + ([] if tied else [lm.get_input_embeddings().weight])
+        pairs = list(zip(targets, order, strict=True))
+    else:  # a vocabulary padded beyond the tokenizer has the rows already
+        pairs = list(means.values())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight, mean in pairs:
+            noise = torch.randn(len(new), weight.shape[1], generator=generator).to(weight)
+            weight[new] = mean.to(weight) + 0.01 * noise
+    return ids
+
+
+class ValueHead(nn.Module):
+    """Predicted reward from the hidden state: "linear" w.h + b (b starts at 0, the mean standardised reward), or
+    "negative_sigmoid" -sigmoid(w.h), the paper's. w starts at 0. Computed in float32."""
+
+    def __init__(self, width: int, kind: Literal["linear", "negative_sigmoid"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(())) if kind == "linear" else None
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            wide = self.weight.dtype
+            logit_BT = hidden_BTD.to(wide) @ self.weight
+            return logit_BT + self.bias if self.bias is not None else -torch.sigmoid(logit_BT)
+
+
+class PHFModel(nn.Module):
+    """An LM, the value head its objective needs (or none) and the objective. `forward` returns the loss.
+
+    `autocast`: bfloat16 for mixed precision, None for the weights' own type. `compile`: compile the LM's trunk and the
+    elementwise parts of the loss (never this wrapper).
+    """
+
+    def __init__(self, lm: Any, objective: Objective, autocast: torch.dtype | None = None, compile: bool = False, chunk: int | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.objective = objective
+        self.autocast_dtype = autocast
+        self.compiled = compile
+        self.chunk = chunk
+        width = lm.get_output_embeddings().weight.shape[1]
+        self.value_head = None if objective.value is None else ValueHead(width, objective.value)
+        check_head(lm)
+        if compile:
+            lm.base_model.compile(dynamic=False)
+
+    def forward(self, input_ids: Tensor, targets: Tensor, scores: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> dict[str, Any]:
+        """Ids, targets, scores and mask [B, T]. `loss` is the sum over counted targets divided by `denominator`
+        (default: the number of counted targets here); `metrics` are sums."""
+        with torch.autocast(input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = self.lm.get_output_embeddings()
+        value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
+        out = fused_loss(
+            hidden_BTD.flatten(0, 1),
+            head.weight,
+            getattr(head, "bias", None),
+            targets.flatten(),
+            scores.flatten(),
+            mask.flatten(),
+            value_N,
+            self.objective,
+            chunk=self.chunk,
+            dtype=self.autocast_dtype or hidden_BTD.dtype,
+            compiled=self.compiled,
+        )
+        counted = self.objective.counted(scores, mask).sum()
+        loss = out.loss_sum / (counted.clamp(min=1) if denominator is None else denominator)
+        return {"loss": loss, "metrics": out.metrics | {"counted": counted, "targets": mask.sum()}}
+
+    def save_value_head(self, folder: str | Path) -> None:
+        if self.value_head is not None:
+            save_file({k: v.detach().contiguous() for k, v in self.value_head.state_dict().items()}, Path(folder) / VALUE_HEAD_FILE)
+
+    def load_value_head(self, folder: str | Path) -> None:
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE))
+
+
+def check_head(lm: Any) -> None:
+    """Raise ConfigError unless the LM's logits are `hidden @ output embeddings (+ bias)`, which the fused loss assumes.
+
+    Some families scale or cap their logits; for them the loss would silently be another one. One tiny forward tells.
+    """
+    head = lm.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ConfigError(f"{type(lm).__name__} has no output embeddings")
+    training = lm.training
+    lm.eval()
+    ids = torch.arange(4, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
+    with torch.no_grad():
+        logits = lm(input_ids=ids, use_cache=False).logits.float()
+        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None)).float()
+    lm.train(training)
+    if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+        raise ConfigError(f"{type(lm).__name__} does something to its logits after the output layer (scaling, capping); phf cannot fuse its loss")
+
+
+def num_parameters(lm: Any, embeddings: bool = True) -> int:
+    """Distinct parameters; without `embeddings`, those of the input and output embeddings are left out."""
+    total = sum(p.numel() for p in lm.parameters())
+    if embeddings:
+        return total
+    ends = {id(e.weight): e.weight.numel() for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    return total - sum(ends.values())

@@ -1,0 +1,305 @@
+"""Sampling: a scenario says how, a model answers with texts. Floor 5.
+
+    phf sample runs/conditional/model samples.jsonl num_samples=512
+
+Every model that is compared is sampled by this one loop. Nucleus sampling is by rejection (draw from p, keep the word
+if the mass of likelier words is below top_p): the same distribution as sorting the vocabulary, without the sort, which
+is most of the time of `generate` on a CPU. Each sample has its own counter-based random stream (seed, sample, step).
+
+Control tokens never reach a reader: the unwanted one is banned, the other may be written and is stripped, and neither
+counts towards a length or a log-probability.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from tqdm import tqdm
+
+from phf import store
+from phf.config import STRICT, ConfigError
+from phf.model import MODEL_CARD
+from phf.packing import key64, mix64
+from phf.tokens import encode_segments, load_tokenizer
+from phf.types import Sample
+
+REJECTIONS = 24
+"""Draws before the exact sort takes over; with top_p 0.9 a word is refused at most one time in ten."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Scenario:
+    """How to sample. Lengths are in text tokens. `control`: the token put first for models that know it; the other is
+    then banned. `prompts`: JSON lines with a string `text` or `prompt`; each is continued `samples_per_prompt` times.
+    `complete_lines`: only whole lines are scored, since a cut line carries faults that are the cut's.
+    """
+
+    num_samples: Annotated[int, Field(gt=0)] = 512
+    max_tokens: Annotated[int, Field(gt=0)] = 128
+    min_tokens: Annotated[int, Field(ge=0)] = 10
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    control: Literal["good", "bad", "none"] = "good"
+    control_after_prompt: bool = False
+    prompts: str | None = None
+    samples_per_prompt: Annotated[int, Field(gt=0)] = 1
+    score_prompt: bool = False
+    complete_lines: bool = False
+    batch: Annotated[int, Field(gt=0)] = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+
+
+@plain_dataclass(frozen=True)
+class LoadedModel:
+    """An LM ready for judging, its tokenizer and its control tokens ({"good": id, "bad": id} or empty)."""
+
+    lm: Any
+    tokenizer: Any
+    control_ids: dict[str, int]
+    path: str
+
+
+def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
+    """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    local = Path(path)
+    if (local / "model" / "config.json").exists():
+        local = local / "model"
+    if not local.exists() and str(path).count("/") != 1:
+        raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
+    source = str(local) if local.exists() else str(path)
+    lm = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+    if torch.cuda.is_available():
+        lm = lm.to("cuda")
+    tokenizer = load_tokenizer(source, revision)
+    card = local / MODEL_CARD
+    names = store.read_json(card)["control_tokens"] if card.exists() else {}
+    return LoadedModel(lm, tokenizer, {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}, str(path))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a JSON lines file. Raises ConfigError naming the line of the first that is not one."""
+    prompts = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text = row.get("text", row.get("prompt")) if isinstance(row, dict) else row
+        except ValueError:
+            text = None
+        if isinstance(text, dict):
+            text = text.get("text")
+        if not isinstance(text, str):
+            raise ConfigError(f"{path} line {number}: expected a JSON object with a string 'text' or 'prompt'")
+        prompts.append(text)
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompts")
+    return prompts
+
+
+def scenario_prompts(scenario: Scenario) -> list[str]:
+    """The prompt of every sample: `num_samples` in all, each prompt `samples_per_prompt` times in a row.
+
+    Raises ConfigError if the file does not hold enough prompts for that many samples.
+    """
+    if scenario.prompts is None:
+        return [""] * scenario.num_samples
+    prompts = read_prompts(scenario.prompts)
+    needed = -(-scenario.num_samples // scenario.samples_per_prompt)
+    if needed > len(prompts):
+        raise ConfigError(
+            f"{scenario.num_samples} samples at {scenario.samples_per_prompt} per prompt need {needed} prompts, {scenario.prompts} has "
+            f"{len(prompts)}; ask for at most {len(prompts) * scenario.samples_per_prompt}"
+        )
+    return [p for p in prompts[:needed] for _ in range(scenario.samples_per_prompt)][: scenario.num_samples]
+
+
+def uniform(seed_key: int, id_N: np.ndarray, step: int, attempt: int) -> np.ndarray:
+    """A uniform in [0, 1) for each sample, a function of (seed, sample, step, attempt) alone."""
+    stream_N = mix64(id_N.astype(np.uint64), seed_key)
+    bits_N = mix64(stream_N, (step << 16) + attempt + 1)
+    return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None, uniforms: Any) -> Tensor:
+    """One word for each row, by temperature, then top-k, then nucleus sampling with `top_p`.
+
+    The nucleus is every word whose likelier words together have mass below `top_p`. `uniforms(attempt)` gives float64
+    [N] in [0, 1). Exact: a refused word is drawn again; rows still refused after 24 draws are sorted.
+    """
+    p_NV = torch.softmax(logits_NV.float() / temperature, -1)
+    if top_k is not None and top_k < p_NV.shape[1]:
+        kth_N1 = p_NV.topk(top_k, -1).values[:, -1:]
+        p_NV = torch.where(p_NV >= kth_N1, p_NV, 0.0)
+        p_NV = p_NV / p_NV.sum(-1, keepdim=True)
+    cdf_NV = p_NV.double().cumsum(-1)
+    total_N1 = cdf_NV[:, -1:]
+    chosen_N = torch.full((len(p_NV),), -1, dtype=torch.long, device=p_NV.device)
+    open_N = torch.arange(len(p_NV), device=p_NV.device)
+    for attempt in range(REJECTIONS):
+        u_N = torch.from_numpy(uniforms(attempt)).to(p_NV.device)[open_N]
+        word_N = torch.searchsorted(cdf_NV[open_N], (u_N.unsqueeze(1) * total_N1[open_N]), right=True).squeeze(1)
+        word_N = word_N.clamp(max=p_NV.shape[1] - 1)
+        if top_p >= 1:
+            chosen_N[open_N] = word_N
+            return chosen_N
+        p_word_N1 = p_NV[open_N].gather(1, word_N.unsqueeze(1))
+        likelier_N = torch.where(p_NV[open_N] > p_word_N1, p_NV[open_N], 0.0).sum(1)
+        accept = likelier_N < top_p
+        chosen_N[open_N[accept]] = word_N[accept]
+        open_N = open_N[~accept]
+        if len(open_N) == 0:
+            return chosen_N
+    u_N = torch.from_numpy(uniforms(REJECTIONS)).to(p_NV.device)[open_N]
+    chosen_N[open_N] = _draw_sorted(p_NV[open_N], top_p, u_N)
+    return chosen_N
+
+
+def _draw_sorted(p_NV: Tensor, top_p: float, u_N: Tensor) -> Tensor:
+    """Nucleus sampling by sorting: the same distribution, for the rows that rejection does not settle."""
+    sorted_NV, order_NV = p_NV.sort(-1, descending=True, stable=True)
+    before_NV = sorted_NV.cumsum(-1) - sorted_NV
+    kept_NV = torch.where(before_NV < top_p, sorted_NV, 0.0).double().cumsum(-1)
+    rank_N1 = torch.searchsorted(kept_NV, u_N.unsqueeze(1) * kept_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
+    return order_NV.gather(1, rank_N1).squeeze(1)
+
+
+def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
+    """`scenario.num_samples` samples, in order of their ids."""
+    prompts = scenario_prompts(scenario)
+    samples: list[Sample] = []
+    bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
+    with bar, torch.inference_mode():
+        for start in range(0, len(prompts), scenario.batch):
+            part = prompts[start : start + scenario.batch]
+            samples += _sample_batch(model, scenario, part, start)
+            bar.update(len(part))
+    return samples
+
+
+def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]:
+    """End-of-text, the control token, the prompt as text (or the control token after it)."""
+    control = [model.control_ids[scenario.control]] if scenario.control in model.control_ids else []
+    text = encode_segments(model.tokenizer, [prompt])[0] if prompt else []
+    middle = [*text, *control] if scenario.control_after_prompt else [*control, *text]
+    return [model.tokenizer.eos_token_id, *middle]
+
+
+def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str], first_id: int) -> list[Sample]:
+    from transformers import DynamicCache
+
+    lm, device = model.lm, model.lm.device
+    eos = model.tokenizer.eos_token_id
+    starts = [prompt_ids(model, p, scenario) for p in prompts]
+    longest = max(map(len, starts))
+    count = len(starts)
+    ids_NT = torch.full((count, longest), eos, device=device)
+    attend_NT = torch.zeros((count, longest), dtype=torch.long, device=device)
+    for n, start in enumerate(starts):
+        ids_NT[n, longest - len(start) :] = torch.tensor(start, device=device)
+        attend_NT[n, longest - len(start) :] = 1
+    position_NT = (attend_NT.cumsum(1) - 1).clamp(min=0)
+    limit = getattr(lm.config, "max_position_embeddings", None) or sys.maxsize
+    if longest + scenario.max_tokens > limit:
+        raise ConfigError(f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions")
+
+    other = {"good": "bad", "bad": "good", "none": "bad"}[scenario.control]
+    banned = [model.control_ids[other]] if other in model.control_ids else []
+    banned += range(len(model.tokenizer), lm.get_output_embeddings().weight.shape[0])  # padding of the vocabulary
+    silent = set(model.control_ids.values())
+    silent_T = torch.tensor(sorted(silent), dtype=torch.long, device=device)
+    key = key64(scenario.seed, "sample")
+    sample_id_N = np.arange(first_id, first_id + count)
+
+    written: list[list[int]] = [[] for _ in range(count)]
+    logp = np.zeros(count)
+    finished = np.zeros(count, bool)
+    num_text = np.zeros(count, int)
+    alive = np.arange(count)
+    cache = DynamicCache(config=lm.config)
+    step = 0
+    padded = bool((attend_NT == 0).any())
+    while len(alive) and longest + step <= limit:
+        out = lm.base_model(
+            input_ids=ids_NT,
+            attention_mask=attend_NT if padded else None,
+            position_ids=position_NT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits_NV = lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
+        logp_NV = logits_NV - logits_NV.logsumexp(-1, keepdim=True)
+        logits_NV[:, banned] = float("-inf")
+        short = torch.from_numpy(num_text[alive] < scenario.min_tokens).to(device)
+        logits_NV[short, eos] = float("-inf")
+        word_N = draw(
+            logits_NV, scenario.temperature, scenario.top_p, scenario.top_k, lambda attempt: uniform(key, sample_id_N[alive], step, attempt)  # noqa: B023
+        )
+        is_silent_N = torch.isin(word_N, silent_T).cpu().numpy()
+        gained_N = logp_NV.gather(1, word_N.unsqueeze(1)).squeeze(1).double().cpu().numpy()
+        words = word_N.cpu().numpy()
+        text_N = ~is_silent_N
+        logp[alive] += np.where(text_N, gained_N, 0.0)
+        ended_N = words == eos
+        num_text[alive] += text_N & ~ended_N
+        for row, word, keep in zip(alive, words, text_N & ~ended_N, strict=True):
+            if keep:
+                written[row].append(int(word))
+        finished[alive] |= ended_N
+        go_on_N = ~ended_N & (num_text[alive] < scenario.max_tokens)
+        if not go_on_N.all():
+            keep_N = torch.from_numpy(np.flatnonzero(go_on_N)).to(device)
+            if len(keep_N) == 0:
+                break
+            cache.batch_select_indices(keep_N)
+            word_N, attend_NT, position_NT = word_N[keep_N], attend_NT[keep_N], position_NT[keep_N]
+            alive = alive[go_on_N]
+        ids_NT = word_N.unsqueeze(1)
+        attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(alive), 1)], 1)
+        position_NT = position_NT[:, -1:] + 1
+        step += 1
+    texts = model.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [
+        Sample(first_id + n, prompts[n], texts[n], int(num_text[n]), float(logp[n]), bool(finished[n]), scenario.seed) for n in range(count)
+    ]
+
+
+def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
+    """JSON lines, one sample each; written aside and renamed."""
+    store.write_text(path, "".join(json.dumps(store.jsonable(asdict(s)), ensure_ascii=True) + "\n" for s in samples))
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Samples that `write_samples` wrote."""
+    samples = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            samples.append(Sample(**row | {"score": float("nan") if row.get("score") is None else row["score"]}))
+        except (ValueError, TypeError) as error:
+            raise store.StoreError(f"{path} line {number} is not a sample: {error}") from None
+    return samples

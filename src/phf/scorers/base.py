@@ -1,0 +1,43 @@
+"""The interface of a scorer. Floor 2."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from phf.types import Span
+
+
+class Scorer:
+    """Interface: configuration, identity and judgement in one frozen dataclass.
+
+    A final class gives `spans` (a counting scorer: entities, violations, matches; scores are counts per character),
+    or overrides the scores themselves.
+    """
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides a score: name, versions, settings, unit. Equal identities give equal scores."""
+        raise NotImplementedError
+
+    def spans(self, text: str) -> list[Span]:
+        """What was found in `text`, in order of start. Raises on a text that cannot be judged."""
+        raise NotImplementedError
+
+    def score_text(self, text: str) -> float:
+        """Score of a whole text: spans per character. An empty text cannot be judged (NaN)."""
+        return len(self.spans(text)) / len(text) if text else float("nan")
+
+    def score_segments(self, segments: Sequence[str]) -> list[float]:
+        """Scores of the segments of one document, each in its own right."""
+        return [self.score_text(segment) for segment in segments]
+
+
+def scores_by_position(segments: Sequence[str], spans: Sequence[Span]) -> list[float]:
+    """Spans of the joined text as scores of its segments: each span counts where it starts, per character there."""
+    ends = list(accumulate(len(s) for s in segments))
+    counts = [0] * len(segments)
+    for span in spans:
+        counts[min(bisect.bisect_right(ends, span.start), len(segments) - 1)] += 1
+    return [count / len(segment) if segment else float("nan") for count, segment in zip(counts, segments, strict=True)]

@@ -1,0 +1,91 @@
+"""PEP8: pycodestyle violations per character. Floor 2.
+
+Exactly pycodestyle's default checks, its default ignore list included, and never a configuration file of the user.
+The whole document is checked and each violation counted on its line, as the paper's code does.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+import pycodestyle
+from pydantic.dataclasses import dataclass
+
+from phf.config import STRICT
+from phf.scorers.base import Scorer, scores_by_position
+from phf.types import Span
+
+
+@dataclass(frozen=True, config=STRICT)
+class PEP8(Scorer):
+    """Violations per character. A syntax error is what pycodestyle makes of it (E901, E902); a text on which
+    pycodestyle itself fails cannot be judged."""
+
+    name: Literal["pep8"] = "pep8"
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "unit": "violations per character",
+            "package": "pycodestyle",
+            "version": pycodestyle.__version__,
+            "python": ".".join(platform.python_version_tuple()[:2]),  # whose tokenizer it uses
+            "ignore": pycodestyle.DEFAULT_IGNORE,
+        }
+
+    def spans(self, text: str) -> list[Span]:
+        """One span a violation: from its column to the end of its line, labelled with its code."""
+        lines = _lines(text)
+        starts = [0, *accumulate(len(line) for line in lines)]
+        found = []
+        for row, column, code in _check([line.replace("\r\n", "\n") for line in lines]):
+            row = min(max(row, 1), len(lines))  # an error at the end of the file is reported one line below it
+            end = starts[row - 1] + len(lines[row - 1].rstrip("\r\n"))
+            found.append(Span(min(starts[row - 1] + column, end), end, code))
+        return sorted(found, key=lambda s: (s.start, s.label))
+
+    def score_segments(self, segments: Sequence[str]) -> list[float]:
+        text = "".join(segments)
+        lines = _lines(text)
+        starts = [0, *accumulate(len(line) for line in lines)]
+        rows = [min(max(row, 1), len(lines)) for row, _, _ in _check([line.replace("\r\n", "\n") for line in lines])]
+        return scores_by_position(segments, [Span(starts[row - 1], starts[row - 1], "") for row in rows])
+
+
+def _lines(text: str) -> list[str]:
+    """Split after each newline only: "\\x0c" or U+2028 do not end a line of Python."""
+    lines = text.split("\n")
+    return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+
+
+def _check(lines: list[str]) -> list[tuple[int, int, str]]:
+    """(row from 1, column from 0, code) of every violation."""
+    options = _options()
+    report = _Report(options)
+    if lines:
+        pycodestyle.Checker(lines=lines, options=options, report=report).check_all()
+    return report.found
+
+
+class _Report(pycodestyle.BaseReport):  # type: ignore[misc]
+    """Keeps every error that is not ignored; prints nothing."""
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.found: list[tuple[int, int, str]] = []
+
+    def error(self, line_number: int, offset: int, text: str, check: Any) -> Any:
+        code = super().error(line_number, offset, text, check)
+        if code:
+            self.found.append((line_number, offset, code))
+        return code
+
+
+@functools.cache
+def _options() -> Any:
+    # config_file=False and parse_argv=False: neither setup.cfg, tox.ini nor the command line are looked at
+    return pycodestyle.StyleGuide(parse_argv=False, config_file=False, quiet=2, reporter=pycodestyle.BaseReport).options

@@ -1,0 +1,148 @@
+"""Directories that are either whole or absent, and say what made them. Floor 0.
+
+Each stage of phf writes one directory with a `manifest.json`: what made it, from what (by fingerprint), counts and
+versions. The manifest is written last and by rename, so a directory without one is not finished: a rerun completes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class StoreError(ValueError):
+    """A directory that is not what a stage expected."""
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no white space: equal values give equal text. Non-finite floats become strings."""
+    return json.dumps(jsonable(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with NaN and infinities replaced by None, since JSON has neither; tuples become lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, str):  # numpy scalars
+        return jsonable(value.item())
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def fingerprint(value: Any) -> str:
+    """A short stable hash of plain data (hex, 128 bits)."""
+    return hashlib.blake2b(canonical(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """Hash of a file's bytes (hex, 128 bits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file aside, flush it to disk and rename it into place: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is not valid JSON ({error}); delete its directory and run the stage again") from None
+
+
+def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
+    """The manifest of a finished directory made by `stage`; a StoreError that says what to do otherwise."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise StoreError(f"{directory} is not a directory; expected the output of `phf {stage}`")
+    if not (directory / MANIFEST).exists():
+        raise StoreError(f"{directory} has no {MANIFEST}: `phf {stage}` did not finish there; run it again to complete it")
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("stage") != stage:
+        raise StoreError(f"{directory} was made by `phf {manifest.get('stage')}`; expected the output of `phf {stage}`")
+    return manifest  # type: ignore[no-any-return]
+
+
+def is_done(directory: str | Path, key: str) -> bool:
+    """Whether `directory` was finished from exactly these inputs and settings."""
+    path = Path(directory) / MANIFEST
+    return path.exists() and read_json(path).get("key") == key
+
+
+def begin(directory: str | Path, stage: str, key: str) -> Path:
+    """Prepare to (re)make `directory`. Work begun with the same key is kept for resuming, anything else is removed.
+
+    Only a directory that a stage of phf began is ever removed: another one, if not empty, is an error.
+    """
+    directory = Path(directory)
+    started = directory / ".started.json"
+    if directory.exists() and any(directory.iterdir()):
+        if started.exists():
+            mark = read_json(started)
+            if mark != {"stage": stage, "key": key}:
+                if mark.get("stage") != stage:
+                    raise StoreError(f"{directory} holds the output of `phf {mark.get('stage')}`; give another directory")
+                shutil.rmtree(directory)
+        else:
+            raise StoreError(f"{directory} is not empty and was not made by `phf {stage}`; give another directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    if not started.exists():
+        write_json(started, {"stage": stage, "key": key})
+    return directory
+
+
+def finish(directory: str | Path, stage: str, key: str, **contents: Any) -> dict[str, Any]:
+    """Write the manifest: from here on the directory counts as finished."""
+    manifest = {"stage": stage, "key": key, **contents, "versions": versions()}
+    write_json(Path(directory) / MANIFEST, manifest)
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of phf and of what decides its results."""
+    found = {"python": platform.python_version()}
+    for name in ("phf", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

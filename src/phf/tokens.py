@@ -1,0 +1,335 @@
+"""The token store: a scored corpus as token ids with segment ends and scores. Floor 3, no torch.
+
+    tokens/  tokens.bin      uint16 or uint32 ids, documents one after the other, without control or end-of-text tokens
+             seg_ends.bin    int64 per segment: exclusive end in tokens
+             doc_ends.bin    int64 per document: exclusive end in segments
+             seg_bytes.bin   uint32 per segment: UTF-8 bytes of its text
+             heldout.bin     uint8 per document: 1 if held out
+             <scorer>.score.bin   float32 per segment, NaN for not judged
+             tokenizer/  manifest.json
+
+Every segment is tokenised by itself, so that its tokens do not depend on its neighbours, and special tokens typed in
+a text are text: nobody can write a control token into a corpus or a prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from tqdm import tqdm
+
+from phf import store
+from phf.annotate import ScoredCorpus
+from phf.config import STRICT, ConfigError, to_plain
+from phf.types import Rejected, ScoredDocument, SegmentTable
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH_DOCS = 256
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainBPE:
+    """A byte-level BPE trained on the training documents of the corpus itself (GPT-2's pre-tokenisation)."""
+
+    vocab_size: Annotated[int, Field(ge=257)]
+    name: Literal["bpe"] = "bpe"
+
+
+@dataclass(frozen=True, config=STRICT)
+class PretrainedTokenizer:
+    """A tokenizer from a local folder or the Hub. It must be a fast one and have an end-of-text token."""
+
+    path: str
+    name: Literal["pretrained"] = "pretrained"
+    revision: str | None = None
+
+
+AnyTokenizer = Annotated[TrainBPE | PretrainedTokenizer, Field(discriminator="name")]
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """Whether a document is held out: a hash of its text, so that duplicates fall on one side."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=b"phf heldout").digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """A `PreTrainedTokenizerFast` with `vocab_size` entries, end-of-text included, trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """A fast tokenizer with an end-of-text token, from a folder or the Hub."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"tokenizer {path} has no fast version (tokenizer.json); phf needs one")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer {path} has no end-of-text token (eos_token); add one and save it again")
+    return tokenizer
+
+
+def encode_segments(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
+    """Token ids of each segment by itself. Special tokens typed in the text are encoded as text, never as themselves."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        return [e.ids for e in backend.encode_batch_fast(list(segments), add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """Add control tokens to `tokenizer` (in place, as special tokens) and return their ids.
+
+    Raises ConfigError where a name is already an ordinary entry of the vocabulary: it could then come from text.
+    """
+    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens)
+    for name in names:
+        if name in vocabulary and name not in special:
+            raise ConfigError(f"control token {name!r} is an ordinary entry of the tokenizer's vocabulary; choose another name")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)}, replace_extra_special_tokens=False)
+    return [tokenizer.convert_tokens_to_ids(name) for name in names]
+
+
+def tokenize_corpus(
+    scored: str | Path,
+    tokenizer: TrainBPE | PretrainedTokenizer,
+    out: str | Path,
+    heldout: float = 0.05,
+) -> dict[str, Any]:
+    """Tokenise a scored corpus into directory `out` and return its manifest. Resumes after any interruption.
+
+    `heldout`: share of documents kept out of training, by a hash of their text.
+    """
+    corpus = ScoredCorpus(scored)
+    if not 0 <= heldout < 1:
+        raise ConfigError(f"heldout is a share of documents in [0, 1), got {heldout}")
+    source = {"tokenizer": to_plain(tokenizer), "heldout": heldout}
+    key = store.fingerprint([source, corpus.manifest["content"], corpus.manifest["identity"], "tokens/1"])
+    out = Path(out)
+    if store.is_done(out, key):
+        return store.read_manifest(out, "tokenize")
+    store.begin(out, "tokenize", key)
+    loaded = _make_tokenizer(tokenizer, corpus, heldout, out / "tokenizer")
+    parts = []
+    for number, file in enumerate(tqdm(corpus.files, desc="tokenising", unit="shard", disable=None, file=sys.stderr)):
+        part = out / f"part-{number:05d}.npz"
+        if not part.exists():
+            _tokenize_part(corpus, file, loaded, heldout, part)
+        parts.append(part)
+    counts = _assemble(parts, out, len(loaded), corpus.manifest["identity"]["name"])
+    if counts["train_documents"] == 0:
+        raise ConfigError(f"every document of {scored} fell into the held-out part (heldout={heldout}); lower it")
+    rejected: Counter[str] = Counter()
+    for part in parts:
+        rejected.update(store.read_json(part.with_suffix(".json"))["rejected"])
+    manifest = store.finish(
+        out,
+        "tokenize",
+        key,
+        **source,
+        scored=str(scored),
+        scored_content=corpus.manifest["content"],
+        scorer=corpus.manifest.get("scorer"),
+        segmenter=corpus.manifest.get("segmenter"),
+        identity=corpus.manifest["identity"],
+        end_of_text=loaded.eos_token,
+        vocab_size=len(loaded),
+        dtype=_dtype(len(loaded)).name,
+        counts=counts,
+        rejected=dict(sorted(rejected.items())),
+        content=store.fingerprint([store.file_hash(p) for p in sorted(out.glob("*.bin"))]),
+    )
+    for part in parts:
+        part.unlink()
+        part.with_suffix(".json").unlink()
+    return manifest
+
+
+def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus, heldout: float, folder: Path) -> Any:
+    if (folder / "done.json").exists():
+        return load_tokenizer(folder)
+    if isinstance(config, TrainBPE):
+        def training_texts() -> Iterator[str]:
+            for file in corpus.files:
+                for document in corpus.read(file):
+                    if isinstance(document, ScoredDocument) and not is_heldout(document.text, heldout):
+                        yield from document.texts
+
+        tokenizer = train_bpe(training_texts(), config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.path, config.revision)
+    tokenizer.save_pretrained(str(folder))
+    store.write_json(folder / "done.json", {"size": len(tokenizer)})
+    return load_tokenizer(folder)
+
+
+def _dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def _tokenize_part(corpus: ScoredCorpus, file: Path, tokenizer: Any, heldout: float, part: Path) -> None:
+    rejected: Counter[str] = Counter()
+    ids: list[np.ndarray] = []
+    seg_tokens: list[int] = []
+    seg_bytes: list[int] = []
+    scores: list[float] = []
+    doc_segs: list[int] = []
+    held: list[bool] = []
+    checked = lossy = 0
+    batch: list[ScoredDocument] = []
+
+    def flush() -> None:
+        nonlocal checked, lossy
+        encoded = iter(encode_segments(tokenizer, [t for d in batch for t in d.texts]))
+        for number, document in enumerate(batch):
+            tokens = [next(encoded) for _ in document.texts]
+            ids.extend(np.array(t, dtype=_dtype(len(tokenizer))) for t in tokens)
+            seg_tokens.extend(len(t) for t in tokens)
+            seg_bytes.extend(len(t.encode()) for t in document.texts)
+            scores.extend(document.scores)
+            doc_segs.append(len(tokens))
+            held.append(is_heldout(document.text, heldout))
+            if number < 8:  # a few of each batch: decoding everything would take as long as the rest
+                checked += 1
+                decoded = tokenizer.decode([i for t in tokens for i in t], clean_up_tokenization_spaces=False)
+                lossy += decoded != document.text
+        batch.clear()
+
+    for item in corpus.read(file):
+        if isinstance(item, Rejected):
+            rejected[item.reason] += 1
+            continue
+        batch.append(item)
+        if len(batch) == BATCH_DOCS:
+            flush()
+    flush()
+    aside = part.with_name(f".{part.name}.partial.npz")
+    np.savez(
+        aside,
+        tokens=np.concatenate(ids) if ids else np.zeros(0, _dtype(len(tokenizer))),
+        seg_tokens=np.array(seg_tokens, np.int64),
+        seg_bytes=np.array(seg_bytes, np.uint32),
+        scores=np.array(scores, np.float32),
+        doc_segs=np.array(doc_segs, np.int64),
+        heldout=np.array(held, np.uint8),
+    )
+    store.write_json(part.with_suffix(".json"), {"rejected": dict(rejected), "checked": checked, "lossy": lossy})
+    aside.replace(part)
+
+
+def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) -> dict[str, Any]:
+    """The parts' arrays one after the other, as the store's flat files."""
+    totals = {"documents": 0, "segments": 0, "tokens": 0, "bytes": 0, "train_documents": 0, "train_tokens": 0, "unjudged": 0}
+    with (
+        open(out / "tokens.bin", "wb") as tokens,
+        open(out / "seg_ends.bin", "wb") as seg_ends,
+        open(out / "doc_ends.bin", "wb") as doc_ends,
+        open(out / "seg_bytes.bin", "wb") as seg_bytes,
+        open(out / "heldout.bin", "wb") as held,
+        open(out / f"{scorer}.score.bin", "wb") as score,
+    ):
+        for part in parts:
+            with np.load(part, allow_pickle=False) as arrays:
+                seg_tokens, doc_segs, held_D = arrays["seg_tokens"], arrays["doc_segs"], arrays["heldout"]
+                doc_tokens = np.add.reduceat(seg_tokens, np.r_[0, doc_segs.cumsum()[:-1]]) if len(doc_segs) else seg_tokens
+                tokens.write(arrays["tokens"].astype(_dtype(vocab_size)).tobytes())
+                seg_ends.write((totals["tokens"] + seg_tokens.cumsum()).tobytes())
+                doc_ends.write((totals["segments"] + doc_segs.cumsum()).tobytes())
+                seg_bytes.write(arrays["seg_bytes"].tobytes())
+                held.write(held_D.tobytes())
+                score.write(arrays["scores"].tobytes())
+                totals["documents"] += len(doc_segs)
+                totals["segments"] += len(seg_tokens)
+                totals["tokens"] += int(seg_tokens.sum())
+                totals["bytes"] += int(arrays["seg_bytes"].sum(dtype=np.int64))
+                totals["train_documents"] += int((held_D == 0).sum())
+                totals["train_tokens"] += int(doc_tokens[held_D == 0].sum())
+                totals["unjudged"] += int(np.isnan(arrays["scores"]).sum())
+    checks = [store.read_json(p.with_suffix(".json")) for p in parts]
+    return totals | {"roundtrip_checked": sum(c["checked"] for c in checks), "roundtrip_lossy": sum(c["lossy"] for c in checks)}
+
+
+@plain_dataclass(frozen=True)
+class TokenStore:
+    """A finished token store, memory-mapped. Opening costs nothing that grows with the corpus."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenStore:
+        return cls(Path(path), store.read_manifest(path, "tokenize"))
+
+    def _map(self, name: str, dtype: Any) -> np.ndarray:
+        return np.memmap(self.path / name, dtype=dtype, mode="r")
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self._map("tokens.bin", self.manifest["dtype"])
+
+    @cached_property
+    def seg_ends(self) -> np.ndarray:
+        return self._map("seg_ends.bin", np.int64)
+
+    @cached_property
+    def doc_ends(self) -> np.ndarray:
+        return self._map("doc_ends.bin", np.int64)
+
+    @cached_property
+    def seg_bytes(self) -> np.ndarray:
+        return self._map("seg_bytes.bin", np.uint32)
+
+    @cached_property
+    def heldout_D(self) -> np.ndarray:
+        return self._map("heldout.bin", np.uint8).astype(bool)
+
+    @cached_property
+    def score_S(self) -> np.ndarray:
+        return self._map(f"{self.manifest['identity']['name']}.score.bin", np.float32)
+
+    @cached_property
+    def doc_S(self) -> np.ndarray:
+        """Document of each segment."""
+        return np.repeat(np.arange(len(self.doc_ends)), np.diff(self.doc_ends, prepend=0))
+
+    @cached_property
+    def table(self) -> SegmentTable:
+        return SegmentTable(self.score_S, np.diff(self.seg_ends, prepend=0), self.doc_S, ~self.heldout_D)
+
+    @property
+    def end_of_text_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.path / "tokenizer")

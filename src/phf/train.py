@@ -1,0 +1,488 @@
+"""Training: rows through a model, by a small subclass of the Hugging Face Trainer. Floor 4.
+
+    phf train tokens/ runs/conditional recipe.yaml objective.name=conditional
+
+    run/  config.yaml (resolved)   metrics.jsonl   checkpoints/checkpoint-<step>/   model/   manifest.json
+
+`model/` and every checkpoint load with plain `from_pretrained`. A checkpoint without its `complete.json` does not
+exist: it is removed and training goes on from the one before. Resuming gives the same bytes as not stopping, on the
+same machine, versions and number of threads. Budgets are in target tokens; the effective batch is in rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from phf import store
+from phf.config import STRICT, ConfigError, dump_yaml, to_plain
+from phf.model import MODEL_CARD, FromConfig, FromWeights, PHFModel, add_control_embeddings, build_lm, num_parameters
+from phf.objectives import Objective
+from phf.packing import Order, Rows
+from phf.tokens import TokenStore
+
+COMPLETE = "complete.json"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """How to train. `tokens` is the budget of targets; it is rounded up to whole steps of `batch_rows` x `context`."""
+
+    tokens: Annotated[float, Field(gt=0)]
+    context: Annotated[int, Field(gt=0)] = 1024
+    batch_rows: Annotated[int, Field(gt=0)] = 64
+    micro_rows: Annotated[int, Field(gt=0)] | None = None
+    """Rows at a time on one device; None: as many as its share of the batch, at most 32."""
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the steps with rising learning rate."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd only: share of the steps with falling learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the processor has it, else float32."""
+    compile: bool = False
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    save_every: Annotated[float, Field(gt=0)] | None = None
+    """Tokens between checkpoints; None: only at the end."""
+    keep: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints kept, the newest."""
+    log_every: Annotated[int, Field(gt=0)] = 10
+    """Steps between lines of metrics.jsonl."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that make rows beside training; 0: in the training process (making rows takes under 2% of a step)."""
+    chunk: Annotated[int, Field(gt=0)] | None = None
+    """Targets at a time in the loss; None: chosen by vocabulary size."""
+    report_to: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.batch_rows * self.context))
+
+    @property
+    def total_tokens(self) -> int:
+        return self.steps * self.batch_rows * self.context
+
+
+def tune_allocator() -> None:
+    """Keep freed memory instead of giving every large tensor back to the kernel (glibc on Linux; elsewhere nothing).
+
+    Page faults otherwise cost a quarter to a third of a CPU training step.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def pick_precision(precision: str) -> torch.dtype | None:
+    """The autocast type: bfloat16 or None. Never float16: on a CPU it is slower than float32."""
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if has_bf16 else None
+
+
+def micro_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+    """(rows at a time, accumulation steps) whose product over `world` processes is exactly the batch."""
+    share, rest = divmod(config.batch_rows, world)
+    if rest or share == 0:
+        near = ", ".join(str(world * k) for k in sorted({max(share, 1), share + 1}))
+        raise ConfigError(f"train.batch_rows={config.batch_rows} does not divide over {world} processes; {near} would")
+    if config.micro_rows is not None:
+        if share % config.micro_rows:
+            divisors = [d for d in range(1, share + 1) if share % d == 0]
+            raise ConfigError(f"train.micro_rows={config.micro_rows} does not divide {share} rows a process; one of {divisors} would")
+        return config.micro_rows, share // config.micro_rows
+    rows = next(d for d in range(min(share, 32), 0, -1) if share % d == 0)
+    return rows, share // rows
+
+
+class _RowBatches(Sampler[list[int]]):
+    """This process's row positions, from `start` steps on: O(1) to resume, the same order for any world size."""
+
+    def __init__(self, steps: int, batch: int, micro: int, accumulate: int, rank: int) -> None:
+        self.steps, self.batch, self.micro, self.accumulate, self.rank = steps, batch, micro, accumulate, rank
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.micro * self.accumulate
+        for step in range(self.start, self.steps):
+            first = step * self.batch + self.rank * share
+            for part in range(self.accumulate):
+                yield list(range(first + part * self.micro, first + (part + 1) * self.micro))
+
+
+class _TrainingRows(torch.utils.data.Dataset[Any]):
+    """Rows in training order; fetched a batch at a time."""
+
+    def __init__(self, rows: Rows, seed: int, total: int) -> None:
+        self.rows, self.order, self.total = rows, Order(rows.num_rows, seed), total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        batch = self.rows.batch(np.concatenate([self.order.rows(p, p + 1) for p in positions]))
+        return to_tensors(batch)
+
+
+def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
+    """A batch of rows as the arguments of `PHFModel.forward`."""
+    return {
+        "input_ids": torch.from_numpy(batch.input_BT),
+        "targets": torch.from_numpy(batch.target_BT),
+        "scores": torch.from_numpy(batch.score_BT),
+        "mask": torch.from_numpy(batch.mask_BT),
+    }
+
+
+class PHFTrainer(Trainer):
+    """The Trainer with our rows, our denominators, the inner LM in `from_pretrained` form and marked checkpoints."""
+
+    def __init__(self, model: PHFModel, rows: _TrainingRows, sampler: _RowBatches, tokenizer: Any, keep: int, **kwargs: Any) -> None:
+        super().__init__(model=model, train_dataset=rows, **kwargs)
+        self.wrapper, self.sampler, self.text_tokenizer, self.keep = model, sampler, tokenizer, keep
+        self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
+        self.sums: dict[str, torch.Tensor] = {}
+
+    # data
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=_identity,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else the loader would draw from the global stream, once more after a resume
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if not batch_samples:
+            return None
+        counted = sum(self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples)
+        counted = counted.to(device)
+        if self.args.world_size > 1:
+            counted = self.accelerator.gather(counted.reshape(1)).sum()
+        return counted.clamp(min=1)
+
+    # loss
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        out = model(**inputs, denominator=num_items_in_batch)
+        for name, value in out["metrics"].items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        loss = out["loss"]
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (lr {self._get_learning_rate():.3g}); the weights were not "
+                "updated. Lower train.lr, look at the scores with extreme values, or use train.precision=fp32"
+            )
+        return loss * self.args.world_size  # DDP averages gradients over processes; the denominator is global already
+
+    def take_sums(self) -> dict[str, float]:
+        """Metric sums since the last call, over all processes."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        values = torch.stack([self.sums[n] for n in names])
+        if self.args.world_size > 1:
+            values = self.accelerator.reduce(values, "sum")
+        self.sums = {}
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # checkpoints
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            save_model(self.wrapper, self.text_tokenizer, Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            store.write_json(folder / COMPLETE, {"step": self.state.global_step})
+            for old in complete_checkpoints(Path(self.args.output_dir))[: -self.keep]:
+                (old / COMPLETE).unlink()
+                shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self.wrapper.lm.load_state_dict(saved.state_dict())
+        self.wrapper.load_value_head(resume_from_checkpoint)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path) -> None:
+    """The LM as `from_pretrained` wants it, with its tokenizer, and the value head beside it."""
+    wrapper.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    wrapper.save_value_head(folder)
+    roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
+    store.write_json(folder / MODEL_CARD, {"objective": to_plain(wrapper.objective), "control_tokens": roles})
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+class _Record(TrainerCallback):
+    """metrics.jsonl and the progress bar."""
+
+    def __init__(self, path: Path, config: TrainConfig, params: int, writer: bool) -> None:
+        self.path, self.config, self.params, self.writer = path, config, params, writer
+        self.trainer: PHFTrainer | None = None
+        self.bar: Any = None
+        self.last = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.writer:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            store.write_text(self.path, "".join(line + "\n" for line in kept))
+            self.bar = tqdm(total=self.config.total_tokens, initial=state.global_step * self._step_tokens, desc="training", unit="tok",
+                            unit_scale=True, disable=None, file=sys.stderr)  # fmt: skip
+        self.last = (time.perf_counter(), state.global_step)
+
+    @property
+    def _step_tokens(self) -> int:
+        return self.config.batch_rows * self.config.context
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / self.config.steps  # the Trainer's own count starts anew after a resume
+        if self.bar is not None:
+            self.bar.update(self._step_tokens)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        assert self.trainer is not None
+        sums = self.trainer.take_sums()
+        now, step = time.perf_counter(), state.global_step
+        seconds, steps = now - self.last[0], step - self.last[1]
+        self.last = (now, step)
+        line: dict[str, Any] = {"step": step, "tokens": step * self._step_tokens, "loss": logs["loss"], "lr": logs["learning_rate"]}
+        line["grad_norm"] = float(logs["grad_norm"]) if "grad_norm" in logs else None
+        counted = sums.pop("counted", 0.0)
+        targets = sums.pop("targets", 0.0)
+        line["counted_share"] = counted / targets if targets else None
+        weight, weight_sq = sums.pop("weight", None), sums.pop("weight_sq", None)
+        if weight is not None and weight_sq:
+            line["weight_mean"] = weight / counted
+            line["effective_sample_share"] = weight**2 / (counted * weight_sq)
+        line |= {name: value / counted for name, value in sums.items() if counted}
+        line["expected_loss"] = chinchilla_loss(self.params, max(line["tokens"], 1))
+        line["tokens_per_s"] = steps * self._step_tokens / seconds if seconds > 0 else None
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        if self.writer:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(store.jsonable(line)) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def chinchilla_loss(params: int, tokens: int) -> float:
+    """Expected loss in nats a token, 1.69 + 406.4 N^-0.34 + 410.7 D^-0.28 (Hoffmann et al. 2022, equation 10)."""
+    return float(1.69 + 406.4 * params**-0.34 + 410.7 * tokens**-0.28)
+
+
+def train(
+    tokens_dir: str | Path,
+    out: str | Path,
+    model: FromConfig | FromWeights,
+    objective: Objective,
+    config: TrainConfig,
+    seed: int = 0,
+    stop_after: int | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> dict[str, Any]:
+    """Train and return the run's manifest. Done already: returns at once; interrupted before: goes on from there.
+
+    `stop_after`: stop after that many steps with a checkpoint (for tests and time-limited jobs); the run is then not
+    finished. `callbacks` are handed the inner LM.
+    """
+    tokens = TokenStore.open(tokens_dir)
+    out = Path(out)
+    objective = objective.fit(tokens.table)
+    resolved = {"model": to_plain(model), "objective": to_plain(objective), "train": to_plain(config), "seed": seed, "tokens": str(tokens_dir)}
+    key = store.fingerprint([{k: v for k, v in resolved.items() if k != "tokens"}, tokens.manifest["content"], "train/1"])
+    if store.is_done(out, key):
+        return store.read_manifest(out, "train")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    micro, accumulate = micro_batch(config, world)
+    tune_allocator()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+    tokenizer = tokens.tokenizer
+    lm = build_lm(model, tokenizer, seed, config.attention, config.context)
+    control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed)
+    lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if isinstance(model, FromConfig) and name not in model.config and getattr(lm.config, name, 0):
+            raise ConfigError(f"{type(lm).__name__} trains with {name}={getattr(lm.config, name)} unless told otherwise; set model.config.{name} (0.0 is right for pretraining)")  # fmt: skip
+    index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], to_plain(objective), seed])}.npy"
+    rows = Rows(tokens, objective.edit(tokens.table, seed), config.context, control_ids, index_file=index)
+    wrapper = PHFModel(lm, objective, pick_precision(config.precision), config.compile, config.chunk)
+    params = num_parameters(lm)
+
+    if rank == 0:
+        if (out / ".started.json").exists() and store.read_json(out / ".started.json") != {"stage": "train", "key": key}:
+            set_aside(out)
+        store.begin(out, "train", key)
+        store.write_text(out / "config.yaml", dump_yaml(resolved))
+        for folder in (out / "checkpoints").glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
+    save_steps = config.steps if config.save_every is None else max(round(config.save_every / (config.batch_rows * config.context)), 1)
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=config.lr,
+        lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}[config.schedule],
+        lr_scheduler_kwargs={"num_decay_steps": max(round(config.decay * config.steps), 1)} if config.schedule == "wsd" else {},
+        warmup_steps=round(config.warmup * config.steps),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.clip,
+        optim="adamw_torch_fused",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_num_workers=config.workers,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to=list(config.report_to) or "none",
+    )
+    record = _Record(out / "metrics.jsonl", config, params, rank == 0)
+    sampler = _RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
+    data = _TrainingRows(rows, seed, config.steps * config.batch_rows)
+    trainer = PHFTrainer(wrapper, data, sampler, tokenizer, config.keep, args=arguments, callbacks=[record, *callbacks])
+    trainer.remove_callback(transformers.PrinterCallback)
+    record.trainer = trainer
+    if stop_after is not None:
+        trainer.add_callback(_StopAfter(stop_after))
+    resume = complete_checkpoints(out / "checkpoints")
+    start = time.perf_counter()
+    if resume:
+        sampler.start = store.read_json(resume[-1] / COMPLETE)["step"]
+    if sampler.start < config.steps:
+        trainer.train(resume_from_checkpoint=str(resume[-1]) if resume else None)
+    else:
+        trainer._load_from_checkpoint(str(resume[-1]))
+    if stop_after is not None and trainer.state.global_step < config.steps:
+        return {"stage": "train", "step": trainer.state.global_step}
+    trainer.accelerator.wait_for_everyone()
+    if rank != 0:
+        return {}
+    save_model(wrapper, tokenizer, out / "model")
+    return store.finish(
+        out,
+        "train",
+        key,
+        objective=to_plain(objective),
+        model=to_plain(model),
+        train=to_plain(config),
+        seed=seed,
+        tokens_dir=str(tokens_dir),
+        tokens_content=tokens.manifest["content"],
+        identity=tokens.manifest["identity"],
+        control_tokens=list(objective.control_tokens),
+        parameters=params,
+        counts={
+            "tokens": config.total_tokens,
+            "steps": config.steps,
+            "rows": rows.num_rows,
+            "stream_tokens": rows.num_tokens,
+            "epochs": config.steps * config.batch_rows / rows.num_rows,
+            "text_tokens": text_tokens(rows, config.total_tokens),
+        },
+        seconds=time.perf_counter() - start,
+        threads=torch.get_num_threads(),
+        precision="bf16" if wrapper.autocast_dtype is not None else "fp32",
+    )
+
+
+def text_tokens(rows: Rows, targets: int) -> int:
+    """How many of `targets` targets are text: control and end-of-text tokens aside, at the stream's own share of them."""
+    lengths = np.diff(np.asarray(rows.ends_S), prepend=0)
+    kept = lengths > 0
+    text = np.diff(rows.tokens.seg_ends, prepend=0)[kept].sum()
+    return int(round(targets * float(text) / max(rows.num_tokens, 1)))
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= self.steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run that other settings made, so that nothing trained is ever deleted."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
