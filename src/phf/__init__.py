@@ -1,1 +1,42 @@
+"""phf: pretraining language models with human feedback. The public names; see the modules for what they do."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "phf.annotate": ("ScoredCorpus", "score_corpus"),
+    "phf.evaluate": ("evaluate_run", "heldout_loss", "judge_samples"),
+    "phf.fused": ("fused_loss",),
+    "phf.model": ("FromConfig", "FromWeights", "PHFModel"),
+    "phf.objectives": (
+        "AWR",
+        "MLE",
+        "RWR",
+        "Conditional",
+        "Filtering",
+        "LossInputs",
+        "LossOutputs",
+        "Masking",
+        "Objective",
+        "Unlikelihood",
+    ),
+    "phf.packing": ("Rows",),
+    "phf.recipe": ("Recipe", "load_recipe", "run_recipe"),
+    "phf.report": ("write_report",),
+    "phf.sample": ("Scenario", "load_model", "sample"),
+    "phf.scorers": ("PEP8", "PII", "Lexicon", "Regex", "Scorer"),
+    "phf.tokens": ("PretrainedTokenizer", "TokenStore", "TrainBPE", "tokenize_corpus"),
+    "phf.train": ("TrainConfig", "train"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and transformers take seconds."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'phf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -73,7 +73,9 @@ def score_corpus(
     store.begin(out, "score", key)
     jobs = [(source, shard, str(out / f"part-{n:05d}")) for n, shard in enumerate(shards)]
     todo = [job for job in jobs if not Path(job[2] + ".json").exists()]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="scoring", unit="shard", disable=None, file=sys.stderr)
+    bar = tqdm(
+        total=len(jobs), initial=len(jobs) - len(todo), desc="scoring", unit="shard", disable=None, file=sys.stderr
+    )
     unjudged = 0
     with bar:
         for counts in _run(todo, min(workers, len(todo))):
@@ -81,7 +83,9 @@ def score_corpus(
             bar.set_postfix(chars=counts["chars"], unjudged=unjudged, refresh=False)
             bar.update()
     parts = [store.read_json(job[2] + ".json") for job in jobs]
-    totals = {name: sum(p[name] for p in parts) for name in ("documents", "segments", "chars", "unjudged", "bad_segments")}
+    totals = {
+        name: sum(p[name] for p in parts) for name in ("documents", "segments", "chars", "unjudged", "bad_segments")
+    }
     rejected: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     for part in parts:
@@ -120,7 +124,9 @@ def _run(jobs: Sequence[tuple[dict[str, Any], dict[str, Any], str]], workers: in
             for future in concurrent.futures.as_completed([pool.submit(score_shard, job) for job in jobs]):
                 yield future.result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise ScoringError("a scoring worker was killed (out of memory?); run the same command again to resume") from None
+            raise ScoringError(
+                "a scoring worker was killed (out of memory?); run the same command again to resume"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -130,7 +136,12 @@ def _die_with_parent() -> None:
     """A worker whose parent was killed ends instead of waiting for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def score_shard(job: tuple[dict[str, Any], dict[str, Any], str]) -> dict[str, Any]:
@@ -224,7 +235,12 @@ class ScoredCorpus:
             if not self.files or not all(f.is_file() for f in self.files):
                 raise store.StoreError(f"{path} is neither the output of `phf score` nor a folder of Parquet files")
             marks = [[f.name, f.stat().st_size, store.file_hash(f)] for f in self.files]
-            self.manifest = {"stage": "score", "content": store.fingerprint(marks), "identity": {"name": "unknown"}, "scorer": None}
+            self.manifest = {
+                "stage": "score",
+                "content": store.fingerprint(marks),
+                "identity": {"name": "unknown"},
+                "scorer": None,
+            }
         for file in self.files:
             missing = {"texts", "scores"} - set(pq.read_schema(file).names)
             if missing:

@@ -50,7 +50,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -117,12 +119,16 @@ def _known_fields(type_: Any, loc: tuple[Any, ...]) -> list[str]:
                     hints = typing.get_type_hints(option, include_extras=True)
                     if step in hints:
                         following.append(hints[step])
-                    elif any(step == getattr(f, "default", None) for f in dataclasses.fields(option) if f.name == "name"):
+                    elif any(
+                        step == getattr(f, "default", None) for f in dataclasses.fields(option) if f.name == "name"
+                    ):
                         following.append(option)
                 elif typing.get_origin(option) in (dict, list, tuple):
                     following.extend(a for a in typing.get_args(option)[-1:] if a is not Ellipsis)
         candidates = following
-    return sorted({f.name for c in candidates for o in _unwrap(c) if dataclasses.is_dataclass(o) for f in dataclasses.fields(o)})
+    return sorted(
+        {f.name for c in candidates for o in _unwrap(c) if dataclasses.is_dataclass(o) for f in dataclasses.fields(o)}
+    )
 
 
 def _unwrap(type_: Any) -> list[Any]:
@@ -146,7 +152,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def validate(value: Any, type_: type[T] | Any, where: str = "recipe") -> T:
     """`value` (plain YAML data) as a `type_`. Raises ConfigError listing every problem with its path."""
     try:
-        return pydantic.TypeAdapter(type_).validate_python(value)
+        return typing.cast(T, pydantic.TypeAdapter(type_).validate_python(value))
     except pydantic.ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
@@ -167,7 +173,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def load(files: Iterable[str | Path], overrides: Iterable[str], type_: type[T], base: Mapping[str, Any] | None = None) -> T:
+def load(
+    files: Iterable[str | Path], overrides: Iterable[str], type_: type[T], base: Mapping[str, Any] | None = None
+) -> T:
     """Recipe files merged left to right over `base`, then overrides, validated as `type_`."""
     value: dict[str, Any] = dict(base or {})
     names = []

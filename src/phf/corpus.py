@@ -211,7 +211,9 @@ class Parquet(Corpus):
             except pa.ArrowInvalid as error:
                 raise ConfigError(f"{file} is not a Parquet file: {error}") from None
             if self.field not in parquet.schema_arrow.names:
-                raise ConfigError(f"{file} has no column {self.field!r}{did_you_mean(self.field, parquet.schema_arrow.names)}")
+                raise ConfigError(
+                    f"{file} has no column {self.field!r}{did_you_mean(self.field, parquet.schema_arrow.names)}"
+                )
             shards += [{"file": number, "row_group": g} for g in range(parquet.num_row_groups)]
         if not shards:
             raise ConfigError(f"corpus {self.path} is empty")
@@ -264,9 +266,13 @@ class HubDataset(Corpus):
             loaded = datasets.load_from_disk(str(local))
             data = loaded[self.split] if isinstance(loaded, dict) else loaded
         else:
-            data = datasets.load_dataset(self.path, self.config, split=self.split, streaming=self.streaming, revision=self.revision)
+            data = datasets.load_dataset(
+                self.path, self.config, split=self.split, streaming=self.streaming, revision=self.revision
+            )
         if data.column_names is not None and self.field not in data.column_names:
-            raise ConfigError(f"data set {self.path} has no column {self.field!r}{did_you_mean(self.field, data.column_names)}")
+            raise ConfigError(
+                f"data set {self.path} has no column {self.field!r}{did_you_mean(self.field, data.column_names)}"
+            )
         return data
 
     def plan(self) -> list[Shard]:
@@ -338,7 +344,9 @@ class InstalledPackages(Corpus):
             yield admit(name, text, {"package": name, "version": version}, self.max_chars)
 
     def fingerprint(self) -> str:
-        return fingerprint([[n, v, hashlib.blake2b(t.encode("utf-8", "replace")).hexdigest()[:16]] for n, v, t in self._packages()])
+        return fingerprint(
+            [[n, v, hashlib.blake2b(t.encode("utf-8", "replace")).hexdigest()[:16]] for n, v, t in self._packages()]
+        )
 
     def provenance(self) -> dict[str, Any]:
         return {"packages": {name: version for name, version, text in self._packages() if text}}
@@ -354,7 +362,9 @@ class StandardLibrary(Corpus):
 
     def _paths(self) -> tuple[Path, list[Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.relative_to(root).parts))
+        files = sorted(
+            p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.relative_to(root).parts)
+        )
         return root, files[: self.max_files]
 
     def plan(self) -> list[Shard]:

@@ -101,7 +101,9 @@ class _Fused(torch.autograd.Function):
         bias = None if bias_V is None else bias_V.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if bias_V is not None and needs[2] else None
+        grad_bias = (
+            torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if bias_V is not None and needs[2] else None
+        )
         grad_value = torch.zeros_like(value_N) if value_N is not None and needs[3] else None
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         for start in range(0, len(target_N), chunk):

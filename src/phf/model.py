@@ -16,6 +16,8 @@ from phf.config import STRICT, ConfigError
 from phf.fused import fused_loss
 from phf.objectives import Objective
 
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+"""Off in a model from scratch unless the config sets them: one epoch needs no dropout, and it costs about a third."""
 VALUE_HEAD_FILE = "value_head.safetensors"
 MODEL_CARD = "phf.json"
 """Beside a model's weights: its objective and what its control tokens mean ({"good": name, "bad": name} or nothing)."""
@@ -42,7 +44,9 @@ class FromWeights:
 AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
 
 
-def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, attention: str = "sdpa", context: int | None = None) -> Any:
+def build_lm(
+    config: FromConfig | FromWeights, tokenizer: Any, seed: int, attention: str = "sdpa", context: int | None = None
+) -> Any:
     """The LM in float32, before control tokens. `seed` decides the weights of a model from scratch.
 
     Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
@@ -50,7 +54,9 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, attent
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if isinstance(config, FromWeights):
-        lm = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, dtype=torch.float32, attn_implementation=attention)
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            config.path, revision=config.revision, dtype=torch.float32, attn_implementation=attention
+        )
         if lm.get_input_embeddings().num_embeddings < len(tokenizer):
             raise ConfigError(
                 f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings but the token store's tokenizer "
@@ -63,13 +69,15 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, attent
             raise ConfigError("model.config needs model_type, for example llama or gpt2")
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
         try:
-            # pad_token_id first: some classes check it against the vocabulary while they are made
             made = AutoConfig.for_model(model_type, **ids | settings | {"vocab_size": len(tokenizer)})
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model.config: {error}") from None
         unknown = sorted(set(settings) - set(AutoConfig.for_model(model_type).to_dict()) - set(made.attribute_map))
         if unknown:
             raise ConfigError(f"model.config: {model_type} does not know {', '.join(unknown)}")
+        for name in DROPOUTS:
+            if name not in settings and getattr(made, name, None):
+                setattr(made, name, 0.0)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attention)
@@ -93,7 +101,10 @@ def add_control_embeddings(lm: Any, tokenizer: Any, names: Sequence[str], seed: 
     new = [i for i in ids if i >= old_size]
     if not new:
         return ids
-    means = {id(e.weight): (e.weight, e.weight.detach()[:old_size].mean(0)) for e in (lm.get_output_embeddings(), lm.get_input_embeddings())}
+    means = {
+        id(e.weight): (e.weight, e.weight.detach()[:old_size].mean(0))
+        for e in (lm.get_output_embeddings(), lm.get_input_embeddings())
+    }
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         tied = len(means) == 1
         order = [m for _, m in means.values()]
@@ -134,7 +145,14 @@ class PHFModel(nn.Module):
     elementwise parts of the loss (never this wrapper).
     """
 
-    def __init__(self, lm: Any, objective: Objective, autocast: torch.dtype | None = None, compile: bool = False, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        lm: Any,
+        objective: Objective,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+        chunk: int | None = None,
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.objective = objective
@@ -147,7 +165,14 @@ class PHFModel(nn.Module):
         if compile:
             lm.base_model.compile(dynamic=False)
 
-    def forward(self, input_ids: Tensor, targets: Tensor, scores: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> dict[str, Any]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        scores: Tensor,
+        mask: Tensor,
+        denominator: Tensor | float | None = None,
+    ) -> dict[str, Any]:
         """Ids, targets, scores and mask [B, T]. `loss` is the sum over counted targets divided by `denominator`
         (default: the number of counted targets here); `metrics` are sums."""
         with torch.autocast(input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -173,7 +198,10 @@ class PHFModel(nn.Module):
 
     def save_value_head(self, folder: str | Path) -> None:
         if self.value_head is not None:
-            save_file({k: v.detach().contiguous() for k, v in self.value_head.state_dict().items()}, Path(folder) / VALUE_HEAD_FILE)
+            save_file(
+                {k: v.detach().contiguous() for k, v in self.value_head.state_dict().items()},
+                Path(folder) / VALUE_HEAD_FILE,
+            )
 
     def load_value_head(self, folder: str | Path) -> None:
         if self.value_head is not None:
@@ -197,13 +225,15 @@ def check_head(lm: Any) -> None:
         ours = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None)).float()
     lm.train(training)
     if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
-        raise ConfigError(f"{type(lm).__name__} does something to its logits after the output layer (scaling, capping); phf cannot fuse its loss")
+        raise ConfigError(
+            f"{type(lm).__name__} does something to its logits after the output layer (scaling, capping); phf cannot fuse its loss"
+        )
 
 
 def num_parameters(lm: Any, embeddings: bool = True) -> int:
     """Distinct parameters; without `embeddings`, those of the input and output embeddings are left out."""
-    total = sum(p.numel() for p in lm.parameters())
+    total = int(sum(p.numel() for p in lm.parameters()))
     if embeddings:
         return total
     ends = {id(e.weight): e.weight.numel() for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
-    return total - sum(ends.values())
+    return total - int(sum(ends.values()))

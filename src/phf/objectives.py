@@ -216,7 +216,9 @@ class _ByReward(Objective):
             return self
         reward_S, weight_S = _judged(table)
         if not weight_S.sum():
-            raise ConfigError(f"{getattr(self, 'name', 'objective')}: no training segment was judged, nothing to standardise")
+            raise ConfigError(
+                f"{getattr(self, 'name', 'objective')}: no training segment was judged, nothing to standardise"
+            )
         mean = float(np.average(reward_S, weights=weight_S))
         std = math.sqrt(float(np.average((reward_S - mean) ** 2, weights=weight_S)))
         if std == 0:
@@ -253,13 +255,13 @@ class RWR(_ByReward):
 
     def fit(self, table: SegmentTable) -> Objective:
         fitted: Any = super().fit(table)
-        if fitted.rewards == "raw":
-            return fitted  # type: ignore[no-any-return]
+        if self.rewards == "raw":
+            return self
         reward_S, weight_S = _judged(table)
         log_w_S = (reward_S - fitted.reward_mean) / fitted.reward_std / fitted.beta
         top = log_w_S.max()
         log_norm = top + math.log(float(np.average(np.exp(log_w_S - top), weights=weight_S)))
-        return dataclasses.replace(fitted, log_norm=float(log_norm))
+        return RWR(**dataclasses.asdict(fitted) | {"log_norm": float(log_norm)})
 
     def loss(self, x: LossInputs) -> LossOutputs:
         counted_BT = self.counted(x.score_BT, x.mask_BT)

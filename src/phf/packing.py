@@ -80,10 +80,10 @@ class Rows:
         keep_D = self.tokens.heldout_D if split == "heldout" else ~self.tokens.heldout_D
         if edit.keep_D is not None:
             keep_D = keep_D & edit.keep_D
-        return np.where(keep_D[self.tokens.doc_S], lengths, 0).cumsum()
+        return np.asarray(np.where(keep_D[self.tokens.doc_S], lengths, 0).cumsum())
 
     def stream(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and scores of stream positions [low, high)."""
+        """Token ids and segment numbers of stream positions [low, high)."""
         position = np.arange(low, high)
         first, last = np.searchsorted(self.ends_S, [low, high - 1], side="right")
         ends = np.asarray(self.ends_S[first : last + 1])
@@ -99,19 +99,24 @@ class Rows:
         ids = self.tokens.tokens[at].astype(np.int64)
         ids = np.where((offset == specials - 1) & (control >= 0), self.control_ids[control], ids)
         ids = np.where((offset == 0) & is_first, self.tokens.end_of_text_id, ids)
-        return ids, self.tokens.score_S[seg]
+        return ids, seg
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The rows with these numbers, in this order."""
         shape = (len(rows), self.context)
-        out = Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, np.nan, np.float32), np.zeros(shape, bool))
+        out = Batch(
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.int64),
+            np.full(shape, np.nan, np.float32),
+            np.zeros(shape, bool),
+        )
         for b, row in enumerate(rows):
             low = int(row) * self.context
-            ids, scores = self.stream(low, min(low + self.context + 1, self.num_tokens))
+            ids, seg = self.stream(low, min(low + self.context + 1, self.num_tokens))
             count = len(ids) - 1
             out.input_BT[b, :count] = ids[:-1]
             out.target_BT[b, :count] = ids[1:]
-            out.score_BT[b, :count] = scores[1:]
+            out.score_BT[b, :count] = self.tokens.score_S[seg[1:]]
             out.mask_BT[b, :count] = True
         return out
 
@@ -153,7 +158,7 @@ def mix64(x: np.ndarray, key: int) -> np.ndarray:
         x = x + np.uint64(key & (2**64 - 1))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None,
 
 def _draw_sorted(p_NV: Tensor, top_p: float, u_N: Tensor) -> Tensor:
     """Nucleus sampling by sorting: the same distribution, for the rows that rejection does not settle."""
-    sorted_NV, order_NV = p_NV.sort(-1, descending=True, stable=True)
+    sorted_NV, order_NV = torch.sort(p_NV, dim=-1, descending=True, stable=True)
     before_NV = sorted_NV.cumsum(-1) - sorted_NV
     kept_NV = torch.where(before_NV < top_p, sorted_NV, 0.0).double().cumsum(-1)
     rank_N1 = torch.searchsorted(kept_NV, u_N.unsqueeze(1) * kept_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
@@ -225,7 +225,9 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
     position_NT = (attend_NT.cumsum(1) - 1).clamp(min=0)
     limit = getattr(lm.config, "max_position_embeddings", None) or sys.maxsize
     if longest + scenario.max_tokens > limit:
-        raise ConfigError(f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions")
+        raise ConfigError(
+            f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions"
+        )
 
     other = {"good": "bad", "bad": "good", "none": "bad"}[scenario.control]
     banned = [model.control_ids[other]] if other in model.control_ids else []
@@ -257,7 +259,11 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
         short = torch.from_numpy(num_text[alive] < scenario.min_tokens).to(device)
         logits_NV[short, eos] = float("-inf")
         word_N = draw(
-            logits_NV, scenario.temperature, scenario.top_p, scenario.top_k, lambda attempt: uniform(key, sample_id_N[alive], step, attempt)  # noqa: B023
+            logits_NV,
+            scenario.temperature,
+            scenario.top_p,
+            scenario.top_k,
+            lambda attempt: uniform(key, sample_id_N[alive], step, attempt),  # noqa: B023
         )
         is_silent_N = torch.isin(word_N, silent_T).cpu().numpy()
         gained_N = logp_NV.gather(1, word_N.unsqueeze(1)).squeeze(1).double().cpu().numpy()
@@ -284,7 +290,8 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
         step += 1
     texts = model.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return [
-        Sample(first_id + n, prompts[n], texts[n], int(num_text[n]), float(logp[n]), bool(finished[n]), scenario.seed) for n in range(count)
+        Sample(first_id + n, prompts[n], texts[n], int(num_text[n]), float(logp[n]), bool(finished[n]), scenario.seed)
+        for n in range(count)
     ]
 
 

@@ -94,7 +94,9 @@ def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
     if not directory.is_dir():
         raise StoreError(f"{directory} is not a directory; expected the output of `phf {stage}`")
     if not (directory / MANIFEST).exists():
-        raise StoreError(f"{directory} has no {MANIFEST}: `phf {stage}` did not finish there; run it again to complete it")
+        raise StoreError(
+            f"{directory} has no {MANIFEST}: `phf {stage}` did not finish there; run it again to complete it"
+        )
     manifest = read_json(directory / MANIFEST)
     if manifest.get("stage") != stage:
         raise StoreError(f"{directory} was made by `phf {manifest.get('stage')}`; expected the output of `phf {stage}`")
@@ -119,7 +121,9 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
             mark = read_json(started)
             if mark != {"stage": stage, "key": key}:
                 if mark.get("stage") != stage:
-                    raise StoreError(f"{directory} holds the output of `phf {mark.get('stage')}`; give another directory")
+                    raise StoreError(
+                        f"{directory} holds the output of `phf {mark.get('stage')}`; give another directory"
+                    )
                 shutil.rmtree(directory)
         else:
             raise StoreError(f"{directory} is not empty and was not made by `phf {stage}`; give another directory")

@@ -79,7 +79,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -115,7 +119,9 @@ def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
     special = set(tokenizer.all_special_tokens)
     for name in names:
         if name in vocabulary and name not in special:
-            raise ConfigError(f"control token {name!r} is an ordinary entry of the tokenizer's vocabulary; choose another name")
+            raise ConfigError(
+                f"control token {name!r} is an ordinary entry of the tokenizer's vocabulary; choose another name"
+            )
     tokenizer.add_special_tokens({"additional_special_tokens": list(names)}, replace_extra_special_tokens=False)
     return [tokenizer.convert_tokens_to_ids(name) for name in names]
 
@@ -179,6 +185,7 @@ def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus
     if (folder / "done.json").exists():
         return load_tokenizer(folder)
     if isinstance(config, TrainBPE):
+
         def training_texts() -> Iterator[str]:
             for file in corpus.files:
                 for document in corpus.read(file):
@@ -249,7 +256,15 @@ def _tokenize_part(corpus: ScoredCorpus, file: Path, tokenizer: Any, heldout: fl
 
 def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) -> dict[str, Any]:
     """The parts' arrays one after the other, as the store's flat files."""
-    totals = {"documents": 0, "segments": 0, "tokens": 0, "bytes": 0, "train_documents": 0, "train_tokens": 0, "unjudged": 0}
+    totals = {
+        "documents": 0,
+        "segments": 0,
+        "tokens": 0,
+        "bytes": 0,
+        "train_documents": 0,
+        "train_tokens": 0,
+        "unjudged": 0,
+    }
     with (
         open(out / "tokens.bin", "wb") as tokens,
         open(out / "seg_ends.bin", "wb") as seg_ends,
@@ -261,7 +276,9 @@ def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) ->
         for part in parts:
             with np.load(part, allow_pickle=False) as arrays:
                 seg_tokens, doc_segs, held_D = arrays["seg_tokens"], arrays["doc_segs"], arrays["heldout"]
-                doc_tokens = np.add.reduceat(seg_tokens, np.r_[0, doc_segs.cumsum()[:-1]]) if len(doc_segs) else seg_tokens
+                doc_tokens = (
+                    np.add.reduceat(seg_tokens, np.r_[0, doc_segs.cumsum()[:-1]]) if len(doc_segs) else seg_tokens
+                )
                 tokens.write(arrays["tokens"].astype(_dtype(vocab_size)).tobytes())
                 seg_ends.write((totals["tokens"] + seg_tokens.cumsum()).tobytes())
                 doc_ends.write((totals["segments"] + doc_segs.cumsum()).tobytes())
@@ -276,7 +293,10 @@ def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) ->
                 totals["train_tokens"] += int(doc_tokens[held_D == 0].sum())
                 totals["unjudged"] += int(np.isnan(arrays["scores"]).sum())
     checks = [store.read_json(p.with_suffix(".json")) for p in parts]
-    return totals | {"roundtrip_checked": sum(c["checked"] for c in checks), "roundtrip_lossy": sum(c["lossy"] for c in checks)}
+    return totals | {
+        "roundtrip_checked": sum(c["checked"] for c in checks),
+        "roundtrip_lossy": sum(c["lossy"] for c in checks),
+    }
 
 
 @plain_dataclass(frozen=True)

@@ -115,7 +115,10 @@ def pick_precision(precision: str) -> torch.dtype | None:
         return torch.bfloat16
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    has_bf16 = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
     return torch.bfloat16 if has_bf16 else None
 
 
@@ -128,7 +131,9 @@ def micro_batch(config: TrainConfig, world: int) -> tuple[int, int]:
     if config.micro_rows is not None:
         if share % config.micro_rows:
             divisors = [d for d in range(1, share + 1) if share % d == 0]
-            raise ConfigError(f"train.micro_rows={config.micro_rows} does not divide {share} rows a process; one of {divisors} would")
+            raise ConfigError(
+                f"train.micro_rows={config.micro_rows} does not divide {share} rows a process; one of {divisors} would"
+            )
         return config.micro_rows, share // config.micro_rows
     rows = next(d for d in range(min(share, 32), 0, -1) if share % d == 0)
     return rows, share // rows
@@ -179,16 +184,19 @@ def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
 class PHFTrainer(Trainer):
     """The Trainer with our rows, our denominators, the inner LM in `from_pretrained` form and marked checkpoints."""
 
-    def __init__(self, model: PHFModel, rows: _TrainingRows, sampler: _RowBatches, tokenizer: Any, keep: int, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PHFModel, rows: _TrainingRows, sampler: _RowBatches, tokenizer: Any, keep: int, **kwargs: Any
+    ) -> None:
         super().__init__(model=model, train_dataset=rows, **kwargs)
-        self.wrapper, self.sampler, self.text_tokenizer, self.keep = model, sampler, tokenizer, keep
+        self.wrapper, self.rows, self.sampler, self.text_tokenizer, self.keep = model, rows, sampler, tokenizer, keep
+        self.folder = Path(kwargs["args"].output_dir)
         self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
         self.sums: dict[str, torch.Tensor] = {}
 
     # data
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(
-            self.train_dataset,
+            self.rows,
             batch_sampler=self.sampler,
             collate_fn=_identity,
             num_workers=self.args.dataloader_num_workers,
@@ -199,14 +207,18 @@ class PHFTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
             return None
-        counted = sum(self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples)
+        counted = torch.stack(
+            [self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples]
+        ).sum()
         counted = counted.to(device)
         if self.args.world_size > 1:
             counted = self.accelerator.gather(counted.reshape(1)).sum()
         return counted.clamp(min=1)
 
     # loss
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         out = model(**inputs, denominator=num_items_in_batch)
         for name, value in out["metrics"].items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
@@ -232,15 +244,15 @@ class PHFTrainer(Trainer):
     # checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_model(self.wrapper, self.text_tokenizer, Path(output_dir or self.args.output_dir))
+            save_model(self.wrapper, self.text_tokenizer, Path(output_dir) if output_dir else self.folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             store.write_json(folder / COMPLETE, {"step": self.state.global_step})
-            for old in complete_checkpoints(Path(self.args.output_dir))[: -self.keep]:
+            for old in complete_checkpoints(self.folder)[: -self.keep]:
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old)
 
@@ -304,7 +316,12 @@ class _Record(TrainerCallback):
         now, step = time.perf_counter(), state.global_step
         seconds, steps = now - self.last[0], step - self.last[1]
         self.last = (now, step)
-        line: dict[str, Any] = {"step": step, "tokens": step * self._step_tokens, "loss": logs["loss"], "lr": logs["learning_rate"]}
+        line: dict[str, Any] = {
+            "step": step,
+            "tokens": step * self._step_tokens,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+        }
         line["grad_norm"] = float(logs["grad_norm"]) if "grad_norm" in logs else None
         counted = sums.pop("counted", 0.0)
         targets = sums.pop("targets", 0.0)
@@ -350,8 +367,16 @@ def train(
     tokens = TokenStore.open(tokens_dir)
     out = Path(out)
     objective = objective.fit(tokens.table)
-    resolved = {"model": to_plain(model), "objective": to_plain(objective), "train": to_plain(config), "seed": seed, "tokens": str(tokens_dir)}
-    key = store.fingerprint([{k: v for k, v in resolved.items() if k != "tokens"}, tokens.manifest["content"], "train/1"])
+    resolved = {
+        "model": to_plain(model),
+        "objective": to_plain(objective),
+        "train": to_plain(config),
+        "seed": seed,
+        "tokens": str(tokens_dir),
+    }
+    key = store.fingerprint(
+        [{k: v for k, v in resolved.items() if k != "tokens"}, tokens.manifest["content"], "train/1"]
+    )
     if store.is_done(out, key):
         return store.read_manifest(out, "train")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -365,31 +390,42 @@ def train(
     lm = build_lm(model, tokenizer, seed, config.attention, config.context)
     control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
-        if isinstance(model, FromConfig) and name not in model.config and getattr(lm.config, name, 0):
-            raise ConfigError(f"{type(lm).__name__} trains with {name}={getattr(lm.config, name)} unless told otherwise; set model.config.{name} (0.0 is right for pretraining)")  # fmt: skip
     index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], to_plain(objective), seed])}.npy"
     rows = Rows(tokens, objective.edit(tokens.table, seed), config.context, control_ids, index_file=index)
     wrapper = PHFModel(lm, objective, pick_precision(config.precision), config.compile, config.chunk)
     params = num_parameters(lm)
 
     if rank == 0:
-        if (out / ".started.json").exists() and store.read_json(out / ".started.json") != {"stage": "train", "key": key}:
+        if (out / ".started.json").exists() and store.read_json(out / ".started.json") != {
+            "stage": "train",
+            "key": key,
+        }:
             set_aside(out)
         store.begin(out, "train", key)
         store.write_text(out / "config.yaml", dump_yaml(resolved))
         for folder in (out / "checkpoints").glob("checkpoint-*"):
             if not (folder / COMPLETE).exists():
                 shutil.rmtree(folder)
-    save_steps = config.steps if config.save_every is None else max(round(config.save_every / (config.batch_rows * config.context)), 1)
+    save_steps = (
+        config.steps
+        if config.save_every is None
+        else max(round(config.save_every / (config.batch_rows * config.context)), 1)
+    )
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=config.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulate,
         learning_rate=config.lr,
-        lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}[config.schedule],
-        lr_scheduler_kwargs={"num_decay_steps": max(round(config.decay * config.steps), 1)} if config.schedule == "wsd" else {},
+        lr_scheduler_type={
+            "linear": "linear",
+            "cosine": "cosine",
+            "constant": "constant_with_warmup",
+            "wsd": "warmup_stable_decay",
+        }[config.schedule],
+        lr_scheduler_kwargs={"num_decay_steps": max(round(config.decay * config.steps), 1)}
+        if config.schedule == "wsd"
+        else {},
         warmup_steps=round(config.warmup * config.steps),
         weight_decay=config.weight_decay,
         adam_beta1=config.betas[0],
@@ -464,7 +500,7 @@ def text_tokens(rows: Rows, targets: int) -> int:
     lengths = np.diff(np.asarray(rows.ends_S), prepend=0)
     kept = lengths > 0
     text = np.diff(rows.tokens.seg_ends, prepend=0)[kept].sum()
-    return int(round(targets * float(text) / max(rows.num_tokens, 1)))
+    return round(targets * float(text) / max(rows.num_tokens, 1))
 
 
 class _StopAfter(TrainerCallback):
@@ -485,4 +521,3 @@ def set_aside(folder: Path) -> Path:
         number += 1
     folder.rename(aside)
     return aside
-

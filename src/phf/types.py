@@ -84,7 +84,7 @@ class SegmentTable:
 
     @property
     def train_S(self) -> np.ndarray:
-        return self.train_D[self.doc_S]
+        return np.asarray(self.train_D[self.doc_S])
 
     def doc_mean_D(self) -> np.ndarray:
         """Mean score of each document over its judged segments (float64); NaN where none was judged."""

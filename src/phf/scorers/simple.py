@@ -30,7 +30,12 @@ class Regex(Scorer):
             raise ValueError(f"pattern is not a regular expression: {error}") from None
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "unit": "matches per character", "pattern": self.pattern, "ignore_case": self.ignore_case}
+        return {
+            "name": self.name,
+            "unit": "matches per character",
+            "pattern": self.pattern,
+            "ignore_case": self.ignore_case,
+        }
 
     def spans(self, text: str) -> list[Span]:
         pattern = re.compile(self.pattern, re.IGNORECASE if self.ignore_case else 0)

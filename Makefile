@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine with python3 (3.11 or newer), make and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo quick pep8 test lint clean
+
+demo: $(READY)  ## The main job: PII in READMEs, four objectives, a page (about 12 minutes on 2 cores)
+	$(BIN)/phf run demo
+
+quick: $(READY)  ## The same with a tiny budget: every step, nothing to conclude
+	$(BIN)/phf run demo quick
+
+pep8: $(READY)  ## The second recipe: PEP8 on the Python standard library
+	$(BIN)/phf run pep8
+
+test: $(READY) lint  ## The test suite
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first and by itself: pip then takes the CPU build where one is at hand instead of what others ask for.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "phf needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[pii,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

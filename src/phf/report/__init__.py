@@ -1,0 +1,272 @@
+"""The page: what a comparison of runs found, self-contained, opens from disk. Floor 6.
+
+    phf report runs/demo            writes runs/demo/report.html
+
+Every text of a model or a corpus is escaped; personal data that the scorer found (mail addresses, numbers, handles) is
+masked on the page. Nothing on it is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from phf import metrics, store
+from phf.evaluate import corpus_scorer
+from phf.report import plots
+from phf.sample import read_samples
+from phf.scorers import Scorer
+from phf.types import Span
+
+UNMASKED = ("url", "match", "word")
+"""Labels whose text is shown as it is; PEP8's codes (a letter and digits) too."""
+SAMPLES_SHOWN = 12
+ORDER = ("mle", "filtering", "conditional", "unlikelihood", "masking", "rwr", "awr")
+
+
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page for all judged runs below `folder` (or of `folder` itself) and return its path."""
+    folder = Path(folder)
+    runs = load_runs(folder)
+    page = _environment().get_template("page.html.j2").render(**context(folder, runs))
+    target = Path(out) if out is not None else folder / "report.html"
+    store.write_text(target, page)
+    return target
+
+
+def load_runs(folder: Path) -> list[dict[str, Any]]:
+    """Judged runs: manifest, eval.json, training metrics and samples; in the order in which objectives are told."""
+    places = (
+        [folder]
+        if (folder / "eval.json").exists()
+        else sorted(p.parent for p in folder.glob("*/eval.json") if ".old-" not in p.parent.name)
+    )
+    if not places:
+        raise store.StoreError(f"{folder} holds no judged run (eval.json); run `phf eval` on its runs first")
+    runs = []
+    for place in places:
+        manifest = store.read_manifest(place, "train")
+        curve = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        samples = {p.stem: read_samples(p) for p in sorted((place / "samples").glob("*.jsonl"))}
+        runs.append(
+            {
+                "name": place.name.rsplit("-s", 1)[0],
+                "folder": place,
+                "manifest": manifest,
+                "eval": store.read_json(place / "eval.json"),
+                "curve": curve,
+                "samples": samples,
+            }
+        )
+    rank = {name: i for i, name in enumerate(ORDER)}
+    return sorted(
+        runs,
+        key=lambda r: (rank.get(r["manifest"]["objective"].get("name"), len(rank)), r["name"], r["manifest"]["seed"]),
+    )
+
+
+def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    scenarios = list(dict.fromkeys(name for run in runs for name in run["eval"]["scenarios"]))
+    main = scenarios[0]
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    rows = [_row(run, main) for run in runs]
+    recipe = _read_recipe(folder)
+    tokens_manifest = _optional(Path(runs[0]["manifest"]["tokens_dir"]) / store.MANIFEST)
+    scored_manifest = _optional(Path(tokens_manifest.get("scored", "")) / store.MANIFEST) if tokens_manifest else {}
+    scorer = corpus_scorer(tokens_manifest, allow_other=True) if tokens_manifest.get("scorer") else None
+    by_objective = [_objective_row(name, [r for r in rows if r["name"] == name], rows) for name in names]
+    shown = [run for run in runs if run["manifest"]["seed"] == runs[0]["manifest"]["seed"]]
+    return {
+        "title": recipe.get("title") or folder.name,
+        "about": recipe.get("about", ""),
+        "quick": recipe.get("quick", False),
+        "unit": runs[0]["eval"]["identity"].get("unit", "score"),
+        "scorer": runs[0]["eval"]["identity"],
+        "main": main,
+        "settings": runs[0]["eval"]["scenarios"][main]["scenario"],
+        "rows": rows,
+        "objectives": by_objective,
+        "seeds": sorted({r["seed"] for r in rows}),
+        "others": _other_scenarios(runs, scenarios[1:]),
+        "misalignment_plot": Markup(plots.intervals(by_objective, runs[0]["eval"]["identity"].get("unit", "score"))),
+        "tradeoff_plot": Markup(plots.tradeoff(by_objective)),
+        "loss_plot": Markup(plots.curves([(r["name"], r["curve"]) for r in shown])),
+        "labels": _labels(shown, main),
+        "columns": [{"name": run["name"], "samples": _shown_samples(run, main, scorer)} for run in shown],
+        "other_samples": [
+            {"name": f"{run['name']} ({scenario})", "samples": _shown_samples(run, scenario, scorer)}
+            for scenario in scenarios[1:]
+            for run in shown
+            if scenario in run["samples"]
+        ],
+        "data": scored_manifest,
+        "tokens": tokens_manifest,
+        "packages": len((scored_manifest.get("provenance") or {}).get("packages", {})),
+        "runs": runs,
+        "versions": runs[0]["manifest"]["versions"],
+    }
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    from phf.config import read_yaml
+
+    path = folder / "recipe.yaml"
+    return read_yaml(path) if path.exists() else {}
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return store.read_json(path) if path.exists() else {}  # type: ignore[no-any-return]
+
+
+def _row(run: Mapping[str, Any], main: str) -> dict[str, Any]:
+    judged, manifest = run["eval"]["scenarios"][main], run["manifest"]
+    heldout = run["eval"]["heldout"].get("good") or run["eval"]["heldout"].get("none") or {}
+    speeds = [line["tokens_per_s"] for line in run["curve"] if line.get("tokens_per_s")]
+    return {
+        "name": run["name"],
+        "seed": manifest["seed"],
+        "judged": judged,
+        "misalignment": judged["misalignment"],
+        "good": heldout.get("good") or {},
+        "bad": heldout.get("bad") or {},
+        "counts": manifest["counts"],
+        "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "seconds": manifest["seconds"],
+    }
+
+
+def _objective_row(
+    name: str, rows: Sequence[Mapping[str, Any]], everything: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One objective over its seeds; the ratio to MLE is over seeds that both have."""
+    means = [r["misalignment"]["mean"] for r in rows]
+    one = rows[0]["misalignment"]
+    if len(rows) > 1:
+        over = metrics.t_interval([float("nan") if m is None else m for m in means]).to_json()
+    else:
+        over = one
+    mle = {r["seed"]: r["misalignment"]["mean"] for r in everything if r["name"] == "mle"}
+    pairs = [(r["misalignment"]["mean"], mle[r["seed"]]) for r in rows if r["seed"] in mle]
+    ratio = (
+        metrics.ratio_interval([a or 0 for a, _ in pairs], [b or 0 for _, b in pairs]).to_json()
+        if name != "mle"
+        else None
+    )
+
+    def mean(key: str) -> float | None:
+        values = [r[key].get("nats_per_byte") for r in rows]
+        return sum(values) / len(values) if values and None not in values else None
+
+    return {
+        "name": name,
+        "n_seeds": len(rows),
+        "misalignment": over,
+        "points": means,
+        "ratio": ratio,
+        "good": mean("good"),
+        "bad": mean("bad"),
+        "good_ci": rows[0]["good"].get("ci95") if len(rows) == 1 else None,
+        "bad_segments": _average(r["judged"]["bad_segments"] for r in rows),
+        "distinct_2": _average(r["judged"]["distinct_2"] for r in rows),
+        "mean_chars": _average(r["judged"]["mean_chars"] for r in rows),
+        "unjudged": sum(r["judged"]["unjudged"] for r in rows),
+        "empty": sum(r["judged"]["empty"] for r in rows),
+        "samples": sum(r["judged"]["samples"] for r in rows),
+        "tokens_per_s": _average(r["tokens_per_s"] for r in rows),
+        "tokens": rows[0]["counts"]["tokens"],
+        "text_tokens": rows[0]["counts"]["text_tokens"],
+        "epochs": rows[0]["counts"]["epochs"],
+    }
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _other_scenarios(runs: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {**run["eval"]["scenarios"][name], "scenario": name, "run": run["name"], "seed": run["manifest"]["seed"]}
+        for name in scenarios
+        for run in runs
+        if name in run["eval"]["scenarios"]
+    ]
+
+
+def _labels(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
+    """Kinds of faults found in samples, by run."""
+    counts = {run["name"]: Counter(run["eval"]["scenarios"][main]["labels"]) for run in runs}
+    total = sum(counts.values(), Counter())
+    kinds = [kind for kind, _ in total.most_common(12)]
+    return {"kinds": kinds, "rows": [(name, [c[k] for k in kinds], sum(c.values())) for name, c in counts.items()]}
+
+
+def _shown_samples(run: Mapping[str, Any], scenario: str, scorer: Scorer | None) -> list[dict[str, Any]]:
+    shown = run["samples"].get(scenario, [])[:SAMPLES_SHOWN]
+    return [
+        {"html": marked(s.text, scorer.spans(s.text) if scorer and s.text else []), "score": s.score, "id": s.id}
+        for s in shown
+    ]
+
+
+def is_masked(label: str) -> bool:
+    """Whether what a span covers is hidden: anything personal. Links and coding style are shown."""
+    is_code = len(label) == 4 and label[0] in "EWCN" and label[1:].isdigit()
+    return not is_code and label not in UNMASKED
+
+
+def marked(text: str, spans: Sequence[Span]) -> Markup:
+    """`text` as HTML with what the scorer found marked, personal data masked and line ends kept. All of it escaped."""
+    pieces: list[Markup] = []
+    at = 0
+    for span in sorted(spans, key=lambda s: (s.start, -s.end)):
+        if span.start < at:  # several faults at one place: the first says it
+            continue
+        end = max(span.end, min(span.start + 1, len(text)))
+        found = text[span.start : end]
+        if is_masked(span.label):
+            found = "".join("•" if c.isalnum() else c for c in found)
+        pieces.append(escape(visible(text[at : span.start])))
+        pieces.append(Markup('<mark title="{}">{}</mark>').format(visible(span.label), visible(found)))
+        at = end
+    pieces.append(escape(visible(text[at:])))
+    return Markup("").join(pieces)
+
+
+def visible(text: str) -> str:
+    """Control characters and lone surrogates by their picture, so that they can neither hide nor break the page."""
+    return "".join(
+        c if c in "\n\t" or (ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0 and not 0xD800 <= ord(c) < 0xE000) else "\ufffd"
+        for c in text
+    )
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table; an en dash where there is none."""
+    if value is None or value != value:
+        return "–"
+    if value != 0 and abs(value) < 10**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits}f}"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("phf.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["num"] = number
+    environment.filters["pct"] = lambda v, digits=1: "–" if v is None or v != v else f"{100 * v:.{digits}f}%"
+    environment.filters["thousands"] = lambda v: "–" if v is None else f"{v:,.0f}"
+    environment.filters["visible"] = visible
+    return environment
