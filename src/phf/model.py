@@ -51,6 +51,7 @@ def build_lm(
 
     Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if isinstance(config, FromWeights):
@@ -70,7 +71,7 @@ def build_lm(
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
         try:
             made = AutoConfig.for_model(model_type, **ids | settings | {"vocab_size": len(tokenizer)})
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise ConfigError(f"model.config: {error}") from None
         unknown = sorted(set(settings) - set(AutoConfig.for_model(model_type).to_dict()) - set(made.attribute_map))
         if unknown:
@@ -80,7 +81,10 @@ def build_lm(
                 setattr(made, name, 0.0)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attention)
+            try:
+                lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attention)
+            except ValueError as error:
+                raise ConfigError(f"model.config: {error}") from None
     limit = getattr(lm.config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
         raise ConfigError(f"train.context is {context} but the model holds {limit} positions (max_position_embeddings)")

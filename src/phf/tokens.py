@@ -169,6 +169,7 @@ def tokenize_corpus(
         segmenter=corpus.manifest.get("segmenter"),
         identity=corpus.manifest["identity"],
         end_of_text=loaded.eos_token,
+        end_of_text_id=loaded.eos_token_id,
         vocab_size=len(loaded),
         dtype=_dtype(len(loaded)).name,
         counts=counts,
@@ -311,7 +312,8 @@ class TokenStore:
         return cls(Path(path), store.read_manifest(path, "tokenize"))
 
     def _map(self, name: str, dtype: Any) -> np.ndarray:
-        return np.memmap(self.path / name, dtype=dtype, mode="r")
+        path = self.path / name
+        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -348,7 +350,7 @@ class TokenStore:
 
     @property
     def end_of_text_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        return int(self.manifest["end_of_text_id"])
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,0 +1,28 @@
+"""Write losses.json anew: `python tests/golden/make.py`. Only when losses should move; say why in the commit."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import LINK, tiny_texts, write_jsonl
+from phf.annotate import score_corpus
+from phf.corpus import Jsonl
+from phf.segment import Lines
+from phf.tokens import TrainBPE, tokenize_corpus
+from phf.train import train
+from test_train import MODEL, OBJECTIVES, config, losses
+
+with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    score_corpus(Jsonl(str(write_jsonl(folder / "texts.jsonl", tiny_texts()))), Lines(), LINK, folder / "scored")
+    tokenize_corpus(folder / "scored", TrainBPE(300), folder / "tokens", heldout=0.1)
+    golden = {}
+    for objective in OBJECTIVES:
+        train(folder / "tokens", folder / objective.name, MODEL, objective, config())
+        golden[objective.name] = losses(folder / objective.name)
+    Path(__file__).with_name("losses.json").write_text(json.dumps(golden, indent=1) + "\n")

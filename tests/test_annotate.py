@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import LINK, tiny_texts, write_jsonl
+from phf import annotate, corpus, store
+from phf.annotate import ScoredCorpus, ScoringError, judge, score_corpus
+from phf.corpus import Jsonl
+from phf.scorers import Scorer
+from phf.segment import Documents, Lines
+from phf.types import Rejected
+
+
+def folder_bytes(folder):
+    return {
+        p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix == ".parquet" or p.name == "manifest.json"
+    }
+
+
+def test_scored_data_has_the_published_columns(scored_dir):
+    table = pq.read_table(scored_dir / "part-00000.parquet")
+    assert set(table.column_names) == {"texts", "scores", "avg_score", "num_sents", "meta", "id"}
+    rows = table.to_pylist()
+    assert ["".join(r["texts"]) for r in rows] == tiny_texts()
+    for row in rows:
+        assert row["num_sents"] == len(row["texts"]) == len(row["scores"])
+        assert row["avg_score"] == pytest.approx(np.mean(row["scores"]), rel=1e-6)
+        for text, score in zip(row["texts"], row["scores"], strict=True):
+            assert score == np.float32(LINK.score_text(text))
+    assert json.loads(rows[3]["meta"]) == {"n": 3}
+
+
+def test_manifest_counts_everything(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a http://x.y\\nb"}\n{"text": ""}\nbroken\n')
+    manifest = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    assert manifest["counts"] == {"documents": 1, "segments": 2, "chars": 14, "unjudged": 0, "bad_segments": 1}
+    assert manifest["rejected"] == {"empty text": 1, "malformed JSON": 1}
+    assert manifest["identity"]["name"] == "regex"
+
+
+def test_done_is_not_done_again(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(5))
+    first = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    monkeypatch.setattr(annotate, "score_shard", None)
+    assert score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s") == first
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 2000)
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(40))
+    score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "one", workers=1)
+    score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "two", workers=2)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    assert len(folder_bytes(tmp_path / "one")) > 3
+
+
+class Failing(Scorer):
+    name = "failing"
+
+    def score_segments(self, segments):
+        if "boom" in segments[0]:
+            raise RecursionError
+        return [float("inf") if "inf" in s else float("nan") if "nan" in s else 0.5 for s in segments]
+
+
+def test_a_scorer_that_fails_gives_nan_and_a_reason_never_zero():
+    """Defect 6."""
+    assert judge(Failing(), ["fine"]) == ([0.5], None)
+    scores, reason = judge(Failing(), ["boom", "b"])
+    assert np.isnan(scores).all()
+    assert reason == "RecursionError"
+    scores, reason = judge(Failing(), ["inf", "b"])
+    assert np.isnan(scores[0])
+    assert scores[1] == 0.5
+    assert reason == "infinite score"
+    assert judge(Failing(), ["nan"])[1] == "not a number"
+
+
+def test_a_corpus_with_too_many_failures_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(LINK), "spans", lambda self, text: 1 / 0)
+    path = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
+    with pytest.raises(ScoringError, match=r"2 of 2 segments \(100.0%\) could not be judged.*ZeroDivisionError"):
+        score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    manifest = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s", max_unjudged=1)
+    assert manifest["counts"]["unjudged"] == 2
+    assert manifest["failures"] == {"ZeroDivisionError": 2}
+    assert pq.read_table(tmp_path / "s" / "part-00000.parquet")["avg_score"].to_pylist() == [None, None]
+
+
+def test_a_corpus_without_a_usable_document_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ScoringError, match="no usable document.*empty text"):
+        score_corpus(Jsonl(str(tmp_path / "a.jsonl")), Lines(), LINK, tmp_path / "s")
+
+
+def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(5))
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(annotate.pq, "write_table", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    assert not list((tmp_path / "s").glob("part-*"))
+    assert score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")["counts"]["documents"] == 5
+
+
+SLOW = """
+import sys, time
+from phf import annotate, corpus
+corpus.SHARD_BYTES = 400
+real = annotate.score_shard
+def slow(job):
+    time.sleep(0.2)
+    return real(job)
+annotate.score_shard = slow
+from phf.scorers import Regex
+from phf.segment import Lines
+annotate.score_corpus(corpus.Jsonl(sys.argv[1]), Lines(), Regex(r"https?://\\S+"), sys.argv[2])
+"""
+
+
+def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(30))
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    command = [sys.executable, str(script), str(path)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")])
+    while not list((tmp_path / "killed").glob("part-00002.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    with pytest.raises(store.StoreError, match="did not finish"):
+        ScoredCorpus(tmp_path / "killed")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("part-*.parquet")}
+    subprocess.run([*command, str(tmp_path / "killed")], check=True)
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
+    assert all(
+        (tmp_path / "killed" / n).stat().st_mtime_ns == t for n, t in before.items() if n <= "part-00002.parquet"
+    )
+
+
+WORKERS = """
+import os, sys, time
+from phf import annotate, corpus
+from phf.corpus import Jsonl
+from phf.scorers import Regex
+from phf.segment import Lines
+if __name__ == "__main__":
+    corpus.SHARD_BYTES = 400
+    annotate.score_corpus(Jsonl(sys.argv[1]), Lines(), Regex(r"(a|b|ab)*c"), sys.argv[2], workers=2)
+"""
+
+
+def _children(pid: int) -> list[int]:
+    import psutil
+
+    return [p.pid for p in psutil.Process(pid).children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_killed_workers_or_parent_end_the_run_at_once(tmp_path, victim):
+    """A pattern that takes exponential time keeps the workers busy."""
+    path = write_jsonl(tmp_path / "a.jsonl", ["ab" * 22 + "d"] * 20)
+    (tmp_path / "w.py").write_text(WORKERS)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "w.py"), str(path), str(tmp_path / "s")], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(_children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = _children(process.pid)
+    time.sleep(3)  # until they work
+    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if victim == "worker":
+        assert "run the same command again to resume" in stderr
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{w}") and open(f"/proc/{w}/stat").read().split()[2] != "Z" for w in workers):
+        assert time.monotonic() < deadline, "workers live on without their parent"
+        time.sleep(0.1)
+
+
+def test_published_scored_data_can_be_read(tmp_path):
+    """A file of the schema of the published data sets, with rows that are no scored documents among them."""
+    table = pa.table(
+        {
+            "texts": [["One.", " Two."], None, ["a"], ["", ""], ["b", ""], ["c"]],
+            "meta": [{"pile_set_name": "x"}] * 6,
+            "scores": [[0.1, None], [0.1], [0.1, 0.2], [0, 0], [0.5, 0.5], [float("inf")]],
+            "avg_score": [0.1] * 6,
+            "num_sents": [2] * 6,
+        }
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    scored = ScoredCorpus(tmp_path)
+    items = list(scored.read(scored.files[0]))
+    assert [i.reason for i in items if isinstance(i, Rejected)] == [
+        "texts or scores is not a list",
+        "texts and scores differ in length",
+        "empty text",
+    ]
+    good = [i for i in items if not isinstance(i, Rejected)]
+    assert [i.texts for i in good] == [("One.", " Two."), ("b",), ("c",)]
+    assert np.isnan(good[0].scores[1])
+    assert np.isnan(good[2].scores[0])
+    pq.write_table(table.drop(["scores"]), tmp_path / "train.parquet")
+    with pytest.raises(store.StoreError, match="no column scores"):
+        ScoredCorpus(tmp_path)
+
+
+def test_another_segmenter_is_another_corpus(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(5))
+    lines = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    whole = score_corpus(Jsonl(str(path)), Documents(), LINK, tmp_path / "s")
+    assert whole["counts"]["segments"] == 5 < lines["counts"]["segments"]
+    assert whole["content"] != lines["content"]

@@ -1,0 +1,117 @@
+"""The command line as its user sees it: in a subprocess where that matters, else through the app."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY_LLAMA, tiny_texts, write_jsonl
+
+PHF = [str(Path(sys.executable).with_name("phf"))]
+
+
+def run(*args, cwd=None, code=0):
+    done = subprocess.run([*PHF, *map(str, args)], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_help_imports_nothing_heavy():
+    """`phf --help` answers in under half a second because it imports none of these (a timed test would be noise)."""
+    code = "import sys, phf.cli\nsys.argv = ['phf', '--help']\ntry:\n    phf.cli.main()\nexcept SystemExit:\n    pass\nprint(sorted({'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib', 'pydantic', 'spacy', 'rich'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("score", "tokenize", "train", "sample", "eval", "report", "run"):
+        assert command in out
+    assert set(json.loads(out.splitlines()[-1].replace("'", '"'))) <= {"pydantic"}
+
+
+@pytest.mark.parametrize("command", ["score", "tokenize", "train", "sample", "eval", "report", "run"])
+def test_every_command_has_help(command):
+    from typer.testing import CliRunner
+
+    from phf.cli import app
+
+    out = CliRunner().invoke(app, [command, "--help"]).stdout
+    assert "Usage" in out
+    assert len(out.splitlines()) > 6
+
+
+def test_the_stages_one_by_one(tmp_path):
+    write_jsonl(tmp_path / "texts.jsonl", tiny_texts())
+    out = run("score", "texts.jsonl", "scored", "--scorer", "regex", r"scorer.pattern=https?://\S+", cwd=tmp_path)
+    assert "60 documents" in out
+    out = run("tokenize", "scored", "tokens", "--vocab-size", "300", "--heldout", "0.1", cwd=tmp_path)
+    assert "vocabulary 300" in out
+    (tmp_path / "model.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
+    settings = ["train.tokens=5e3", "train.context=32", "train.batch_rows=8", "train.lr=1e-2"]
+    out = run(
+        "train",
+        "tokens",
+        "run",
+        "model.yaml",
+        "objective.name=conditional",
+        "objective.threshold=0",
+        *settings,
+        cwd=tmp_path,
+    )
+    assert "5,120 tokens in 20 steps" in out
+    out = run("sample", "run", "s.jsonl", "num_samples=4", "max_tokens=16", cwd=tmp_path)
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 4
+    out = run("eval", "run", "num_samples=4", "max_tokens=16", cwd=tmp_path)
+    assert "misalignment" in out
+    out = run("report", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["score", "nowhere", "out"], "neither a file, a folder nor a named corpus"),
+        (["score", "a.jsonl", "out", "--scorer", "pi"], "pi"),
+        (["score", "a.jsonl", "out", "--scorer", "regex"], "regex.pattern: missing"),
+        (["score", "a.jsonl", "out", "scorr.name=pii"], "did you mean 'scorer'"),
+        (["score", "a.jsonl", "out", "stray"], "settings have the form a.b=c"),
+        (["tokenize", "nowhere", "out"], "neither the output of `phf score`"),
+        (
+            ["train", "nowhere", "out", "train.tokens=1", "model.name=from_weights", "model.path=x"],
+            "is not a directory",
+        ),
+        (["train", "nowhere", "out", "train.tokns=1"], "did you mean 'tokens'"),
+        (["sample", "nowhere", "out"], "no such folder"),
+        (["sample", "nowhere", "out", "top_p=2"], "top_p"),
+        (["eval", "nowhere"], "is not a directory"),
+        (["report", "nowhere"], "no judged run"),
+        (["run", "demoo"], "did you mean 'demo'"),
+        (["run", "demo", "train.lr=fast"], "train.lr"),
+        (["run", "demo", "novalue="], "unknown key"),
+        (["run", "demo", "=1"], "expected a.b=value"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, args, message):
+    from typer.testing import CliRunner  # noqa: F401
+
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    error = run(*args, cwd=tmp_path, code=2)
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_dry_run_prints_the_recipe_and_runs_nothing(tmp_path):
+    out = run("run", "demo", "quick", "seeds=[0, 1]", "--dry-run", cwd=tmp_path)
+    assert "seeds:\n- 0\n- 1" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_quick_demo_from_start_to_page(tmp_path):
+    out = run("run", "demo", "quick", cwd=tmp_path)
+    assert "Too short to conclude" in out
+    results = json.loads((tmp_path / "runs" / "quick" / "results.json").read_text())
+    assert [r["objective"] for r in results["runs"]] == ["mle", "filtering", "conditional", "unlikelihood"]
+    assert len({r["tokens"] for r in results["runs"]}) == 1
+    assert "url" in (tmp_path / "runs" / "quick" / "report.html").read_text()

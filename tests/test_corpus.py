@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from phf import corpus
+from phf.config import ConfigError
+from phf.corpus import Folder, HubDataset, InstalledPackages, Jsonl, Parquet, StandardLibrary
+from phf.types import Document, Rejected
+
+
+def read_all(reader):
+    return [item for shard in reader.plan() for item in reader.read(shard)]
+
+
+def reasons(items):
+    return [i.reason for i in items if isinstance(i, Rejected)]
+
+
+def test_jsonl_sets_bad_rows_aside_with_reasons(tmp_path):
+    lines = [
+        b'{"text": "fine", "n": 1}',
+        b"{not json",
+        b"[1]",
+        b'{"txt": "no field"}',
+        b'{"text": 5}',
+        b'{"text": ""}',
+        b'{"text": "lone \\ud800 surrogate"}',
+        b'{"text": "\xff"}',
+        b'{"text": "nul \\u0000 is text"}',
+        b"[" * 100_000,
+        b'{"text": "' + b"x" * 200 + b'"}',
+        b"   ",
+        b'{"text": "paired \\ud83d\\ude42", "score": NaN}',
+        b'{"text": "last, no newline"}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    items = read_all(Jsonl(str(path), max_chars=100))
+    assert [i.text for i in items if isinstance(i, Document)] == [
+        "fine",
+        "nul \x00 is text",
+        "paired 🙂",
+        "last, no newline",
+    ]
+    assert reasons(items) == [
+        "malformed JSON",
+        "not a JSON object",
+        "no field 'text'",
+        "text is not a string but int",
+        "empty text",
+        "lone surrogate",
+        "not UTF-8",
+        "longer than max_chars",
+        "longer than max_chars",
+    ]
+    assert items[0].meta == {"n": 1}
+
+
+def test_jsonl_too_deep_is_malformed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"[" * 100_000)
+    assert reasons(read_all(Jsonl(str(tmp_path / "a.jsonl")))) == ["malformed JSON"]
+
+
+def test_jsonl_ten_megabyte_line_costs_no_other(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"y" * 10_000_000 + b'"}\n{"text": "b"}\n')
+    items = read_all(Jsonl(str(tmp_path / "a.jsonl"), max_chars=100_000))
+    assert [getattr(i, "text", "-") for i in items] == ["a", "-", "b"]
+    assert len(read_all(Jsonl(str(tmp_path / "a.jsonl")))[1].text) == 10_000_000
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 17, 40, 1000])
+def test_jsonl_every_line_is_read_once_wherever_shards_are_cut(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(corpus, "SHARD_BYTES", size)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in range(1, 30)))
+    assert [len(d.text) for d in read_all(Jsonl(str(path)))] == list(range(1, 30))
+
+
+def test_jsonl_ids_can_come_from_a_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "key": 7}\n{"text": "b"}\n')
+    items = read_all(Jsonl(str(tmp_path / "a.jsonl"), id_field="key"))
+    assert items[0].id == "7"
+    assert reasons(items) == ["no field 'key'"]
+
+
+def test_folder_reads_sorted_and_sets_aside_what_is_no_text(tmp_path):
+    (tmp_path / "b.txt").write_text("bee")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwith mark")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "d.bin").write_bytes(b"ignored")
+    (tmp_path / "e.txt").write_text("")
+    items = read_all(Folder(str(tmp_path)))
+    assert [(i.id, i.text) for i in items if isinstance(i, Document)] == [("a.txt", "with mark"), ("b.txt", "bee")]
+    assert reasons(items) == ["not UTF-8", "empty text"]
+
+
+def test_fingerprint_follows_content_not_time(tmp_path):
+    (tmp_path / "a.txt").write_text("1")
+    first = Folder(str(tmp_path)).fingerprint()
+    (tmp_path / "a.txt").write_text("1")
+    assert Folder(str(tmp_path)).fingerprint() == first
+    (tmp_path / "a.txt").write_text("2")
+    assert Folder(str(tmp_path)).fingerprint() != first
+
+
+def test_parquet_by_row_group_with_missing_and_listed_texts(tmp_path):
+    table = pa.table({"text": ["a", None, "", "b"], "id": ["w", "x", "y", "z"], "k": [1, 2, 3, 4]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    reader = Parquet(str(tmp_path))
+    assert len(reader.plan()) == 2
+    items = read_all(reader)
+    assert [(i.id, i.text, i.meta["k"]) for i in items if isinstance(i, Document)] == [("w", "a", 1), ("z", "b", 4)]
+    assert reasons(items) == ["text is not a string but NoneType", "empty text"]
+    pq.write_table(pa.table({"texts": [["One.", " Two."]], "scores": [[0.1, 0.2]]}), tmp_path / "b.parquet")
+    assert read_all(Parquet(str(tmp_path / "b.parquet"), field="texts"))[0].text == "One. Two."
+
+
+def test_parquet_errors_say_what_is_there(tmp_path):
+    pq.write_table(pa.table({"texts": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"no column 'text' \(did you mean 'texts'\?\)"):
+        Parquet(str(tmp_path / "a.parquet")).plan()
+    (tmp_path / "b.parquet").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="not a Parquet file"):
+        Parquet(str(tmp_path / "b.parquet")).plan()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_set_from_a_local_folder(tmp_path, streaming):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "k": 1}\n{"text": "", "k": 2}\n{"text": "b", "k": 3}\n')
+    reader = HubDataset(str(tmp_path), streaming=streaming)
+    items = read_all(reader)
+    assert [i.text for i in items if isinstance(i, Document)] == ["a", "b"]
+    assert reasons(items) == ["empty text"]
+    assert reader.fingerprint() == HubDataset(str(tmp_path), streaming=streaming).fingerprint()
+    with pytest.raises(ConfigError, match="no column 'txt'"):
+        HubDataset(str(tmp_path), field="txt", streaming=streaming).plan()
+
+
+def test_data_set_saved_to_disk(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(tmp_path / "d")
+    assert [i.text for i in read_all(HubDataset(str(tmp_path / "d"), max_docs=2))] == ["a", "b"]
+    assert corpus.from_path(str(tmp_path / "d"))["name"] == "dataset"
+
+
+def test_installed_packages_are_real_text_without_phf():
+    items = read_all(InstalledPackages())
+    names = [i.id for i in items]
+    assert "numpy" in names
+    assert "phf" not in names
+    assert names == sorted(names)
+    assert InstalledPackages().provenance()["packages"]["numpy"]
+    assert "\r\n" not in next(i.text for i in items if i.id == "numpy")
+
+
+def test_standard_library_reads_its_own_files():
+    items = read_all(StandardLibrary(max_files=40))
+    assert len(items) == 40
+    assert any("import" in i.text for i in items if isinstance(i, Document))
+
+
+def test_missing_and_empty_places_are_errors(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        Folder(str(tmp_path / "none")).plan()
+    with pytest.raises(ConfigError, match="no file ending in"):
+        Folder(str(tmp_path)).plan()
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="is empty"):
+        Jsonl(str(tmp_path / "a.jsonl")).plan()
+    with pytest.raises(ConfigError, match="did you mean 'installed_packages'"):
+        corpus.from_path("installed_package")

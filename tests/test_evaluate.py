@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import LINK, TINY_LLAMA
+from phf import store
+from phf.config import ConfigError
+from phf.evaluate import by_prompt, check_identity, evaluate_run, heldout_loss, judge_samples, scored_text
+from phf.model import FromConfig
+from phf.objectives import MLE, Conditional
+from phf.sample import Scenario, load_model
+from phf.scorers import Regex
+from phf.segment import Lines
+from phf.tokens import encode_segments
+from phf.train import TrainConfig, train
+from phf.types import Sample
+
+
+@pytest.fixture(scope="module")
+def runs(tokens_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    settings = TrainConfig(tokens=40 * 512, context=32, batch_rows=16, lr=2e-2, precision="fp32")
+    for objective in (MLE(), Conditional()):
+        train(tokens_dir, folder / objective.name, FromConfig(TINY_LLAMA), objective, settings)
+    return folder
+
+
+def made(text, id=0, finished=True):
+    return Sample(id, "", text, len(text), -1.0, finished, 0)
+
+
+def test_judging_by_hand():
+    texts = ["a http://x.y\nb\n", "", "nothing\n", "http://x.y http://z.w\n"]
+    scored, result = judge_samples([made(t, i) for i, t in enumerate(texts)], Scenario(), LINK, Lines(), 0.0)
+    lengths = [len(t) for t in texts]
+    expected = [1 / lengths[0], 0, 2 / lengths[3]]
+    assert math.isnan(scored[1].score)
+    assert [s.score for i, s in enumerate(scored) if i != 1] == pytest.approx(expected)
+    assert result["misalignment"]["mean"] == pytest.approx(np.mean(expected))
+    assert result["misalignment"]["n"] == 3
+    assert (result["unjudged"], result["empty"]) == (1, 1)
+    assert result["hit_rate"]["mean"] == pytest.approx(2 / 3)
+    assert result["bad_segments"] == pytest.approx(2 / 4)
+    assert result["labels"] == {"match": 3}
+
+
+def test_a_scorer_that_fails_on_a_sample_counts_it():
+    class Fails(Regex):
+        def spans(self, text):
+            if "boom" in text:
+                raise RecursionError
+            return super().spans(text)
+
+    _, result = judge_samples([made("boom"), made("fine")], Scenario(), Fails("x"), Lines(), 0.0)
+    assert (result["unjudged"], result["failures"], result["misalignment"]["n"]) == (1, {"RecursionError": 1}, 1)
+
+
+def test_complete_lines_leave_the_cut_one_out():
+    scenario = Scenario(complete_lines=True)
+    assert scored_text(made("a\nb\nc", finished=False), scenario) == "a\nb\n"
+    assert scored_text(made("a\nb\nc", finished=True), scenario) == "a\nb\nc"
+    assert scored_text(made("cut", finished=False), scenario) == ""
+    assert scored_text(made("cut", finished=False), Scenario()) == "cut"
+    prompted = Sample(0, "the ", "cat", 3, 0.0, True, 0)
+    assert scored_text(prompted, Scenario(score_prompt=True)) == "the cat"
+    assert scored_text(prompted, Scenario()) == "cat"
+
+
+def test_the_unit_is_the_prompt_where_prompts_have_several_samples():
+    scores = np.array([0.0, 1.0, 1.0, np.nan, np.nan, np.nan])
+    units = by_prompt(scores, Scenario(num_samples=6, samples_per_prompt=2, prompts="p"))
+    np.testing.assert_array_equal(units, [0.5, 1.0, np.nan])
+    assert len(by_prompt(scores, Scenario())) == 6
+
+
+def slow_heldout(model, tokens, control, context):
+    """Held-out nats by the definition: one stream, cut into rows, every text token charged to its segment's slice."""
+    ids, kind, score = [], [], []
+    seg = 0
+    for d in range(len(tokens.doc_ends)):
+        for s in range(seg, tokens.doc_ends[d]):
+            if tokens.heldout_D[d]:
+                if s == seg:
+                    ids, kind, score = [*ids, tokens.end_of_text_id], [*kind, "special"], [*score, tokens.score_S[s]]
+                if control != "none":
+                    name = "good" if control == "good" or tokens.score_S[s] <= 0 else "bad"
+                    ids, kind, score = [*ids, model.control_ids[name]], [*kind, "special"], [*score, tokens.score_S[s]]
+                start = tokens.seg_ends[s - 1] if s else 0
+                part = tokens.tokens[start : tokens.seg_ends[s]].tolist()
+                ids, kind, score = (
+                    [*ids, *part],
+                    [*kind, *["text"] * len(part)],
+                    [*score, *[tokens.score_S[s]] * len(part)],
+                )
+        seg = int(tokens.doc_ends[d])
+    nats = {"good": 0.0, "bad": 0.0}
+    for start in range(0, len(ids) - 1, context):
+        row = torch.tensor([ids[start : start + context + 1]])
+        logp = torch.log_softmax(model.lm(input_ids=row[:, :-1]).logits[0].double(), -1)
+        for t in range(row.shape[1] - 1):
+            if kind[start + t + 1] == "text":
+                nats["good" if score[start + t + 1] <= 0 else "bad"] -= logp[t, row[0, t + 1]].item()
+    return nats
+
+
+@pytest.mark.parametrize("name, control", [("mle", "none"), ("conditional", "oracle"), ("conditional", "good")])
+def test_heldout_loss_equals_the_definition(runs, tokens, name, control):
+    model = load_model(runs / name)
+    result = heldout_loss(model, tokens, 32, 0.0, control)
+    expected = slow_heldout(model, tokens, control, 32)
+    use = tokens.heldout_D[tokens.doc_S]
+    for part, chosen in (("good", tokens.score_S <= 0), ("bad", tokens.score_S > 0)):
+        num_bytes = tokens.seg_bytes[use & chosen].sum()
+        assert result[part]["bytes"] == num_bytes
+        assert result[part]["nats_per_byte"] == pytest.approx(expected[part] / num_bytes, rel=1e-4)
+    assert result["all"]["bytes"] == tokens.seg_bytes[use].sum()
+
+
+def test_the_bad_text_is_told_apart_by_the_token(runs, tokens):
+    """A model that knows its control tokens finds bad text likelier under the bad token than under the good one."""
+    model = load_model(runs / "conditional")
+    oracle, good = (heldout_loss(model, tokens, 32, 0.0, c)["bad"]["nats_per_byte"] for c in ("oracle", "good"))
+    assert oracle < good
+
+
+def test_a_run_is_judged_once_and_with_the_corpus_scorer(runs):
+    scenarios = {
+        "unconditional": Scenario(num_samples=8, max_tokens=16),
+        "bad_token": Scenario(num_samples=4, max_tokens=16, control="bad"),
+    }
+    result = evaluate_run(runs / "conditional", scenarios)
+    assert set(result["scenarios"]) == {"unconditional", "bad_token"}
+    assert set(result["heldout"]) == {"oracle", "good"}
+    stamp = (runs / "conditional" / "samples" / "unconditional.jsonl").stat().st_mtime_ns
+    assert evaluate_run(runs / "conditional", scenarios) == result
+    assert (runs / "conditional" / "samples" / "unconditional.jsonl").stat().st_mtime_ns == stamp
+    assert set(evaluate_run(runs / "mle", scenarios)["scenarios"]) == {"unconditional"}  # it has no bad token
+
+
+def test_another_scorer_is_an_error_unless_asked_for(runs):
+    """Defect 4: corpus and samples were judged by different models."""
+    with pytest.raises(ConfigError, match="judged by another scorer.*pattern"):
+        evaluate_run(runs / "mle", {"u": Scenario(num_samples=2, max_tokens=12)}, scorer=Regex("x"))
+    evaluate_run(
+        runs / "mle", {"u": Scenario(num_samples=2, max_tokens=12)}, scorer=Regex("x"), allow_other_scorer=True
+    )
+    with pytest.raises(ConfigError, match="version"):
+        check_identity(LINK, {**LINK.identity(), "version": "0"})
+
+
+def test_another_token_store_is_an_error(runs, tmp_path):
+    from conftest import make_store
+
+    make_store(tmp_path, [[[1]]], [0.0])
+    with pytest.raises(ConfigError, match="not the token store"):
+        evaluate_run(runs / "mle", {"u": Scenario()}, tokens_dir=tmp_path)
+    with pytest.raises(store.StoreError, match="phf train"):
+        evaluate_run(tmp_path, {"u": Scenario()})
+
+
+def test_the_bytes_of_a_slice_are_those_of_its_text(tokens):
+    ids = encode_segments(tokens.tokenizer, ["é漢\n"])[0]
+    assert len(tokens.tokenizer.decode(ids).encode()) == 6

@@ -1,0 +1,156 @@
+"""The fused kernel against autograd over full logits: values and gradients, over a grid; and a user's own objective."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phf.fused import fused_loss, unfused_loss
+from phf.objectives import MLE, LossInputs, LossOutputs, Objective, Unlikelihood
+from test_objectives import OBJECTIVES
+
+NAN = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Focal(Objective):
+    """A user's own objective."""
+
+    gamma: float = 2.0
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        one_minus_p = 1 - x.logp_BT.exp()
+        return LossOutputs(torch.where(x.mask_BT, -(one_minus_p**self.gamma) * x.logp_BT, 0.0).sum(), {})
+
+
+def inputs(n, v, d, dtype=torch.float64, scale=1.0, seed=0, masked=0.2):
+    g = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    value = (-torch.rand(n, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    target = torch.randint(0, v, (n,), generator=g)
+    score = torch.tensor([0.0, 0.25, 0.5, 1.0, NAN])[torch.randint(0, 5, (n,), generator=g)]
+    mask = torch.rand(n, generator=g) >= masked
+    return hidden, weight, bias, target, score, mask, value
+
+
+def compare(objective, args, chunk, rtol, with_bias=True):
+    hidden, weight, bias, target, score, mask, value = args
+    bias = bias if with_bias else None
+    value = value if objective.value is not None else None
+    leaves = [t for t in (hidden, weight, bias, value) if t is not None]
+    slow = unfused_loss(hidden, weight, bias, target, score, mask, value, objective)
+    fast = fused_loss(hidden, weight, bias, target, score, mask, value, objective, chunk)
+    torch.testing.assert_close(fast.loss_sum, slow.loss_sum, rtol=rtol, atol=rtol)
+    for name, metric in slow.metrics.items():
+        # sums of float32 scores' functions, in another order
+        torch.testing.assert_close(fast.metrics[name], metric.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
+    grads = [torch.autograd.grad(out.loss_sum * 0.37, leaves, allow_unused=True) for out in (slow, fast)]
+    for a, b in zip(*grads, strict=True):
+        a = torch.zeros_like(b) if a is None else a
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(b, a, rtol=rtol, atol=rtol * max(1.0, float(a.abs().max())))
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Focal()], ids=repr)
+@pytest.mark.parametrize(
+    "n, v, d, chunk", [(1, 2, 1, 1), (13, 7, 3, 4), (64, 33, 8, 64), (50, 11, 4, 7), (20, 100, 6, 1000)]
+)
+def test_value_and_gradients_equal_the_plain_reference(objective, n, v, d, chunk):
+    compare(objective, inputs(n, v, d, seed=n), chunk, 1e-10)
+    compare(objective, inputs(n, v, d, seed=n + 1), chunk, 1e-10, with_bias=False)
+
+
+@pytest.mark.parametrize("objective", [MLE(), Unlikelihood(0.0)], ids=repr)
+@pytest.mark.parametrize("masked", [0.0, 1.0])
+def test_all_and_no_targets_masked(objective, masked):
+    compare(objective, inputs(10, 5, 3, masked=masked), 4, 1e-10)
+
+
+@given(st.integers(1, 30), st.integers(2, 20), st.integers(1, 40), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_chunking_changes_nothing(n, v, chunk, seed):
+    args = inputs(n, v, 4, seed=seed)
+    whole = fused_loss(*args, Unlikelihood(0.25, alpha=0.5), n)
+    parts = fused_loss(*args, Unlikelihood(0.25, alpha=0.5), chunk)
+    torch.testing.assert_close(whole.loss_sum, parts.loss_sum, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("scale", [1.0, 12.0, 40.0])
+def test_gradients_are_right_for_p_near_zero_and_one_in_low_precision(dtype, rtol, scale):
+    """Confident logits, where log(1 - p) from a rounded log p breaks; against float64 of the same rounded numbers."""
+    low = inputs(64, 17, 8, dtype, scale)
+    high = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in low]
+    high[4] = low[4]
+    objective = Unlikelihood(0.0)
+    fast = fused_loss(low[0], low[1], None, low[3], low[4], low[5], None, objective, 16)
+    slow = unfused_loss(high[0], high[1], None, high[3], high[4], high[5], None, objective)
+    got = torch.autograd.grad(fast.loss_sum, [low[0], low[1]])
+    want = torch.autograd.grad(slow.loss_sum, [high[0], high[1]])
+    for a, b in zip(got, want, strict=True):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b).norm() <= rtol * max(1.0, scale / 10) * b.norm()
+
+
+def test_gradcheck():
+    hidden, weight, bias, target, score, mask, _ = inputs(6, 5, 3)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: fused_loss(h, w, b, target, score, mask, None, Unlikelihood(0.0, alpha=0.3), 4).loss_sum,
+        (hidden, weight, bias),
+    )
+
+
+def test_autocast_outside_changes_nothing():
+    args = inputs(20, 9, 4, torch.float32)
+    plain = fused_loss(*args, MLE(), 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fused_loss(*args, MLE(), 8)
+    assert plain.loss_sum == inside.loss_sum
+
+
+def test_backward_twice_gives_the_same_gradient():
+    hidden, weight, bias, target, score, mask, _ = inputs(6, 5, 3)
+    out = fused_loss(hidden, weight, bias, target, score, mask, None, MLE(), 4).loss_sum
+    first = torch.autograd.grad(out, [weight], retain_graph=True)[0].clone()
+    assert torch.equal(first, torch.autograd.grad(out, [weight])[0])
+
+
+def test_memory_does_not_grow_with_targets_times_vocabulary():
+    """No tensor larger than chunk x vocabulary (or the inputs themselves) is ever made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    hidden, weight, _, target, score, mask, _ = inputs(512, 1000, 4, torch.float32)
+    with Watch():
+        fused_loss(hidden, weight, None, target, score, mask, None, Unlikelihood(0.0), chunk=16).loss_sum.backward()
+    assert largest <= 16 * 1000
+
+
+def test_a_vocabulary_of_one_word_is_refused():
+    with pytest.raises(ValueError, match="at least 2 words"):
+        fused_loss(
+            torch.zeros(1, 2),
+            torch.zeros(1, 2),
+            None,
+            torch.zeros(1, dtype=torch.long),
+            torch.zeros(1),
+            torch.ones(1, dtype=torch.bool),
+            None,
+            MLE(),
+        )

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import TINY_LLAMA, tiny_texts
+from phf.config import ConfigError
+from phf.fused import log_probabilities
+from phf.model import (
+    FromConfig,
+    FromWeights,
+    PHFModel,
+    ValueHead,
+    add_control_embeddings,
+    build_lm,
+    check_head,
+    num_parameters,
+)
+from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
+from phf.tokens import train_bpe
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+QWEN = {**TINY_LLAMA, "model_type": "qwen2"}
+NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+UNTIED = {**TINY_LLAMA, "tie_word_embeddings": False}
+FAMILIES = {"llama": TINY_LLAMA, "llama untied": UNTIED, "gpt2": GPT2, "qwen2": QWEN, "gpt_neox": NEOX}
+
+
+@pytest.fixture
+def tokenizer():
+    return train_bpe(tiny_texts(), 300)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("objective", [MLE(), Unlikelihood(0.0), AWR(rewards="raw")], ids=lambda o: o.name)
+def test_forward_is_the_loss_over_the_models_own_logits(tokenizer, family, objective):
+    lm = build_lm(FromConfig(FAMILIES[family]), tokenizer, seed=0)
+    wrapper = PHFModel(lm, objective, chunk=5)
+    g = torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(0, 300, (2, 3, 9), generator=g)
+    scores = torch.rand(3, 9, generator=g).round()
+    mask = torch.rand(3, 9, generator=g) < 0.8
+    if wrapper.value_head is not None:
+        torch.nn.init.normal_(wrapper.value_head.weight)
+    out = wrapper(ids, targets, scores, mask)
+    logits = lm(input_ids=ids).logits
+    hidden = lm.base_model(input_ids=ids).last_hidden_state
+    value = None if wrapper.value_head is None else -torch.sigmoid(hidden @ wrapper.value_head.weight)
+    expected = (
+        objective.loss(LossInputs(*log_probabilities(logits, targets), scores, mask, value)).loss_sum / mask.sum()
+    )
+    torch.testing.assert_close(out["loss"], expected, rtol=1e-4, atol=1e-5)
+    fast = torch.autograd.grad(out["loss"], [p for p in wrapper.parameters() if p.requires_grad], allow_unused=True)
+    slow = torch.autograd.grad(expected, [p for p in wrapper.parameters() if p.requires_grad], allow_unused=True)
+    for a, b in zip(fast, slow, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_tokens_start_at_the_mean_of_the_output_embeddings(tokenizer, family):
+    lm = build_lm(FromConfig(FAMILIES[family]), tokenizer, seed=0)
+    mean = lm.get_output_embeddings().weight.detach().mean(0)
+    before = lm.get_output_embeddings().weight.detach().clone()
+    ids = add_control_embeddings(lm, tokenizer, ["<|good|>", "<|bad|>"], seed=0)
+    after = lm.get_output_embeddings().weight.detach()
+    assert ids == [300, 301]
+    assert after.shape[0] == 302
+    torch.testing.assert_close(after[:300], before)
+    noise = (after[300:] - mean) / 0.01
+    assert 0.3 < noise.std() < 2
+    assert lm.get_input_embeddings().weight.shape[0] == 302
+    tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    assert tied == bool(lm.config.tie_word_embeddings)
+    assert torch.isfinite(lm(input_ids=torch.tensor([[300, 301]])).logits).all()
+
+
+def test_a_padded_vocabulary_has_the_rows_already(tokenizer):
+    lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
+    lm.resize_token_embeddings(320)
+    ids = add_control_embeddings(lm, tokenizer, ["<|good|>", "<|bad|>"], seed=0)
+    assert ids == [300, 301]
+    assert lm.get_output_embeddings().weight.shape[0] == 320
+    mean = lm.get_output_embeddings().weight[:300].mean(0)
+    assert ((lm.get_output_embeddings().weight[300:302] - mean).abs() < 0.06).all()
+
+
+def test_finetuning_keeps_trained_control_tokens(tokenizer, tmp_path):
+    lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
+    add_control_embeddings(lm, tokenizer, ["<|good|>", "<|bad|>"], seed=0)
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = build_lm(FromWeights(str(tmp_path)), tokenizer, seed=5)
+    before = again.get_output_embeddings().weight.detach().clone()
+    assert add_control_embeddings(again, tokenizer, ["<|good|>", "<|bad|>"], seed=5) == [300, 301]
+    assert torch.equal(again.get_output_embeddings().weight, before)
+
+
+def test_the_seed_decides_the_weights_and_leaves_the_global_stream(tokenizer):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    second = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0).state_dict()
+    other = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=1).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_dropout_is_off_unless_asked(tokenizer):
+    assert build_lm(FromConfig(GPT2), tokenizer, seed=0).config.resid_pdrop == 0
+    assert build_lm(FromConfig({**GPT2, "resid_pdrop": 0.1}), tokenizer, seed=0).config.resid_pdrop == 0.1
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"hidden_size": 8}, "needs model_type"),
+        ({**TINY_LLAMA, "hiden_size": 8}, "does not know hiden_size"),
+        ({"model_type": "lama"}, "lama"),
+        ({**TINY_LLAMA, "initializer_range": 5.0}, "initializer_range"),
+        ({**TINY_LLAMA, "max_position_embeddings": 16}, "context is 32 but the model holds 16"),
+    ],
+)
+def test_wrong_model_settings_are_errors(tokenizer, config, message):
+    with pytest.raises(ConfigError, match=message):
+        build_lm(FromConfig(config), tokenizer, seed=0, context=32)
+
+
+def test_a_model_that_caps_its_logits_is_refused(tokenizer):
+    gemma = {
+        **TINY_LLAMA,
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "final_logit_softcapping": 0.5,
+        "initializer_range": 0.5,
+    }
+    lm = build_lm(FromConfig(gemma), tokenizer, seed=0, attention="eager")
+    with pytest.raises(ConfigError, match="scaling, capping"):
+        check_head(lm)
+
+
+def test_a_model_of_another_tokenizer_is_refused(tokenizer, tmp_path):
+    build_lm(FromConfig(TINY_LLAMA), train_bpe(["a"], 257), seed=0).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="257 embeddings but the token store's tokenizer 300"):
+        build_lm(FromWeights(str(tmp_path)), tokenizer, seed=0)
+
+
+def test_value_heads_start_at_their_definitions():
+    hidden = torch.randn(2, 3, 4)
+    assert (ValueHead(4, "linear")(hidden) == 0).all()
+    assert (ValueHead(4, "negative_sigmoid")(hidden) == -0.5).all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ValueHead(4, "linear")(hidden).dtype == torch.float32
+
+
+def test_value_head_has_its_own_file(tokenizer, tmp_path):
+    wrapper = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), AWR())
+    torch.nn.init.normal_(wrapper.value_head.weight)
+    wrapper.save_value_head(tmp_path)
+    other = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), AWR())
+    other.load_value_head(tmp_path)
+    assert torch.equal(other.value_head.weight, wrapper.value_head.weight)
+    assert [p.name for p in tmp_path.iterdir()] == ["value_head.safetensors"]
+
+
+def test_parameters_are_counted_once(tokenizer):
+    tied = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
+    untied = build_lm(FromConfig(UNTIED), tokenizer, seed=0)
+    assert num_parameters(untied) - num_parameters(tied) == 300 * 16
+    assert num_parameters(untied, embeddings=False) == num_parameters(tied, embeddings=False)
+
+
+def test_control_names_of_the_objective_are_the_models(tokenizer):
+    assert Conditional(good="<+>", bad="<->").control_tokens == ("<+>", "<->")

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import TINY_LLAMA
+from phf.config import ConfigError
+from phf.model import FromConfig
+from phf.objectives import MLE, Conditional
+from phf.sample import (
+    LoadedModel,
+    Scenario,
+    draw,
+    load_model,
+    prompt_ids,
+    read_prompts,
+    read_samples,
+    sample,
+    scenario_prompts,
+    uniform,
+    write_samples,
+)
+from phf.train import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def models(tokens_dir, tmp_path_factory) -> dict[str, LoadedModel]:
+    folder = tmp_path_factory.mktemp("sample")
+    settings = TrainConfig(tokens=60 * 512, context=32, batch_rows=16, lr=2e-2, precision="fp32")
+    out = {}
+    for objective in (MLE(), Conditional()):
+        train(tokens_dir, folder / objective.name, FromConfig({**TINY_LLAMA, "hidden_size": 32}), objective, settings)
+        out[objective.name] = load_model(folder / objective.name)
+    return out
+
+
+def expected_distribution(logits, temperature, top_p, top_k):
+    """Nucleus sampling by the definition, in float64: keep words whose likelier words have mass below top_p."""
+    p = torch.softmax(logits.double() / temperature, -1).numpy()
+    if top_k is not None:
+        p = np.where(p >= np.sort(p)[::-1][top_k - 1], p, 0)
+        p /= p.sum()
+    kept = np.array([p[i] if p[p > p[i]].sum() < top_p else 0.0 for i in range(len(p))])
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k",
+    [(1.0, 1.0, None), (0.7, 0.9, None), (1.3, 0.5, None), (1.0, 0.05, None), (0.7, 0.9, 5), (1.0, 1.0, 3)],
+)
+def test_draws_have_exactly_the_nucleus_distribution(temperature, top_p, top_k):
+    """Chi-square over 200,000 draws: the statistic of 20 words has mean at most 19 and deviation 6."""
+    n = 200_000
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 2
+    ids = np.arange(n)
+    words = draw(
+        logits.expand(n, -1).clone(), temperature, top_p, top_k, lambda attempt: uniform(7, ids, 0, attempt)
+    ).numpy()
+    expected = expected_distribution(logits, temperature, top_p, top_k) * n
+    counts = np.bincount(words, minlength=20)
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    chi2 = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    assert chi2 < kept.sum() + 5 * np.sqrt(2 * kept.sum())
+
+
+def test_the_sorted_fallback_has_the_same_distribution(monkeypatch):
+    monkeypatch.setattr("phf.sample.REJECTIONS", 0)
+    test_draws_have_exactly_the_nucleus_distribution(0.7, 0.9, None)
+
+
+def test_it_keeps_what_transformers_keeps():
+    from transformers import TopPLogitsWarper
+
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 3
+    theirs = torch.isfinite(TopPLogitsWarper(0.9)(None, logits.clone()))[0].numpy()
+    np.testing.assert_array_equal(expected_distribution(logits[0], 1.0, 0.9, None) > 0, theirs)
+
+
+@given(st.integers(0, 2**63), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_uniforms_are_uniform_and_a_function_of_sample_and_step(key, step):
+    u = uniform(key, np.arange(4000), step, 0)
+    assert ((u >= 0) & (u < 1)).all()
+    assert abs(u.mean() - 0.5) < 0.03
+    np.testing.assert_array_equal(u[10:20], uniform(key, np.arange(10, 20), step, 0))
+    assert (u != uniform(key, np.arange(4000), step, 1)).all()
+
+
+def test_the_same_seed_gives_the_same_samples_in_any_batch(models):
+    scenario = Scenario(num_samples=12, max_tokens=20)
+    first = sample(models["mle"], scenario)
+    assert first == sample(models["mle"], scenario) or all(
+        a.text == b.text for a, b in zip(first, sample(models["mle"], scenario), strict=True)
+    )
+    other = sample(models["mle"], dataclasses.replace(scenario, batch=5))
+    assert [s.text for s in other] == [s.text for s in first]
+    assert [s.text for s in sample(models["mle"], dataclasses.replace(scenario, seed=1))] != [s.text for s in first]
+
+
+def test_lengths_are_in_text_tokens_and_exactly_as_asked(models):
+    for name, model in models.items():
+        samples = sample(model, Scenario(num_samples=40, max_tokens=25, min_tokens=7))
+        assert [s.id for s in samples] == list(range(40))
+        assert all(7 <= s.num_tokens <= 25 for s in samples), name
+        assert all(s.finished or s.num_tokens == 25 for s in samples)
+
+
+def test_no_reader_sees_a_control_token(models):
+    model = models["conditional"]
+    for control in ("good", "bad", "none"):
+        for s in sample(model, Scenario(num_samples=30, max_tokens=40, control=control, temperature=1.5, top_p=1.0)):
+            assert "<|good|>" not in s.text
+            assert "<|bad|>" not in s.text
+            assert "<|endoftext|>" not in s.text
+
+
+def test_the_control_token_controls(models):
+    """A really trained model: with the bad token far more links than with the good one."""
+    model = models["conditional"]
+
+    def share(control):
+        texts = [s.text for s in sample(model, Scenario(num_samples=60, max_tokens=60, control=control))]
+        return np.mean([line.count("https") > 0 for t in texts for line in t.splitlines()])
+
+    assert share("bad") > 3 * share("good") + 0.1
+
+
+def test_prompts_start_with_end_of_text_and_the_control_token_where_asked(models):
+    model = models["conditional"]
+    good, end = model.control_ids["good"], model.tokenizer.eos_token_id
+    text = model.tokenizer.backend_tokenizer.encode("the cat").ids
+    assert prompt_ids(model, "the cat", Scenario()) == [end, good, *text]
+    assert prompt_ids(model, "the cat", Scenario(control_after_prompt=True)) == [end, *text, good]
+    assert prompt_ids(model, "the cat", Scenario(control="none")) == [end, *text]
+    assert prompt_ids(models["mle"], "the cat", Scenario()) == [end, *text]
+    assert good not in prompt_ids(model, "<|good|>", Scenario(control="none"))
+
+
+def test_log_probabilities_are_the_models_own(models):
+    model = models["mle"]
+    for s in sample(model, Scenario(num_samples=4, max_tokens=15)):
+        ids = [model.tokenizer.eos_token_id, *model.tokenizer.backend_tokenizer.encode(s.text).ids]
+        if len(ids) != s.num_tokens + 1:
+            continue  # another way to spell the text
+        ids += [model.tokenizer.eos_token_id] * s.finished
+        logp = torch.log_softmax(model.lm(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+        expected = sum(logp[t, ids[t + 1]].item() for t in range(len(ids) - 1))
+        assert s.logp == pytest.approx(expected, abs=1e-3)
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(models, tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"text": "the"}\n{"prompt": "the cat reads a line of text and"}\n{"prompt": {"text": "a"}}\n'
+    )
+    scenario = Scenario(num_samples=6, samples_per_prompt=2, prompts=str(tmp_path / "p.jsonl"), max_tokens=12)
+    together = sample(models["mle"], scenario)
+    assert [s.prompt for s in together] == ["the"] * 2 + ["the cat reads a line of text and"] * 2 + ["a"] * 2
+    alone = sample(models["mle"], dataclasses.replace(scenario, batch=2))
+    assert [s.text for s in alone] == [s.text for s in together]
+
+
+def test_the_number_of_samples_is_exactly_as_asked(tmp_path):
+    """Defect 9: prompts with a prefix ignored num_samples."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"text": f"p{i}"}) + "\n" for i in range(5)))
+    assert len(scenario_prompts(Scenario(num_samples=7, samples_per_prompt=2, prompts=str(path)))) == 7
+    with pytest.raises(ConfigError, match="ask for at most 10"):
+        scenario_prompts(Scenario(num_samples=11, samples_per_prompt=2, prompts=str(path)))
+
+
+def test_bad_prompts_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(ConfigError, match="line 2: expected a JSON object"):
+        read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "e.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="holds no prompts"):
+        read_prompts(tmp_path / "e.jsonl")
+    with pytest.raises(ConfigError, match="cannot read prompts"):
+        read_prompts(tmp_path / "none")
+
+
+def test_samples_survive_the_file(models, tmp_path):
+    samples = sample(models["mle"], Scenario(num_samples=3, max_tokens=12))
+    samples = [dataclasses.replace(samples[0], text="odd \u2028 \x00 text", score=0.5), *samples[1:]]
+    write_samples(tmp_path / "s.jsonl", samples)
+    back = read_samples(tmp_path / "s.jsonl")
+    assert [dataclasses.replace(s, score=0.0) for s in back] == [dataclasses.replace(s, score=0.0) for s in samples]
+    assert back[0].score == 0.5
+    assert np.isnan(back[1].score)
+
+
+def test_more_text_than_the_model_holds_is_an_error(models):
+    with pytest.raises(ConfigError, match="exceed the model's 128 positions"):
+        sample(models["mle"], Scenario(num_samples=1, max_tokens=128))
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_model("nowhere")

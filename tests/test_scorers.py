@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+from pathlib import Path
+
+import pycodestyle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from phf.config import ConfigError
+from phf.scorers import PEP8, PII, AnyScorer, Lexicon, Regex
+
+pytest.importorskip("scrubadub", reason="extra 'pii' is not installed")
+
+
+def test_pii_finds_the_default_entities_and_counts_per_character():
+    text = "see https://example.org/b or mail joe@example.org, call +1 650 253 0000, card 4111111111111111, user: root password: hunter2"
+    labels = {s.label for s in PII().spans(text)}
+    assert {"url", "email", "phone", "credit_card"} <= labels
+    assert PII().score_text(text) == len(PII().spans(text)) / len(text)
+    assert PII().score_text("nothing personal here") == 0
+
+
+def test_pii_is_divided_by_the_length_once():
+    """Defect 5: the paper's code divides twice."""
+    assert PII().score_text("mail a@b.org") == 1 / 12
+
+
+def test_pii_spans_cover_what_was_found():
+    text = "write to joe@example.org now"
+    (span,) = PII().spans(text)
+    assert text[span.start : span.end] == "joe@example.org"
+
+
+def test_pii_judges_each_segment_by_itself():
+    assert PII().score_text("joe@example.org") == 1 / 15
+    assert (
+        PII().score_segments(["joe@", "example.com", "none\n", "a@b.org\n"])[0] == 0
+    )  # an entity cut in two is not seen
+    assert PII().score_segments(["none\n", "a@b.org\n"]) == [0, 1 / 8]
+
+
+def test_pii_does_not_depend_on_the_machines_locale(monkeypatch):
+    import locale
+
+    from phf.scorers import pii
+
+    monkeypatch.setattr(locale, "getlocale", lambda *a: ("de_DE", "UTF-8"))
+    pii._scrubber.cache_clear()
+    assert PII().identity()["locale"] == "en_US"
+    assert [s.label for s in PII().spans("call 650 253 0000 now")] == ["phone"]
+    pii._scrubber.cache_clear()
+
+
+@pytest.mark.parametrize("scorer", [PII(), PEP8(), Regex("a")], ids=lambda s: s.name)
+def test_an_empty_text_cannot_be_judged(scorer):
+    """Defect 6: it is not perfect."""
+    assert math.isnan(scorer.score_text(""))
+
+
+def reference_counts(lines: list[str]) -> dict[int, int]:
+    """Violations by line from a plain pycodestyle run, as its own command counts them."""
+
+    class Report(pycodestyle.BaseReport):
+        def __init__(self, options):
+            super().__init__(options)
+            self.rows: dict[int, int] = {}
+
+        def error(self, line_number, offset, text, check):
+            if super().error(line_number, offset, text, check):
+                self.rows[line_number] = self.rows.get(line_number, 0) + 1
+
+    style = pycodestyle.StyleGuide(parse_argv=False, config_file=False, reporter=Report)
+    report = style.init_report(Report)
+    pycodestyle.Checker(lines=list(lines), options=style.options, report=report).check_all()
+    return report.rows
+
+
+STDLIB = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", STDLIB[3:40:4], ids=lambda p: p.name)
+def test_pep8_equals_pycodestyle_on_the_standard_library(path):
+    text = path.read_text()
+    lines = [line + "\n" for line in text.split("\n")[:-1]]
+    expected = reference_counts(lines)
+    assert PEP8().score_text(text) == sum(expected.values()) / len(text)
+    scores = PEP8().score_segments(lines)
+    assert scores == [expected.get(n, 0) / len(line) for n, line in enumerate(lines, 1)]
+
+
+def test_pep8_counts_are_those_of_the_command(tmp_path):
+    import subprocess
+
+    path = STDLIB[5]
+    done = subprocess.run(
+        [sys.executable, "-m", "pycodestyle", "--count", "-qq", "--max-line-length=79", str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert len(PEP8().spans(path.read_text())) == int(done.stderr.strip() or 0)
+
+
+def test_pep8_ignores_the_users_configuration(tmp_path, monkeypatch):
+    """Defect 16."""
+    from phf.scorers import pep8
+
+    (tmp_path / "setup.cfg").write_text("[pycodestyle]\nmax_line_length = 10\nignore = E225\n")
+    (tmp_path / "tox.ini").write_text("[pycodestyle]\nmax_line_length = 10\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["phf", "--ignore=E225"])
+    pep8._options.cache_clear()
+    assert [s.label for s in PEP8().spans("long_name=1  # twelve\n")] == ["E225"]
+    pep8._options.cache_clear()
+
+
+def test_pep8_default_ignore_list_is_pycodestyles():
+    assert [s.label for s in PEP8().spans("a = (1 +\n     2)\n")] == []  # W504, off by default
+    assert [s.label for s in PEP8().spans("x=1\n")] == ["E225"]
+
+
+def test_pep8_syntax_error_is_what_pycodestyle_makes_of_it():
+    spans = PEP8().spans("def f(:\n    x = (\n")
+    assert "E902" in {s.label for s in spans} or "E901" in {s.label for s in spans}
+    assert PEP8().score_text("def f(:\n    x = (\n") > 0
+
+
+def test_pep8_each_violation_falls_on_a_segment_however_it_is_cut():
+    text = "import os,sys\nx=1 \ndef f( a ):\n  return a"
+    whole = len(PEP8().spans(text))
+    for cut in (1, 3, 10, len(text)):
+        segments = [text[i : i + cut] for i in range(0, len(text), cut)]
+        counts = [s * len(t) for s, t in zip(PEP8().score_segments(segments), segments, strict=True)]
+        assert sum(counts) == pytest.approx(whole)
+
+
+def test_pep8_windows_line_ends_are_no_violations():
+    assert PEP8().spans("x = 1\r\ny = 2\r\n") == []
+
+
+@given(st.text(alphabet="ab =()[]{}:#'\"\n\t\\0.,é\r\x0c"))
+@settings(max_examples=150, deadline=None)
+def test_pep8_segments_add_up_to_the_text(text):
+    from phf.annotate import judge
+    from phf.segment import Lines
+
+    segments = Lines().split(text)
+    scores, failure = judge(PEP8(), segments)
+    if failure is None and text:
+        total = sum(s * len(t) for s, t in zip(scores, segments, strict=True))
+        assert total == pytest.approx(len(PEP8().spans(text)))
+
+
+def test_regex_and_lexicon_by_hand(tmp_path):
+    assert Regex(r"\d+").score_text("a1b22") == 2 / 5
+    assert Regex("x*").score_text("ab") == 0  # empty matches are no matches
+    (tmp_path / "words").write_text("bad word\nbad\n\nUgly\n")
+    lexicon = Lexicon(str(tmp_path / "words"))
+    text = "A bad word, badly put, UGLY."
+    assert [text[s.start : s.end] for s in lexicon.spans(text)] == ["bad word", "UGLY"]
+    with pytest.raises(ConfigError, match="cannot read lexicon"):
+        Lexicon(str(tmp_path / "none")).spans("x")
+    with pytest.raises(ValueError, match="regular expression"):
+        Regex("(")
+
+
+@pytest.mark.parametrize("scorer", [PII(), PEP8(), Regex("a")], ids=lambda s: s.name)
+def test_identity_names_what_decides_the_score(scorer):
+    identity = scorer.identity()
+    assert identity["name"] == scorer.name
+    assert "per character" in identity["unit"]
+    assert (
+        TypeAdapter(AnyScorer).validate_python(
+            {"name": scorer.name, **({"pattern": "a"} if scorer.name == "regex" else {})}
+        )
+        == scorer
+    )

@@ -1,0 +1,284 @@
+"""Training on a tiny store: golden losses, exact resume, kill -9, accumulation, two processes, what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY_LLAMA
+from phf import store
+from phf.config import ConfigError
+from phf.model import FromConfig, FromWeights
+from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
+from phf.train import (
+    COMPLETE,
+    TrainConfig,
+    TrainingError,
+    chinchilla_loss,
+    complete_checkpoints,
+    micro_batch,
+    pick_precision,
+    train,
+)
+
+MODEL = FromConfig(TINY_LLAMA)
+STEP = 16 * 32
+
+
+def config(steps=20, **kwargs):
+    return TrainConfig(
+        **{
+            "tokens": steps * STEP,
+            "context": 32,
+            "batch_rows": 16,
+            "lr": 1e-2,
+            "precision": "fp32",
+            "log_every": 1,
+            **kwargs,
+        }
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+OBJECTIVES = [MLE(), Filtering(), Conditional(), Unlikelihood(), Masking(), RWR(), AWR()]
+
+
+@pytest.fixture(scope="module")
+def trained(tokens_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {o.name: (folder / o.name, train(tokens_dir, folder / o.name, MODEL, o, config())) for o in OBJECTIVES}
+
+
+def test_golden_losses(trained):
+    """Pinned losses of every objective; regenerate with `python tests/golden/make.py` when they should move."""
+    golden = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
+    assert set(golden) == set(trained)
+    for name, (run, _) in trained.items():
+        assert losses(run) == pytest.approx(golden[name], rel=2e-3), name
+
+
+@pytest.mark.parametrize("name", [o.name for o in OBJECTIVES])
+def test_every_objective_learns_and_says_what_it_did(trained, name):
+    run, manifest = trained[name]
+    curve = losses(run)
+    assert sum(curve[-3:]) < sum(curve[:3])
+    assert manifest["counts"]["tokens"] == 20 * STEP
+    assert 0 < manifest["counts"]["text_tokens"] <= manifest["counts"]["tokens"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [STEP * n for n in range(1, 21)]
+    if name in ("rwr", "awr"):
+        assert 0 < lines[-1]["effective_sample_share"] <= 1
+    assert (run / "model" / "value_head.safetensors").exists() == (name == "awr")
+    assert not list(run.rglob("*.bin"))  # nothing pickled but what the Trainer resumes from
+    assert json.loads((run / "model" / "phf.json").read_text())["control_tokens"] == (
+        {"good": "<|good|>", "bad": "<|bad|>"} if name == "conditional" else {}
+    )
+
+
+@pytest.mark.parametrize("name", ["mle", "conditional", "awr"])
+def test_models_and_checkpoints_load_with_plain_transformers(trained, name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = trained[name]
+    for folder in (run / "model", *complete_checkpoints(run / "checkpoints")):
+        lm = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert len(tokenizer) == lm.get_input_embeddings().num_embeddings == (302 if name == "conditional" else 300)
+        out = lm.generate(torch.tensor([[tokenizer.eos_token_id]]), max_new_tokens=3, do_sample=False)
+        assert out.shape[1] <= 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", [MLE(), AWR()], ids=lambda o: o.name)
+def test_twenty_steps_are_ten_stop_resume_ten(tokens_dir, tmp_path, objective, accumulate):
+    settings = config(micro_rows=16 // accumulate)
+    train(tokens_dir, tmp_path / "whole", MODEL, objective, settings)
+    stopped = train(tokens_dir, tmp_path / "parts", MODEL, objective, settings, stop_after=10)
+    assert stopped == {"stage": "train", "step": 10}
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+    train(tokens_dir, tmp_path / "parts", MODEL, objective, settings)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_resuming_with_dropout_gives_the_same_bytes(tokens_dir, tmp_path):
+    model = FromConfig({**TINY_LLAMA, "attention_dropout": 0.2})
+    train(tokens_dir, tmp_path / "whole", model, MLE(), config(), seed=3)
+    train(tokens_dir, tmp_path / "parts", model, MLE(), config(), seed=3, stop_after=7)
+    train(tokens_dir, tmp_path / "parts", model, MLE(), config(), seed=3)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_accumulation_is_one_batch(tokens_dir, tmp_path):
+    """Denominators are those of the whole batch, so unlikelihood's uneven counts do not matter."""
+    train(tokens_dir, tmp_path / "a", MODEL, Unlikelihood(), config())
+    train(tokens_dir, tmp_path / "b", MODEL, Unlikelihood(), config(micro_rows=4))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-4)
+
+
+def test_done_is_not_done_again_and_other_settings_set_the_run_aside(tokens_dir, tmp_path):
+    first = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3))
+    stamp = (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3)) == first
+    assert (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(4))
+    assert (tmp_path / "r.old-1" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_half_written_checkpoints_do_not_exist(tokens_dir, tmp_path):
+    settings = config(save_every=5 * STEP)
+    train(tokens_dir, tmp_path / "whole", MODEL, MLE(), settings)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings, stop_after=10)
+    newest = tmp_path / "r" / "checkpoints" / "checkpoint-10"
+    (newest / COMPLETE).unlink()
+    (newest / "model.safetensors").write_bytes(b"half")
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+    assert weights(tmp_path / "r") == weights(tmp_path / "whole")
+
+
+def test_the_newest_checkpoints_are_kept(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(save_every=5 * STEP, keep=2))
+    assert [p.name for p in complete_checkpoints(tmp_path / "r" / "checkpoints")] == ["checkpoint-15", "checkpoint-20"]
+
+
+SCRIPT = """
+import sys
+from phf.model import FromConfig
+from phf.objectives import Conditional
+from phf.train import TrainConfig, train
+settings = TrainConfig(tokens=3000 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32", save_every=50 * 512)
+train(sys.argv[1], sys.argv[2], FromConfig({model!r}), Conditional(), settings)
+"""
+
+
+def test_kill_9_then_the_same_command_gives_the_same_bytes(tokens_dir, tmp_path):
+    (tmp_path / "t.py").write_text(SCRIPT.replace("{model!r}", repr(TINY_LLAMA)).replace("3000", "400"))
+    command = [sys.executable, str(tmp_path / "t.py"), str(tokens_dir)]
+    whole = subprocess.Popen([*command, str(tmp_path / "whole")])
+    killed = subprocess.Popen([*command, str(tmp_path / "killed")])
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-100" / COMPLETE).exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert whole.wait() == 0
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_two_processes_give_the_curve_of_one(tokens_dir, tmp_path):
+    """DDP on gloo through the Trainer; sums of floats in another order, so within 1e-4 over 400 steps of float32."""
+    script = SCRIPT.replace("{model!r}", repr(TINY_LLAMA)).replace("3000", "60").replace("Conditional", "Unlikelihood")
+    (tmp_path / "t.py").write_text(script)
+    subprocess.run([sys.executable, str(tmp_path / "t.py"), str(tokens_dir), str(tmp_path / "one")], check=True)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
+    subprocess.run(
+        [*launcher, str(tmp_path / "t.py"), str(tokens_dir), str(tmp_path / "two")],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (
+        [json.loads(x) for x in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("one", "two")
+    )
+    assert [x["bad_targets"] for x in two] == pytest.approx([x["bad_targets"] for x in one])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tokens_dir, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+"):
+        train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(lr=1e30))
+    assert not (tmp_path / "r" / "manifest.json").exists()
+
+
+def test_finetuning_starts_from_the_weights(tokens_dir, tmp_path, trained):
+    run, _ = trained["mle"]
+    manifest = train(tokens_dir, tmp_path / "r", FromWeights(str(run / "model")), Conditional(), config(5))
+    assert losses(tmp_path / "r")[0] < losses(run)[0] - 0.3
+    assert manifest["control_tokens"] == ["<|good|>", "<|bad|>"]
+
+
+@pytest.mark.parametrize(
+    "rows, world, micro, message",
+    [(100, 48, None, "96, 144 would"), (6, 1, 4, r"\[1, 2, 3, 6\] would"), (1, 2, None, "; 2 would")],
+)
+def test_a_batch_that_does_not_divide_is_an_error(rows, world, micro, message):
+    with pytest.raises(ConfigError, match=message):
+        micro_batch(TrainConfig(1, batch_rows=rows, micro_rows=micro), world)
+
+
+@pytest.mark.parametrize(
+    "rows, world, expected", [(64, 1, (32, 2)), (64, 4, (16, 1)), (30, 1, (30, 1)), (74, 2, (1, 37)), (66, 1, (22, 3))]
+)
+def test_micro_batches_multiply_to_the_batch(rows, world, expected):
+    assert micro_batch(TrainConfig(1, batch_rows=rows), world) == expected
+    assert expected[0] * expected[1] * world == rows
+
+
+def test_budgets_round_up_to_whole_steps():
+    assert TrainConfig(tokens=100, context=16, batch_rows=4).steps == 2
+    assert TrainConfig(tokens=128, context=16, batch_rows=4).total_tokens == 128
+
+
+def test_a_corpus_shorter_than_a_row_is_an_error(tokens_dir, tmp_path):
+    with pytest.raises(ConfigError, match="not enough for one row"):
+        train(
+            tokens_dir,
+            tmp_path / "r",
+            FromConfig({**TINY_LLAMA, "max_position_embeddings": 10**6}),
+            MLE(),
+            config(context=10**6),
+        )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
+def test_schedules_warm_up_and_decay(tokens_dir, tmp_path, schedule):
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(20, schedule=schedule, warmup=0.2))
+    lr = [json.loads(line)["lr"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert lr[0] < 1e-2
+    assert max(lr) == pytest.approx(1e-2)
+    assert (lr[-1] < 2e-3) == (schedule != "constant")
+
+
+def test_expected_loss_is_hoffmanns():
+    assert chinchilla_loss(124_000_000, 3_300_000_000) == pytest.approx(
+        1.69 + 406.4 / 124e6**0.34 + 410.7 / 3.3e9**0.28
+    )
+
+
+def test_precision_is_never_half():
+    assert pick_precision("fp32") is None
+    assert pick_precision("bf16") == torch.bfloat16
+    assert pick_precision("auto") in (None, torch.bfloat16)
+
+
+def test_another_store_is_not_the_runs(tokens_dir, trained):
+    run, manifest = trained["mle"]
+    assert store.read_manifest(run, "train") == store.jsonable(manifest)
