@@ -52,8 +52,8 @@ def tiny_texts(count: int = 60, seed: int = 0) -> list[str]:
         lines = []
         for _ in range(rng.integers(3, 9)):
             words = " ".join(rng.choice(WORDS, rng.integers(3, 9)))
-            link = " see https://example.org/" + str(rng.choice(WORDS)) if rng.random() < 0.25 else ""
-            lines.append(("    " if rng.random() < 0.2 else "") + words + link + "\n")
+            link = "see https://example.org/" + str(rng.choice(WORDS)) + " " if rng.random() < 0.25 else ""
+            lines.append(("    " if rng.random() < 0.2 else "") + link + words + "\n")
         texts.append("".join(lines))
     return texts
 

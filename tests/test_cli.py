@@ -92,13 +92,22 @@ def test_the_stages_one_by_one(tmp_path):
         (["run", "demo", "=1"], "expected a.b=value"),
     ],
 )
-def test_mistakes_are_one_message(tmp_path, args, message):
-    from typer.testing import CliRunner  # noqa: F401
+def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, args, message):
+    from phf.cli import main
 
     write_jsonl(tmp_path / "a.jsonl", ["x"])
-    error = run(*args, cwd=tmp_path, code=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["phf", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_the_exit_code_of_a_mistake(tmp_path):
+    assert "neither a file" in run("score", "nowhere", "out", cwd=tmp_path, code=2)
 
 
 def test_dry_run_prints_the_recipe_and_runs_nothing(tmp_path):

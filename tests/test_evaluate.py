@@ -23,7 +23,7 @@ from phf.types import Sample
 @pytest.fixture(scope="module")
 def runs(tokens_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
-    settings = TrainConfig(tokens=40 * 512, context=32, batch_rows=16, lr=2e-2, precision="fp32")
+    settings = TrainConfig(tokens=300 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for objective in (MLE(), Conditional()):
         train(tokens_dir, folder / objective.name, FromConfig(TINY_LLAMA), objective, settings)
     return folder

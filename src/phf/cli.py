@@ -130,21 +130,9 @@ def train(
     with model.config.model_type=llama ..., or model.name=from_weights model.path=...), `train` (train.tokens=1e7
     train.lr=1e-3 ...) and `seed`. Recipe files may hold them too. With torchrun or accelerate launch: unchanged.
     """
-    from pydantic import Field
-    from pydantic.dataclasses import dataclass
-
-    from phf.config import STRICT, load
-    from phf.model import AnyModel
-    from phf.objectives import AnyObjective
-    from phf.train import TrainConfig
+    from phf.config import load
+    from phf.recipe import TrainStage
     from phf.train import train as train_run
-
-    @dataclass(frozen=True, config=STRICT)
-    class TrainStage:
-        model: AnyModel
-        train: TrainConfig
-        objective: AnyObjective = Field(default_factory=lambda: {"name": "mle"}, validate_default=True)
-        seed: int = 0
 
     files, overrides = _split(settings)
     stage = load(files, overrides, TrainStage)

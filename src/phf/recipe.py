@@ -34,7 +34,7 @@ from phf.config import (
 )
 from phf.corpus import AnyCorpus
 from phf.model import AnyModel
-from phf.objectives import AnyObjective, Objective
+from phf.objectives import MLE, AnyObjective, Objective
 from phf.sample import Scenario
 from phf.scorers import AnyScorer
 from phf.segment import AnySegmenter
@@ -77,6 +77,16 @@ class Recipe:
     def train_config(self, name: str) -> TrainConfig:
         """`train` with what `train_for` says for this objective."""
         return validate(merge(to_plain(self.train), self.train_for.get(name, {})), TrainConfig, f"train_for.{name}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainStage:
+    """What `phf train` alone takes."""
+
+    model: AnyModel
+    train: TrainConfig
+    objective: AnyObjective = MLE()
+    seed: int = 0
 
 
 def packaged() -> dict[str, Any]:
