@@ -17,7 +17,7 @@ FLOORS = [
     {"tokens", "packing"},
     {"objectives", "fused", "model", "train"},
     {"sample", "evaluate"},
-    {"report", "recipe", "cli", "__init__"},
+    {"report", "recipe", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
 

@@ -181,3 +181,39 @@ def test_parameters_are_counted_once(tokenizer):
 
 def test_control_names_of_the_objective_are_the_models(tokenizer):
     assert Conditional(good="<+>", bad="<->").control_tokens == ("<+>", "<->")
+
+
+def test_gpt2s_transposed_layers_are_swapped_and_saved_as_they_were(tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from phf.model import load_lm_weights, save_lm, swap_conv1d
+
+    lm = build_lm(FromConfig(GPT2), tokenizer, seed=0)
+    ids = torch.arange(20).unsqueeze(0)
+    before, state = lm(input_ids=ids).logits, {k: v.clone() for k, v in lm.state_dict().items()}
+    assert swap_conv1d(lm) == 8  # four in each of two blocks
+    torch.testing.assert_close(lm(input_ids=ids).logits, before)
+    save_lm(lm, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(plain.state_dict()[k], v) for k, v in state.items())
+    other = build_lm(FromConfig(GPT2), tokenizer, seed=1)
+    swap_conv1d(other)
+    load_lm_weights(other, tmp_path)
+    assert torch.equal(other(input_ids=ids).logits, lm(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_activation_checkpointing_and_autocast_change_only_what_they_should(tokenizer, family):
+    ids = torch.arange(18).reshape(2, 9)
+    scores, mask = torch.rand(2, 9).round(), torch.ones(2, 9, dtype=torch.bool)
+    grads = []
+    for checkpointing, autocast in ((False, None), (True, None), (True, torch.bfloat16)):
+        lm = build_lm(FromConfig(FAMILIES[family]), tokenizer, seed=0)
+        if checkpointing:
+            lm.gradient_checkpointing_enable()
+        wrapper = PHFModel(lm, Unlikelihood(0.0), autocast=autocast).train()
+        wrapper(ids, ids, scores, mask)["loss"].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in wrapper.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[2].dtype == torch.float32
+    assert (grads[2] - grads[0]).norm() < 0.05 * grads[0].norm()

@@ -127,6 +127,9 @@ class _Fused(torch.autograd.Function):
             grads = torch.autograd.grad(out.loss_sum, wanted, allow_unused=True)
             a, b = (torch.zeros_like(logp) if g is None else g for g in grads[:2])
             d = a * log1mp.detach().exp() - b * logp.detach().exp()
+            push = d.abs()
+            sums["push"] = sums.get("push", 0) + push.sum()
+            sums["push_bad"] = sums.get("push_bad", 0) + torch.where(score_N[part] > 0, push, 0.0).sum()
             grad_logits = logits_grad(e_CV, sum_C, d, target_C, dtype)
             del e_CV
             if grad_hidden is not None:
@@ -166,7 +169,8 @@ def fused_loss(
     compiled: bool = False,
 ) -> LossOutputs:
     """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
-    embeddings, bias and value.
+    embeddings, bias and value. Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
+    |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above 0.
 
     `chunk`: targets at a time (default: about 2**24 logits). `dtype`: of the matrix products (default: that of the
     hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts.

@@ -125,6 +125,45 @@ def add_control_embeddings(lm: Any, tokenizer: Any, names: Sequence[str], seed: 
     return ids
 
 
+class SwappedConv1D(nn.Linear):
+    """GPT-2's transposed linear layer as an ordinary one: the same numbers, several times faster in bfloat16 on CPU.
+
+    `save_lm` transposes the weight back, so that files are what transformers expects.
+    """
+
+
+def swap_conv1d(lm: Any) -> int:
+    """Replace every Conv1D of `lm` by a linear layer with the same weights (in place). Returns how many."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = [(name, module) for name, module in lm.named_modules() if isinstance(module, Conv1D)]
+    for name, conv in found:
+        wide, narrow = conv.weight.shape
+        linear = SwappedConv1D(wide, narrow, device="meta", dtype=conv.weight.dtype)
+        linear.weight = nn.Parameter(conv.weight.detach().T.contiguous())
+        linear.bias = nn.Parameter(conv.bias.detach().clone())
+        lm.set_submodule(name, linear)
+    return len(found)
+
+
+def _transposed(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {f"{name}.weight" for name, module in lm.named_modules() if isinstance(module, SwappedConv1D)}
+    return {key: value.T.contiguous() if key in names else value for key, value in state.items()}
+
+
+def save_lm(lm: Any, folder: str | Path) -> None:
+    """Save as plain transformers loads it."""
+    lm.save_pretrained(folder, state_dict=_transposed(lm, lm.state_dict()))
+
+
+def load_lm_weights(lm: Any, folder: str | Path) -> None:
+    """Load what `save_lm` wrote into `lm`."""
+    from transformers import AutoModelForCausalLM
+
+    saved: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    lm.load_state_dict(_transposed(lm, saved.state_dict()))
+
+
 class ValueHead(nn.Module):
     """Predicted reward from the hidden state: "linear" w.h + b (b starts at 0, the mean standardised reward), or
     "negative_sigmoid" -sigmoid(w.h), the paper's. w starts at 0. Computed in float32."""
@@ -166,6 +205,7 @@ class PHFModel(nn.Module):
         width = lm.get_output_embeddings().weight.shape[1]
         self.value_head = None if objective.value is None else ValueHead(width, objective.value)
         check_head(lm)
+        swap_conv1d(lm)
         if compile:
             lm.base_model.compile(dynamic=False)
 

@@ -295,7 +295,16 @@ class AWR(_ByReward):
         w_BT = torch.where(counted_BT, log_w_BT.clamp(max=math.log(MAX_WEIGHT)).exp(), 0.0)
         nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
         value_loss_BT = torch.where(counted_BT, (x.value_BT - reward_BT) ** 2, 0.0)
-        metrics = _weight_metrics(w_BT, counted_BT, nll_BT) | {"value_loss": value_loss_BT.detach().sum()}
+        value = torch.where(counted_BT, x.value_BT.detach(), 0.0)
+        reward = torch.where(counted_BT, reward_BT, 0.0)
+        metrics = _weight_metrics(w_BT, counted_BT, nll_BT) | {
+            "value_loss": value_loss_BT.detach().sum(),
+            "value": value.sum(),
+            "value_sq": value.square().sum(),
+            "reward": reward.sum(),
+            "reward_sq": reward.square().sum(),
+            "value_reward": (value * reward).sum(),
+        }
         return LossOutputs(self.alpha * (w_BT * nll_BT).sum() + (1 - self.alpha) * value_loss_BT.sum(), metrics)
 
 

@@ -157,26 +157,28 @@ def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None,
         p_NV = torch.where(p_NV >= kth_N1, p_NV, 0.0)
         p_NV = p_NV / p_NV.sum(-1, keepdim=True)
     cdf_NV = p_NV.double().cumsum(-1)
-    total_N1 = cdf_NV[:, -1:]
-    chosen_N = torch.full((len(p_NV),), -1, dtype=torch.long, device=p_NV.device)
-    open_N = torch.arange(len(p_NV), device=p_NV.device)
-    for attempt in range(REJECTIONS):
-        u_N = torch.from_numpy(uniforms(attempt)).to(p_NV.device)[open_N]
-        word_N = torch.searchsorted(cdf_NV[open_N], (u_N.unsqueeze(1) * total_N1[open_N]), right=True).squeeze(1)
-        word_N = word_N.clamp(max=p_NV.shape[1] - 1)
-        if top_p >= 1:
-            chosen_N[open_N] = word_N
-            return chosen_N
-        p_word_N1 = p_NV[open_N].gather(1, word_N.unsqueeze(1))
-        likelier_N = torch.where(p_NV[open_N] > p_word_N1, p_NV[open_N], 0.0).sum(1)
-        accept = likelier_N < top_p
-        chosen_N[open_N[accept]] = word_N[accept]
-        open_N = open_N[~accept]
+    chosen_N, accepted_N = _attempt(p_NV, cdf_NV, top_p, torch.from_numpy(uniforms(0)).to(p_NV.device))
+    open_N = torch.nonzero(~accepted_N).squeeze(1)
+    for attempt in range(1, REJECTIONS):
         if len(open_N) == 0:
             return chosen_N
-    u_N = torch.from_numpy(uniforms(REJECTIONS)).to(p_NV.device)[open_N]
-    chosen_N[open_N] = _draw_sorted(p_NV[open_N], top_p, u_N)
+        u_N = torch.from_numpy(uniforms(attempt)).to(p_NV.device)[open_N]
+        word_N, accepted_N = _attempt(p_NV[open_N], cdf_NV[open_N], top_p, u_N)
+        chosen_N[open_N[accepted_N]] = word_N[accepted_N]
+        open_N = open_N[~accepted_N]
+    if len(open_N):
+        u_N = torch.from_numpy(uniforms(REJECTIONS)).to(p_NV.device)[open_N]
+        chosen_N[open_N] = _draw_sorted(p_NV[open_N], top_p, u_N)
     return chosen_N
+
+
+def _attempt(p_NV: Tensor, cdf_NV: Tensor, top_p: float, u_N: Tensor) -> tuple[Tensor, Tensor]:
+    """A word drawn from p for each row, and whether it lies in the nucleus."""
+    word_N1 = torch.searchsorted(cdf_NV, u_N.unsqueeze(1) * cdf_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
+    if top_p >= 1:
+        return word_N1.squeeze(1), torch.ones_like(u_N, dtype=torch.bool)
+    likelier_N = torch.where(p_NV > p_NV.gather(1, word_N1), p_NV, 0.0).sum(1)
+    return word_N1.squeeze(1), likelier_N < top_p
 
 
 def _draw_sorted(p_NV: Tensor, top_p: float, u_N: Tensor) -> Tensor:

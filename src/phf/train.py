@@ -29,11 +29,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phf import store
 from phf.config import STRICT, ConfigError, dump_yaml, to_plain
-from phf.model import MODEL_CARD, FromConfig, FromWeights, PHFModel, add_control_embeddings, build_lm, num_parameters
+from phf.model import (
+    MODEL_CARD,
+    FromConfig,
+    FromWeights,
+    PHFModel,
+    add_control_embeddings,
+    build_lm,
+    load_lm_weights,
+    num_parameters,
+    save_lm,
+)
 from phf.objectives import Objective
 from phf.packing import Order, Rows
 from phf.tokens import TokenStore
@@ -72,6 +82,10 @@ class TrainConfig:
     """Tokens between checkpoints; None: only at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
     """Checkpoints kept, the newest."""
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Tokens at which a checkpoint is made and kept for good."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     log_every: Annotated[int, Field(gt=0)] = 10
     """Steps between lines of metrics.jsonl."""
     workers: Annotated[int, Field(ge=0)] = 0
@@ -83,6 +97,10 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         return math.ceil(self.tokens / (self.batch_rows * self.context))
+
+    @property
+    def milestone_steps(self) -> set[int]:
+        return {min(max(round(m / (self.batch_rows * self.context)), 1), self.steps) for m in self.milestones}
 
     @property
     def total_tokens(self) -> int:
@@ -167,8 +185,7 @@ class _TrainingRows(torch.utils.data.Dataset[Any]):
         return self.total
 
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        batch = self.rows.batch(np.concatenate([self.order.rows(p, p + 1) for p in positions]))
-        return to_tensors(batch)
+        return to_tensors(self.rows.batch(self.order.rows(positions[0], positions[-1] + 1)))  # they are consecutive
 
 
 def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
@@ -185,11 +202,18 @@ class PHFTrainer(Trainer):
     """The Trainer with our rows, our denominators, the inner LM in `from_pretrained` form and marked checkpoints."""
 
     def __init__(
-        self, model: PHFModel, rows: _TrainingRows, sampler: _RowBatches, tokenizer: Any, keep: int, **kwargs: Any
+        self,
+        model: PHFModel,
+        rows: _TrainingRows,
+        sampler: _RowBatches,
+        tokenizer: Any,
+        keep: int,
+        milestones: set[int],
+        **kwargs: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=rows, **kwargs)
         self.wrapper, self.rows, self.sampler, self.text_tokenizer, self.keep = model, rows, sampler, tokenizer, keep
-        self.folder = Path(kwargs["args"].output_dir)
+        self.folder, self.milestones = Path(kwargs["args"].output_dir), milestones
         self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
         self.sums: dict[str, torch.Tensor] = {}
 
@@ -252,13 +276,13 @@ class PHFTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             store.write_json(folder / COMPLETE, {"step": self.state.global_step})
-            for old in complete_checkpoints(self.folder)[: -self.keep]:
+            passing = [c for c in complete_checkpoints(self.folder) if _step_of(c) not in self.milestones]
+            for old in passing[: -self.keep]:
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        self.wrapper.lm.load_state_dict(saved.state_dict())
+        load_lm_weights(self.wrapper.lm, resume_from_checkpoint)
         self.wrapper.load_value_head(resume_from_checkpoint)
 
 
@@ -268,7 +292,7 @@ def _identity(batch: Any) -> Any:
 
 def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path) -> None:
     """The LM as `from_pretrained` wants it, with its tokenizer, and the value head beside it."""
-    wrapper.lm.save_pretrained(folder)
+    save_lm(wrapper.lm, folder)
     tokenizer.save_pretrained(folder)
     wrapper.save_value_head(folder)
     roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
@@ -278,7 +302,11 @@ def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path) -> None:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 class _Record(TrainerCallback):
@@ -324,6 +352,9 @@ class _Record(TrainerCallback):
         }
         line["grad_norm"] = float(logs["grad_norm"]) if "grad_norm" in logs else None
         counted = sums.pop("counted", 0.0)
+        push, push_bad = sums.pop("push", 0.0), sums.pop("push_bad", 0.0)
+        line["bad_gradient_share"] = push_bad / push if push else None
+        line |= _correlation(sums, counted)
         targets = sums.pop("targets", 0.0)
         line["counted_share"] = counted / targets if targets else None
         weight, weight_sq = sums.pop("weight", None), sums.pop("weight_sq", None)
@@ -332,6 +363,7 @@ class _Record(TrainerCallback):
             line["effective_sample_share"] = weight**2 / (counted * weight_sq)
         line |= {name: value / counted for name, value in sums.items() if counted}
         line["expected_loss"] = chinchilla_loss(self.params, max(line["tokens"], 1))
+        line["model_tflops"] = 6 * self.params * steps * self._step_tokens / seconds / 1e12 if seconds > 0 else None
         line["tokens_per_s"] = steps * self._step_tokens / seconds if seconds > 0 else None
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
@@ -342,6 +374,16 @@ class _Record(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _correlation(sums: dict[str, float], count: float) -> dict[str, float]:
+    """Correlation of predicted value and reward over counted targets, from AWR's sums (taken out of `sums`)."""
+    names = ("value", "value_sq", "reward", "reward_sq", "value_reward")
+    if names[0] not in sums:
+        return {}
+    v, vv, r, rr, vr = (sums.pop(n) / count for n in names)
+    spread = (vv - v * v) * (rr - r * r)
+    return {"value_correlation": (vr - v * r) / math.sqrt(spread)} if spread > 0 else {}
 
 
 def chinchilla_loss(params: int, tokens: int) -> float:
@@ -392,6 +434,8 @@ def train(
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
     index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], to_plain(objective), seed])}.npy"
     rows = Rows(tokens, objective.edit(tokens.table, seed), config.context, control_ids, index_file=index)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable()
     wrapper = PHFModel(lm, objective, pick_precision(config.precision), config.compile, config.chunk)
     params = num_parameters(lm)
 
@@ -449,9 +493,20 @@ def train(
     record = _Record(out / "metrics.jsonl", config, params, rank == 0)
     sampler = _RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
     data = _TrainingRows(rows, seed, config.steps * config.batch_rows)
-    trainer = PHFTrainer(wrapper, data, sampler, tokenizer, config.keep, args=arguments, callbacks=[record, *callbacks])
+    trainer = PHFTrainer(
+        wrapper,
+        data,
+        sampler,
+        tokenizer,
+        config.keep,
+        config.milestone_steps,
+        args=arguments,
+        callbacks=[record, *callbacks],
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     record.trainer = trainer
+    if config.milestones:
+        trainer.add_callback(_SaveAt(config.milestone_steps))
     if stop_after is not None:
         trainer.add_callback(_StopAfter(stop_after))
     resume = complete_checkpoints(out / "checkpoints")
@@ -501,6 +556,15 @@ def text_tokens(rows: Rows, targets: int) -> int:
     kept = lengths > 0
     text = np.diff(rows.tokens.seg_ends, prepend=0)[kept].sum()
     return round(targets * float(text) / max(rows.num_tokens, 1))
+
+
+class _SaveAt(TrainerCallback):
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_save |= state.global_step in self.steps
+        return control
 
 
 class _StopAfter(TrainerCallback):

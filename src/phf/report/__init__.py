@@ -9,6 +9,7 @@ masked on the page. Nothing on it is loaded from elsewhere.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ import jinja2
 from markupsafe import Markup, escape
 
 from phf import metrics, store
-from phf.evaluate import corpus_scorer
+from phf.evaluate import corpus_scorer, scored_text
 from phf.report import plots
-from phf.sample import read_samples
+from phf.sample import Scenario, read_samples
 from phf.scorers import Scorer
 from phf.types import Span
 
@@ -209,11 +210,14 @@ def _labels(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
 
 
 def _shown_samples(run: Mapping[str, Any], scenario: str, scorer: Scorer | None) -> list[dict[str, Any]]:
-    shown = run["samples"].get(scenario, [])[:SAMPLES_SHOWN]
-    return [
-        {"html": marked(s.text, scorer.spans(s.text) if scorer and s.text else []), "score": s.score, "id": s.id}
-        for s in shown
-    ]
+    settings = Scenario(**run["eval"]["scenarios"][scenario]["scenario"] | {"score_prompt": False})
+    shown = []
+    for item in run["samples"].get(scenario, [])[:SAMPLES_SHOWN]:
+        judged = scored_text(item, settings)
+        spans = scorer.spans(judged) if scorer is not None and judged and not math.isnan(item.score) else []
+        rest = Markup('<span class="cut">{}</span>').format(visible(item.text[len(judged) :]))
+        shown.append({"html": marked(judged, spans) + rest, "score": item.score, "id": item.id})
+    return shown
 
 
 def is_masked(label: str) -> bool:
