@@ -210,7 +210,7 @@ def test_activation_checkpointing_and_autocast_change_only_what_they_should(toke
     for checkpointing, autocast in ((False, None), (True, None), (True, torch.bfloat16)):
         lm = build_lm(FromConfig(FAMILIES[family]), tokenizer, seed=0)
         if checkpointing:
-            lm.gradient_checkpointing_enable()
+            lm.activation_checkpointing_enable()
         wrapper = PHFModel(lm, Unlikelihood(0.0), autocast=autocast).train()
         wrapper(ids, ids, scores, mask)["loss"].backward()
         grads.append(torch.cat([p.grad.flatten() for p in wrapper.parameters()]))

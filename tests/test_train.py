@@ -280,3 +280,13 @@ def test_diagnostics_say_where_the_gradient_comes_from(trained):
     assert lines["rwr"]["bad_gradient_share"] < lines["mle"]["bad_gradient_share"]
     assert -1 <= lines["awr"]["value_correlation"] <= 1
     assert "value_correlation" not in lines["rwr"]
+
+
+def test_going_on_under_other_conditions_is_said(tokens_dir, tmp_path, capsys):
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(), stop_after=5)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(), stop_after=10)
+    assert "warning" not in capsys.readouterr().err
+    recorded = store.read_json(tmp_path / "r" / "environment.json")
+    store.write_json(tmp_path / "r" / "environment.json", recorded | {"threads": 99})
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config())
+    assert "threads was 99" in capsys.readouterr().err

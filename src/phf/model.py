@@ -172,7 +172,7 @@ class ValueHead(nn.Module):
         super().__init__()
         self.kind = kind
         self.weight = nn.Parameter(torch.zeros(width))
-        self.bias = nn.Parameter(torch.zeros(())) if kind == "linear" else None
+        self.bias = nn.Parameter(torch.zeros(1)) if kind == "linear" else None
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         with torch.autocast(hidden_BTD.device.type, enabled=False):

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import platform
 import shutil
 import sys
 import time
@@ -435,7 +436,7 @@ def train(
     index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], to_plain(objective), seed])}.npy"
     rows = Rows(tokens, objective.edit(tokens.table, seed), config.context, control_ids, index_file=index)
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable()
+        lm.activation_checkpointing_enable()
     wrapper = PHFModel(lm, objective, pick_precision(config.precision), config.compile, config.chunk)
     params = num_parameters(lm)
 
@@ -510,6 +511,8 @@ def train(
     if stop_after is not None:
         trainer.add_callback(_StopAfter(stop_after))
     resume = complete_checkpoints(out / "checkpoints")
+    if rank == 0:
+        check_environment(out / "environment.json", bool(resume))
     start = time.perf_counter()
     if resume:
         sampler.start = store.read_json(resume[-1] / COMPLETE)["step"]
@@ -548,6 +551,24 @@ def train(
         threads=torch.get_num_threads(),
         precision="bf16" if wrapper.autocast_dtype is not None else "fp32",
     )
+
+
+def check_environment(path: Path, resuming: bool) -> None:
+    """Record what the run's bytes depend on; warn where a run goes on under something else."""
+    now = {
+        "versions": store.versions(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+    before = store.read_json(path) if resuming and path.exists() else now
+    differs = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+    if differs:
+        print(
+            f"warning: going on under other conditions, so not to the same bytes: {'; '.join(differs)}", file=sys.stderr
+        )
+    if before is now or not path.exists():
+        store.write_json(path, now)
 
 
 def text_tokens(rows: Rows, targets: int) -> int:

@@ -1,0 +1,86 @@
+"""What the benchmarks share: interleaved timing, the machine, the result file."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def arguments(about: str, **more: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--repeats", type=int, default=5)
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    model = (
+        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
+    flags = (
+        next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
+    return {
+        "processor": model or platform.processor(),
+        "bf16": [f for f in ("amx_bf16", "avx512_bf16") if f in flags],
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function, in turn, so that a machine whose speed drifts treats them alike."""
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def case(
+    name: str, ours: list[float], baseline: list[float], unit: str = "s", lower_is_better: bool = True, **more: Any
+) -> dict[str, Any]:
+    a, b = statistics.median(ours), statistics.median(baseline)
+    return {
+        "case": name,
+        "ours": a,
+        "baseline": b,
+        "unit": unit,
+        "ratio": b / a if lower_is_better else a / b,
+        "n": len(ours),
+        **more,
+    }
+
+
+def write(out: Path | None, name: str, cases: list[dict[str, Any]]) -> None:
+    result = {"benchmark": name, "machine": machine(), "cases": cases}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")

@@ -1,0 +1,133 @@
+"""One training step (forward, backward, AdamW): ours against the reference implementation's way of doing it.
+
+    python benchmarks/train_step.py --out benchmarks/results/train_step.json --cases demo,gpt2 --repeats 3
+
+Baselines: `reference` (eager attention, float32, unfused AdamW, dropout 0.1, full logits, cross-entropy twice); the same
+without dropout; plain transformers with labels in bf16. All in one process, interleaved.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+
+import torch
+from transformers import AutoConfig
+
+from _measure import arguments, case, interleaved, write
+from phf.model import PHFModel, swap_conv1d
+from phf.objectives import AWR, MLE, RWR, Objective, Unlikelihood
+from phf.train import pick_precision, tune_allocator
+from reference_step import ReferenceStep
+
+OBJECTIVES: dict[str, Objective] = {
+    "mle": MLE(),
+    "ul": Unlikelihood(0.0),
+    "rwr": RWR(10.0, rewards="raw"),
+    "awr": AWR(10.0, rewards="raw"),
+}
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+NO_DROPOUT = dict.fromkeys(DROPOUT, 0.0)
+SHAPES = {
+    "demo": ({"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256, "vocab_size": 2048}, 16, 256, True),
+    "mid": ({"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 256, "vocab_size": 8192}, 16, 256, True),
+    "gpt2": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50259}, 1, 1024, False),
+}
+
+
+class OurStep:
+    def __init__(self, shape: dict, objective: Objective, compiled: bool) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT)
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if compiled else "sdpa")
+        swap_conv1d(lm)
+        self.model = PHFModel(lm, objective, pick_precision("auto"), compiled).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> float:
+        loss = self.model(**batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def gemm_rate(size: int = 2048) -> float:
+    """bf16 (where we use it) matrix products, in TFLOP/s: the processor's limit, measured here and now."""
+    import time
+
+    dtype = pick_precision("auto") or torch.float32
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def main() -> None:
+    args = arguments(__doc__ or "", cases="demo,mid,gpt2", objectives="mle,ul,awr")
+    tune_allocator()
+    cases = []
+    for name in args.cases.split(","):
+        shape, rows, context, compiled = SHAPES[name]
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, shape["vocab_size"], (rows, context + 1), generator=g)
+        scores = (torch.rand(rows, context, generator=g) < 0.1).float() * 0.05
+        batch = {
+            "input_ids": ids[:, :-1],
+            "targets": ids[:, 1:].contiguous(),
+            "scores": scores,
+            "mask": torch.ones_like(scores, dtype=torch.bool),
+        }
+        times: dict[str, list[float]] = {}
+        for objective in args.objectives.split(","):
+            steps = {
+                "ours": OurStep(shape, OBJECTIVES[objective], compiled),
+                "reference": ReferenceStep(AutoConfig.for_model("gpt2", **shape, **DROPOUT), objective),
+            }
+            if objective == "mle":
+                steps["reference, no dropout"] = ReferenceStep(
+                    AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT), objective
+                )
+                steps["transformers, labels, bf16"] = ReferenceStep(
+                    AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT),
+                    "mle",
+                    "bf16",
+                    fused=True,
+                    own_loss_too=False,
+                    attention="sdpa",
+                )
+            seconds = interleaved({k: (lambda s=s, b=batch: s(b)) for k, s in steps.items()}, args.repeats, warmup=2)
+            times[objective] = seconds["ours"]
+            ours = sorted(seconds["ours"])[len(seconds["ours"]) // 2]
+            flops = 6 * sum(p.numel() for p in steps["ours"].model.lm.parameters()) * rows * context
+            for baseline in seconds:
+                if baseline != "ours":
+                    label = f"{name}-{objective}" + ("" if baseline == "reference" else f" against {baseline}")
+                    cases.append(
+                        case(
+                            label,
+                            seconds["ours"],
+                            seconds[baseline],
+                            tokens_per_s=rows * context / ours,
+                            share_of_gemm=flops / ours / 1e12 / gemm_rate(),
+                        )
+                    )
+                    print(cases[-1], file=sys.stderr, flush=True)
+        for objective in times:
+            if objective != "mle":
+                cases.append(case(f"{name}-{objective} against our own mle", times[objective], times["mle"]))
+    write(args.out, "train_step", cases)
+
+
+if __name__ == "__main__":
+    main()
