@@ -189,7 +189,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tokens_dir, tmp_path)
 
 def test_finetuning_starts_from_the_weights(tokens_dir, tmp_path, trained):
     run, _ = trained["mle"]
-    manifest = train(tokens_dir, tmp_path / "r", FromWeights(str(run / "model")), Conditional(), config(5))
+    manifest = train(tokens_dir, tmp_path / "r", FromWeights(str(run)), Conditional(), config(5))
+    assert manifest["counts"]["tokens_before"] == 20 * STEP
     assert losses(tmp_path / "r")[0] < losses(run)[0] - 0.3
     assert manifest["control_tokens"] == ["<|good|>", "<|bad|>"]
 
@@ -290,3 +291,16 @@ def test_going_on_under_other_conditions_is_said(tokens_dir, tmp_path, capsys):
     store.write_json(tmp_path / "r" / "environment.json", recorded | {"threads": 99})
     train(tokens_dir, tmp_path / "r", MODEL, MLE(), config())
     assert "threads was 99" in capsys.readouterr().err
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(tokens_dir, tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3, compile=True))
+    assert (
+        "training uncompiled and so slower, since torch.compile does not work here: no C++ compiler"
+        in capsys.readouterr().err
+    )
+    assert store.read_json(tmp_path / "r" / "environment.json")["compiled"] is False

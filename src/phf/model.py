@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from phf import store
 from phf.config import STRICT, ConfigError
 from phf.fused import fused_loss
 from phf.objectives import Objective
@@ -34,7 +35,7 @@ class FromConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class FromWeights:
-    """A model from a local folder or the Hub, for finetuning. Code from the Hub is never run."""
+    """A model from a run of phf, a local folder or the Hub, for finetuning. Code from the Hub is never run."""
 
     path: str
     name: Literal["from_weights"] = "from_weights"
@@ -42,6 +43,22 @@ class FromWeights:
 
 
 AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
+
+
+def model_folder(path: str | Path) -> str:
+    """Where the weights are: a run's folder stands for its final model; anything else for itself (a Hub name too)."""
+    final = Path(path) / "model"
+    return str(final) if (final / "config.json").exists() else str(path)
+
+
+def tokens_seen(path: str | Path) -> int:
+    """Target tokens that the run which made these weights has seen, its own start included; 0 if no run of phf did."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / store.MANIFEST).exists():
+            manifest = store.read_json(folder / store.MANIFEST)
+            if manifest.get("stage") == "train":
+                return int(manifest["counts"]["tokens"] + manifest["counts"].get("tokens_before", 0))
+    return 0
 
 
 def build_lm(
@@ -56,7 +73,7 @@ def build_lm(
 
     if isinstance(config, FromWeights):
         lm: Any = AutoModelForCausalLM.from_pretrained(
-            config.path, revision=config.revision, dtype=torch.float32, attn_implementation=attention
+            model_folder(config.path), revision=config.revision, dtype=torch.float32, attn_implementation=attention
         )
         if lm.get_input_embeddings().num_embeddings < len(tokenizer):
             raise ConfigError(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from phf import store
 from phf.config import STRICT, ConfigError
-from phf.model import MODEL_CARD
+from phf.model import MODEL_CARD, model_folder
 from phf.packing import key64, mix64
 from phf.tokens import encode_segments, load_tokenizer
 from phf.types import Sample
@@ -81,9 +81,7 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    local = Path(path)
-    if (local / "model" / "config.json").exists():
-        local = local / "model"
+    local = Path(model_folder(path))
     if not local.exists() and str(path).count("/") != 1:
         raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
     source = str(local) if local.exists() else str(path)

@@ -44,6 +44,7 @@ from phf.model import (
     load_lm_weights,
     num_parameters,
     save_lm,
+    tokens_seen,
 )
 from phf.objectives import Objective
 from phf.packing import Order, Rows
@@ -139,6 +140,20 @@ def pick_precision(precision: str) -> torch.dtype | None:
         or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     )
     return torch.bfloat16 if has_bf16 else None
+
+
+def can_compile() -> bool:
+    """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers. Says so if not."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(4))
+    except Exception as error:  # whatever is missing, the uncompiled model gives the same result, slower
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(
+            f"note: training uncompiled and so slower, since torch.compile does not work here: {reason}",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def micro_batch(config: TrainConfig, world: int) -> tuple[int, int]:
@@ -437,7 +452,8 @@ def train(
     rows = Rows(tokens, objective.edit(tokens.table, seed), config.context, control_ids, index_file=index)
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable()
-    wrapper = PHFModel(lm, objective, pick_precision(config.precision), config.compile, config.chunk)
+    compiled = config.compile and can_compile()
+    wrapper = PHFModel(lm, objective, pick_precision(config.precision), compiled, config.chunk)
     params = num_parameters(lm)
 
     if rank == 0:
@@ -512,7 +528,7 @@ def train(
         trainer.add_callback(_StopAfter(stop_after))
     resume = complete_checkpoints(out / "checkpoints")
     if rank == 0:
-        check_environment(out / "environment.json", bool(resume))
+        check_environment(out / "environment.json", bool(resume), compiled)
     start = time.perf_counter()
     if resume:
         sampler.start = store.read_json(resume[-1] / COMPLETE)["step"]
@@ -541,6 +557,7 @@ def train(
         parameters=params,
         counts={
             "tokens": config.total_tokens,
+            "tokens_before": tokens_seen(model.path) if isinstance(model, FromWeights) else 0,
             "steps": config.steps,
             "rows": rows.num_rows,
             "stream_tokens": rows.num_tokens,
@@ -553,13 +570,14 @@ def train(
     )
 
 
-def check_environment(path: Path, resuming: bool) -> None:
+def check_environment(path: Path, resuming: bool, compiled: bool) -> None:
     """Record what the run's bytes depend on; warn where a run goes on under something else."""
     now = {
         "versions": store.versions(),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "compiled": compiled,
     }
     before = store.read_json(path) if resuming and path.exists() else now
     differs = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
