@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,7 @@ def test_manifest_counts_everything(tmp_path):
     assert manifest["counts"] == {"documents": 1, "segments": 2, "chars": 14, "unjudged": 0, "bad_segments": 1}
     assert manifest["rejected"] == {"empty text": 1, "malformed JSON": 1}
     assert manifest["identity"]["name"] == "regex"
+    assert manifest["labels"] == {"match": 1}
 
 
 def test_done_is_not_done_again(tmp_path, monkeypatch):
@@ -68,19 +70,19 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
 class Failing(Scorer):
     name = "failing"
 
-    def score_segments(self, segments):
+    def judge_segments(self, segments):
         if "boom" in segments[0]:
             raise RecursionError
-        return [float("inf") if "inf" in s else float("nan") if "nan" in s else 0.5 for s in segments]
+        return [float("inf") if "inf" in s else float("nan") if "nan" in s else 0.5 for s in segments], Counter()
 
 
 def test_a_scorer_that_fails_gives_nan_and_a_reason_never_zero():
     """Defect 6."""
-    assert judge(Failing(), ["fine"]) == ([0.5], None)
-    scores, reason = judge(Failing(), ["boom", "b"])
+    assert judge(Failing(), ["fine"]) == ([0.5], None, Counter())
+    scores, reason, _ = judge(Failing(), ["boom", "b"])
     assert np.isnan(scores).all()
     assert reason == "RecursionError"
-    scores, reason = judge(Failing(), ["inf", "b"])
+    scores, reason, _ = judge(Failing(), ["inf", "b"])
     assert np.isnan(scores[0])
     assert scores[1] == 0.5
     assert reason == "infinite score"
@@ -235,3 +237,13 @@ def test_another_segmenter_is_another_corpus(tmp_path):
     whole = score_corpus(Jsonl(str(path)), Documents(), LINK, tmp_path / "s")
     assert whole["counts"]["segments"] == 5 < lines["counts"]["segments"]
     assert whole["content"] != lines["content"]
+
+
+def test_odd_published_rows_are_set_aside(tmp_path):
+    table = pa.table({"texts": pa.array([["a"], ["b"]]), "scores": pa.array([["high"], ["1"]])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    scored = ScoredCorpus(tmp_path)
+    assert [i.reason for i in scored.read(scored.files[0])] == ["a score is not a number"] * 2
+    (tmp_path / "a.parquet").write_text("not parquet")
+    with pytest.raises(store.StoreError, match="not a Parquet file"):
+        ScoredCorpus(tmp_path)

@@ -120,7 +120,7 @@ def test_dry_run_prints_the_recipe_and_runs_nothing(tmp_path):
 def test_the_quick_demo_from_start_to_page(tmp_path):
     out = run("run", "demo", "quick", cwd=tmp_path)
     assert "Too short to conclude" in out
-    results = json.loads((tmp_path / "runs" / "quick" / "results.json").read_text())
+    results = json.loads((tmp_path / "runs" / "demo-quick" / "results.json").read_text())
     assert [r["objective"] for r in results["runs"]] == ["mle", "filtering", "conditional", "unlikelihood"]
     assert len({r["tokens"] for r in results["runs"]}) == 1
-    assert "url" in (tmp_path / "runs" / "quick" / "report.html").read_text()
+    assert "url" in (tmp_path / "runs" / "demo-quick" / "report.html").read_text()

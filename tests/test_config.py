@@ -121,3 +121,35 @@ def test_a_file_can_be_based_on_a_recipe(tmp_path):
 def test_settings_for_an_unknown_objective_are_an_error():
     with pytest.raises(ConfigError, match="train_for.mlee: no such objective"):
         load_recipe(["demo", "train_for.mlee.lr=1"])
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [("seeds=[-1]", "seeds"), ("train.betas=[1.5, 2]", "train.betas"), ("train.report_to=[x", "not valid YAML")],
+)
+def test_more_impossible_values(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(["demo", setting])
+
+
+def test_a_recipe_based_on_itself_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="based on itself"):
+        load_recipe(["a.yaml"])
+
+
+def test_merge_keys_of_yaml_work(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: &x {lr: 1}\ny:\n  <<: *x\n  tokens: 2\n")
+    assert read_yaml(tmp_path / "a.yaml")["y"] == {"lr": 1, "tokens": 2}
+
+
+def test_quick_has_a_folder_of_its_own():
+    assert str(load_recipe(["demo"]).folder) == "runs/demo"
+    assert str(load_recipe(["pep8", "quick"]).folder) == "runs/pep8-quick"
+
+
+def test_a_folder_does_not_shadow_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_recipe(["demo"]).title

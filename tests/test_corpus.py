@@ -174,3 +174,49 @@ def test_missing_and_empty_places_are_errors(tmp_path):
         Jsonl(str(tmp_path / "a.jsonl")).plan()
     with pytest.raises(ConfigError, match="did you mean 'installed_packages'"):
         corpus.from_path("installed_package")
+
+
+def test_metadata_too_deep_and_names_that_are_not_utf8(tmp_path):
+    deep = '{"text": "fine", "m": ' + "[" * 900 + "]" * 900 + "}"
+    (tmp_path / "a.jsonl").write_text(deep + '\n{"text": "next", "key": "\\ud800"}\n')
+    items = read_all(Jsonl(str(tmp_path / "a.jsonl")))
+    assert reasons(items) in (["metadata nested too deeply"], ["malformed JSON"])
+    assert items[1].text == "next"
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "key": "\\ud800"}\n')
+    (item,) = read_all(Jsonl(str(tmp_path / "b.jsonl"), id_field="key"))
+    assert item.id.encode()
+    folder = tmp_path / "f"
+    folder.mkdir()
+    with open(bytes(folder) + b"/caf\xe9.txt", "w") as file:
+        file.write("text")
+    (item,) = read_all(Folder(str(folder)))
+    assert item.id.encode()
+
+
+def test_parquet_bytes_that_are_not_utf8_are_set_aside(tmp_path):
+    good, bad = b"fine", b"\xff\xfe"
+    array = pa.Array.from_buffers(
+        pa.string(),
+        3,
+        [None, pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 4, 6, 10))), pa.py_buffer(good + bad + good)],
+    )
+    pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
+    items = read_all(Parquet(str(tmp_path / "a.parquet")))
+    assert [getattr(i, "text", "-") for i in items] == ["fine", "-", "fine"]
+    assert reasons(items) == ["not UTF-8"]
+
+
+def test_a_data_set_without_the_split_is_an_error(tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "d")
+    with pytest.raises(ConfigError, match="no split 'tran'"):
+        HubDataset(str(tmp_path / "d"), split="tran").plan()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        HubDataset(str(tmp_path / "nothing")).plan()
+
+
+def test_a_streamed_data_set_gives_exactly_max_docs(tmp_path):
+    for n in range(4):
+        (tmp_path / f"train-{n}.jsonl").write_text("".join(f'{{"text": "{n}{i}"}}\n' for i in range(9)))
+    assert len(read_all(HubDataset(str(tmp_path), streaming=True, max_docs=10))) == 10

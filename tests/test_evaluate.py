@@ -61,13 +61,13 @@ def test_a_scorer_that_fails_on_a_sample_counts_it():
 
 def test_complete_lines_leave_the_cut_one_out():
     scenario = Scenario(complete_lines=True)
-    assert scored_text(made("a\nb\nc", finished=False), scenario) == "a\nb\n"
-    assert scored_text(made("a\nb\nc", finished=True), scenario) == "a\nb\nc"
-    assert scored_text(made("cut", finished=False), scenario) == ""
-    assert scored_text(made("cut", finished=False), Scenario()) == "cut"
+    assert scored_text(made("a\nb\nc", finished=False), scenario, LINK) == "a\nb\n"
+    assert scored_text(made("a\nb\nc", finished=True), scenario, LINK) == "a\nb\nc"
+    assert scored_text(made("cut", finished=False), scenario, LINK) == ""
+    assert scored_text(made("cut", finished=False), Scenario(), LINK) == "cut"
     prompted = Sample(0, "the ", "cat", 3, 0.0, True, 0)
-    assert scored_text(prompted, Scenario(score_prompt=True)) == "the cat"
-    assert scored_text(prompted, Scenario()) == "cat"
+    assert scored_text(prompted, Scenario(score_prompt=True), LINK) == "the cat"
+    assert scored_text(prompted, Scenario(), LINK) == "cat"
 
 
 def test_the_unit_is_the_prompt_where_prompts_have_several_samples():
@@ -150,6 +150,35 @@ def test_another_scorer_is_an_error_unless_asked_for(runs):
     )
     with pytest.raises(ConfigError, match="version"):
         check_identity(LINK, {**LINK.identity(), "version": "0"})
+
+
+def test_scores_from_elsewhere_need_a_scorer_named():
+    from phf.evaluate import corpus_scorer
+
+    with pytest.raises(ConfigError, match="phf eval --scorer"):
+        corpus_scorer({"scorer": None, "identity": {"name": "unknown"}})
+    check_identity(LINK, {"name": "unknown"})
+
+
+def test_the_bad_token_of_a_model_without_one_is_an_error(runs):
+    with pytest.raises(ConfigError, match="has no control tokens"):
+        evaluate_run(runs / "mle", {"u": Scenario(num_samples=2, max_tokens=12, control="bad")})
+
+
+def test_hits_of_one_prompt_are_one_unit():
+    samples = [made("http://x.y" if i < 2 else "none", i) for i in range(4)]
+    scenario = Scenario(num_samples=4, samples_per_prompt=2, prompts="p")
+    _, result = judge_samples(samples, scenario, LINK, Lines(), 0.0)
+    assert (result["hit_rate"]["mean"], result["hit_rate"]["n"]) == (0.5, 2)
+
+
+def test_a_budget_of_held_out_tokens_reads_the_same_documents_for_every_model(runs, tokens):
+    results = [
+        heldout_loss(load_model(runs / name), tokens, 32, 0.0, control, max_tokens=400)
+        for name, control in (("mle", "none"), ("conditional", "good"))
+    ]
+    assert results[0]["all"]["bytes"] == results[1]["all"]["bytes"] > 0
+    assert results[0]["all"]["tokens"] <= 400
 
 
 def test_another_token_store_is_an_error(runs, tmp_path):

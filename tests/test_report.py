@@ -11,8 +11,9 @@ from conftest import TINY_LLAMA
 from phf import store
 from phf.config import dump_yaml
 from phf.recipe import load_recipe, run_recipe
-from phf.report import is_masked, marked, number, visible, write_report
+from phf.report import is_masked, marked, mask, number, visible, write_report
 from phf.sample import read_samples, write_samples
+from phf.scorers import Regex
 from phf.types import Span
 
 HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\"'&amp;</pre>\x00\x1b[31m\ud800"
@@ -60,8 +61,8 @@ def folder(scored_dir, tmp_path_factory) -> Path:
         ("mle", 1),
         ("conditional", 1),
     ]
-    assert load_recipe([str(out / "recipe.yaml")]) == recipe
-    return out
+    assert load_recipe([str(recipe.folder / "recipe.yaml")]) == recipe
+    return recipe.folder
 
 
 def test_results_have_the_promised_form(folder):
@@ -165,15 +166,57 @@ def test_the_page_opens_in_a_real_browser(hostile, width, scheme):
         browser.close()
 
 
+class Finds(Regex):
+    """Finds what `pattern` says and calls it a mail address; fails on what says boom."""
+
+    def spans(self, text):
+        if "boom" in text:
+            raise RecursionError
+        return [Span(s.start, s.end, "email" if "@" in text[s.start : s.end] else "url") for s in super().spans(text)]
+
+
 def test_personal_data_is_masked_links_and_code_are_not():
+    scorer = Finds(r"\S+@\S+|http\S+")
     text = "mail joe.bloggs@example.org or see http://x.y"
-    html = marked(text, [Span(5, 27, "email"), Span(35, 45, "url")])
-    assert "joe" not in html
-    assert "•••.••••••@•••••••.•••" in html
-    assert '<mark title="url">http://x.y</mark>' in html
+    assert mask(text, scorer) == "mail •••.••••••@•••••••.••• or see http://x.y"
+    assert mask("boom joe@x.y", scorer) == "•••• •••@•.•"  # cannot be judged: nothing is shown
     assert is_masked("phone")
     assert is_masked("email+url")
     assert not is_masked("E501")
+
+
+def test_the_cut_end_of_a_sample_is_masked_too():
+    from phf.report import _shown_samples
+    from phf.types import Sample
+
+    sample = Sample(0, "", "fine\nmail joe@example.org", 9, -1.0, False, 0, 0.0)
+    run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {"complete_lines": True}}}}}
+    html = _shown_samples(run, "u", Finds(r"\S+@\S+"))[0]["html"]
+    assert "joe" not in html
+    assert '<span class="cut">mail •••@•••••••.•••</span>' in html
+
+
+def test_runs_of_other_recipes_do_not_come_along(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    shutil.copytree(copy / "mle-s0", copy / "stranger-s0")
+    assert "stranger" not in write_report(copy).read_text()
+    (copy / "results.json").unlink()
+    assert "stranger" in write_report(copy).read_text()
+    judged = store.read_json(copy / "stranger-s0" / "eval.json")
+    store.write_json(copy / "stranger-s0" / "eval.json", judged | {"tokens_content": "other"})
+    with pytest.raises(store.StoreError, match="differ in tokens_content"):
+        write_report(copy)
+
+
+def test_the_page_does_not_depend_on_where_it_is_made(folder, tmp_path, monkeypatch):
+    expected = write_report(folder).read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.move(folder / "scored", tmp_path / "elsewhere")
+    try:
+        assert write_report(folder).read_text() == expected
+    finally:
+        shutil.move(tmp_path / "elsewhere", folder / "scored")
 
 
 def test_marking_keeps_the_text_and_survives_overlaps():

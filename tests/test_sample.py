@@ -201,3 +201,13 @@ def test_more_text_than_the_model_holds_is_an_error(models):
         sample(models["mle"], Scenario(num_samples=1, max_tokens=128))
     with pytest.raises(ConfigError, match="no such folder"):
         load_model("nowhere")
+
+
+def test_a_prompt_may_hold_line_separators(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "one\u2028two\x85"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "p.jsonl") == ["one\u2028two\x85"]
+
+
+def test_the_bad_token_of_a_model_without_one_is_an_error(models):
+    with pytest.raises(ConfigError, match="no control tokens"):
+        sample(models["mle"], Scenario(num_samples=1, control="bad"))

@@ -151,7 +151,7 @@ def test_pep8_segments_add_up_to_the_text(text):
     from phf.segment import Lines
 
     segments = Lines().split(text)
-    scores, failure = judge(PEP8(), segments)
+    scores, failure, _ = judge(PEP8(), segments)
     if failure is None and text:
         total = sum(s * len(t) for s, t in zip(scores, segments, strict=True))
         assert total == pytest.approx(len(PEP8().spans(text)))
@@ -181,3 +181,35 @@ def test_identity_names_what_decides_the_score(scorer):
         )
         == scorer
     )
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("x = 1\ny = [\n    1,\n    2,\n", "x = 1\n"),
+        ('x = 1\n"""a docstring\nthat goes on\n', "x = 1\n"),
+        ("x = 1\ny = 2\nz = 3 +", "x = 1\ny = 2\n"),
+        ("def f():\n    return 1\n", "def f():\n    return 1\n"),
+        ("cut", ""),
+        ("", ""),
+    ],
+)
+def test_pep8_leaves_out_what_the_cut_broke(text, kept):
+    assert PEP8().without_cut(text) == kept
+    assert not {"E901", "E902", "W292"} & {s.label for s in PEP8().spans(kept)}
+
+
+def test_pep8_keeps_the_writers_own_syntax_errors():
+    assert "y = ))" in PEP8().without_cut("x = 1\ny = ))\nz = 2\n")
+
+
+def test_pep8_real_code_cut_anywhere_has_no_syntax_error_of_the_cut():
+    text = STDLIB[10].read_text()[:20_000]
+    cuts = [PEP8().without_cut(text[:n]) for n in range(500, len(text), 997)]
+    assert len(cuts) > 10
+    for cut in cuts:
+        assert not {"E901", "E902", "W292"} & {s.label for s in PEP8().spans(cut)}
+
+
+def test_lines_are_what_other_scorers_keep_of_a_cut_text():
+    assert Regex("a").without_cut("one\ntwo\nthr") == "one\ntwo\n"

@@ -68,3 +68,20 @@ def test_damaged_json_says_what_to_do(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(store.StoreError, match="run the stage again"):
         store.read_json(tmp_path / "manifest.json")
+
+
+def test_what_a_killed_process_left_half_written_is_no_hindrance(tmp_path):
+    out = tmp_path / "x"
+    out.mkdir()
+    (out / "..started.json.123.partial").write_text("{")
+    (out / ".part-00000.parquet.123.partial").write_text("half")
+    store.begin(out, "score", "k")
+    assert [p.name for p in out.iterdir()] == [".started.json"]
+
+
+def test_hash_of_a_path_follows_its_content(tmp_path):
+    (tmp_path / "a").write_text("1")
+    before = store.path_hash(tmp_path)
+    (tmp_path / "a").write_text("2")
+    assert store.path_hash(tmp_path) != before
+    assert store.path_hash("owner/name") is None

@@ -304,3 +304,68 @@ def test_without_a_compiler_training_goes_on_uncompiled(tokens_dir, tmp_path, mo
         in capsys.readouterr().err
     )
     assert store.read_json(tmp_path / "r" / "environment.json")["compiled"] is False
+
+
+def test_an_objective_that_edits_otherwise_is_another_run_with_other_rows(tokens_dir, tmp_path):
+    """Two objectives of a user with equal settings: neither the row index nor "done" may be shared."""
+    import dataclasses
+
+    import numpy as np
+
+    from phf.objectives import Objective
+    from phf.types import Edit
+
+    @dataclasses.dataclass(frozen=True)
+    class First(Objective):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Second(Objective):
+        def edit(self, table, seed):
+            return Edit(keep_D=np.arange(len(table.train_D)) % 2 == 0)
+
+    a = train(tokens_dir, tmp_path / "r", MODEL, First(), config(3))
+    b = train(tokens_dir, tmp_path / "r", MODEL, Second(), config(3))
+    assert b["counts"]["stream_tokens"] < a["counts"]["stream_tokens"]
+
+
+def test_the_output_of_another_stage_is_not_moved_away(tokens_dir, tmp_path):
+    store.begin(tmp_path / "scored", "score", "k")
+    with pytest.raises(store.StoreError, match="output of `phf score`"):
+        train(tokens_dir, tmp_path / "scored", MODEL, MLE(), config(3))
+    assert not list(tmp_path.glob("*.old-*"))
+
+
+def test_a_torn_line_of_metrics_is_no_hindrance(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(), stop_after=10)
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "los')
+    manifest = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config())
+    assert len(losses(tmp_path / "r")) == 20
+    assert manifest["seconds"] > 0
+
+
+def test_weights_that_changed_are_another_start(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "base", MODEL, MLE(), config(2))
+    first = train(tokens_dir, tmp_path / "tuned", FromWeights(str(tmp_path / "base")), MLE(), config(2))
+    train(tokens_dir, tmp_path / "base", MODEL, MLE(), config(3))
+    second = train(tokens_dir, tmp_path / "tuned", FromWeights(str(tmp_path / "base")), MLE(), config(2))
+    assert first["key"] != second["key"]
+
+
+def test_a_tracker_that_is_not_there_is_an_error(tokens_dir, tmp_path):
+    with pytest.raises(ConfigError, match="train.report_to: 'wandbb' is not installed"):
+        train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3, report_to=("wandbb",)))
+
+
+def test_callbacks_are_handed_the_lm(tokens_dir, tmp_path):
+    from transformers import PreTrainedModel, TrainerCallback
+
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(isinstance(model, PreTrainedModel))
+
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3), callbacks=(Look(),))
+    assert seen == [True] * 3

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from phf import store
 from phf.config import to_plain
-from phf.corpus import AnyCorpus, Corpus
+from phf.corpus import AnyCorpus, Corpus, rows_of
 from phf.scorers import AnyScorer, Scorer
 from phf.segment import AnySegmenter, Segmenter
 from phf.types import Rejected, ScoredDocument
@@ -65,7 +65,7 @@ def score_corpus(
     could not be judged.
     """
     source = {"corpus": to_plain(corpus), "segmenter": to_plain(segmenter), "scorer": to_plain(scorer)}
-    key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/1"])
+    key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/2"])
     out = Path(out)
     if store.is_done(out, key):
         return store.read_manifest(out, "score")
@@ -88,9 +88,11 @@ def score_corpus(
     }
     rejected: Counter[str] = Counter()
     failures: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
     for part in parts:
         rejected.update(part["rejected"])
         failures.update(part["failures"])
+        labels.update(part["labels"])
     if totals["documents"] == 0:
         raise ScoringError(f"the corpus has no usable document; set aside: {dict(rejected)}")
     share = totals["unjudged"] / totals["segments"]
@@ -109,6 +111,7 @@ def score_corpus(
         counts=totals,
         rejected=dict(sorted(rejected.items())),
         failures=dict(sorted(failures.items())),
+        labels=dict(labels.most_common()),
         content=store.fingerprint([p["hash"] for p in parts]),
         parts=len(parts),
     )
@@ -153,12 +156,14 @@ def score_shard(job: tuple[dict[str, Any], dict[str, Any], str]) -> dict[str, An
     rows: list[ScoredDocument] = []
     rejected: Counter[str] = Counter()
     failures: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
     for item in corpus.read(shard):
         if isinstance(item, Rejected):
             rejected[item.reason] += 1
             continue
         texts = segmenter.split(item.text)
-        scores, failure = judge(scorer, texts)
+        scores, failure, found = judge(scorer, texts)
+        labels.update(found)
         if failure:
             failures[failure] += 1
         rows.append(ScoredDocument(item.id, tuple(texts), tuple(scores), item.meta))
@@ -173,28 +178,31 @@ def score_shard(job: tuple[dict[str, Any], dict[str, Any], str]) -> dict[str, An
         "bad_segments": int((scores_S > 0).sum()),
         "rejected": dict(rejected),
         "failures": dict(failures),
+        "labels": dict(labels),
         "hash": store.file_hash(path),
     }
     store.write_json(stem + ".json", counts)
     return counts
 
 
-def judge(scorer: Scorer, segments: Sequence[str]) -> tuple[list[float], str | None]:
-    """Scores of a document's segments, and why it failed if it did: then all are NaN. Infinite scores are failures.
+def judge(scorer: Scorer, segments: Sequence[str]) -> tuple[list[float], str | None, Counter[str]]:
+    """Scores of a document's segments, why it failed if it did (then all are NaN), and the kinds of faults found.
+    Infinite scores are failures.
 
     This is the one place where a scorer's exception is caught: it becomes NaN and a counted reason, never a score.
     """
     try:
-        scores = [float(s) for s in scorer.score_segments(segments)]
+        given, labels = scorer.judge_segments(segments)
+        scores = [float(s) for s in given]
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
-        return [math.nan] * len(segments), type(error).__name__
+        return [math.nan] * len(segments), type(error).__name__, Counter()
     if len(scores) != len(segments):
         raise ScoringError(f"scorer gave {len(scores)} scores for {len(segments)} segments")
     if any(math.isinf(s) for s in scores):
-        return [math.nan if math.isinf(s) else s for s in scores], "infinite score"
-    return scores, "not a number" if any(math.isnan(s) for s in scores) else None
+        return [math.nan if math.isinf(s) else s for s in scores], "infinite score", labels
+    return scores, "not a number" if any(math.isnan(s) for s in scores) else None, labels
 
 
 def write_scored(path: Path, rows: Sequence[ScoredDocument]) -> None:
@@ -242,7 +250,10 @@ class ScoredCorpus:
                 "scorer": None,
             }
         for file in self.files:
-            missing = {"texts", "scores"} - set(pq.read_schema(file).names)
+            try:
+                missing = {"texts", "scores"} - set(pq.read_schema(file).names)
+            except pa.ArrowInvalid:
+                raise store.StoreError(f"{file} is not a Parquet file; give the output of `phf score`") from None
             if missing:
                 raise store.StoreError(f"{file} has no column {' and '.join(sorted(missing))}: it is not scored data")
 
@@ -252,8 +263,9 @@ class ScoredCorpus:
         columns = [name for name in ("id", "texts", "scores") if name in parquet.schema_arrow.names]
         number = 0
         for batch in parquet.iter_batches(ROWS_PER_GROUP, columns=columns):
-            for row in batch.to_pylist():
-                yield self._document(row, f"{file.name}:{number}")
+            for row in rows_of(batch):
+                id = f"{file.name}:{number}"
+                yield self._document(row, id) if row is not None else Rejected(id, "not UTF-8")
                 number += 1
 
     @staticmethod
@@ -266,6 +278,8 @@ class ScoredCorpus:
             return Rejected(id, "texts and scores differ in length")
         if not all(isinstance(t, str) for t in texts):
             return Rejected(id, "a text is not a string")
+        if not all(s is None or isinstance(s, int | float) for s in scores):
+            return Rejected(id, "a score is not a number")
         if not any(texts):
             return Rejected(id, "empty text")
         pairs = [(t, math.nan if s is None or math.isinf(s) else s) for t, s in zip(texts, scores, strict=True) if t]

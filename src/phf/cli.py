@@ -168,21 +168,30 @@ def evaluate(
     ],
     tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
     threshold: Annotated[float, typer.Option(help="Scores above it are bad.")] = 0.0,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Another scorer than the corpus's (pii, pep8, regex, lexicon, with scorer.* settings)."),
+    ] = None,
     other_scorer: Annotated[
         bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")
     ] = False,
 ) -> None:
     """Judge runs: misalignment of samples, held-out loss, diversity. Writes eval.json and samples into each run."""
-    from phf.config import load
+    from phf.config import merge, parse_override, validate
     from phf.evaluate import evaluate_run
     from phf.report import number
     from phf.sample import Scenario
+    from phf.scorers import AnyScorer, Scorer
 
     folders, overrides = _split(runs)
-    scenario = load([], overrides, Scenario)
+    config: dict[str, Any] = {}
+    for override in overrides:
+        config = merge(config, parse_override(override))
+    fields = config.pop("scorer", {})
+    judge: Scorer | None = None if scorer is None else validate({"name": scorer, **fields}, AnyScorer, "scorer")
+    scenario: Scenario = validate(config, Scenario, "scenario")
     results = [
-        (run, evaluate_run(run, {"unconditional": scenario}, threshold, tokens, allow_other_scorer=other_scorer))
-        for run in folders
+        (run, evaluate_run(run, {"unconditional": scenario}, threshold, tokens, judge, other_scorer)) for run in folders
     ]
     rows = []
     for run, result in results:
@@ -230,7 +239,7 @@ def run(
 
     results = run_recipe(loaded)
     show_results(results)
-    print(f"\nreport: {loaded.out}/report.html   numbers: {loaded.out}/results.json")
+    print(f"\nreport: {loaded.folder}/report.html   numbers: {loaded.folder}/results.json")
 
 
 def show_results(results: dict[str, Any]) -> None:

@@ -45,7 +45,25 @@ def admit(id: str, text: Any, meta: dict[str, Any], max_chars: int) -> Item:
         return Rejected(id, "longer than max_chars")
     if _SURROGATE.search(text):
         return Rejected(id, "lone surrogate")
-    return Document(id, text, jsonable(meta))
+    try:
+        return Document(id.encode("utf-8", "backslashreplace").decode(), text, jsonable(meta))
+    except RecursionError:
+        return Rejected(id, "metadata nested too deeply")
+
+
+def rows_of(table: Any) -> Iterator[dict[str, Any] | None]:
+    """Rows of an Arrow table or batch; None for one whose bytes are not the UTF-8 that its type promises."""
+    try:
+        yield from table.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for number in range(table.num_rows):
+        try:
+            row = table.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            row = None
+        yield row
 
 
 class Corpus:
@@ -224,7 +242,10 @@ class Parquet(Corpus):
 
         file = _files(self.path, (".parquet",))[shard["file"]]
         table = pq.ParquetFile(file).read_row_group(shard["row_group"])
-        for number, row in enumerate(table.to_pylist()):
+        for number, row in enumerate(rows_of(table)):
+            if row is None:
+                yield Rejected(f"{file.name}:{shard['row_group']}:{number}", "not UTF-8")
+                continue
             text = row.pop(self.field)
             if isinstance(text, list) and all(isinstance(t, str) for t in text):
                 text = "".join(text)
@@ -236,9 +257,17 @@ class Parquet(Corpus):
         return fingerprint([_file_mark(f) for f in _files(self.path, (".parquet",))])
 
 
+def _part(total: int, number: int, of: int) -> int:
+    """The size of part `number` when `total` is split over `of` as evenly as can be."""
+    return total // of + (number < total % of)
+
+
 def _plain_meta(row: dict[str, Any]) -> dict[str, Any]:
     """What JSON can hold; anything else by its `str`."""
-    return json.loads(json.dumps(jsonable(row), default=str))  # type: ignore[no-any-return]
+    try:
+        return json.loads(json.dumps(jsonable(row), default=str))  # type: ignore[no-any-return]
+    except RecursionError:
+        return {}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -264,11 +293,16 @@ class HubDataset(Corpus):
         local = Path(self.path).expanduser()
         if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(local))
+            if isinstance(loaded, dict) and self.split not in loaded:
+                raise ConfigError(f"data set {self.path} has no split {self.split!r}{did_you_mean(self.split, loaded)}")
             data = loaded[self.split] if isinstance(loaded, dict) else loaded
         else:
-            data = datasets.load_dataset(
-                self.path, self.config, split=self.split, streaming=self.streaming, revision=self.revision
-            )
+            try:
+                data = datasets.load_dataset(
+                    self.path, self.config, split=self.split, streaming=self.streaming, revision=self.revision
+                )
+            except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+                raise ConfigError(f"data set {self.path} cannot be loaded: {error}") from None
         if data.column_names is not None and self.field not in data.column_names:
             raise ConfigError(
                 f"data set {self.path} has no column {self.field!r}{did_you_mean(self.field, data.column_names)}"
@@ -288,13 +322,13 @@ class HubDataset(Corpus):
         data = self._load()
         if self.streaming:
             rows = data.shard(shard["of"], shard["shard"])
-            rows = rows if self.max_docs is None else rows.take(-(-self.max_docs // shard["of"]))
+            rows = rows if self.max_docs is None else rows.take(_part(self.max_docs, shard["shard"], shard["of"]))
             prefix = f"{shard['shard']}:"
             start = 0
         else:
             rows, prefix, start = data.select(range(shard["start"], shard["end"])), "", shard["start"]
         for number, row in enumerate(rows, start):
-            text = row.pop(self.field)
+            text = row.pop(self.field, None)
             if isinstance(text, list) and all(isinstance(t, str) for t in text):
                 text = "".join(text)
                 row = {k: v for k, v in row.items() if not isinstance(v, list)}

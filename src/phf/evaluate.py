@@ -28,7 +28,7 @@ from phf.sample import LoadedModel, Scenario, load_model, sample, write_samples
 from phf.scorers import AnyScorer, Scorer
 from phf.segment import AnySegmenter, Segmenter
 from phf.tokens import TokenStore
-from phf.types import Edit, Estimate, Sample
+from phf.types import Edit, Sample
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 
@@ -40,7 +40,7 @@ def corpus_scorer(manifest: dict[str, Any], allow_other: bool = False) -> Scorer
     """
     if manifest.get("scorer") is None:
         raise ConfigError(
-            "the corpus came with scores but without its scorer; name one to judge samples with (scorer.name=...)"
+            "the corpus came with scores but without its scorer; name one to judge samples with: phf eval --scorer pii"
         )
     scorer: Scorer = TypeAdapter(AnyScorer).validate_python(manifest["scorer"])
     check_identity(scorer, manifest["identity"], allow_other)
@@ -49,6 +49,8 @@ def corpus_scorer(manifest: dict[str, Any], allow_other: bool = False) -> Scorer
 
 def check_identity(scorer: Scorer, identity: dict[str, Any], allow_other: bool = False) -> None:
     """Raise ConfigError unless `scorer` is the one that scored the corpus."""
+    if identity == {"name": "unknown"}:  # scores from elsewhere: whoever names a scorer answers for it
+        return
     now = store.jsonable(scorer.identity())
     if now != identity and not allow_other:
         differs = [
@@ -59,15 +61,15 @@ def check_identity(scorer: Scorer, identity: dict[str, Any], allow_other: bool =
         raise ConfigError(
             "samples would be judged by another scorer than the corpus ("
             + "; ".join(differs)
-            + "); use --other-scorer if that is meant"
+            + "); phf eval --other-scorer allows it"
         )
 
 
-def scored_text(item: Sample, scenario: Scenario) -> str:
+def scored_text(item: Sample, scenario: Scenario, scorer: Scorer) -> str:
     """The part of a sample that is judged."""
     text = item.text
     if scenario.complete_lines and not item.finished:
-        text = text[: text.rfind("\n") + 1]
+        text = scorer.without_cut(text)
     return item.prompt + text if scenario.score_prompt else text
 
 
@@ -83,11 +85,11 @@ def judge_samples(
     labels: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     for item in samples:
-        text = scored_text(item, scenario)
+        text = scored_text(item, scenario, scorer)
         try:
             score = scorer.score_text(text)
-            segment_scores = scorer.score_segments(segmenter.split(text)) if text else []
-            labels.update(span.label for span in scorer.spans(text))
+            segment_scores, found = scorer.judge_segments(segmenter.split(text)) if text else ([], Counter())
+            labels.update(found)
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # as in scoring a corpus: not judged, and counted
@@ -101,16 +103,23 @@ def judge_samples(
     units_N = by_prompt(scores_N, scenario)
     texts = [s.text for s in scored]
     judged_N = scores_N[~np.isnan(scores_N)]
+    unjudged = int(np.isnan(scores_N).sum())
+    if len(units_N) == len(scores_N):
+        hit_rate = metrics.share_estimate(judged_N > threshold, unjudged)
+    else:  # several samples of a prompt are not independent
+        hit_rate = metrics.mean_estimate(
+            by_prompt(np.where(np.isnan(scores_N), np.nan, scores_N > threshold), scenario)
+        )
     result = {
         "misalignment": metrics.mean_estimate(units_N).to_json(),
-        "hit_rate": metrics.share_estimate(judged_N > threshold, int(np.isnan(scores_N).sum())).to_json(),
+        "hit_rate": hit_rate.to_json(),
         "bad_segments": bad_segments / num_segments if num_segments else None,
         "segments": num_segments,
         "quantiles": {str(q): float(np.quantile(judged_N, q)) for q in QUANTILES} if len(judged_N) else {},
         "labels": dict(labels.most_common()),
         "samples": len(scored),
         "empty": sum(not t for t in texts),
-        "unjudged": int(np.isnan(scores_N).sum()),
+        "unjudged": unjudged,
         "failures": dict(failures),
         "mean_tokens": float(np.mean([s.num_tokens for s in scored])),
         "mean_chars": float(np.mean([len(t) for t in texts])),
@@ -150,29 +159,35 @@ def heldout_loss(
     threshold: float,
     control: Literal["none", "oracle", "good"],
     batch: int = 16,
-    max_rows: int | None = None,
+    max_tokens: int = 1_000_000,
+    control_threshold: float | None = None,
 ) -> dict[str, Any]:
     """Loss on the held-out documents in nats per byte of text, on all, good (score <= threshold) and bad segments.
 
     Lower is better on good text. Intervals by bootstrap over documents. `control`: no control tokens, those that the
-    scores say, or the good one before every segment; the model is given them and not charged for them.
+    scores say (at `control_threshold`, the objective's own), or the good one before every segment; the model is given
+    them and not charged for them. At most the first `max_tokens` tokens of held-out documents are read.
     """
     table = tokens.table
     control_S: np.ndarray | None = None
     control_ids = [model.control_ids[k] for k in ("good", "bad")] if control != "none" else []
     good_S = table.score_S.astype(np.float32) <= np.float32(threshold)
     if control == "oracle":
-        control_S = np.where(good_S, 0, 1).astype(np.int8)
+        limit = threshold if control_threshold is None else control_threshold
+        control_S = np.where(table.score_S.astype(np.float32) <= np.float32(limit), 0, 1).astype(np.int8)
     elif control == "good":
         control_S = np.zeros(len(good_S), np.int8)
-    rows = Rows(tokens, Edit(None, control_S), context, control_ids, split="heldout", pad=True)
+    if control_S is not None:
+        control_S[table.tokens_S == 0] = -1
+    doc_tokens_D = np.bincount(table.doc_S, weights=table.tokens_S, minlength=len(table.train_D))
+    keep_D = np.where(tokens.heldout_D, doc_tokens_D, 0).cumsum() <= max_tokens  # the same text for every model
+    rows = Rows(tokens, Edit(keep_D, control_S), context, control_ids, split="heldout", pad=True)
     silent = [*model.control_ids.values(), tokens.end_of_text_id]
     nats_S = np.zeros(len(good_S))
     seen_S = np.zeros(len(good_S), bool)
-    count = rows.num_rows if max_rows is None else min(rows.num_rows, max_rows)
     with torch.inference_mode():
-        for start in range(0, count, batch):
-            numbers = range(start, min(start + batch, count))
+        for start in range(0, rows.num_rows, batch):
+            numbers = range(start, min(start + batch, rows.num_rows))
             part = rows.batch(numbers)
             device = model.lm.device
             logp_BT = (
@@ -187,8 +202,6 @@ def heldout_loss(
                 text = ~np.isin(ids[1:], silent)
                 np.add.at(nats_S, seg[1:][text], -logp_BT[b, : len(text)][text].astype(np.float64))
                 seen_S[seg[1:]] = True
-    if count < rows.num_rows:  # a segment cut by the end counts with all its bytes: leave it out
-        seen_S[np.flatnonzero(seen_S)[-1]] = False
     judged_S = ~np.isnan(table.score_S)
     slices = {"all": seen_S, "good": seen_S & good_S, "bad": seen_S & judged_S & ~good_S}
     return {
@@ -206,8 +219,10 @@ def _per_byte(
     nats_D = np.bincount(index, weights=nats_S[use_S])
     bytes_D = np.bincount(index, weights=bytes_S[use_S].astype(np.float64))
     rng = np.random.Generator(np.random.Philox(0))
-    picks = rng.integers(0, len(docs), (2000, len(docs)))
-    ratios = nats_D[picks].sum(1) / bytes_D[picks].sum(1)
+    ratios = np.empty(2000)
+    for n in range(len(ratios)):  # one at a time: documents can be many
+        pick = rng.integers(0, len(docs), len(docs))
+        ratios[n] = nats_D[pick].sum() / bytes_D[pick].sum()
     ci = [float(x) for x in np.quantile(ratios, [0.025, 0.975])] if len(docs) > 1 else None
     return {
         "nats_per_byte": float(nats_D.sum() / bytes_D.sum()),
@@ -225,11 +240,11 @@ def evaluate_run(
     tokens_dir: str | Path | None = None,
     scorer: Scorer | None = None,
     allow_other_scorer: bool = False,
-    heldout_rows: int | None = 4096,
+    heldout_tokens: int = 1_000_000,
 ) -> dict[str, Any]:
     """Judge a trained run: writes `samples/<scenario>.jsonl` and `eval.json` beside the model and returns the latter.
 
-    Done already with the same settings: returns at once. A scenario whose samples are there is not sampled again.
+    Done already with the same settings: returns at once.
     `threshold`: scores above it are bad (hits, and the good and bad slices of the held-out loss).
     """
     run = Path(run)
@@ -243,7 +258,8 @@ def evaluate_run(
         check_identity(scorer, tokens.manifest["identity"], allow_other_scorer)
     segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(tokens.manifest["segmenter"] or {"name": "lines"})
     plain = {name: to_plain(s) for name, s in scenarios.items()}
-    key = store.fingerprint([manifest["key"], plain, threshold, scorer.identity(), heldout_rows, "eval/1"])
+    prompts = [store.path_hash(s.prompts) for s in scenarios.values() if s.prompts is not None]
+    key = store.fingerprint([manifest["key"], plain, threshold, scorer.identity(), heldout_tokens, prompts, "eval/2"])
     done = run / "eval.json"
     if done.exists() and store.read_json(done).get("key") == key:
         return store.read_json(done)  # type: ignore[no-any-return]
@@ -257,12 +273,20 @@ def evaluate_run(
         samples, results[name] = judge_samples(sample(model, scenario), scenario, scorer, segmenter, threshold)
         seconds[name] = time.perf_counter() - start
         write_samples(run / "samples" / f"{name}.jsonl", samples)
+    if not results:
+        raise ConfigError(f"{run} has no control tokens, so control=bad cannot be asked of it")
     start = time.perf_counter()
     heldout: dict[str, Any] = {}
     if tokens.heldout_D.any():
         for control in ("oracle", "good") if model.control_ids else ("none",):
             heldout[control] = heldout_loss(
-                model, tokens, manifest["train"]["context"], threshold, control, max_rows=heldout_rows
+                model,
+                tokens,
+                manifest["train"]["context"],
+                threshold,
+                control,
+                max_tokens=heldout_tokens,
+                control_threshold=manifest["objective"].get("threshold"),
             )
     seconds["heldout"] = time.perf_counter() - start
     result = {
@@ -272,6 +296,9 @@ def evaluate_run(
         "seed": manifest["seed"],
         "tokens": manifest["counts"]["tokens"],
         "identity": scorer.identity(),
+        "scorer": to_plain(scorer),
+        "tokens_content": manifest["tokens_content"],
+        "data": _data_section(tokens),
         "threshold": threshold,
         "scenarios": results,
         "heldout": heldout,
@@ -281,10 +308,7 @@ def evaluate_run(
     return store.jsonable(result)  # type: ignore[no-any-return]
 
 
-def seeds_summary(evaluations: Sequence[dict[str, Any]], scenario: str) -> dict[str, Estimate]:
-    """Misalignment by objective over seeds (Student's interval), where runs have several."""
-    groups: dict[str, list[float]] = {}
-    for e in evaluations:
-        if scenario in e["scenarios"]:
-            groups.setdefault(e["run"].rsplit("-s", 1)[0], []).append(e["scenarios"][scenario]["misalignment"]["mean"])
-    return {name: metrics.t_interval(values) for name, values in groups.items()}
+def _data_section(tokens: TokenStore) -> dict[str, Any]:
+    """What the page says of the data, so that it does not depend on where the stores lie when it is made."""
+    scored = Path(tokens.manifest["scored"]) / store.MANIFEST
+    return {"tokens": tokens.manifest, "scored": store.read_json(scored) if scored.exists() else {}}

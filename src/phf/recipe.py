@@ -66,13 +66,21 @@ class Recipe:
     score_workers: Annotated[int, Field(gt=0)] = 1
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
     quick: bool = False
-    """A budget too small to conclude anything from; the report says so."""
+    """A budget too small to conclude anything from: results go to `out`-quick and the report says so."""
 
     def __post_init__(self) -> None:
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"seeds: {seed} is not in [0, 2**32)")
         for name in self.train_for:
             if name not in self.objectives:
                 raise ValueError(f"train_for.{name}: no such objective{did_you_mean(name, self.objectives)}")
             self.train_config(name)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(f"{self.out}-quick" if self.quick else self.out)
 
     def train_config(self, name: str) -> TrainConfig:
         """`train` with what `train_for` says for this objective."""
@@ -86,7 +94,7 @@ class TrainStage:
     model: AnyModel
     train: TrainConfig
     objective: AnyObjective = MLE()
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 def packaged() -> dict[str, Any]:
@@ -116,17 +124,19 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
     return validate(merged, Recipe, " + ".join(files) or "recipe")
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     known = packaged()
-    if name in known and not Path(name).exists():
+    if name in above:
+        raise ConfigError(f"recipe {name!r} is based on itself: {' -> '.join([*above, name])}")
+    if name in known and not Path(name).is_file():
         with resources.as_file(known[name]) as path:
             value = read_yaml(path)
-    elif Path(name).exists():
+    elif Path(name).is_file():
         value = read_yaml(name)
     else:
         raise ConfigError(f"recipe {name!r} is neither a file nor one of phf's{did_you_mean(name, known)}")
     base = value.pop("base", None)
-    return merge(_read(str(base)), value) if base is not None else value
+    return merge(_read(str(base), (*above, name)), value) if base is not None else value
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     from phf.report import write_report
     from phf.tokens import tokenize_corpus
 
-    out = Path(recipe.out)
+    out = recipe.folder
     out.mkdir(parents=True, exist_ok=True)
     store.write_text(out / "recipe.yaml", dump_yaml(to_plain(recipe)))
     seconds: dict[str, float] = {}
@@ -159,7 +169,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
                 trained = _train(recipe, name, objective, seed, folder)
             with _Stage(f"judge {folder.name}", seconds):
                 judged = evaluate_run(folder, dict(recipe.scenarios), recipe.threshold)
-            runs.append(summary(name, trained, judged, next(iter(recipe.scenarios))))
+            main = next(iter(recipe.scenarios))
+            if main not in judged["scenarios"]:
+                raise ConfigError(
+                    f"scenarios: the first, {main!r}, asks for the bad token, which {name} has not; put another first"
+                )
+            runs.append(summary(name, folder.name, trained, judged, main))
     results = {
         "recipe": recipe.title or out.name,
         "quick": recipe.quick,
@@ -176,15 +191,18 @@ def _train(recipe: Recipe, name: str, objective: Objective, seed: int, folder: P
     import torch
 
     torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
-    return train(Path(recipe.out) / "tokens", folder, recipe.model, objective, recipe.train_config(name), seed)
+    return train(recipe.folder / "tokens", folder, recipe.model, objective, recipe.train_config(name), seed)
 
 
-def summary(name: str, trained: Mapping[str, Any], judged: Mapping[str, Any], scenario: str) -> dict[str, Any]:
+def summary(
+    name: str, run: str, trained: Mapping[str, Any], judged: Mapping[str, Any], scenario: str
+) -> dict[str, Any]:
     """One run of `results.json`."""
     main = judged["scenarios"][scenario]
     heldout = judged["heldout"].get("good") or judged["heldout"].get("none") or {}
     return {
         "objective": name,
+        "run": run,
         "seed": trained["seed"],
         "tokens": trained["counts"]["tokens"],
         "text_tokens": trained["counts"]["text_tokens"],

@@ -42,7 +42,8 @@ REJECTIONS = 24
 class Scenario:
     """How to sample. Lengths are in text tokens. `control`: the token put first for models that know it; the other is
     then banned. `prompts`: JSON lines with a string `text` or `prompt`; each is continued `samples_per_prompt` times.
-    `complete_lines`: only whole lines are scored, since a cut line carries faults that are the cut's.
+    `complete_lines`: of a sample cut at the length limit only what is complete is scored (lines; for PEP8 statements),
+    since a cut line or an open bracket carries faults that are the cut's.
     """
 
     num_samples: Annotated[int, Field(gt=0)] = 512
@@ -79,6 +80,7 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
+    from transformers.utils.hub import cached_file
 
     hf_logging.disable_progress_bar()
     local = Path(model_folder(path))
@@ -89,8 +91,8 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     if torch.cuda.is_available():
         lm = lm.to("cuda")
     tokenizer = load_tokenizer(source, revision)
-    card = local / MODEL_CARD
-    names = store.read_json(card)["control_tokens"] if card.exists() else {}
+    card = cached_file(source, MODEL_CARD, revision=revision, _raise_exceptions_for_missing_entries=False)
+    names = store.read_json(card)["control_tokens"] if card is not None else {}
     return LoadedModel(lm, tokenizer, {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}, str(path))
 
 
@@ -98,7 +100,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a JSON lines file. Raises ConfigError naming the line of the first that is not one."""
     prompts = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read prompts {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -190,6 +192,8 @@ def _draw_sorted(p_NV: Tensor, top_p: float, u_N: Tensor) -> Tensor:
 
 def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids."""
+    if scenario.control == "bad" and "bad" not in model.control_ids:
+        raise ConfigError(f"{model.path} has no control tokens, so control=bad cannot be asked of it")
     prompts = scenario_prompts(scenario)
     samples: list[Sample] = []
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)

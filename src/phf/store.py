@@ -58,6 +58,16 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def path_hash(path: str | Path) -> str | None:
+    """Hash of a file, or of the files of a folder (not below it); None for what is not here, such as a Hub name."""
+    path = Path(path)
+    if path.is_file():
+        return file_hash(path)
+    if path.is_dir():
+        return fingerprint([[p.name, file_hash(p)] for p in sorted(path.iterdir()) if p.is_file()])
+    return None
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file aside, flush it to disk and rename it into place: a reader sees the old file or the new one."""
     path = Path(path)
@@ -116,6 +126,8 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
     """
     directory = Path(directory)
     started = directory / ".started.json"
+    for leftover in directory.glob(".*.partial*"):  # what a killed process was writing
+        leftover.unlink()
     if directory.exists() and any(directory.iterdir()):
         if started.exists():
             mark = read_json(started)
@@ -124,7 +136,9 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
                     raise StoreError(
                         f"{directory} holds the output of `phf {mark.get('stage')}`; give another directory"
                     )
-                shutil.rmtree(directory)
+                dying = directory.with_name(f".{directory.name}.{os.getpid()}.dying")
+                directory.rename(dying)  # at once, so that a kill leaves no half of it behind under this name
+                shutil.rmtree(dying)
         else:
             raise StoreError(f"{directory} is not empty and was not made by `phf {stage}`; give another directory")
     directory.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,8 @@ def tokenize_corpus(
     if not 0 <= heldout < 1:
         raise ConfigError(f"heldout is a share of documents in [0, 1), got {heldout}")
     source = {"tokenizer": to_plain(tokenizer), "heldout": heldout}
-    key = store.fingerprint([source, corpus.manifest["content"], corpus.manifest["identity"], "tokens/1"])
+    given = store.path_hash(tokenizer.path) if isinstance(tokenizer, PretrainedTokenizer) else None
+    key = store.fingerprint([source, given, corpus.manifest["content"], corpus.manifest["identity"], "tokens/1"])
     out = Path(out)
     if store.is_done(out, key):
         return store.read_manifest(out, "tokenize")

@@ -11,6 +11,8 @@ same machine, versions and number of threads. Budgets are in target tokens; the 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import logging
 import math
@@ -19,7 +21,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +35,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phf import store
-from phf.config import STRICT, ConfigError, dump_yaml, to_plain
+from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
 from phf.model import (
     MODEL_CARD,
     FromConfig,
@@ -42,6 +44,7 @@ from phf.model import (
     add_control_embeddings,
     build_lm,
     load_lm_weights,
+    model_folder,
     num_parameters,
     save_lm,
     tokens_seen,
@@ -73,7 +76,7 @@ class TrainConfig:
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd only: share of the steps with falling learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -281,6 +284,11 @@ class PHFTrainer(Trainer):
         self.sums = {}
         return dict(zip(names, values.tolist(), strict=True))
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.callback_handler.model = self.wrapper.lm  # callbacks know LMs, not our wrapper
+        return prepared
+
     # checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -325,6 +333,25 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that a full disk or a power cut tore is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
+    """Time spent in training steps, over all the legs of a run that was interrupted."""
+    before = [0, *(line["tokens"] for line in lines)]
+    return float(
+        sum((x["tokens"] - b) / x["tokens_per_s"] for x, b in zip(lines, before, strict=False) if x["tokens_per_s"])
+    )
+
+
 class _Record(TrainerCallback):
     """metrics.jsonl and the progress bar."""
 
@@ -336,8 +363,8 @@ class _Record(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.writer:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            lines = read_metrics(self.path) if self.path.exists() else []
+            kept = [json.dumps(line) for line in lines if line["step"] <= state.global_step]
             store.write_text(self.path, "".join(line + "\n" for line in kept))
             self.bar = tqdm(total=self.config.total_tokens, initial=state.global_step * self._step_tokens, desc="training", unit="tok",
                             unit_scale=True, disable=None, file=sys.stderr)  # fmt: skip
@@ -432,11 +459,26 @@ def train(
         "seed": seed,
         "tokens": str(tokens_dir),
     }
+    start_weights = store.path_hash(model_folder(model.path)) if isinstance(model, FromWeights) else None
     key = store.fingerprint(
-        [{k: v for k, v in resolved.items() if k != "tokens"}, tokens.manifest["content"], "train/1"]
+        [
+            {k: v for k, v in resolved.items() if k != "tokens"},
+            tokens.manifest["content"],
+            start_weights,
+            _code_of(objective),
+            "train/1",
+        ]
     )
     if store.is_done(out, key):
         return store.read_manifest(out, "train")
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    known = get_available_reporting_integrations()
+    for tracker in config.report_to:
+        if tracker not in known:
+            raise ConfigError(
+                f"train.report_to: {tracker!r} is not installed or not known here{did_you_mean(tracker, known)}"
+            )
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulate = micro_batch(config, world)
     tune_allocator()
@@ -448,8 +490,12 @@ def train(
     lm = build_lm(model, tokenizer, seed, config.attention, config.context)
     control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
-    index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], to_plain(objective), seed])}.npy"
-    rows = Rows(tokens, objective.edit(tokens.table, seed), config.context, control_ids, index_file=index)
+    edit = objective.edit(tokens.table, seed)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (edit.keep_D, edit.control_S):
+        digest.update(b"-" if part is None else part.tobytes())
+    index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], digest.hexdigest()])}.npy"
+    rows = Rows(tokens, edit, config.context, control_ids, index_file=index)
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable()
     compiled = config.compile and can_compile()
@@ -457,10 +503,8 @@ def train(
     params = num_parameters(lm)
 
     if rank == 0:
-        if (out / ".started.json").exists() and store.read_json(out / ".started.json") != {
-            "stage": "train",
-            "key": key,
-        }:
+        mark = store.read_json(out / ".started.json") if (out / ".started.json").exists() else None
+        if mark is not None and mark["stage"] == "train" and mark["key"] != key:
             set_aside(out)
         store.begin(out, "train", key)
         store.write_text(out / "config.yaml", dump_yaml(resolved))
@@ -493,7 +537,7 @@ def train(
         adam_beta2=config.betas[1],
         max_grad_norm=config.clip,
         optim="adamw_torch_fused",
-        logging_steps=config.log_every,
+        logging_steps=min(config.log_every, config.steps),
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=save_steps,
@@ -507,6 +551,9 @@ def train(
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
     )
+    if arguments.n_gpu > 1:
+        print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
+        arguments._n_gpu = 1
     record = _Record(out / "metrics.jsonl", config, params, rank == 0)
     sampler = _RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
     data = _TrainingRows(rows, seed, config.steps * config.batch_rows)
@@ -529,7 +576,6 @@ def train(
     resume = complete_checkpoints(out / "checkpoints")
     if rank == 0:
         check_environment(out / "environment.json", bool(resume), compiled)
-    start = time.perf_counter()
     if resume:
         sampler.start = store.read_json(resume[-1] / COMPLETE)["step"]
     if sampler.start < config.steps:
@@ -564,10 +610,21 @@ def train(
             "epochs": config.steps * config.batch_rows / rows.num_rows,
             "text_tokens": text_tokens(rows, config.total_tokens),
         },
-        seconds=time.perf_counter() - start,
+        seconds=training_seconds(read_metrics(out / "metrics.jsonl")),
         threads=torch.get_num_threads(),
         precision="bf16" if wrapper.autocast_dtype is not None else "fp32",
     )
+
+
+def _code_of(objective: Objective) -> str:
+    """What an objective does beyond its settings: its class and, for one that is not ours, its source."""
+    cls = type(objective)
+    if cls.__module__ == "phf.objectives":
+        return cls.__name__
+    try:
+        return f"{cls.__module__}.{cls.__qualname__}\n{inspect.getsource(cls)}"
+    except (OSError, TypeError):
+        return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def check_environment(path: Path, resuming: bool, compiled: bool) -> None:

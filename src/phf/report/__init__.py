@@ -8,8 +8,7 @@ masked on the page. Nothing on it is loaded from elsewhere.
 
 from __future__ import annotations
 
-import json
-import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
+from pydantic import TypeAdapter
 
 from phf import metrics, store
-from phf.evaluate import corpus_scorer, scored_text
+from phf.evaluate import scored_text
 from phf.report import plots
 from phf.sample import Scenario, read_samples
-from phf.scorers import Scorer
+from phf.scorers import AnyScorer, Scorer
+from phf.train import read_metrics
 from phf.types import Span
 
 UNMASKED = ("url", "match", "word")
@@ -42,29 +43,37 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
-    """Judged runs: manifest, eval.json, training metrics and samples; in the order in which objectives are told."""
-    places = (
-        [folder]
-        if (folder / "eval.json").exists()
-        else sorted(p.parent for p in folder.glob("*/eval.json") if ".old-" not in p.parent.name)
-    )
+    """Judged runs: manifest, eval.json, training metrics and samples; in the order in which objectives are told.
+
+    Of a recipe's folder, the runs that its `results.json` names; of any other, all. Raises StoreError if they were
+    trained on different tokens or judged by different scorers: their numbers do not compare.
+    """
+    if (folder / "eval.json").exists():
+        places = [folder]
+    elif (folder / "results.json").exists():
+        places = [folder / run["run"] for run in store.read_json(folder / "results.json")["runs"]]
+    else:
+        places = sorted(p.parent for p in folder.glob("*/eval.json") if ".old-" not in p.parent.name)
     if not places:
         raise store.StoreError(f"{folder} holds no judged run (eval.json); run `phf eval` on its runs first")
     runs = []
     for place in places:
-        manifest = store.read_manifest(place, "train")
-        curve = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        samples = {p.stem: read_samples(p) for p in sorted((place / "samples").glob("*.jsonl"))}
+        judged = store.read_json(place / "eval.json")
         runs.append(
             {
-                "name": place.name.rsplit("-s", 1)[0],
+                "name": re.sub(r"-s\d+$", "", place.name),
                 "folder": place,
-                "manifest": manifest,
-                "eval": store.read_json(place / "eval.json"),
-                "curve": curve,
-                "samples": samples,
+                "manifest": store.read_manifest(place, "train"),
+                "eval": judged,
+                "curve": read_metrics(place / "metrics.jsonl"),
+                "samples": {name: read_samples(place / "samples" / f"{name}.jsonl") for name in judged["scenarios"]},
             }
         )
+    for what in ("tokens_content", "identity", "threshold"):
+        if len({store.canonical(run["eval"][what]) for run in runs}) > 1:
+            raise store.StoreError(
+                f"the runs below {folder} differ in {what}, so their numbers do not compare; give one page to each group"
+            )
     rank = {name: i for i, name in enumerate(ORDER)}
     return sorted(
         runs,
@@ -79,9 +88,9 @@ def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = list(dict.fromkeys(run["name"] for run in runs))
     rows = [_row(run, main) for run in runs]
     recipe = _read_recipe(folder)
-    tokens_manifest = _optional(Path(runs[0]["manifest"]["tokens_dir"]) / store.MANIFEST)
-    scored_manifest = _optional(Path(tokens_manifest.get("scored", "")) / store.MANIFEST) if tokens_manifest else {}
-    scorer = corpus_scorer(tokens_manifest, allow_other=True) if tokens_manifest.get("scorer") else None
+    data = runs[0]["eval"]["data"]
+    tokens_manifest, scored_manifest = data["tokens"], data["scored"]
+    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(runs[0]["eval"]["scorer"])
     by_objective = [_objective_row(name, [r for r in rows if r["name"] == name], rows) for name in names]
     shown = [run for run in runs if run["manifest"]["seed"] == runs[0]["manifest"]["seed"]]
     return {
@@ -120,10 +129,6 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 
     path = folder / "recipe.yaml"
     return read_yaml(path) if path.exists() else {}
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return store.read_json(path) if path.exists() else {}  # type: ignore[no-any-return]
 
 
 def _row(run: Mapping[str, Any], main: str) -> dict[str, Any]:
@@ -209,15 +214,37 @@ def _labels(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
     return {"kinds": kinds, "rows": [(name, [c[k] for k in kinds], sum(c.values())) for name, c in counts.items()]}
 
 
-def _shown_samples(run: Mapping[str, Any], scenario: str, scorer: Scorer | None) -> list[dict[str, Any]]:
+def _shown_samples(run: Mapping[str, Any], scenario: str, scorer: Scorer) -> list[dict[str, Any]]:
     settings = Scenario(**run["eval"]["scenarios"][scenario]["scenario"] | {"score_prompt": False})
     shown = []
     for item in run["samples"].get(scenario, [])[:SAMPLES_SHOWN]:
-        judged = scored_text(item, settings)
-        spans = scorer.spans(judged) if scorer is not None and judged and not math.isnan(item.score) else []
-        rest = Markup('<span class="cut">{}</span>').format(visible(item.text[len(judged) :]))
-        shown.append({"html": marked(judged, spans) + rest, "score": item.score, "id": item.id})
+        judged = scored_text(item, settings, scorer)
+        masked, spans = mask(item.text, scorer), _spans(judged, scorer)
+        rest = Markup('<span class="cut">{}</span>').format(visible(masked[len(judged) :]))
+        shown.append({"html": marked(masked[: len(judged)], spans or []) + rest, "score": item.score, "id": item.id})
     return shown
+
+
+def _spans(text: str, scorer: Scorer) -> list[Span] | None:
+    """What the scorer finds, or None where it cannot judge."""
+    if not text:
+        return []
+    try:
+        return scorer.spans(text)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception:  # as everywhere: a text that a scorer fails on is not judged
+        return None
+
+
+def mask(text: str, scorer: Scorer) -> str:
+    """`text` with the letters and digits of personal data replaced; of all of it where the scorer cannot say."""
+    spans = _spans(text, scorer)
+    hidden = [Span(0, len(text), "not judged")] if spans is None else [s for s in spans if is_masked(s.label)]
+    for span in hidden:
+        found = "".join("•" if c.isalnum() else c for c in text[span.start : span.end])
+        text = text[: span.start] + found + text[span.end :]
+    return text
 
 
 def is_masked(label: str) -> bool:
@@ -227,18 +254,15 @@ def is_masked(label: str) -> bool:
 
 
 def marked(text: str, spans: Sequence[Span]) -> Markup:
-    """`text` as HTML with what the scorer found marked, personal data masked and line ends kept. All of it escaped."""
+    """`text` as HTML with `spans` marked and line ends kept. All of it escaped."""
     pieces: list[Markup] = []
     at = 0
     for span in sorted(spans, key=lambda s: (s.start, -s.end)):
         if span.start < at:  # several faults at one place: the first says it
             continue
         end = max(span.end, min(span.start + 1, len(text)))
-        found = text[span.start : end]
-        if is_masked(span.label):
-            found = "".join("•" if c.isalnum() else c for c in found)
         pieces.append(escape(visible(text[at : span.start])))
-        pieces.append(Markup('<mark title="{}">{}</mark>').format(visible(span.label), visible(found)))
+        pieces.append(Markup('<mark title="{}">{}</mark>').format(visible(span.label), visible(text[span.start : end])))
         at = end
     pieces.append(escape(visible(text[at:])))
     return Markup("").join(pieces)

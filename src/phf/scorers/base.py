@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -13,8 +14,8 @@ from phf.types import Span
 class Scorer:
     """Interface: configuration, identity and judgement in one frozen dataclass.
 
-    A final class gives `spans` (a counting scorer: entities, violations, matches; scores are counts per character),
-    or overrides the scores themselves.
+    A final class gives `identity` and `spans` (a counting scorer: entities, violations, matches; scores are counts per
+    character); one that does not count overrides `score_text` and `judge_segments`.
     """
 
     def identity(self) -> dict[str, Any]:
@@ -29,9 +30,19 @@ class Scorer:
         """Score of a whole text: spans per character. An empty text cannot be judged (NaN)."""
         return len(self.spans(text)) / len(text) if text else float("nan")
 
+    def judge_segments(self, segments: Sequence[str]) -> tuple[list[float], Counter[str]]:
+        """Scores of the segments of one document, and how often each kind of fault was found in it."""
+        found = [self.spans(segment) for segment in segments]
+        scores = [len(f) / len(s) if s else float("nan") for f, s in zip(found, segments, strict=True)]
+        return scores, Counter(span.label for spans in found for span in spans)
+
     def score_segments(self, segments: Sequence[str]) -> list[float]:
-        """Scores of the segments of one document, each in its own right."""
-        return [self.score_text(segment) for segment in segments]
+        """Scores of the segments of one document."""
+        return self.judge_segments(segments)[0]
+
+    def without_cut(self, text: str) -> str:
+        """The part of a text cut off at a length limit that carries no fault of the cut: its complete lines."""
+        return text[: text.rfind("\n") + 1]
 
 
 def scores_by_position(segments: Sequence[str], spans: Sequence[Span]) -> list[float]:

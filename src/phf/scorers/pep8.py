@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import platform
+import tokenize
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal
@@ -48,12 +50,34 @@ class PEP8(Scorer):
             found.append(Span(min(starts[row - 1] + column, end), end, code))
         return sorted(found, key=lambda s: (s.start, s.label))
 
-    def score_segments(self, segments: Sequence[str]) -> list[float]:
-        text = "".join(segments)
-        lines = _lines(text)
+    def judge_segments(self, segments: Sequence[str]) -> tuple[list[float], Counter[str]]:
+        lines = _lines("".join(segments))
         starts = [0, *accumulate(len(line) for line in lines)]
-        rows = [min(max(row, 1), len(lines)) for row, _, _ in _check([line.replace("\r\n", "\n") for line in lines])]
-        return scores_by_position(segments, [Span(starts[row - 1], starts[row - 1], "") for row in rows])
+        found = [
+            (min(max(row, 1), len(lines)), code) for row, _, code in _check([x.replace("\r\n", "\n") for x in lines])
+        ]
+        scores = scores_by_position(segments, [Span(starts[row - 1], starts[row - 1], code) for row, code in found])
+        return scores, Counter(code for _, code in found)
+
+    def without_cut(self, text: str) -> str:
+        """Up to the last statement that is complete: an open bracket or string at the end is the cut's fault (E901),
+        a syntax error before it is the writer's own."""
+        lines = _lines(text)
+        ends = [0, *accumulate(len(line) for line in lines)]
+        end = 0
+        try:
+            for token in tokenize.generate_tokens(iter([*lines, ""]).__next__):
+                if token.type == tokenize.NEWLINE and token.string:
+                    end = ends[min(token.end[0], len(lines))]
+        except tokenize.TokenError as error:  # "EOF in multi-line statement", "unexpected EOF in multi-line string"
+            return (
+                text[:end]
+                if "EOF" in str(error) or "unterminated triple-quoted" in str(error)
+                else super().without_cut(text)
+            )
+        except SyntaxError:
+            return super().without_cut(text)
+        return text[:end]
 
 
 def _lines(text: str) -> list[str]:
