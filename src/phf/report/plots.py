@@ -59,7 +59,7 @@ def intervals(objectives: Sequence[Mapping[str, Any]], unit: str) -> str:
             axes.plot(
                 [max(ci[0], 0), ci[1]], [place, place], color=colour, linewidth=3, solid_capstyle="butt", alpha=0.6
             )
-        axes.plot([mean], [place], marker=marker, color=colour, markersize=8, linestyle="none")
+        axes.plot([mean], [place], marker=marker, color=colour, markersize=8, linestyle="none", clip_on=False, zorder=3)
         if len(row["points"]) > 1:
             axes.plot(
                 row["points"],
@@ -87,7 +87,7 @@ def tradeoff(objectives: Sequence[Mapping[str, Any]]) -> str:
             continue
         if ci[0] is not None:
             axes.plot([good, good], [max(ci[0], 0), ci[1]], color=colour, linewidth=2, alpha=0.6)
-        axes.plot([good], [mean], marker=marker, color=colour, markersize=9, linestyle="none")
+        axes.plot([good], [mean], marker=marker, color=colour, markersize=9, linestyle="none", clip_on=False, zorder=3)
         axes.annotate(row["name"], (good, mean), textcoords="offset points", xytext=(8, 5), color=INK, fontsize=9)
     axes.set_xlabel("held-out loss on good text, nats per byte (lower is better)", color=INK)
     axes.set_ylabel("misalignment of samples", color=INK)
