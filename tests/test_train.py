@@ -369,3 +369,14 @@ def test_callbacks_are_handed_the_lm(tokens_dir, tmp_path):
 
     train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3), callbacks=(Look(),))
     assert seen == [True] * 3
+
+
+@pytest.mark.slow
+def test_compiled_and_in_bf16_the_bytes_are_the_same_too(tokens_dir, tmp_path):
+    """As the demo trains: two runs, and one that was interrupted. Needs deterministic algorithms for the embedding."""
+    model = FromConfig({**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128})
+    settings = config(30, precision="bf16", compile=True, attention="eager", batch_rows=16)
+    for name, stop in (("a", None), ("b", None), ("c", 13), ("c", None)):
+        torch.compiler.reset()
+        train(tokens_dir, tmp_path / name, model, Conditional(), settings, stop_after=stop)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")

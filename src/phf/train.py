@@ -11,6 +11,7 @@ same machine, versions and number of threads. Budgets are in target tokens; the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -143,6 +144,22 @@ def pick_precision(precision: str) -> torch.dtype | None:
         or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     )
     return torch.bfloat16 if has_bf16 else None
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """The same bytes from the same run, on a CPU: a compiled embedding's gradient is otherwise added up in whatever
+    order the threads come. Costs nothing measurable. (On a GPU it would cost speed, and is left as it is.)"""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def can_compile() -> bool:
@@ -579,7 +596,8 @@ def train(
     if resume:
         sampler.start = store.read_json(resume[-1] / COMPLETE)["step"]
     if sampler.start < config.steps:
-        trainer.train(resume_from_checkpoint=str(resume[-1]) if resume else None)
+        with deterministic():
+            trainer.train(resume_from_checkpoint=str(resume[-1]) if resume else None)
     else:
         trainer._load_from_checkpoint(str(resume[-1]))
     if stop_after is not None and trainer.state.global_step < config.steps:
