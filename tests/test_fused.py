@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phf.fused import fused_loss, unfused_loss
+from phf.config import ConfigError
+from phf.fused import check_objective, fused_loss, unfused_loss
 from phf.objectives import MLE, LossInputs, LossOutputs, Objective, Unlikelihood
 from test_objectives import OBJECTIVES
 
@@ -154,3 +155,32 @@ def test_a_vocabulary_of_one_word_is_refused():
             None,
             MLE(),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Objective):
+    """Not a sum."""
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        return LossOutputs(-x.logp_BT.mean(), {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Careless(Objective):
+    """Does not leave unjudged targets out."""
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        return LossOutputs(-(x.score_BT * x.logp_BT).sum(), {})
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Focal()], ids=repr)
+def test_sound_objectives_pass_the_check(objective):
+    assert check_objective(objective) is None
+
+
+@pytest.mark.parametrize(
+    "objective, message", [(Mean(), "not a sum over targets"), (Careless(), "some scores are NaN")]
+)
+def test_unsound_objectives_are_refused(objective, message):
+    with pytest.raises(ConfigError, match=message):
+        check_objective(objective)

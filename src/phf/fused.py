@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phf.config import ConfigError
 from phf.objectives import LossInputs, LossOutputs, Objective
 
 CHUNK_NUMBERS = 2**24
@@ -187,6 +188,33 @@ def fused_loss(
             hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, sums, split, logits_grad
         )  # fmt: skip
     return LossOutputs(loss, sums)
+
+
+def check_objective(objective: Objective) -> None:
+    """Raise ConfigError unless `objective` is a sum over targets that copes with unjudged ones, on a small example.
+
+    Done before training with an objective that is not ours: one that looks across targets (a mean, a sort) would
+    silently be another objective for every chunk size.
+    """
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 4, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(11, 4, generator=g, dtype=torch.float64)
+    target = torch.randint(0, 11, (23,), generator=g)
+    score = torch.tensor([0.0, 0.25, 0.5, 1.0, float("nan")])[torch.randint(0, 5, (23,), generator=g)]
+    mask = torch.rand(23, generator=g) < 0.8
+    value = None if objective.value is None else -torch.rand(23, generator=g, dtype=torch.float64)
+    whole = unfused_loss(hidden, weight, None, target, score, mask, value, objective).loss_sum
+    parts = fused_loss(hidden, weight, None, target, score, mask, value, objective, chunk=5).loss_sum
+    name = type(objective).__name__
+    if not torch.isfinite(whole):
+        raise ConfigError(
+            f"objective {name}: the loss is {whole.item()} where some scores are NaN; leave such targets out"
+        )
+    slow, fast = (torch.autograd.grad(out, hidden)[0] for out in (whole, parts))
+    if not (torch.allclose(whole, parts, rtol=1e-8) and torch.allclose(slow, fast, rtol=1e-6, atol=1e-9)):
+        raise ConfigError(
+            f"objective {name}: not a sum over targets (cutting the targets into chunks changes it); return sums, not means"
+        )
 
 
 _compiled: dict[str, Callable[..., Any]] = {}

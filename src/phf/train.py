@@ -37,6 +37,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
+from phf.fused import check_objective
 from phf.model import (
     MODEL_CARD,
     FromConfig,
@@ -469,6 +470,8 @@ def train(
     tokens = TokenStore.open(tokens_dir)
     out = Path(out)
     objective = objective.fit(tokens.table)
+    if type(objective).__module__ != "phf.objectives":
+        check_objective(objective)
     resolved = {
         "model": to_plain(model),
         "objective": to_plain(objective),
