@@ -258,7 +258,7 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             use_cache=True,
         )
         logits_NV = lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
-        logp_NV = logits_NV - logits_NV.logsumexp(-1, keepdim=True)
+        lse_N = logits_NV.logsumexp(-1)  # before anything is banned
         logits_NV[:, banned] = float("-inf")
         short = torch.from_numpy(num_text[alive] < scenario.min_tokens).to(device)
         logits_NV[short, eos] = float("-inf")
@@ -270,7 +270,7 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             lambda attempt: uniform(key, sample_id_N[alive], step, attempt),  # noqa: B023
         )
         is_silent_N = torch.isin(word_N, silent_T).cpu().numpy()
-        gained_N = logp_NV.gather(1, word_N.unsqueeze(1)).squeeze(1).double().cpu().numpy()
+        gained_N = (logits_NV.gather(1, word_N.unsqueeze(1)).squeeze(1) - lse_N).double().cpu().numpy()
         words = word_N.cpu().numpy()
         text_N = ~is_silent_N
         logp[alive] += np.where(text_N, gained_N, 0.0)
