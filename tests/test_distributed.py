@@ -61,7 +61,7 @@ def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, t
 
 
 FSDP = """
-import json, sys
+import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from phf.model import FromConfig, PHFModel, build_lm
@@ -93,8 +93,12 @@ for step in range(10):
     dist.all_reduce(total)
     losses.append(total.item())
 if rank == 0:
-    json.dump(losses, open(sys.argv[2], "w"))
-dist.destroy_process_group()
+    with open(sys.argv[2], "w") as file:
+        json.dump(losses, file)
+    # written; gloo's threads sometimes abort the interpreter's teardown, which is not what is tested
+sys.stdout.flush()
+dist.barrier()
+os._exit(0)
 """
 
 
