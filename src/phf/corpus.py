@@ -246,15 +246,20 @@ class Parquet(Corpus):
             if row is None:
                 yield Rejected(f"{file.name}:{shard['row_group']}:{number}", "not UTF-8")
                 continue
-            text = row.pop(self.field)
-            if isinstance(text, list) and all(isinstance(t, str) for t in text):
-                text = "".join(text)
-                row = {k: v for k, v in row.items() if not isinstance(v, list)}
+            text, row = _text_of(row, self.field)
             id = str(row.get("id", f"{file.name}:{shard['row_group']}:{number}"))
             yield admit(id, text, _plain_meta(row), self.max_chars)
 
     def fingerprint(self) -> str:
         return fingerprint([_file_mark(f) for f in _files(self.path, (".parquet",))])
+
+
+def _text_of(row: dict[str, Any], field: str) -> tuple[Any, dict[str, Any]]:
+    """The text of a row and the rest of it. Segments (a list of strings) are joined; lists beside them are dropped."""
+    text, rest = row.get(field), {k: v for k, v in row.items() if k != field}
+    if isinstance(text, list) and all(isinstance(t, str) for t in text):
+        return "".join(text), {k: v for k, v in rest.items() if not isinstance(v, list)}
+    return text, rest
 
 
 def _part(total: int, number: int, of: int) -> int:
@@ -328,10 +333,7 @@ class HubDataset(Corpus):
         else:
             rows, prefix, start = data.select(range(shard["start"], shard["end"])), "", shard["start"]
         for number, row in enumerate(rows, start):
-            text = row.pop(self.field, None)
-            if isinstance(text, list) and all(isinstance(t, str) for t in text):
-                text = "".join(text)
-                row = {k: v for k, v in row.items() if not isinstance(v, list)}
+            text, row = _text_of(row, self.field)
             yield admit(str(row.get("id", f"{prefix}{number}")), text, _plain_meta(row), self.max_chars)
 
     def fingerprint(self) -> str:
