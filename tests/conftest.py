@@ -105,6 +105,8 @@ def make_store(
         "identity": {"name": "given"},
         "dtype": "uint16",
         "content": "x",
+        "main": "given",
+        "scores": {"given": {}},
         "end_of_text_id": end_of_text,
         "counts": {"train_documents": len(docs)},
     }

@@ -11,9 +11,9 @@ import phf
 
 SOURCE = Path(phf.__file__).parent
 FLOORS = [
-    {"types", "config", "store"},
+    {"types", "config", "store", "device"},
     {"corpus", "segment", "metrics"},
-    {"scorers", "annotate"},
+    {"scorers", "annotate", "cluster", "fitting", "survey", "hub"},
     {"tokens", "packing"},
     {"objectives", "fused", "model", "train"},
     {"sample", "evaluate"},
@@ -61,7 +61,8 @@ def test_no_pickle_eval_or_remote_code():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.load", "os.system"), (
-                    f"{path}: {name}"
-                )
+                if name == "torch.load":  # of weights only, said where it is called
+                    assert "weights_only=True" in ast.unparse(node), f"{path}: {name}"
+                    continue
+                assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), f"{path}: {name}"
                 assert all(k.arg != "trust_remote_code" for k in node.keywords), path

@@ -47,13 +47,13 @@ def test_pii_judges_each_segment_by_itself():
 def test_pii_does_not_depend_on_the_machines_locale(monkeypatch):
     import locale
 
-    from phf.scorers import pii
+    from phf.scorers._scrubadub import scrubber
 
     monkeypatch.setattr(locale, "getlocale", lambda *a: ("de_DE", "UTF-8"))
-    pii._scrubber.cache_clear()
+    scrubber.cache_clear()
     assert PII().identity()["locale"] == "en_US"
     assert [s.label for s in PII().spans("call 650 253 0000 now")] == ["phone"]
-    pii._scrubber.cache_clear()
+    scrubber.cache_clear()
 
 
 @pytest.mark.parametrize("scorer", [PII(), PEP8(), Regex("a")], ids=lambda s: s.name)

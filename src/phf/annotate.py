@@ -10,14 +10,18 @@ a rerun does what has no mark, so any interruption costs at most the shards that
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +32,17 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from phf import store
-from phf.config import to_plain
+from phf.config import ConfigError, did_you_mean, to_plain
 from phf.corpus import AnyCorpus, Corpus, rows_of
 from phf.scorers import AnyScorer, Scorer
-from phf.segment import AnySegmenter, Segmenter
+from phf.segment import AnySegmenter, Given, Segmenter
 from phf.types import Rejected, ScoredDocument
+
+Job = tuple[dict[str, Any], dict[str, Any], str]
+"""One shard of work: configurations, which shard, and the path without ending of what it makes. Plain JSON values."""
+
+Executor = Callable[[Sequence[Job], str], None]
+"""Runs shards somewhere else: (jobs, folder that they write into). Returns when they are done."""
 
 SCHEMA = pa.schema(
     {
@@ -45,10 +55,16 @@ SCHEMA = pa.schema(
     }
 )
 ROWS_PER_GROUP = 1024
+BATCH_CHARS = 1_000_000
+"""Characters handed to a scorer at a time."""
 
 
 class ScoringError(RuntimeError):
     """Too much of the corpus could not be judged, or a worker died."""
+
+
+class Submitted(RuntimeError):
+    """The work was handed to a scheduler; the same command, once it has ended, finishes it."""
 
 
 def score_corpus(
@@ -58,49 +74,24 @@ def score_corpus(
     out: str | Path,
     workers: int = 1,
     max_unjudged: float = 0.01,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
-    """Score `corpus` into directory `out` and return its manifest. Done already: returns at once.
+    """Score `corpus` into directory `out` (a folder, or `s3://...` and the like) and return its manifest. Done already:
+    returns at once.
 
-    Raises ScoringError if a worker dies (rerun to resume) or if more than `max_unjudged` of the segments, as a share,
-    could not be judged.
+    `executor` runs the shards elsewhere (phf.cluster); where it only hands them over, the manifest is written by a later
+    call. Raises ScoringError if a worker dies (rerun to resume) or if more than `max_unjudged` of the segments, as a
+    share, could not be judged; what `executor` raises, too.
     """
     source = {"corpus": to_plain(corpus), "segmenter": to_plain(segmenter), "scorer": to_plain(scorer)}
-    key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/2"])
-    out = Path(out)
+    key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/3"])
+    out = store.as_path(out)
     if store.is_done(out, key):
         return store.read_manifest(out, "score")
     shards = corpus.plan()
     store.begin(out, "score", key)
     jobs = [(source, shard, str(out / f"part-{n:05d}")) for n, shard in enumerate(shards)]
-    todo = [job for job in jobs if not Path(job[2] + ".json").exists()]
-    bar = tqdm(
-        total=len(jobs), initial=len(jobs) - len(todo), desc="scoring", unit="shard", disable=None, file=sys.stderr
-    )
-    unjudged = 0
-    with bar:
-        for counts in _run(todo, min(workers, len(todo))):
-            unjudged += counts["unjudged"]
-            bar.set_postfix(chars=counts["chars"], unjudged=unjudged, refresh=False)
-            bar.update()
-    parts = [store.read_json(job[2] + ".json") for job in jobs]
-    totals = {
-        name: sum(p[name] for p in parts) for name in ("documents", "segments", "chars", "unjudged", "bad_segments")
-    }
-    rejected: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    for part in parts:
-        rejected.update(part["rejected"])
-        failures.update(part["failures"])
-        labels.update(part["labels"])
-    if totals["documents"] == 0:
-        raise ScoringError(f"the corpus has no usable document; set aside: {dict(rejected)}")
-    share = totals["unjudged"] / totals["segments"]
-    if share > max_unjudged:
-        raise ScoringError(
-            f"{totals['unjudged']} of {totals['segments']} segments ({share:.1%}) could not be judged, more than the "
-            f"{max_unjudged:.1%} allowed (--max-unjudged): {dict(failures)}"
-        )
+    parts = _finished(jobs, workers, max_unjudged, executor, out)
     return store.finish(
         out,
         "score",
@@ -108,21 +99,114 @@ def score_corpus(
         **source,
         identity=scorer.identity(),
         provenance=corpus.provenance(),
-        counts=totals,
-        rejected=dict(sorted(rejected.items())),
-        failures=dict(sorted(failures.items())),
-        labels=dict(labels.most_common()),
+        **_totals(parts),
         content=store.fingerprint([p["hash"] for p in parts]),
+        text=store.fingerprint([p["text"] for p in parts]),
         parts=len(parts),
     )
 
 
-def _run(jobs: Sequence[tuple[dict[str, Any], dict[str, Any], str]], workers: int) -> Iterator[dict[str, Any]]:
+def add_scores(
+    scored: str | Path,
+    scorer: Scorer,
+    name: str,
+    workers: int = 1,
+    max_unjudged: float = 0.01,
+    executor: Executor | None = None,
+) -> dict[str, Any]:
+    """Score a scored corpus with another scorer, beside the scores that it has: `scores/<name>/` holds one file a shard
+    with the same rows and no text. Returns the manifest of these scores; errors as `score_corpus`."""
+    base = ScoredCorpus(scored)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise store.StoreError(f"name {name!r}: letters, digits, '_', '-' and '.' only, for it names a folder")
+    if name == base.main:
+        raise store.StoreError(f"{scored} has scores named {name!r} from the first; choose another name")
+    out = base.path / "scores" / name
+    source = {"base": str(base.path), "scorer": to_plain(scorer)}
+    key = store.fingerprint([to_plain(scorer), base.text, scorer.identity(), "scores/1"])
+    if store.is_done(out, key):
+        return store.read_manifest(out, "score")
+    store.begin(out, "score", key)
+    jobs = [(source, {"base": n}, str(out / f"part-{n:05d}")) for n in range(len(base.files))]
+    parts = _finished(jobs, workers, max_unjudged, executor, out)
+    return store.finish(
+        out,
+        "score",
+        key,
+        scorer=to_plain(scorer),
+        identity=scorer.identity(),
+        **_totals(parts),
+        content=store.fingerprint([p["hash"] for p in parts]),
+        text=base.text,
+        parts=len(parts),
+    )
+
+
+def _finished(
+    jobs: Sequence[Job], workers: int, max_unjudged: float, executor: Executor | None, out: Path
+) -> list[dict[str, Any]]:
+    """The counts of every shard, once all are done. Raises what `score_corpus` says."""
+    done = {p.name for p in out.glob("part-*.json")}
+    todo = [job for job in jobs if _mark(job).name not in done]
+    if todo and executor is not None:
+        executor(todo, str(out))
+        todo = [job for job in todo if not _mark(job).exists()]
+        if todo:
+            raise ScoringError(f"{len(todo)} of {len(jobs)} shards are not done; run the same command again to resume")
+    bar = tqdm(
+        total=len(jobs), initial=len(jobs) - len(todo), desc="scoring", unit="shard", disable=None, file=sys.stderr
+    )
+    seen: Counter[str] = Counter()
+    with bar:
+        start = time.monotonic()
+        for counts in _run(todo, min(workers, len(todo))):
+            seen.update({k: counts[k] for k in ("chars", "unjudged")}, set_aside=sum(counts["rejected"].values()))
+            rate = seen["chars"] / max(time.monotonic() - start, 1e-9)
+            bar.set_postfix_str(
+                f"{rate / 1e6:.2f} Mchar/s, not judged {seen['unjudged']}, set aside {seen['set_aside']}", refresh=False
+            )
+            bar.update()
+    parts = [store.read_json(_mark(job)) for job in jobs]
+    totals = _totals(parts)
+    counts = totals["counts"]
+    if counts["documents"] == 0:
+        raise ScoringError(f"the corpus has no usable document; set aside: {totals['rejected']}")
+    share = counts["unjudged"] / max(counts["segments"], 1)
+    if share > max_unjudged:
+        raise ScoringError(
+            f"{counts['unjudged']} of {counts['segments']} segments ({share:.1%}) could not be judged, more than the "
+            f"{max_unjudged:.1%} allowed (--max-unjudged): {totals['failures']}"
+        )
+    return parts
+
+
+def _mark(job: Job) -> Path:
+    return store.as_path(job[2] + ".json")
+
+
+def _totals(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = ("documents", "segments", "chars", "unjudged", "bad_segments")
+    sums: dict[str, Counter[str]] = {"rejected": Counter(), "failures": Counter(), "labels": Counter()}
+    for part in parts:
+        for name, counter in sums.items():
+            counter.update(part[name])
+    return {
+        "counts": {name: sum(p[name] for p in parts) for name in names},
+        "rejected": dict(sorted(sums["rejected"].items())),
+        "failures": dict(sorted(sums["failures"].items())),
+        "labels": dict(sums["labels"].most_common()),
+    }
+
+
+def _run(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers <= 1:
         yield from map(score_shard, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_begin_worker, initargs=(max(1, cores // workers),)
+    ) as pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(score_shard, job) for job in jobs]):
                 yield future.result()
@@ -135,8 +219,8 @@ def _run(jobs: Sequence[tuple[dict[str, Any], dict[str, Any], str]], workers: in
             raise
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed ends instead of waiting for work for ever."""
+def _begin_worker(threads: int) -> None:
+    """A worker has its share of the cores, and ends when its parent is killed instead of waiting for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -145,61 +229,131 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # workers share the cores; read when numpy and torch are imported
 
 
-def score_shard(job: tuple[dict[str, Any], dict[str, Any], str]) -> dict[str, Any]:
+def score_shard(job: Job) -> dict[str, Any]:
     """Score one shard: (configurations, shard, path without ending) -> its counts. Knows nothing of who runs it."""
     source, shard, stem = job
-    corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(source["corpus"])
-    segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(source["segmenter"])
     scorer: Scorer = TypeAdapter(AnyScorer).validate_python(source["scorer"])
-    rows: list[ScoredDocument] = []
-    rejected: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    for item in corpus.read(shard):
-        if isinstance(item, Rejected):
-            rejected[item.reason] += 1
-            continue
-        texts = segmenter.split(item.text)
-        scores, failure, found = judge(scorer, texts)
-        labels.update(found)
-        if failure:
-            failures[failure] += 1
-        rows.append(ScoredDocument(item.id, tuple(texts), tuple(scores), item.meta))
-    scores_S = np.array([s for row in rows for s in row.scores], dtype=np.float32)
-    path = Path(stem + ".parquet")
-    write_scored(path, rows)
-    counts = {
-        "documents": len(rows),
-        "segments": len(scores_S),
-        "chars": sum(len(t) for row in rows for t in row.texts),
-        "unjudged": int(np.isnan(scores_S).sum()),
-        "bad_segments": int((scores_S > 0).sum()),
-        "rejected": dict(rejected),
-        "failures": dict(failures),
-        "labels": dict(labels),
-        "hash": store.file_hash(path),
-    }
+    tally = _Tally(scorer)
+    if "base" in source:
+        base = ScoredCorpus(source["base"])
+        for row in base.read(base.files[shard["base"]], keep_empty=True):
+            tally.add(row if isinstance(row, ScoredDocument) else ScoredDocument(row.id, (), ()))
+        rows = tally.finish()
+        path = store.as_path(stem + ".parquet")
+        write_scores(path, rows)
+    else:
+        corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(source["corpus"])
+        segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(source["segmenter"])
+        for item in corpus.read(shard):
+            if isinstance(item, Rejected):
+                tally.rejected[item.reason] += 1
+            else:
+                texts = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
+                tally.add(ScoredDocument(item.id, tuple(texts or (item.text,)), (), item.meta))
+        rows = tally.finish()
+        path = store.as_path(stem + ".parquet")
+        write_scored(path, rows)
+    counts = tally.counts() | {"hash": store.file_hash(path), "text": text_hash(rows)}
     store.write_json(stem + ".json", counts)
     return counts
+
+
+class _Tally:
+    """Documents of a shard on their way through the scorer, a batch at a time, and what is counted of them."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.rows: list[ScoredDocument] = []
+        self.waiting: list[ScoredDocument] = []
+        self.waiting_chars = 0
+        self.rejected: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.labels: Counter[str] = Counter()
+
+    def add(self, document: ScoredDocument) -> None:
+        self.waiting.append(document)
+        self.waiting_chars += sum(map(len, document.texts))
+        if self.waiting_chars >= BATCH_CHARS:
+            self._flush()
+
+    def _flush(self) -> None:
+        judged = judge_documents(self.scorer, [d.texts for d in self.waiting])
+        for document, (scores, failure, labels) in zip(self.waiting, judged, strict=True):
+            self.labels.update(labels)
+            if failure:
+                self.failures[failure] += 1
+            self.rows.append(dataclasses.replace(document, scores=tuple(scores)))
+        self.waiting, self.waiting_chars = [], 0
+
+    def finish(self) -> list[ScoredDocument]:
+        self._flush()
+        return self.rows
+
+    def counts(self) -> dict[str, Any]:
+        scores_S = np.array([s for row in self.rows for s in row.scores], dtype=np.float32)
+        return {
+            "documents": len(self.rows),
+            "segments": len(scores_S),
+            "chars": sum(len(t) for row in self.rows for t in row.texts),
+            "unjudged": int(np.isnan(scores_S).sum()),
+            "bad_segments": int((scores_S > 0).sum()),
+            "rejected": dict(self.rejected),
+            "failures": dict(self.failures),
+            "labels": dict(self.labels),
+        }
+
+
+def text_hash(rows: Sequence[ScoredDocument]) -> str:
+    """Hash of the segments alone, whatever their scores (hex, 128 bits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(len(row.texts).to_bytes(4, "little"))
+        for text in row.texts:
+            data = text.encode()
+            digest.update(len(data).to_bytes(4, "little") + data)
+    return digest.hexdigest()
+
+
+def judge_documents(
+    scorer: Scorer, documents: Sequence[Sequence[str]]
+) -> list[tuple[list[float], str | None, Counter[str]]]:
+    """`judge` of several documents, all at once where the scorer is quicker so. Where that fails, each by itself, so that
+    one document that cannot be judged does not take others with it."""
+    if len(documents) > 1 and type(scorer).judge_documents is not Scorer.judge_documents:
+        try:
+            given = scorer.judge_documents(documents)
+        except (KeyboardInterrupt, MemoryError, ConfigError):
+            raise
+        except Exception:
+            given = None
+        if given is not None:
+            return [_checked(scores, labels, len(d)) for d, (scores, labels) in zip(documents, given, strict=True)]
+    return [judge(scorer, segments) for segments in documents]
 
 
 def judge(scorer: Scorer, segments: Sequence[str]) -> tuple[list[float], str | None, Counter[str]]:
     """Scores of a document's segments, why it failed if it did (then all are NaN), and the kinds of faults found.
     Infinite scores are failures.
 
-    This is the one place where a scorer's exception is caught: it becomes NaN and a counted reason, never a score.
+    This and `judge_documents` are the places where a scorer's exception is caught: it becomes NaN and a counted reason,
+    never a score. A mistake in the scorer's settings is raised.
     """
     try:
-        given, labels = scorer.judge_segments(segments)
-        scores = [float(s) for s in given]
-    except (KeyboardInterrupt, MemoryError):
+        scores, labels = scorer.judge_segments(segments)
+    except (KeyboardInterrupt, MemoryError, ConfigError):
         raise
     except Exception as error:
         return [math.nan] * len(segments), type(error).__name__, Counter()
-    if len(scores) != len(segments):
-        raise ScoringError(f"scorer gave {len(scores)} scores for {len(segments)} segments")
+    return _checked(scores, labels, len(segments))
+
+
+def _checked(given: Sequence[float], labels: Counter[str], count: int) -> tuple[list[float], str | None, Counter[str]]:
+    scores = [float(s) for s in given]
+    if len(scores) != count:
+        raise ScoringError(f"scorer gave {len(scores)} scores for {count} segments")
     if any(math.isinf(s) for s in scores):
         return [math.nan if math.isinf(s) else s for s in scores], "infinite score", labels
     return scores, "not a number" if any(math.isnan(s) for s in scores) else None, labels
@@ -219,57 +373,113 @@ def write_scored(path: Path, rows: Sequence[ScoredDocument]) -> None:
         },
         schema=SCHEMA,
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with store.written_aside(path) as aside:
         pq.write_table(table, aside, row_group_size=ROWS_PER_GROUP, compression="zstd")
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+
+
+def write_scores(path: Path, rows: Sequence[ScoredDocument]) -> None:
+    """The scores of another scorer, row by row as in the file that they belong to."""
+    table = pa.table(
+        {"id": [row.id for row in rows], "scores": [list(row.scores) for row in rows]},
+        schema=pa.schema({"id": pa.string(), "scores": pa.list_(pa.float32())}),
+    )
+    with store.written_aside(path) as aside:
+        pq.write_table(table, aside, row_group_size=ROWS_PER_GROUP, compression="zstd")
 
 
 class ScoredCorpus:
-    """A scored corpus on disk: what `phf score` wrote, or any folder of Parquet files with `texts` and `scores`."""
+    """A scored corpus: what `phf score` wrote, or any folder of Parquet files with `texts` and `scores` (the published
+    scored data sets are such folders), on disk or at `hf://`, `s3://` and the like.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    `preference`: read these scores (added by `phf score --add`) instead of its own.
+    """
+
+    def __init__(self, path: str | Path, preference: str | None = None) -> None:
+        self.path = store.as_path(path)
         if (self.path / store.MANIFEST).exists() or (self.path / ".started.json").exists():
             self.manifest: dict[str, Any] = store.read_manifest(self.path, "score")
+            if "text" not in self.manifest or "segmenter" not in self.manifest:
+                raise store.StoreError(
+                    f"{path} holds scores beside a corpus, or is older than this phf; give the corpus"
+                )
             self.files = [self.path / f"part-{n:05d}.parquet" for n in range(self.manifest["parts"])]
         else:
-            self.files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
+            if self.path.is_dir():
+                found = (f for f in self.path.rglob("*.parquet") if "scores" not in f.relative_to(self.path).parts[:-1])
+                self.files = sorted(found, key=str)
+            else:
+                self.files = [self.path]
             if not self.files or not all(f.is_file() for f in self.files):
                 raise store.StoreError(f"{path} is neither the output of `phf score` nor a folder of Parquet files")
-            marks = [[f.name, f.stat().st_size, store.file_hash(f)] for f in self.files]
+            marks = store.fingerprint([[f.name, f.stat().st_size, store.file_hash(f)] for f in self.files])
             self.manifest = {
                 "stage": "score",
-                "content": store.fingerprint(marks),
+                "content": marks,
+                "text": marks,
                 "identity": {"name": "unknown"},
                 "scorer": None,
             }
         for file in self.files:
             try:
-                missing = {"texts", "scores"} - set(pq.read_schema(file).names)
+                missing = {"texts", "scores"} - set(read_schema(file).names)
             except pa.ArrowInvalid:
                 raise store.StoreError(f"{file} is not a Parquet file; give the output of `phf score`") from None
             if missing:
                 raise store.StoreError(f"{file} has no column {' and '.join(sorted(missing))}: it is not scored data")
+        self.main: str = self.manifest["identity"]["name"]  # the name of the corpus's own scores is its scorer's
+        self.preference = None if preference == self.main else preference
+        if self.preference is not None:
+            kept = ("parts", "stage", "key", "rejected")
+            self.manifest = self.manifest | {k: v for k, v in self.added(self.preference).items() if k not in kept}
 
-    def read(self, file: Path) -> Iterator[ScoredDocument | Rejected]:
-        """Documents of one of `files`, in order; rows that are no scored document are set aside with the reason."""
-        parquet = pq.ParquetFile(file)
-        columns = [name for name in ("id", "texts", "scores") if name in parquet.schema_arrow.names]
-        number = 0
-        for batch in parquet.iter_batches(ROWS_PER_GROUP, columns=columns):
-            for row in rows_of(batch):
-                id = f"{file.name}:{number}"
-                yield self._document(row, id) if row is not None else Rejected(id, "not UTF-8")
-                number += 1
+    @property
+    def text(self) -> str:
+        """Fingerprint of the segments, whatever their scores."""
+        return str(self.manifest["text"])
+
+    def preferences(self) -> list[str]:
+        """Names of the scores there are: its own, then those added."""
+        folder = self.path / "scores"
+        added = sorted(p.name for p in folder.iterdir() if (p / store.MANIFEST).exists()) if folder.is_dir() else []
+        return [self.main, *added]
+
+    def added(self, name: str) -> dict[str, Any]:
+        """The manifest of scores added by `phf score --add`, which must belong to the text as it is now."""
+        folder = self.path / "scores" / name
+        if not folder.is_dir():
+            raise store.StoreError(f"{self.path} has no scores named {name!r}{did_you_mean(name, self.preferences())}")
+        manifest = store.read_manifest(folder, "score")
+        if manifest["text"] != self.text:
+            raise store.StoreError(f"{folder} scores another text than {self.path} holds now; add the scores again")
+        return manifest
+
+    def read(self, file: Path, keep_empty: bool = False) -> Iterator[ScoredDocument | Rejected]:
+        """Documents of one of `files`, in order; rows that are no scored document are set aside with the reason.
+
+        `keep_empty`: keep segments without text, so that scores stay aligned to the file's own.
+        """
+        scores = None
+        if self.preference is not None:
+            number = self.files.index(file)
+            table = read_table(self.path / "scores" / self.preference / f"part-{number:05d}.parquet")
+            scores = table["scores"].to_pylist()
+        with file.open("rb") as opened:
+            parquet = pq.ParquetFile(opened)
+            columns = [name for name in ("id", "texts", "scores", "meta") if name in parquet.schema_arrow.names]
+            number = 0
+            for batch in parquet.iter_batches(ROWS_PER_GROUP, columns=columns):
+                for row in rows_of(batch):
+                    id = f"{file.name}:{number}"
+                    if row is None:
+                        yield Rejected(id, "not UTF-8")
+                    else:
+                        if scores is not None and scores[number]:
+                            row["scores"] = scores[number]
+                        yield self._document(row, id, keep_empty)
+                    number += 1
 
     @staticmethod
-    def _document(row: dict[str, Any], default_id: str) -> ScoredDocument | Rejected:
+    def _document(row: dict[str, Any], default_id: str, keep_empty: bool) -> ScoredDocument | Rejected:
         id = str(row.get("id") or default_id)
         texts, scores = row["texts"], row["scores"]
         if not isinstance(texts, list) or not isinstance(scores, list):
@@ -282,5 +492,29 @@ class ScoredCorpus:
             return Rejected(id, "a score is not a number")
         if not any(texts):
             return Rejected(id, "empty text")
-        pairs = [(t, math.nan if s is None or math.isinf(s) else s) for t, s in zip(texts, scores, strict=True) if t]
-        return ScoredDocument(id, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))
+        pairs = [
+            (t, math.nan if s is None or math.isinf(s) else s)
+            for t, s in zip(texts, scores, strict=True)
+            if t or keep_empty
+        ]
+        return ScoredDocument(id, tuple(t for t, _ in pairs), tuple(s for _, s in pairs), _meta(row.get("meta")))
+
+
+def _meta(value: Any) -> dict[str, Any]:
+    """Metadata of a row: ours is JSON text, the published data sets' a structure."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return {"meta": value}
+    return value if isinstance(value, dict) else {}
+
+
+def read_schema(file: Path) -> Any:
+    with file.open("rb") as opened:
+        return pq.read_schema(opened)
+
+
+def read_table(file: Path, columns: list[str] | None = None) -> Any:
+    with file.open("rb") as opened:
+        return pq.read_table(opened, columns=columns)

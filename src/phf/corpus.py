@@ -10,6 +10,7 @@ yields a `Document` or, for a row that cannot be one, a `Rejected` with its reas
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.config import STRICT, ConfigError, did_you_mean
-from phf.store import file_hash, fingerprint, jsonable
+from phf.store import as_path, file_hash, fingerprint, is_local, jsonable
 from phf.types import Document, Rejected
 
 Shard = dict[str, Any]
@@ -88,7 +89,7 @@ class Corpus:
 
 def _files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     """The file itself, or the files below a folder with one of the suffixes, sorted."""
-    root = Path(path).expanduser()
+    root = as_path(path)
     if root.is_file():
         return [root]
     if not root.is_dir():
@@ -100,8 +101,11 @@ def _files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _file_mark(path: Path) -> list[Any]:
-    """Name, size and content hash; files over 64 MiB are marked by their modification time instead of their content."""
+    """Name, size and content hash; files over 64 MiB are marked by their modification time instead of their content,
+    files elsewhere by what their file system says identifies a version."""
     stat = path.stat()
+    if not is_local(path):
+        return [path.name, stat.st_size, str(path.fs.ukey(path.path))]  # type: ignore[attr-defined]
     return [path.name, stat.st_size, file_hash(path) if stat.st_size <= HASHED_WHOLE_BYTES else stat.st_mtime_ns]
 
 
@@ -122,12 +126,12 @@ class Folder(Corpus):
         return [{"start": a, "end": b} for a, b in _chunks(len(_files(self.path, self.suffixes)))]
 
     def read(self, shard: Shard) -> Iterator[Item]:
-        root = Path(self.path).expanduser()
+        root = as_path(self.path)
         for path in _files(self.path, self.suffixes)[shard["start"] : shard["end"]]:
             yield read_text_file(path, str(path.relative_to(root)) if path != root else path.name, self.max_chars)
 
     def fingerprint(self) -> str:
-        root = Path(self.path).expanduser()
+        root = as_path(self.path)
         return fingerprint([[str(f.relative_to(root)), *_file_mark(f)] for f in _files(self.path, self.suffixes)])
 
 
@@ -165,7 +169,7 @@ class Jsonl(Corpus):
         """Lines that *begin* in the shard's byte range."""
         file = _files(self.path, (".jsonl",))[shard["file"]]
         limit = 8 * self.max_chars  # bytes; a \uXXXX escape is 6 bytes a character
-        with open(file, "rb") as lines:
+        with file.open("rb") as lines:
             lines.seek(max(shard["start"] - 1, 0))
             if shard["start"]:
                 _skip_line(lines, limit)  # a line that began before this shard (empty where one ends exactly there)
@@ -225,14 +229,14 @@ class Parquet(Corpus):
         shards = []
         for number, file in enumerate(_files(self.path, (".parquet",))):
             try:
-                parquet = pq.ParquetFile(file)
+                with file.open("rb") as opened:
+                    metadata = pq.read_metadata(opened)
             except pa.ArrowInvalid as error:
                 raise ConfigError(f"{file} is not a Parquet file: {error}") from None
-            if self.field not in parquet.schema_arrow.names:
-                raise ConfigError(
-                    f"{file} has no column {self.field!r}{did_you_mean(self.field, parquet.schema_arrow.names)}"
-                )
-            shards += [{"file": number, "row_group": g} for g in range(parquet.num_row_groups)]
+            names = metadata.schema.to_arrow_schema().names
+            if self.field not in names:
+                raise ConfigError(f"{file} has no column {self.field!r}{did_you_mean(self.field, names)}")
+            shards += [{"file": number, "row_group": g} for g in range(metadata.num_row_groups)]
         if not shards:
             raise ConfigError(f"corpus {self.path} is empty")
         return shards
@@ -241,25 +245,27 @@ class Parquet(Corpus):
         import pyarrow.parquet as pq
 
         file = _files(self.path, (".parquet",))[shard["file"]]
-        table = pq.ParquetFile(file).read_row_group(shard["row_group"])
+        with file.open("rb") as opened:
+            table = pq.ParquetFile(opened).read_row_group(shard["row_group"])
         for number, row in enumerate(rows_of(table)):
             if row is None:
                 yield Rejected(f"{file.name}:{shard['row_group']}:{number}", "not UTF-8")
                 continue
-            text, row = _text_of(row, self.field)
             id = str(row.get("id", f"{file.name}:{shard['row_group']}:{number}"))
-            yield admit(id, text, _plain_meta(row), self.max_chars)
+            yield _item(row, self.field, id, self.max_chars)
 
     def fingerprint(self) -> str:
         return fingerprint([_file_mark(f) for f in _files(self.path, (".parquet",))])
 
 
-def _text_of(row: dict[str, Any], field: str) -> tuple[Any, dict[str, Any]]:
-    """The text of a row and the rest of it. Segments (a list of strings) are joined; lists beside them are dropped."""
+def _item(row: dict[str, Any], field: str, id: str, max_chars: int) -> Item:
+    """A row of a table. Segments (a list of strings) are joined and kept; lists beside them, which are about them, are
+    not metadata of the document."""
     text, rest = row.get(field), {k: v for k, v in row.items() if k != field}
-    if isinstance(text, list) and all(isinstance(t, str) for t in text):
-        return "".join(text), {k: v for k, v in rest.items() if not isinstance(v, list)}
-    return text, rest
+    if not isinstance(text, list) or not all(isinstance(t, str) for t in text):
+        return admit(id, text, _plain_meta(rest), max_chars)
+    item = admit(id, "".join(text), _plain_meta({k: v for k, v in rest.items() if not isinstance(v, list)}), max_chars)
+    return item if isinstance(item, Rejected) else dataclasses.replace(item, segments=tuple(t for t in text if t))
 
 
 def _part(total: int, number: int, of: int) -> int:
@@ -333,8 +339,7 @@ class HubDataset(Corpus):
         else:
             rows, prefix, start = data.select(range(shard["start"], shard["end"])), "", shard["start"]
         for number, row in enumerate(rows, start):
-            text, row = _text_of(row, self.field)
-            yield admit(str(row.get("id", f"{prefix}{number}")), text, _plain_meta(row), self.max_chars)
+            yield _item(row, self.field, str(row.get("id", f"{prefix}{number}")), self.max_chars)
 
     def fingerprint(self) -> str:
         if not self.streaming:
@@ -426,7 +431,9 @@ def from_path(text: str) -> dict[str, Any]:
     named = {"installed_packages", "standard_library"}
     if text in named:
         return {"name": text}
-    path = Path(text).expanduser()
+    if text.startswith("hf://datasets/") and len(text.split("/")) == 5:  # a whole data set, as datasets loads it
+        return {"name": "dataset", "path": text.removeprefix("hf://datasets/")}
+    path = as_path(text)
     if text.endswith(".jsonl"):
         return {"name": "jsonl", "path": text}
     if text.endswith(".parquet"):

@@ -22,6 +22,7 @@ import torch
 from pydantic import TypeAdapter
 
 from phf import metrics, store
+from phf.annotate import judge_documents
 from phf.config import ConfigError, to_plain
 from phf.packing import Rows
 from phf.sample import LoadedModel, Scenario, load_model, sample, write_samples
@@ -81,24 +82,18 @@ def judge_samples(
     An empty text, or one on which the scorer fails, is not judged (NaN): left out and counted. Where prompts have
     several samples, the independent unit is the prompt.
     """
-    scored, bad_segments, num_segments = [], 0, 0
-    labels: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    for item in samples:
-        text = scored_text(item, scenario, scorer)
-        try:
-            score = scorer.score_text(text)
-            segment_scores, found = scorer.judge_segments(segmenter.split(text)) if text else ([], Counter())
-            labels.update(found)
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as error:  # as in scoring a corpus: not judged, and counted
-            failures[type(error).__name__] += 1
-            score, segment_scores = float("nan"), []
-        scored.append(dataclasses.replace(item, score=score))
-        judged = [s for s in segment_scores if s == s]
-        num_segments += len(judged)
-        bad_segments += sum(bool(np.float32(s) > np.float32(threshold)) for s in judged)
+    judged_texts = [scored_text(item, scenario, scorer) for item in samples]
+    whole = judge_documents(scorer, [[text] if text else [] for text in judged_texts])
+    parts = judge_documents(scorer, [segmenter.split(text) for text in judged_texts])
+    scored = [
+        dataclasses.replace(item, score=scores[0] if scores else float("nan"))
+        for item, (scores, _, _) in zip(samples, whole, strict=True)
+    ]
+    failures = Counter(failure for _, failure, _ in whole if failure)
+    labels = sum((found for _, _, found in parts), Counter[str]())
+    segment_scores = np.array([s for scores, _, _ in parts for s in scores if s == s], np.float32)
+    num_segments = len(segment_scores)
+    bad_segments = int((segment_scores > np.float32(threshold)).sum())
     scores_N = np.array([s.score for s in scored])
     units_N = by_prompt(scores_N, scenario)
     texts = [s.text for s in scored]
@@ -249,7 +244,7 @@ def evaluate_run(
     """
     run = Path(run)
     manifest = store.read_manifest(run, "train")
-    tokens = TokenStore.open(tokens_dir or manifest["tokens_dir"])
+    tokens = TokenStore.open(tokens_dir or manifest["tokens_dir"], manifest["train"].get("scores"))
     if tokens.manifest["content"] != manifest["tokens_content"]:
         raise ConfigError(f"{tokens.path} is not the token store that {run} was trained on (its content differs)")
     if scorer is None:

@@ -6,13 +6,15 @@ versions. The manifest is written last and by rename, so a directory without one
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,53 @@ MANIFEST = "manifest.json"
 
 class StoreError(ValueError):
     """A directory that is not what a stage expected."""
+
+
+def as_path(path: str | Path) -> Path:
+    """A path on this machine, or, for `s3://bucket/...`, `hf://datasets/owner/name` and whatever else fsspec knows, a
+    path object over that file system. Raises StoreError where the package for it is missing."""
+    if not isinstance(path, str):
+        return path
+    protocol, sep, _ = path.partition("://")
+    if not sep:
+        return Path(path).expanduser()
+    from upath import UPath
+
+    try:
+        found = UPath(path)
+        found.fs  # noqa: B018 (made when first asked for)
+    except (ImportError, ValueError) as error:
+        raise StoreError(f"{path}: cannot open {protocol}:// paths: {error}") from None
+    return found  # type: ignore[return-value]
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path from `as_path` is on this machine's own file system."""
+    return type(path) is type(Path())
+
+
+@contextlib.contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A local file to write in its place. When the block ends well it is flushed to disk and renamed to `path` (in an
+    object store: uploaded, which is as whole); when it does not, nothing is left."""
+    path = as_path(path)
+    if is_local(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    else:
+        handle, name = tempfile.mkstemp(suffix=path.suffix)
+        os.close(handle)
+        aside = Path(name)
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        if is_local(path):
+            os.replace(aside, path)
+        else:
+            path.fs.put_file(str(aside), path.path)  # type: ignore[attr-defined]
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def canonical(value: Any) -> str:
@@ -52,7 +101,7 @@ def fingerprint(value: Any) -> str:
 def file_hash(path: str | Path) -> str:
     """Hash of a file's bytes (hex, 128 bits)."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -69,19 +118,9 @@ def path_hash(path: str | Path) -> str | None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file aside, flush it to disk and rename it into place: a reader sees the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    """Write a file as a whole: a reader sees the old file or the new one."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -89,7 +128,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    path = Path(path)
+    path = as_path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,7 +139,7 @@ def read_json(path: str | Path) -> Any:
 
 def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
     """The manifest of a finished directory made by `stage`; a StoreError that says what to do otherwise."""
-    directory = Path(directory)
+    directory = as_path(directory)
     if not directory.is_dir():
         raise StoreError(f"{directory} is not a directory; expected the output of `phf {stage}`")
     if not (directory / MANIFEST).exists():
@@ -115,7 +154,7 @@ def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
 
 def is_done(directory: str | Path, key: str) -> bool:
     """Whether `directory` was finished from exactly these inputs and settings."""
-    path = Path(directory) / MANIFEST
+    path = as_path(directory) / MANIFEST
     return path.exists() and read_json(path).get("key") == key
 
 
@@ -124,7 +163,7 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
 
     Only a directory that a stage of phf began is ever removed: another one, if not empty, is an error.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     started = directory / ".started.json"
     for leftover in directory.glob(".*.partial*"):  # what a killed process was writing
         leftover.unlink()
@@ -136,9 +175,7 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
                     raise StoreError(
                         f"{directory} holds the output of `phf {mark.get('stage')}`; give another directory"
                     )
-                dying = directory.with_name(f".{directory.name}.{os.getpid()}.dying")
-                directory.rename(dying)  # at once, so that a kill leaves no half of it behind under this name
-                shutil.rmtree(dying)
+                _empty(directory, started)
         else:
             raise StoreError(f"{directory} is not empty and was not made by `phf {stage}`; give another directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -148,10 +185,22 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
     return directory
 
 
+def _empty(directory: Path, started: Path) -> None:
+    """Remove what a stage began. A kill at any moment leaves a folder that is still known as begun, or none."""
+    if is_local(directory):
+        dying = directory.with_name(f".{directory.name}.{os.getpid()}.dying")
+        directory.rename(dying)  # at once, so that a kill leaves no half of it behind under this name
+        shutil.rmtree(dying)
+        return
+    for path in [directory / MANIFEST, *(p for p in directory.rglob("*") if p.name != started.name), started]:
+        if path.exists() and path.is_file():
+            path.unlink()
+
+
 def finish(directory: str | Path, stage: str, key: str, **contents: Any) -> dict[str, Any]:
     """Write the manifest: from here on the directory counts as finished."""
     manifest = {"stage": stage, "key": key, **contents, "versions": versions()}
-    write_json(Path(directory) / MANIFEST, manifest)
+    write_json(as_path(directory) / MANIFEST, manifest)
     return manifest
 
 

@@ -5,8 +5,11 @@
              doc_ends.bin    int64 per document: exclusive end in segments
              seg_bytes.bin   uint32 per segment: UTF-8 bytes of its text
              heldout.bin     uint8 per document: 1 if held out
-             <scorer>.score.bin   float32 per segment, NaN for not judged
+             <name>.score.bin   float32 per segment, NaN for not judged; one for each preference
              tokenizer/  manifest.json
+
+One store serves every objective and every preference: scores that were added to the corpus, or another scoring of the
+same segments, are put beside the tokens, which are made once.
 
 Every segment is tokenised by itself, so that its tokens do not depend on its neighbours, and special tokens typed in
 a text are text: nobody can write a control token into a corpus or a prompt.
@@ -30,11 +33,12 @@ from tqdm import tqdm
 
 from phf import store
 from phf.annotate import ScoredCorpus
-from phf.config import STRICT, ConfigError, to_plain
+from phf.config import STRICT, ConfigError, did_you_mean, to_plain
 from phf.types import Rejected, ScoredDocument, SegmentTable
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_DOCS = 256
+FILES = ("tokens.bin", "seg_ends.bin", "doc_ends.bin", "seg_bytes.bin", "heldout.bin")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -134,17 +138,25 @@ def tokenize_corpus(
 ) -> dict[str, Any]:
     """Tokenise a scored corpus into directory `out` and return its manifest. Resumes after any interruption.
 
-    `heldout`: share of documents kept out of training, by a hash of their text.
+    `heldout`: share of documents kept out of training, by a hash of their text. Where `out` holds the tokens of these
+    very segments already, only scores that it has not are put beside them.
     """
     corpus = ScoredCorpus(scored)
     if not 0 <= heldout < 1:
         raise ConfigError(f"heldout is a share of documents in [0, 1), got {heldout}")
     source = {"tokenizer": to_plain(tokenizer), "heldout": heldout}
     given = store.path_hash(tokenizer.path) if isinstance(tokenizer, PretrainedTokenizer) else None
-    key = store.fingerprint([source, given, corpus.manifest["content"], corpus.manifest["identity"], "tokens/1"])
+    key = store.fingerprint([source, given, corpus.text, "tokens/2"])
     out = Path(out)
-    if store.is_done(out, key):
-        return store.read_manifest(out, "tokenize")
+    if not store.is_done(out, key):
+        _make_store(corpus, tokenizer, source, key, out, heldout)
+    return _put_scores(corpus, str(scored), out)
+
+
+def _make_store(
+    corpus: ScoredCorpus, tokenizer: TrainBPE | PretrainedTokenizer, source: dict[str, Any], key: str, out: Path, heldout: float
+) -> None:  # fmt: skip
+    """Everything but the scores."""
     store.begin(out, "tokenize", key)
     loaded = _make_tokenizer(tokenizer, corpus, heldout, out / "tokenizer")
     parts = []
@@ -153,34 +165,75 @@ def tokenize_corpus(
         if not part.exists():
             _tokenize_part(corpus, file, loaded, heldout, part)
         parts.append(part)
-    counts = _assemble(parts, out, len(loaded), corpus.manifest["identity"]["name"])
+    counts = _assemble(parts, out, len(loaded))
     if counts["train_documents"] == 0:
-        raise ConfigError(f"every document of {scored} fell into the held-out part (heldout={heldout}); lower it")
+        raise ConfigError(f"every document of {corpus.path} fell into the held-out part (heldout={heldout}); lower it")
     rejected: Counter[str] = Counter()
     for part in parts:
         rejected.update(store.read_json(part.with_suffix(".json"))["rejected"])
-    manifest = store.finish(
+    store.finish(
         out,
         "tokenize",
         key,
         **source,
-        scored=str(scored),
-        scored_content=corpus.manifest["content"],
-        scorer=corpus.manifest.get("scorer"),
         segmenter=corpus.manifest.get("segmenter"),
-        identity=corpus.manifest["identity"],
+        text=corpus.text,
         end_of_text=loaded.eos_token,
         end_of_text_id=loaded.eos_token_id,
         vocab_size=len(loaded),
         dtype=_dtype(len(loaded)).name,
         counts=counts,
         rejected=dict(sorted(rejected.items())),
-        content=store.fingerprint([store.file_hash(p) for p in sorted(out.glob("*.bin"))]),
+        tokens=store.fingerprint([store.file_hash(out / f) for f in FILES]),
+        scores={},
     )
     for part in parts:
         part.unlink()
         part.with_suffix(".json").unlink()
-    return manifest
+
+
+def _put_scores(corpus: ScoredCorpus, scored: str, out: Path) -> dict[str, Any]:
+    """Put the corpus's preferences beside the tokens, its own first, and return the manifest. Written last, as ever."""
+    manifest = store.read_manifest(out, "tokenize")
+    known: dict[str, Any] = dict(manifest["scores"])
+    segments = manifest["counts"]["segments"]
+    for name in corpus.preferences():
+        chosen = ScoredCorpus(corpus.path, name)
+        content = chosen.manifest["content"]
+        file = out / f"{name}.score.bin"
+        if known.get(name, {}).get("content") == content and file.exists() and file.stat().st_size == 4 * segments:
+            continue
+        unjudged = written = 0
+        with store.written_aside(file) as aside, open(aside, "wb") as scores:
+            for part in chosen.files:
+                documents = (item for item in chosen.read(part) if isinstance(item, ScoredDocument))
+                score_S = np.array([s for d in documents for s in d.scores], np.float32)
+                scores.write(score_S.tobytes())
+                unjudged += int(np.isnan(score_S).sum())
+                written += len(score_S)
+        if written != segments:
+            file.unlink(missing_ok=True)
+            raise store.StoreError(f"scores {name!r} of {scored} are {written} for {segments} segments; score it again")
+        known[name] = {
+            "content": content,
+            "identity": chosen.manifest["identity"],
+            "scorer": chosen.manifest.get("scorer"),
+            "unjudged": unjudged,
+        }
+    main = known[corpus.main]
+    updated = manifest | {
+        "scored": scored,
+        "main": corpus.main,
+        "scores": known,
+        "identity": main["identity"],
+        "scorer": main["scorer"],
+        "scored_content": main["content"],
+        "content": store.fingerprint([manifest["tokens"], main["content"]]),
+        "counts": manifest["counts"] | {"unjudged": main["unjudged"]},
+    }
+    if updated != manifest:
+        store.write_json(out / store.MANIFEST, updated)
+    return updated
 
 
 def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus, heldout: float, folder: Path) -> Any:
@@ -211,7 +264,6 @@ def _tokenize_part(corpus: ScoredCorpus, file: Path, tokenizer: Any, heldout: fl
     ids: list[np.ndarray] = []
     seg_tokens: list[int] = []
     seg_bytes: list[int] = []
-    scores: list[float] = []
     doc_segs: list[int] = []
     held: list[bool] = []
     checked = lossy = 0
@@ -225,7 +277,6 @@ def _tokenize_part(corpus: ScoredCorpus, file: Path, tokenizer: Any, heldout: fl
             ids.extend(np.array(t, dtype=_dtype(len(tokenizer))) for t in tokens)
             seg_tokens.extend(len(t) for t in tokens)
             seg_bytes.extend(len(t.encode()) for t in document.texts)
-            scores.extend(document.scores)
             doc_segs.append(len(tokens))
             held.append(is_heldout(document.text, heldout))
             if number < 8:  # a few of each batch: decoding everything would take as long as the rest
@@ -242,21 +293,19 @@ def _tokenize_part(corpus: ScoredCorpus, file: Path, tokenizer: Any, heldout: fl
         if len(batch) == BATCH_DOCS:
             flush()
     flush()
-    aside = part.with_name(f".{part.name}.partial.npz")
-    np.savez(
-        aside,
-        tokens=np.concatenate(ids) if ids else np.zeros(0, _dtype(len(tokenizer))),
-        seg_tokens=np.array(seg_tokens, np.int64),
-        seg_bytes=np.array(seg_bytes, np.uint32),
-        scores=np.array(scores, np.float32),
-        doc_segs=np.array(doc_segs, np.int64),
-        heldout=np.array(held, np.uint8),
-    )
     store.write_json(part.with_suffix(".json"), {"rejected": dict(rejected), "checked": checked, "lossy": lossy})
-    aside.replace(part)
+    with store.written_aside(part) as aside:
+        np.savez(
+            aside,
+            tokens=np.concatenate(ids) if ids else np.zeros(0, _dtype(len(tokenizer))),
+            seg_tokens=np.array(seg_tokens, np.int64),
+            seg_bytes=np.array(seg_bytes, np.uint32),
+            doc_segs=np.array(doc_segs, np.int64),
+            heldout=np.array(held, np.uint8),
+        )
 
 
-def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) -> dict[str, Any]:
+def _assemble(parts: Sequence[Path], out: Path, vocab_size: int) -> dict[str, Any]:
     """The parts' arrays one after the other, as the store's flat files."""
     totals = {
         "documents": 0,
@@ -265,7 +314,6 @@ def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) ->
         "bytes": 0,
         "train_documents": 0,
         "train_tokens": 0,
-        "unjudged": 0,
     }
     with (
         open(out / "tokens.bin", "wb") as tokens,
@@ -273,7 +321,6 @@ def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) ->
         open(out / "doc_ends.bin", "wb") as doc_ends,
         open(out / "seg_bytes.bin", "wb") as seg_bytes,
         open(out / "heldout.bin", "wb") as held,
-        open(out / f"{scorer}.score.bin", "wb") as score,
     ):
         for part in parts:
             with np.load(part, allow_pickle=False) as arrays:
@@ -286,14 +333,12 @@ def _assemble(parts: Sequence[Path], out: Path, vocab_size: int, scorer: str) ->
                 doc_ends.write((totals["segments"] + doc_segs.cumsum()).tobytes())
                 seg_bytes.write(arrays["seg_bytes"].tobytes())
                 held.write(held_D.tobytes())
-                score.write(arrays["scores"].tobytes())
                 totals["documents"] += len(doc_segs)
                 totals["segments"] += len(seg_tokens)
                 totals["tokens"] += int(seg_tokens.sum())
                 totals["bytes"] += int(arrays["seg_bytes"].sum(dtype=np.int64))
                 totals["train_documents"] += int((held_D == 0).sum())
                 totals["train_tokens"] += int(doc_tokens[held_D == 0].sum())
-                totals["unjudged"] += int(np.isnan(arrays["scores"]).sum())
     checks = [store.read_json(p.with_suffix(".json")) for p in parts]
     return totals | {
         "roundtrip_checked": sum(c["checked"] for c in checks),
@@ -307,10 +352,27 @@ class TokenStore:
 
     path: Path
     manifest: dict[str, Any]
+    preference: str
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenStore:
-        return cls(Path(path), store.read_manifest(path, "tokenize"))
+    def open(cls, path: str | Path, preference: str | None = None) -> TokenStore:
+        """`preference`: whose scores, where there are several; left out, the scored corpus's own. The manifest is then
+        as if these were the only ones."""
+        manifest = store.read_manifest(path, "tokenize")
+        scores = manifest["scores"]
+        name = manifest["main"] if preference is None else preference
+        if name not in scores:
+            raise store.StoreError(f"{path} has no scores named {name!r}{did_you_mean(name, scores)}")
+        if name != manifest["main"]:
+            chosen = scores[name]
+            manifest |= {
+                "identity": chosen["identity"],
+                "scorer": chosen["scorer"],
+                "scored_content": chosen["content"],
+                "content": store.fingerprint([manifest["tokens"], chosen["content"]]),
+                "counts": manifest["counts"] | {"unjudged": chosen["unjudged"]},
+            }
+        return cls(Path(path), manifest, name)
 
     def _map(self, name: str, dtype: Any) -> np.ndarray:
         path = self.path / name
@@ -338,7 +400,7 @@ class TokenStore:
 
     @cached_property
     def score_S(self) -> np.ndarray:
-        return self._map(f"{self.manifest['identity']['name']}.score.bin", np.float32)
+        return self._map(f"{self.preference}.score.bin", np.float32)
 
     @cached_property
     def doc_S(self) -> np.ndarray:

@@ -37,6 +37,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
+from phf.device import has_quick_bf16, pick_device
 from phf.fused import check_objective
 from phf.model import (
     MODEL_CARD,
@@ -67,6 +68,8 @@ class TrainConfig:
     """How to train. `tokens` is the budget of targets; it is rounded up to whole steps of `batch_rows` x `context`."""
 
     tokens: Annotated[float, Field(gt=0)]
+    scores: str | None = None
+    """Whose scores the objective sees, where the token store holds several; None: the scored corpus's own."""
     context: Annotated[int, Field(gt=0)] = 1024
     batch_rows: Annotated[int, Field(gt=0)] = 64
     micro_rows: Annotated[int, Field(gt=0)] | None = None
@@ -138,13 +141,7 @@ def pick_precision(precision: str) -> torch.dtype | None:
         return None
     if precision == "bf16":
         return torch.bfloat16
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    has_bf16 = (
-        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    )
-    return torch.bfloat16 if has_bf16 else None
+    return torch.bfloat16 if has_quick_bf16(pick_device()) else None
 
 
 @contextlib.contextmanager
@@ -467,7 +464,7 @@ def train(
     `stop_after`: stop after that many steps with a checkpoint (for tests and time-limited jobs); the run is then not
     finished. `callbacks` are handed the inner LM.
     """
-    tokens = TokenStore.open(tokens_dir)
+    tokens = TokenStore.open(tokens_dir, config.scores)
     out = Path(out)
     objective = objective.fit(tokens.table)
     if type(objective).__module__ != "phf.objectives":

@@ -17,11 +17,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus. `meta` holds what the source says about it and must be JSON-serialisable."""
+    """One text of the corpus. `meta` holds what the source says about it and must be JSON-serialisable; `segments` is
+    how the source cut it, where it did."""
 
     id: str
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
+    segments: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page for all judged runs below `folder` (or of `folder` itself) and return its path."""
     folder = Path(folder)
     runs = load_runs(folder)
-    page = _environment().get_template("page.html.j2").render(**context(folder, runs))
+    page = environment().get_template("page.html.j2").render(**context(folder, runs))
     target = Path(out) if out is not None else folder / "report.html"
     store.write_text(target, page)
     return target
@@ -276,6 +276,15 @@ def visible(text: str) -> str:
     )
 
 
+def plain(value: Any) -> str:
+    """A value of a manifest as one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return str(value)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number for a table; an en dash where there is none."""
     if value is None or value != value:
@@ -285,16 +294,18 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}"
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates of this folder, with autoescape and the filters that they use."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("phf.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["num"] = number
-    environment.filters["pct"] = lambda v, digits=1: "–" if v is None or v != v else f"{100 * v:.{digits}f}%"
-    environment.filters["thousands"] = lambda v: "–" if v is None else f"{v:,.0f}"
-    environment.filters["visible"] = visible
-    return environment
+    made.filters["num"] = number
+    made.filters["pct"] = lambda v, digits=1: "–" if v is None or v != v else f"{100 * v:.{digits}f}%"
+    made.filters["thousands"] = lambda v: "–" if v is None else f"{v:,.0f}"
+    made.filters["visible"] = visible
+    made.filters["plain"] = plain
+    return made

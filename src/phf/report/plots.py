@@ -108,3 +108,53 @@ def curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
     axes.set_ylabel("training loss of the objective, per counted target", color=INK)
     axes.legend(frameon=False, labelcolor=INK)
     return _svg(figure, "Training loss over tokens")
+
+
+def histogram(bins: Mapping[str, Any], label: str, line: float) -> str:
+    """Counts of scores above 0; `line` is marked."""
+    figure, axes = _figure(6.4, 3.0)
+    edges, counts = bins["edges"], bins["counts"]
+    if counts:
+        if bins["log"]:
+            axes.set_xscale("log")
+        axes.stairs(counts, edges, fill=True, color=COLOURS[0], alpha=0.75)
+        if edges[0] <= line <= edges[-1]:
+            axes.axvline(line, color=INK, linestyle="--", linewidth=1)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.text(0.5, 0.5, "no score above 0", transform=axes.transAxes, ha="center", color=INK)
+    axes.set_xlabel(label, color=INK)
+    axes.set_ylabel("count", color=INK)
+    return _svg(figure, f"Histogram: {label}")
+
+
+def thresholds(rows: Sequence[Mapping[str, float]]) -> str:
+    """Shares over the threshold."""
+    figure, axes = _figure(6.4, 3.2)
+    at = [row["threshold"] for row in rows]
+    if at[-1] > 100 * max(min((t for t in at if t > 0), default=1), 1e-12):
+        axes.set_xscale("symlog", linthresh=min(t for t in at if t > 0))
+    lines = (
+        ("bad_chars", "characters called bad"),
+        ("documents_with_bad", "documents with a bad segment"),
+        ("documents_kept_by_filtering", "documents that filtering keeps"),
+    )
+    for place, (key, name) in enumerate(lines):
+        colour, marker = style(place)
+        axes.plot(at, [100 * row[key] for row in rows], color=colour, marker=marker, markersize=3, label=name)
+    axes.set_xlabel("threshold", color=INK)
+    axes.set_ylabel("%", color=INK)
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return _svg(figure, "What thresholds call bad")
+
+
+def by_length(rows: Sequence[Mapping[str, float]]) -> str:
+    """Mean score of the segments in each tenth by length."""
+    figure, axes = _figure(6.4, 3.2)
+    names = [f"{row['chars_from']:,}–{row['chars_to']:,}" for row in rows]
+    axes.bar(range(len(rows)), [row["mean"] for row in rows], color=COLOURS[0], alpha=0.75)
+    axes.set_xticks(range(len(rows)), names, rotation=30, ha="right", fontsize=8)
+    axes.set_xlabel("characters of the segment", color=INK)
+    axes.set_ylabel("mean score", color=INK)
+    return _svg(figure, "Mean score by length of the segment")

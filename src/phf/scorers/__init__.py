@@ -14,10 +14,30 @@ from typing import Annotated
 from pydantic import Field
 
 from phf.scorers.base import Scorer
+from phf.scorers.combined import Combination
+from phf.scorers.fitted import Fitted
 from phf.scorers.pep8 import PEP8
-from phf.scorers.pii import PII
-from phf.scorers.simple import Lexicon, Regex
+from phf.scorers.pii import PII, Presidio
+from phf.scorers.simple import Function, Lexicon, Regex
+from phf.scorers.toxicity import Toxicity
 
-AnyScorer = Annotated[PII | PEP8 | Lexicon | Regex, Field(discriminator="name")]
+AnyScorer = Annotated[
+    PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function | Combination, Field(discriminator="name")
+]
 
-__all__ = ["PEP8", "PII", "AnyScorer", "Lexicon", "Regex", "Scorer"]
+SCORER_NAMES = ("pii", "presidio", "pep8", "toxicity", "fitted", "lexicon", "regex", "callable", "combination")
+
+__all__ = [
+    "PEP8",
+    "PII",
+    "SCORER_NAMES",
+    "AnyScorer",
+    "Combination",
+    "Fitted",
+    "Function",
+    "Lexicon",
+    "Presidio",
+    "Regex",
+    "Scorer",
+    "Toxicity",
+]

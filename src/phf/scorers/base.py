@@ -40,9 +40,37 @@ class Scorer:
         """Scores of the segments of one document."""
         return self.judge_segments(segments)[0]
 
+    def judge_documents(self, documents: Sequence[Sequence[str]]) -> list[tuple[list[float], Counter[str]]]:
+        """`judge_segments` of several documents. Scorers that are quicker on many segments at once override it."""
+        return [self.judge_segments(segments) for segments in documents]
+
     def without_cut(self, text: str) -> str:
         """The part of a text cut off at a length limit that carries no fault of the cut: its complete lines."""
         return text[: text.rfind("\n") + 1]
+
+
+class TextScorer(Scorer):
+    """Interface of scorers that judge every text by itself and point at nothing in it: a final class gives `identity`
+    and `score_texts`."""
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Scores of texts, none of them empty."""
+        raise NotImplementedError
+
+    def spans(self, text: str) -> list[Span]:
+        return []
+
+    def score_text(self, text: str) -> float:
+        return self.score_texts([text])[0] if text else float("nan")
+
+    def judge_segments(self, segments: Sequence[str]) -> tuple[list[float], Counter[str]]:
+        return self.judge_documents([segments])[0]
+
+    def judge_documents(self, documents: Sequence[Sequence[str]]) -> list[tuple[list[float], Counter[str]]]:
+        """All segments of all documents at once."""
+        flat = [segment for segments in documents for segment in segments]
+        judged = iter(self.score_texts([t for t in flat if t]))
+        return [([next(judged) if t else float("nan") for t in segments], Counter()) for segments in documents]
 
 
 def scores_by_position(segments: Sequence[str], spans: Sequence[Span]) -> list[float]:

@@ -18,6 +18,7 @@ import pycodestyle
 from pydantic.dataclasses import dataclass
 
 from phf.config import STRICT
+from phf.scorers._pycodestyle import Checker
 from phf.scorers.base import Scorer, scores_by_position
 from phf.types import Span
 
@@ -41,23 +42,18 @@ class PEP8(Scorer):
 
     def spans(self, text: str) -> list[Span]:
         """One span a violation: from its column to the end of its line, labelled with its code."""
-        lines = _lines(text)
-        starts = [0, *accumulate(len(line) for line in lines)]
         found = []
-        for row, column, code in _check([line.replace("\r\n", "\n") for line in lines]):
-            row = min(max(row, 1), len(lines))  # an error at the end of the file is reported one line below it
-            end = starts[row - 1] + len(lines[row - 1].rstrip("\r\n"))
-            found.append(Span(min(starts[row - 1] + column, end), end, code))
+        for start, column, line, code in _violations(text):
+            end = start + len(line.rstrip("\r\n"))
+            found.append(Span(min(start + column, end), end, code))
         return sorted(found, key=lambda s: (s.start, s.label))
 
     def judge_segments(self, segments: Sequence[str]) -> tuple[list[float], Counter[str]]:
-        lines = _lines("".join(segments))
-        starts = [0, *accumulate(len(line) for line in lines)]
-        found = [
-            (min(max(row, 1), len(lines)), code) for row, _, code in _check([x.replace("\r\n", "\n") for x in lines])
-        ]
-        scores = scores_by_position(segments, [Span(starts[row - 1], starts[row - 1], code) for row, code in found])
-        return scores, Counter(code for _, code in found)
+        found = [(start, code) for start, _, _, code in _violations("".join(segments))]
+        return (
+            scores_by_position(segments, [Span(start, start, code) for start, code in found]),
+            Counter(code for _, code in found),
+        )
 
     def without_cut(self, text: str) -> str:
         """Up to the last statement that is complete: an open bracket or string at the end is the cut's fault (E901),
@@ -86,26 +82,32 @@ def _lines(text: str) -> list[str]:
     return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
-def _check(lines: list[str]) -> list[tuple[int, int, str]]:
-    """(row from 1, column from 0, code) of every violation."""
-    options = _options()
-    report = _Report(options)
+def _violations(text: str) -> list[tuple[int, int, str, str]]:
+    """(start of its line in `text`, column, the line, code) of every violation."""
+    lines = _lines(text)
+    starts = [0, *accumulate(len(line) for line in lines)]
+    report = _Report(_options())
     if lines:
-        pycodestyle.Checker(lines=lines, options=options, report=report).check_all()
-    return report.found
+        Checker([line.replace("\r\n", "\n") for line in lines], _options(), report).check_all()
+    found = []
+    for row, column, code in report.found:
+        row = min(max(row, 1), len(lines))  # an error at the end of the file is reported one line below it
+        found.append((starts[row - 1], column, lines[row - 1], code))
+    return found
 
 
 class _Report(pycodestyle.BaseReport):  # type: ignore[misc]
-    """Keeps every error that is not ignored; prints nothing."""
+    """Keeps every error that is not ignored; prints nothing and counts nothing else."""
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self.found: list[tuple[int, int, str]] = []
 
-    def error(self, line_number: int, offset: int, text: str, check: Any) -> Any:
-        code = super().error(line_number, offset, text, check)
-        if code:
-            self.found.append((line_number, offset, code))
+    def error(self, line_number: int, offset: int, text: str, check: Any) -> str | None:
+        code = text[:4]
+        if self._ignore_code(code):
+            return None
+        self.found.append((line_number, offset, code))
         return code
 
 

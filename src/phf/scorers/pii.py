@@ -1,16 +1,24 @@
-"""Personally identifiable information: entities per character, by scrubadub. Floor 2, extra `pii`.
+"""Personally identifiable information: entities per character, by scrubadub or by Presidio. Floor 2, extra `pii`.
 
 The paper's scorer counts what scrubadub finds (Korbak et al. 2023, section 4). Links and Twitter handles are among its
 default entities; in README texts they are nearly all of the hits. Every segment is judged by itself, so an entity that
 spans two segments (a user name on one line, its password on the next) is not seen.
+
+Names of people need a model of language: without `spacy_model` neither scorer finds them (docs/scoring.md has the
+recall by kind of entity).
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
 from importlib import metadata
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.config import STRICT, ConfigError
@@ -20,24 +28,42 @@ from phf.types import Span
 
 @dataclass(frozen=True, config=STRICT)
 class PII(Scorer):
-    """scrubadub's default detectors for US English. Overlapping entities are merged, as scrubadub does."""
+    """scrubadub's detectors for US English. Overlapping entities are merged, as scrubadub does.
+
+    `detectors`: "default" is scrubadub's own set; "paper" adds Skype names, dates of birth as seen on `reference_date`
+    and US addresses. `spacy_model` adds people and organisations (the paper: en_core_web_sm).
+    """
 
     name: Literal["pii"] = "pii"
+    detectors: Literal["default", "paper"] = "default"
+    reference_date: datetime.date = datetime.date(2023, 1, 1)
+    spacy_model: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        scrubber = _scrubber()
-        return {
+        packages = ["scrubadub", "phonenumbers"] + ["dateparser", "textblob", "pyap"] * (self.detectors == "paper")
+        scrubber = self._scrubber()
+        identity = {
             "name": self.name,
             "unit": "entities per character",
-            "package": "scrubadub",
-            "version": metadata.version("scrubadub"),
-            "phonenumbers": metadata.version("phonenumbers"),
             "locale": "en_US",
             "detectors": sorted(scrubber._detectors),
+            "versions": {p: metadata.version(p) for p in packages},
         }
+        if self.detectors == "paper":
+            identity["reference_date"] = self.reference_date.isoformat()
+        if self.spacy_model is not None:
+            identity["spacy_model"] = _spacy_identity(self.spacy_model)
+        return identity
+
+    def _scrubber(self) -> Any:
+        try:
+            from phf.scorers._scrubadub import scrubber
+        except ImportError as error:
+            raise ConfigError(f"the scorer 'pii' needs {error.name}: pip install 'phf[pii]'") from None
+        return scrubber(self.detectors, self.reference_date, self.spacy_model)
 
     def spans(self, text: str) -> list[Span]:
-        return [Span(f.beg, f.end, _label(f)) for f in _scrubber().iter_filth(text)]
+        return [Span(f.beg, f.end, _label(f)) for f in self._scrubber().iter_filth(text)]
 
 
 def _label(filth: Any) -> str:
@@ -46,11 +72,120 @@ def _label(filth: Any) -> str:
     return "+".join(sorted({f.type for f in merged})) if merged else str(filth.type)
 
 
+def _spacy_identity(model: str) -> dict[str, Any]:
+    from phf.scorers._scrubadub import load_spacy
+
+    nlp = load_spacy(model)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, pipe in nlp.pipeline:
+        digest.update(name.encode() + (pipe.to_bytes() if hasattr(pipe, "to_bytes") else b""))
+    return {
+        "name": f"{nlp.meta['lang']}_{nlp.meta['name']}",
+        "version": nlp.meta["version"],
+        "hash": digest.hexdigest(),
+    }
+
+
+@dataclass(frozen=True, config=STRICT)
+class Presidio(Scorer):
+    """Microsoft Presidio's recognisers for English: entities per character, overlapping ones counted once.
+
+    Without `spacy_model` its pattern recognisers alone (no network, no model); with one also people, places and
+    organisations. `threshold`: entities of lower confidence are left out. US driving licences are always left out:
+    their pattern is nearly any number.
+    """
+
+    name: Literal["presidio"] = "presidio"
+    entities: tuple[str, ...] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
+    spacy_model: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        identity = {
+            "name": self.name,
+            "unit": "entities per character",
+            "entities": sorted(self._entities()),
+            "threshold": self.threshold,
+            "versions": {p: metadata.version(p) for p in ("presidio-analyzer", "phonenumbers", "tldextract")},
+        }
+        if self.spacy_model is not None:
+            identity["spacy_model"] = _spacy_identity(self.spacy_model)
+        return identity
+
+    def _entities(self) -> list[str]:
+        known = set(_analyzer(self.spacy_model).get_supported_entities(language="en"))
+        if self.entities is None:
+            return sorted(known - {"US_DRIVER_LICENSE"})
+        unknown = sorted(set(self.entities) - known)
+        if unknown:
+            raise ConfigError(
+                f"entities: Presidio does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
+            )
+        return list(self.entities)
+
+    def spans(self, text: str) -> list[Span]:
+        found = _analyzer(self.spacy_model).analyze(
+            text, language="en", entities=self._entities(), score_threshold=self.threshold
+        )
+        return merge_spans(Span(f.start, f.end, f.entity_type.lower()) for f in found)
+
+
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
+    """Overlapping spans as one, its label that of the longest (the first kind by name where equally long)."""
+    merged: list[list[Span]] = []
+    for span in sorted(spans, key=lambda s: (s.start, -s.end, s.label)):
+        if merged and span.start < max(s.end for s in merged[-1]):
+            merged[-1].append(span)
+        else:
+            merged.append([span])
+    return [
+        Span(
+            group[0].start,
+            max(s.end for s in group),
+            min(group, key=lambda s: (s.start - s.end, s.label)).label,
+        )
+        for group in merged
+    ]
+
+
 @functools.cache
-def _scrubber() -> Any:
+def _analyzer(spacy_model: str | None) -> Any:
     try:
-        import scrubadub
-    except ImportError:
-        raise ConfigError("the scorer 'pii' needs scrubadub: pip install 'phf[pii]'") from None
-    # The locale decides which phone numbers count; left alone it would be the machine's.
-    return scrubadub.Scrubber(locale="en_US")
+        import presidio_analyzer as presidio
+        import tldextract
+        from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
+    except ImportError as error:
+        raise ConfigError(f"the scorer 'presidio' needs {error.name}: pip install 'phf[pii]'") from None
+    import logging
+
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
+    # Left alone it would fetch a list of domains when it sees the first mail address; the one it comes with is fixed.
+    tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+    if spacy_model is None:
+        from presidio_analyzer.nlp_engine.no_op_nlp_engine import NoOpNlpEngine
+
+        engine: Any = NoOpNlpEngine(models=[{"lang_code": "en", "model_name": "none"}])
+        engine.load()
+    else:
+        from phf.scorers._scrubadub import load_spacy
+
+        engine = SpacyNlpEngine(
+            models=[{"lang_code": "en", "model_name": spacy_model}], ner_model_configuration=NerModelConfiguration()
+        )
+        engine.nlp = {"en": load_spacy(spacy_model)}
+    registry = presidio.RecognizerRegistry(supported_languages=["en"])
+    registry.load_predefined_recognizers(languages=["en"], nlp_engine=engine)
+    return presidio.AnalyzerEngine(registry=registry, nlp_engine=engine, supported_languages=["en"])
+
+
+def recall_by_kind(scorer: Scorer, rows: Iterable[tuple[str, Iterable[Span]]]) -> dict[str, dict[str, float]]:
+    """How much of labelled text a scorer finds: for each kind of labelled entity the number, and the share of which any
+    character was found. `rows`: (text, labelled spans)."""
+    count: Counter[str] = Counter()
+    hit: Counter[str] = Counter()
+    for text, labelled in rows:
+        found = scorer.spans(text)
+        for span in labelled:
+            count[span.label] += 1
+            hit[span.label] += any(f.start < span.end and span.start < f.end for f in found)
+    return {kind: {"n": count[kind], "recall": hit[kind] / count[kind]} for kind in sorted(count)}

@@ -1,17 +1,22 @@
-"""Scorers from a list of words or a regular expression: matches per character. Floor 2."""
+"""Scorers from a list of words, a regular expression or a Python function. Floor 2."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import importlib.util
+import inspect
 import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT, ConfigError
-from phf.scorers.base import Scorer
+from phf.config import STRICT, ConfigError, did_you_mean
+from phf.scorers.base import Scorer, TextScorer
 from phf.types import Span
 
 
@@ -77,3 +82,64 @@ def _words(path: str) -> tuple[str, ...]:
 def _pattern(path: str) -> re.Pattern[str]:
     longest_first = sorted(_words(path), key=lambda w: (-len(w), w))
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Function(TextScorer):
+    """Your own function: `function` is `module:name` or `path/to/file.py:name`.
+
+    It takes a text and returns its score, or, with `batched`, a list of texts and returns their scores. Larger is worse,
+    0 is fine, NaN means that it cannot say. The hash of its file is part of its identity; name what else decides its
+    scores in `version`.
+    """
+
+    function: str
+    name: Literal["callable"] = "callable"
+    batched: bool = False
+    version: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        function = _function(self.function)
+        source = inspect.getsourcefile(inspect.unwrap(function)) if not isinstance(function, type(len)) else None
+        return {
+            "name": self.name,
+            "unit": "score",
+            "function": self.function.rpartition("/")[2],
+            "version": self.version,
+            "source": hashlib.blake2b(Path(source).read_bytes(), digest_size=16).hexdigest() if source else None,
+        }
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        function = _function(self.function)
+        if not self.batched:
+            return [float(function(text)) for text in texts]
+        scores = [float(score) for score in function(list(texts))]
+        if len(scores) != len(texts):
+            raise ConfigError(f"{self.function} returned {len(scores)} scores for {len(texts)} texts")
+        return scores
+
+
+@functools.cache
+def _function(spec: str) -> Callable[..., Any]:
+    where, _, name = spec.rpartition(":")
+    if not where or not name.isidentifier():
+        raise ConfigError(f"function {spec!r}: expected module:name or path/to/file.py:name")
+    if where.endswith(".py"):
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"function {spec!r}: there is no file {path}")
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules.setdefault(path.stem, module)
+        found.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"function {spec!r}: cannot import {where}: {error}") from None
+    if not callable(getattr(module, name, None)):
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ConfigError(f"function {spec!r}: {where} has no function {name!r}{did_you_mean(name, known)}")
+    return getattr(module, name)  # type: ignore[no-any-return]

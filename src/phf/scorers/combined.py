@@ -1,0 +1,80 @@
+"""Several scorers as one. Floor 2."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.config import STRICT
+from phf.scorers.base import Scorer
+from phf.scorers.fitted import Fitted
+from phf.scorers.pep8 import PEP8
+from phf.scorers.pii import PII, Presidio
+from phf.scorers.simple import Function, Lexicon, Regex
+from phf.scorers.toxicity import Toxicity
+from phf.types import Span
+
+SingleScorer = Annotated[
+    PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function, Field(discriminator="name")
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Combination(Scorer):
+    """The largest of several scores (`how: max`) or their weighted sum (`how: sum`); `weights` scale each, 1 by default.
+
+    Where one of them cannot judge, neither can the combination.
+    """
+
+    scorers: Annotated[tuple[SingleScorer, ...], Field(min_length=2)]
+    name: Literal["combination"] = "combination"
+    how: Literal["max", "sum"] = "max"
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and len(self.weights) != len(self.scorers):
+            raise ValueError(f"weights: {len(self.weights)} given for {len(self.scorers)} scorers")
+
+    def identity(self) -> dict[str, Any]:
+        parts = [s.identity() for s in self.scorers]
+        units = {p["unit"] for p in parts}
+        return {
+            "name": self.name,
+            "unit": units.pop() if len(units) == 1 else "score",
+            "how": self.how,
+            "weights": list(self.weights or [1.0] * len(parts)),
+            "scorers": parts,
+        }
+
+    def _combine(self, scores: Sequence[float]) -> float:
+        if any(s != s for s in scores):
+            return float("nan")
+        weighted = [w * s for w, s in zip(self.weights or [1.0] * len(scores), scores, strict=True)]
+        return max(weighted) if self.how == "max" else sum(weighted)
+
+    def spans(self, text: str) -> list[Span]:
+        return sorted(
+            (s for scorer in self.scorers for s in scorer.spans(text)), key=lambda s: (s.start, s.end, s.label)
+        )
+
+    def score_text(self, text: str) -> float:
+        return self._combine([s.score_text(text) for s in self.scorers])
+
+    def judge_segments(self, segments: Sequence[str]) -> tuple[list[float], Counter[str]]:
+        return self.judge_documents([segments])[0]
+
+    def judge_documents(self, documents: Sequence[Sequence[str]]) -> list[tuple[list[float], Counter[str]]]:
+        judged = [scorer.judge_documents(documents) for scorer in self.scorers]
+        combined: list[tuple[list[float], Counter[str]]] = []
+        for parts in zip(*judged, strict=True):
+            scores = [self._combine(s) for s in zip(*(scores for scores, _ in parts), strict=True)]
+            combined.append((scores, sum((labels for _, labels in parts), Counter())))
+        return combined
+
+    def without_cut(self, text: str) -> str:
+        """The shortest of what the scorers keep: no fault of the cut for any of them."""
+        return min((s.without_cut(text) for s in self.scorers), key=len)

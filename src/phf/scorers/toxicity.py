@@ -1,0 +1,262 @@
+"""Toxicity, or whatever else a Hugging Face sequence classifier judges: a probability for each segment. Floor 2.
+
+    phf score corpus.jsonl scored/ --scorer toxicity --segmenter sentences scorer.model=unitary/toxic-bert
+
+The paper scored with Detoxify (its `toxicity` output). Here texts are sorted by length and batched under a budget of
+tokens, computed in bfloat16 where that is quick, and a segment longer than the model reads is judged in overlapping
+windows (its score is the worst window's) where Detoxify cuts it off in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.config import STRICT, ConfigError, did_you_mean
+from phf.device import has_quick_bf16, pick_device
+from phf.scorers.base import TextScorer
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "unitary/toxic-bert": {"labels": ("toxic",), "activation": "sigmoid"},
+    "unitary/unbiased-toxic-roberta": {"labels": ("toxicity",), "activation": "sigmoid"},
+    "unitary/multilingual-toxic-xlm-roberta": {"labels": ("toxicity",), "activation": "sigmoid"},
+}
+"""What the labels of well-known classifiers mean, used where the configuration does not say."""
+
+DETOXIFY = {
+    "original": ("toxic_original-c1212f89.ckpt", "v0.1-alpha", "bert-base-uncased"),
+    "unbiased": ("toxic_debiased-c7548aa0.ckpt", "v0.3-alpha", "roberta-base"),
+    "multilingual": ("multilingual_debiased-0b549669.ckpt", "v0.4-alpha", "xlm-roberta-base"),
+}
+"""Detoxify's own releases: file, version, and the model whose configuration and tokenizer they use."""
+
+RENAMED = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxic": "severe_toxicity"}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Toxicity(TextScorer):
+    """The probability that a sequence classifier gives to the worst of `labels`.
+
+    `model`: a folder or Hub name. `checkpoint`: a file of Detoxify's format, or "original", "unbiased" or "multilingual"
+    for its releases; `model` then gives configuration and tokenizer. `labels` and `activation` may be left out for the
+    models whose meaning is known (unitary/*, Detoxify's) and for classifiers of two classes, whose last is the bad one.
+    """
+
+    name: Literal["toxicity"] = "toxicity"
+    model: str | None = None
+    revision: str | None = None
+    checkpoint: str | None = None
+    labels: tuple[str, ...] | None = None
+    activation: Literal["sigmoid", "softmax"] | None = None
+    max_tokens: Annotated[int, Field(gt=8)] = 512
+    overlap: Annotated[int, Field(ge=0)] = 64
+    tokens_per_batch: Annotated[int, Field(gt=0)] = 512
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.overlap >= self.max_tokens - 4:
+            raise ValueError(f"overlap ({self.overlap}) must be well below max_tokens ({self.max_tokens})")
+
+    def identity(self) -> dict[str, Any]:
+        loaded = _load(self)
+        return {
+            "name": self.name,
+            "unit": "probability",
+            "model": self.checkpoint or loaded.path,
+            "weights": loaded.weights_hash,
+            "labels": list(loaded.labels),
+            "activation": loaded.activation,
+            "max_tokens": loaded.max_tokens,
+            "overlap": self.overlap,
+            "dtype": loaded.dtype,
+        }
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        return _load(self).probabilities(texts).tolist()  # type: ignore[no-any-return]
+
+
+class Classifier:
+    """A loaded sequence classifier."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, path: str, labels: Sequence[str], columns: Sequence[int], activation: str,
+        max_tokens: int, overlap: int, tokens_per_batch: int, dtype: str, device: str,
+    ) -> None:  # fmt: skip
+        import torch
+
+        self.path, self.labels, self.activation, self.dtype = path, labels, activation, dtype
+        self.columns, self.overlap, self.tokens_per_batch, self.device = columns, overlap, tokens_per_batch, device
+        positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
+        # RoBERTa counts positions from behind its padding token
+        reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
+        self.max_tokens = min(max_tokens, positions - reserved, tokenizer.model_max_length)
+        self.tokenizer = tokenizer
+        self.weights_hash = weights_hash(model)
+        self.model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+    def windows(self, texts: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
+        """Token ids of every window of every text, and the text that each belongs to."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        room = self.max_tokens - self.tokenizer.num_special_tokens_to_add()
+        ids: list[list[int]] = []
+        owner: list[int] = []
+        for number, encoding in enumerate(backend.encode_batch(list(texts), add_special_tokens=False)):
+            tokens = encoding.ids
+            start = 0
+            while True:
+                ids.append(self.tokenizer.build_inputs_with_special_tokens(tokens[start : start + room]))
+                owner.append(number)
+                if start + room >= len(tokens):
+                    break
+                start += room - self.overlap
+        return ids, np.array(owner, np.int64)
+
+    def logits(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of every window [windows, classes] (float32) and the text that each belongs to."""
+        import torch
+
+        ids, owner = self.windows(texts)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        pad = self.tokenizer.pad_token_id or 0
+        rows: list[Any] = [None] * len(ids)
+        with torch.inference_mode():
+            start = 0
+            while start < len(order):
+                end = start + 1
+                while end < len(order) and (end + 1 - start) * len(ids[order[end]]) <= self.tokens_per_batch:
+                    end += 1
+                batch = [ids[i] for i in order[start:end]]
+                width = max(map(len, batch))
+                input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch], device=self.device)
+                mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=self.device)
+                out = self.model(input_ids=input_ids, attention_mask=mask).logits.float().cpu().numpy()
+                for i, row in zip(order[start:end], out, strict=True):
+                    rows[i] = row
+                start = end
+        return np.stack(rows), owner
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """The worst label's probability in the worst window of each text, float64 [texts]."""
+        if not texts:
+            return np.zeros(0)
+        logits, owner = self.logits(texts)
+        logits = logits.astype(np.float64)
+        if self.activation == "sigmoid":
+            p = 1 / (1 + np.exp(-logits))
+        else:
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+        worst = np.zeros(len(texts))
+        np.maximum.at(worst, owner, p[:, list(self.columns)].max(1))
+        return worst
+
+
+def weights_hash(model: Any) -> str:
+    """Hash of names and values of all weights (hex, 128 bits)."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(4)
+def _load(config: Toxicity) -> Classifier:
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(f"the scorer 'toxicity' needs {error.name}: pip install torch transformers") from None
+    if config.checkpoint is None and config.model is None:
+        raise ConfigError(
+            "scorer.model: name a classifier, for example scorer.model=unitary/unbiased-toxic-roberta (a Hub name) or a "
+            "folder; without network, `phf fit-scorer` makes one from labelled texts"
+        )
+    if config.checkpoint is not None:
+        model, path, names = _detoxify(config.checkpoint, config.model, config.revision)
+    else:
+        assert config.model is not None
+        path = config.model
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(path, revision=config.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"classifier {path} cannot be loaded: {error}") from None
+        names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"the tokenizer of {path} has no fast version (tokenizer.json)")
+    known: dict[str, Any] = (
+        PRESETS.get(path, {}) if config.checkpoint is None else {"labels": ("toxicity",), "activation": "sigmoid"}
+    )
+    labels = config.labels or known.get("labels") or ((names[-1],) if len(names) <= 2 else None)
+    if labels is None:
+        raise ConfigError(f"scorer.labels: {path} has several labels; name the bad ones, of: {', '.join(names)}")
+    for label in labels:
+        if label not in names:
+            raise ConfigError(f"scorer.labels: {path} has no label {label!r}{did_you_mean(label, names)}")
+    usual = {1: "sigmoid", 2: "softmax"}.get(len(names))
+    activation: str | None = config.activation or known.get("activation") or usual
+    if activation is None:
+        raise ConfigError(
+            "scorer.activation: say sigmoid (each label by itself) or softmax (one of the labels); "
+            f"{path} has {len(names)} labels"
+        )
+    device = pick_device(config.device)
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if has_quick_bf16(device) else "float32")
+    columns = [names.index(label) for label in labels]
+    return Classifier(
+        model, tokenizer, path, labels, columns, activation, config.max_tokens, config.overlap,
+        config.tokens_per_batch, dtype, device,
+    )  # fmt: skip
+
+
+def _detoxify(checkpoint: str, base: str | None, revision: str | None) -> tuple[Any, str, list[str]]:
+    """The model in a checkpoint of Detoxify's, where its configuration came from, and the names of its outputs.
+
+    Loaded with `weights_only=True`: a checkpoint that holds more than tensors and plain values is refused.
+    """
+    import torch
+    import transformers
+
+    if checkpoint in DETOXIFY:
+        file, version, default_base = DETOXIFY[checkpoint]
+        url = f"https://github.com/unitaryai/detoxify/releases/download/{version}/{file}"
+        try:
+            loaded = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise ConfigError(
+                f"scorer.checkpoint: cannot download {url} ({error}); download it yourself and give the file"
+            ) from None
+    else:
+        default_base = None
+        if not Path(checkpoint).is_file():
+            raise ConfigError(f"scorer.checkpoint: {checkpoint} is neither a file nor one of {', '.join(DETOXIFY)}")
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict) or not {"config", "state_dict"} <= set(loaded):
+        raise ConfigError(
+            f"scorer.checkpoint: {checkpoint} holds no config and state_dict as Detoxify's checkpoints do"
+        )
+    arch = loaded["config"]["arch"]["args"]
+    path = base or default_base or arch["model_type"]
+    state = {k: v for k, v in loaded["state_dict"].items() if not k.endswith("position_ids")}
+    config = transformers.AutoConfig.from_pretrained(path, revision=revision, num_labels=int(arch["num_classes"]))
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ConfigError(
+            f"scorer.checkpoint: {checkpoint} does not fit {path}: missing {list(missing)[:3]}, unexpected {list(unexpected)[:3]}"
+        )
+    classes = [RENAMED.get(c, c) for c in loaded["config"]["dataset"]["args"]["classes"]]
+    names = classes + [f"output {i}" for i in range(len(classes), int(arch["num_classes"]))]
+    return model, path, names
