@@ -107,7 +107,7 @@ def _coloured(segments: Sequence[Sequence[Any]], positive: np.ndarray, scorer: S
         elif score <= 0 or not len(positive):
             pieces.append(Markup("{}").format(visible(text)))
         else:
-            heat = 15 + round(60 * float(np.searchsorted(positive, score, side="right")) / len(positive))
+            heat = round(75 * float(np.searchsorted(positive, score, side="right")) / len(positive))
             pieces.append(
                 Markup('<span class="seg" style="--h:{}" title="{}">{}</span>').format(
                     heat, f"{score:.6g}", visible(text)

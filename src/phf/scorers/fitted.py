@@ -80,7 +80,7 @@ def segment_sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np
     """Sums of values[start:end], float64; 0 where the range is empty."""
     if not len(values):
         return np.zeros(len(starts))
-    edges = np.stack([starts, ends], axis=1).ravel()
+    edges = np.minimum(np.stack([starts, ends], axis=1).ravel(), len(values))
     # reduceat takes no index past the end, and gives values[start] for an empty range
     sums = np.add.reduceat(np.append(values, np.float32(0)), edges, dtype=np.float64)[::2]
     return np.where(ends > starts, sums, 0.0)
@@ -165,8 +165,8 @@ def feature_matrix(texts: Sequence[str]) -> Any:
         for buckets, starts, ends in kinds:
             counts = ends - starts
             inside = np.zeros(len(buckets) + 1, np.int64)
-            np.add.at(inside, starts, 1)
-            np.add.at(inside, ends, -1)
+            np.add.at(inside, starts[counts > 0], 1)
+            np.add.at(inside, ends[counts > 0], -1)
             columns.append(buckets[inside.cumsum()[:-1] > 0])
             rows.append(np.repeat(np.arange(len(starts)), counts))
         row, column = np.concatenate(rows), np.concatenate(columns)

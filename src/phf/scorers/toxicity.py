@@ -99,6 +99,7 @@ class Classifier:
         reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
         self.max_tokens = min(max_tokens, positions - reserved, tokenizer.model_max_length)
         self.tokenizer = tokenizer
+        self.before, self.after = special_tokens(tokenizer)
         self.weights_hash = weights_hash(model)
         self.model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
@@ -107,14 +108,14 @@ class Classifier:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        room = self.max_tokens - self.tokenizer.num_special_tokens_to_add()
+        room = self.max_tokens - len(self.before) - len(self.after)
         ids: list[list[int]] = []
         owner: list[int] = []
         for number, encoding in enumerate(backend.encode_batch(list(texts), add_special_tokens=False)):
             tokens = encoding.ids
             start = 0
             while True:
-                ids.append(self.tokenizer.build_inputs_with_special_tokens(tokens[start : start + room]))
+                ids.append(self.before + tokens[start : start + room] + self.after)
                 owner.append(number)
                 if start + room >= len(tokens):
                     break
@@ -159,6 +160,13 @@ class Classifier:
         worst = np.zeros(len(texts))
         np.maximum.at(worst, owner, p[:, list(self.columns)].max(1))
         return worst
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after a text."""
+    encoding = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    inner = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
 
 
 def weights_hash(model: Any) -> str:

@@ -1,0 +1,100 @@
+"""Your own function as a scorer, and several scorers as one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from phf.annotate import judge
+from phf.config import ConfigError, to_plain
+from phf.scorers import PEP8, AnyScorer, Combination, Function, Lexicon, Regex
+
+CODE = """
+def shouting(text):
+    return sum(c.isupper() for c in text) / len(text)
+
+def all_at_once(texts):
+    return [float(len(t)) for t in texts]
+
+def too_few(texts):
+    return []
+
+def cannot(text):
+    return float("nan")
+"""
+
+
+@pytest.fixture
+def module(tmp_path):
+    (tmp_path / "mine.py").write_text(CODE)
+    return tmp_path / "mine.py"
+
+
+def test_a_function_is_a_scorer(module):
+    scorer = Function(f"{module}:shouting", version="1")
+    assert scorer.score_segments(["ABcd", "", "x"])[0] == 0.5
+    assert math.isnan(scorer.score_segments(["ABcd", "", "x"])[1])
+    assert Function(f"{module}:all_at_once", batched=True).score_segments(["ab", "c"]) == [2, 1]
+    assert judge(Function(f"{module}:cannot"), ["a"])[1] == "not a number"
+    assert Function("math:sqrt").identity()["source"] is None
+    identity = scorer.identity()
+    assert (identity["function"], identity["version"]) == ("mine.py:shouting", "1")
+
+
+def test_a_changed_file_is_another_scorer(module, tmp_path):
+    other = tmp_path / "other" / "mine.py"
+    other.parent.mkdir()
+    other.write_text(CODE + "# changed\n")
+    assert Function(f"{module}:shouting").identity()["source"] != Function(f"{other}:shouting").identity()["source"]
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("nothing", "expected module:name"),
+        ("no.such.module:f", "cannot import no.such.module"),
+        ("math:sqroot", r"has no function 'sqroot' \(did you mean 'sqrt'\?\)"),
+        ("/no/such/file.py:f", "there is no file"),
+    ],
+)
+def test_a_function_that_is_not_there_is_said(function, message):
+    with pytest.raises(ConfigError, match=message):
+        Function(function).score_text("a")
+
+
+def test_mistakes_of_the_function_are_errors_not_scores(module):
+    with pytest.raises(ConfigError, match="returned 0 scores for 1 texts"):
+        judge(Function(f"{module}:too_few", batched=True), ["a"])
+
+
+def test_combinations_by_hand(tmp_path):
+    (tmp_path / "words").write_text("bad\n")
+    a, b = Regex(r"\d"), Lexicon(str(tmp_path / "words"))
+    segments = ["bad 1", "12", "fine"]
+    assert Combination((a, b)).score_segments(segments) == [1 / 5, 2 / 2, 0]
+    assert Combination((a, b), how="sum").score_segments(segments) == [2 / 5, 1, 0]
+    weighted = Combination((a, b), how="sum", weights=(0.5, 10))
+    assert weighted.score_segments(segments) == [0.5 / 5 + 10 / 5, 0.5, 0]
+    assert weighted.score_text("bad 1") == 0.5 / 5 + 10 / 5
+    assert [s.label for s in Combination((a, b)).spans("bad 1")] == ["word", "match"]
+    assert judge(Combination((a, b)), segments)[2] == {"match": 3, "word": 1}
+    assert math.isnan(Combination((a, b)).score_segments([""])[0])
+
+
+def test_where_one_cannot_judge_neither_can_the_combination(module):
+    combined = Combination((Regex("a"), Function(f"{module}:cannot")))
+    assert math.isnan(combined.score_segments(["a"])[0])
+    assert combined.identity()["unit"] == "score"
+    assert Combination((Regex("a"), Regex("b"))).identity()["unit"] == "matches per character"
+
+
+def test_combinations_are_checked_and_survive_a_manifest():
+    with pytest.raises(ValidationError, match="1 given for 2 scorers"):
+        Combination((Regex("a"), PEP8()), weights=(1.0,))
+    with pytest.raises(ValidationError):
+        Combination((Regex("a"),))
+    combined = Combination((Regex("a"), PEP8()), how="sum", weights=(1.0, 2.0))
+    assert TypeAdapter(AnyScorer).validate_python(to_plain(combined)) == combined
+    assert combined.without_cut("x = 1\ny = (") == "x = 1\n"
