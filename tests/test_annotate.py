@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import LINK, tiny_texts, write_jsonl
-from phf import annotate, corpus, store
-from phf.annotate import ScoredCorpus, ScoringError, judge, score_corpus
-from phf.corpus import Jsonl
-from phf.scorers import Scorer
-from phf.segment import Documents, Lines
+from phf import annotate, corpus, store, tokens
+from phf.annotate import ScoredCorpus, ScoringError, add_scores, judge, judge_documents, score_corpus
+from phf.config import ConfigError
+from phf.corpus import Jsonl, Parquet
+from phf.scorers import Lexicon, Regex, Scorer
+from phf.segment import Documents, Given, Lines
+from phf.tokens import TrainBPE, tokenize_corpus
 from phf.types import Rejected
 
 
@@ -247,3 +249,166 @@ def test_odd_published_rows_are_set_aside(tmp_path):
     (tmp_path / "a.parquet").write_text("not parquet")
     with pytest.raises(store.StoreError, match="not a Parquet file"):
         ScoredCorpus(tmp_path)
+
+
+class Batched(Failing):
+    """Scores all documents at once, and fails on the whole batch where one of them is bad."""
+
+    def judge_documents(self, documents):
+        if any("boom" in s for d in documents for s in d):
+            raise ValueError("one of them")
+        return [([0.25] * len(d), Counter()) for d in documents]
+
+
+def test_one_document_that_fails_does_not_take_its_batch_with_it():
+    judged = judge_documents(Batched(), [["fine"], ["boom"], ["fine", "too"]])
+    assert judged[0][:2] == ([0.5], None)
+    assert judged[1][1] == "RecursionError"
+    assert judged[2][0] == [0.5, 0.5]
+    assert judge_documents(Batched(), [["fine"], ["x"]]) == [([0.25], None, Counter())] * 2
+
+
+def test_a_mistake_in_the_scorers_settings_is_an_error_not_a_corpus_of_nan(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(3))
+    with pytest.raises(ConfigError, match="cannot read lexicon"):
+        score_corpus(Jsonl(str(path)), Lines(), Lexicon(str(tmp_path / "none")), tmp_path / "s")
+
+
+@pytest.fixture
+def two_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 4000)
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(40))
+    score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    return tmp_path / "s"
+
+
+def test_scores_are_added_beside_the_text_row_by_row(two_shards):
+    before = folder_bytes(two_shards)
+    manifest = add_scores(two_shards, Regex("cats"), "cats", workers=2)
+    assert folder_bytes(two_shards) == before
+    own, cats = ScoredCorpus(two_shards), ScoredCorpus(two_shards, "cats")
+    assert own.preferences() == ["regex", "cats"]
+    assert len(own.files) > 1
+    assert cats.manifest["identity"]["pattern"] == "cats"
+    for file in own.files:
+        for a, b in zip(own.read(file), cats.read(file), strict=True):
+            assert a.texts == b.texts
+            assert list(b.scores) == [np.float32(Regex("cats").score_text(t)) for t in b.texts]
+    assert set(pq.read_schema(two_shards / "scores" / "cats" / "part-00000.parquet").names) == {"id", "scores"}
+    assert manifest["counts"]["documents"] == 40
+    assert add_scores(two_shards, Regex("cats"), "cats") == manifest
+
+
+def test_added_scores_that_no_longer_fit_are_refused(two_shards, tmp_path):
+    add_scores(two_shards, Regex("cats"), "cats")
+    path = write_jsonl(tmp_path / "b.jsonl", tiny_texts(9, seed=1))
+    with pytest.raises(store.StoreError, match="has scores named 'regex' from the first"):
+        add_scores(two_shards, Regex("a"), "regex")
+    with pytest.raises(store.StoreError, match="it names a folder"):
+        add_scores(two_shards, Regex("a"), "../x")
+    with pytest.raises(store.StoreError, match=r"no scores named 'cat' \(did you mean 'cats'\?\)"):
+        ScoredCorpus(two_shards, "cat")
+    manifest = store.read_json(two_shards / "scores" / "cats" / "manifest.json")
+    store.write_json(two_shards / "scores" / "cats" / "manifest.json", manifest | {"text": "other"})
+    with pytest.raises(store.StoreError, match="scores another text"):
+        ScoredCorpus(two_shards, "cats")
+    score_corpus(Jsonl(str(path)), Lines(), LINK, two_shards)  # another corpus takes the folder, and the scores go
+    assert ScoredCorpus(two_shards).preferences() == ["regex"]
+
+
+def test_adding_scores_is_resumed(two_shards, monkeypatch):
+    real = annotate.score_shard
+
+    def stops_after_one(job):
+        if job[2].endswith("00001"):
+            raise KeyboardInterrupt
+        return real(job)
+
+    with monkeypatch.context() as m:
+        m.setattr(annotate, "score_shard", stops_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            add_scores(two_shards, Regex("cats"), "cats")
+    assert ScoredCorpus(two_shards).preferences() == ["regex"]
+    add_scores(two_shards, Regex("cats"), "cats")
+    resumed = folder_bytes(two_shards / "scores" / "cats")
+    import shutil
+
+    shutil.rmtree(two_shards / "scores")
+    add_scores(two_shards, Regex("cats"), "cats")
+    assert folder_bytes(two_shards / "scores" / "cats") == resumed
+
+
+def test_one_token_store_serves_every_preference(two_shards, tmp_path, monkeypatch):
+    """Scoring again never tokenises again."""
+    first = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
+    add_scores(two_shards, Regex("cats"), "cats")
+    monkeypatch.setattr(tokens, "_tokenize_part", None)
+    second = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
+    assert list(second["scores"]) == ["regex", "cats"]
+    assert (first["content"], first["tokens"]) == (second["content"], second["tokens"])
+    own, cats = tokens.TokenStore.open(tmp_path / "t"), tokens.TokenStore.open(tmp_path / "t", "cats")
+    assert own.manifest["identity"]["pattern"] != cats.manifest["identity"]["pattern"] == "cats"
+    assert own.manifest["content"] != cats.manifest["content"]
+    expected = [
+        s for f in ScoredCorpus(two_shards).files for d in ScoredCorpus(two_shards, "cats").read(f) for s in d.scores
+    ]
+    np.testing.assert_array_equal(cats.score_S, np.array(expected, np.float32))
+    with pytest.raises(store.StoreError, match=r"no scores named 'cat' \(did you mean 'cats'\?\)"):
+        tokens.TokenStore.open(tmp_path / "t", "cat")
+    # the same segments, scored into another folder: the tokens stay, and its scores are now the store's own
+    score_corpus(Jsonl(str(tmp_path / "a.jsonl")), Lines(), Regex("dogs"), tmp_path / "dogs")
+    third = tokenize_corpus(tmp_path / "dogs", TrainBPE(300), tmp_path / "t")
+    assert third["identity"]["pattern"] == "dogs"
+    assert third["tokens"] == first["tokens"]
+
+
+def test_the_segments_that_a_corpus_comes_with_can_be_kept(tmp_path):
+    """The schema of the published data sets, scored again."""
+    rows = {
+        "texts": [["One. ", "Two."], ["x", "", "y"]],
+        "scores": [[0.1, 0.2], [1, 2, 3]],
+        "meta": [{"pile_set_name": "Pile-CC"}] * 2,
+    }
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+    source = Parquet(str(tmp_path / "train.parquet"), field="texts")
+    score_corpus(source, Given(), LINK, tmp_path / "s")
+    scored = ScoredCorpus(tmp_path / "s")
+    documents = list(scored.read(scored.files[0]))
+    assert [d.texts for d in documents] == [("One. ", "Two."), ("x", "y")]
+    assert documents[0].meta == {"meta": {"pile_set_name": "Pile-CC"}}
+
+
+def test_scores_beside_a_published_data_set(tmp_path):
+    """Rows that are no documents keep their place, so that files stay aligned."""
+    rows = {"texts": [["One.", " Two."], None, ["", "b"]], "scores": [[0.1, None], [0.1], [0.2, 0.3]]}
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+    add_scores(tmp_path, Regex("[Tb]"), "tb", max_unjudged=1)  # the empty segment is not judged
+    both = ScoredCorpus(tmp_path), ScoredCorpus(tmp_path, "tb")
+    assert len(both[0].files) == 1
+    documents = [i for i in both[1].read(both[1].files[0]) if not isinstance(i, Rejected)]
+    assert [(d.texts, d.scores) for d in documents] == [(("One.", " Two."), (0, np.float32(0.2))), (("b",), (1,))]
+
+
+def test_a_file_system_elsewhere_is_as_good(tmp_path):
+    """An object store in memory: no renaming, no local paths; corpus and output both lie there."""
+    from upath import UPath
+
+    for n in range(2):
+        write_jsonl(UPath("memory://bucket/corpus") / f"{n}.jsonl", tiny_texts(10, seed=n))
+    source = Jsonl("memory://bucket/corpus")
+    manifest = score_corpus(source, Lines(), LINK, "memory://bucket/scored")
+    assert score_corpus(source, Lines(), LINK, "memory://bucket/scored") == manifest
+    for n in range(2):
+        write_jsonl(tmp_path / f"{n}.jsonl", tiny_texts(10, seed=n))
+    local = score_corpus(Jsonl(str(tmp_path)), Lines(), LINK, tmp_path / "scored")
+    assert (local["content"], local["counts"]) == (manifest["content"], manifest["counts"])
+    add_scores("memory://bucket/scored", Regex("cats"), "cats")
+    assert ScoredCorpus("memory://bucket/scored").preferences() == ["regex", "cats"]
+    assert tokenize_corpus("memory://bucket/scored", TrainBPE(300), tmp_path / "t")["counts"]["documents"] == 20
+    changed = score_corpus(source, Documents(), LINK, "memory://bucket/scored")  # other settings take its place
+    assert changed["counts"]["segments"] == 20
+    assert ScoredCorpus("memory://bucket/scored").preferences() == ["regex"]
+    with pytest.raises(store.StoreError, match="cannot open nowhere:// paths"):
+        score_corpus(source, Lines(), LINK, "nowhere://x")
+    with pytest.raises(ConfigError, match="does not exist"):
+        Jsonl("memory://bucket/nothing").plan()

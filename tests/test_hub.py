@@ -1,0 +1,120 @@
+"""Scored corpora on a Hub: pushed, loaded, streamed and gone on with. The Hub is a real server on loopback; the client
+runs in processes of its own, because it reads its address when it is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from conftest import LINK
+from fakehub import FakeHub
+from phf.annotate import ScoredCorpus, add_scores
+from phf.hub import data_card
+from phf.scorers import Regex
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with FakeHub() as running:
+        running.env = os.environ | {
+            "HF_ENDPOINT": running.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        yield running
+
+
+def phf(hub, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "phf", *arguments], env=hub.env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def scored(scored_dir, tmp_path):
+    """A copy, with other scores beside its own."""
+    import shutil
+
+    folder = tmp_path / "scored"
+    shutil.copytree(scored_dir, folder)
+    add_scores(folder, Regex("cats"), "cats")
+    return folder
+
+
+def test_a_pushed_corpus_loads_streams_and_goes_on(hub, scored, tmp_path):
+    pushed = phf(hub, "push", str(scored), "me/tiny-scored")
+    assert pushed.returncode == 0, pushed.stderr
+    files = hub.repos["datasets", "me/tiny-scored"]
+    assert {
+        "part-00000.parquet",
+        "manifest.json",
+        "README.md",
+        "scores/cats/part-00000.parquet",
+        "scores/cats/manifest.json",
+    } == set(files)
+    code = """
+import datasets, json, sys
+whole = datasets.load_dataset("me/tiny-scored", split="train")
+streamed = list(datasets.load_dataset("me/tiny-scored", split="train", streaming=True))
+assert whole.to_list() == streamed
+print(json.dumps([r["texts"] for r in streamed]))
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], env=hub.env, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    import json
+
+    own = ScoredCorpus(scored)
+    assert json.loads(loaded.stdout) == [list(d.texts) for d in own.read(own.files[0])]
+    done = phf(hub, "tokenize", "hf://datasets/me/tiny-scored", str(tmp_path / "tokens"), "--vocab-size", "300")
+    assert done.returncode == 0, done.stderr
+    local = phf(hub, "tokenize", str(scored), str(tmp_path / "local"), "--vocab-size", "300")
+    assert local.returncode == 0, local.stderr
+    for name in ("tokens.bin", "regex.score.bin", "cats.score.bin", "seg_ends.bin"):
+        assert (tmp_path / "tokens" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_published_scored_data_set_can_be_scored_again_as_it_was_cut(hub, scored, tmp_path, streaming):
+    assert phf(hub, "push", str(scored), "me/tiny-scored").returncode == 0
+    done = phf(
+        hub, "score", "hf://datasets/me/tiny-scored", str(tmp_path / "again"), "--scorer", "regex", "--segmenter", "given",
+        f"scorer.pattern={LINK.pattern}", "corpus.field=texts", f"corpus.streaming={streaming}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, again = ScoredCorpus(scored), ScoredCorpus(tmp_path / "again")
+    assert [(d.texts, d.scores) for d in first.read(first.files[0])] == [
+        (d.texts, d.scores) for f in again.files for d in again.read(f)
+    ]
+
+
+def test_one_file_of_a_data_set_is_a_corpus(hub, scored, tmp_path):
+    assert phf(hub, "push", str(scored), "me/tiny-scored").returncode == 0
+    path = "hf://datasets/me/tiny-scored/part-00000.parquet"
+    done = phf(hub, "score", path, str(tmp_path / "s"), "--scorer", "pep8", "corpus.field=texts")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_not_there_or_not_ours_is_said(hub, tmp_path):
+    missing = phf(hub, "score", "hf://datasets/me/nothing", str(tmp_path / "s"), "--scorer", "pep8")
+    assert missing.returncode == 2
+    assert "me/nothing" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    (tmp_path / "empty").mkdir()
+    refused = phf(hub, "push", str(tmp_path / "empty"), "me/x")
+    assert refused.returncode == 2
+    assert "neither the output of `phf score` nor a folder of Parquet files" in refused.stderr
+
+
+def test_the_card_says_what_scored_it_and_what_failed(scored):
+    card = data_card(ScoredCorpus(scored), "me/tiny")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["configs"][0]["data_files"][0]["path"] == "part-*.parquet"
+    counts = ScoredCorpus(scored).manifest["counts"]
+    assert f"| segments | {counts['segments']:,} |" in card
+    assert "None: every segment was judged." in card
+    assert "`scores/cats/`: matches per character" in card
+    assert "Scored by `regex`" in card
