@@ -68,7 +68,7 @@ from phf.model import FromConfig, PHFModel, build_lm
 from phf.objectives import AWR
 from phf.packing import Order, Rows
 from phf.tokens import TokenStore
-from phf.train import to_tensors
+from phf.trainer import to_tensors
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()

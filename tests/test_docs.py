@@ -31,7 +31,7 @@ def test_commands_and_links_exist(page):
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     text = page.read_text()
-    for command in re.findall(r"^(?:\$ )?phf (\w+)", text, re.MULTILINE):
+    for command in re.findall(r"^(?:\$ )?phf ([\w-]+)", text, re.MULTILINE):
         assert command in commands, command
     targets = set(re.findall(r"^[\w-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`make (\w+)`", text):

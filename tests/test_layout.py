@@ -15,8 +15,8 @@ FLOORS = [
     {"corpus", "segment", "metrics"},
     {"scorers", "annotate", "cluster", "fitting", "survey", "hub"},
     {"tokens", "packing"},
-    {"objectives", "fused", "model", "train"},
-    {"sample", "evaluate"},
+    {"objectives", "fused", "model", "trainer", "train"},
+    {"sample", "evaluate", "during"},
     {"report", "recipe", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phf import metrics
+from phf.metrics import compile_rate, expected_max, paired_difference, repetition, self_bleu
 
 
 def test_wilson_where_none_and_all_hit():
@@ -48,15 +50,10 @@ def test_bootstrap_interval_covers_about_as_often_as_it_says():
 
 
 def test_t_interval_by_hand():
-    e = metrics.t_interval([1, 2, 3])  # mean 2, sd 1, stderr 0.57735, t(2) 4.303
+    e = metrics.t_interval([1, 2, 3])  # mean 2, sd 1, stderr 0.57735, t(2) 4.302653
     assert e.mean == 2
-    assert e.ci95 == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    assert e.ci95 == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
     assert math.isnan(metrics.t_interval([1]).stderr)
-
-
-@pytest.mark.parametrize("df, t", [(1, 12.706), (10, 2.228), (30, 2.042), (100, 1.984)])
-def test_t_quantiles_of_the_tables(df, t):
-    assert metrics._t975(df) == pytest.approx(t, abs=2e-3)
 
 
 def test_ratio_is_geometric_and_nan_without_logarithm():
@@ -71,3 +68,69 @@ def test_distinct_and_entropy_by_hand():
     assert metrics.distinct_n(["a b a b"], 2) == pytest.approx(2 / 3)
     assert math.isnan(metrics.distinct_n(["a"], 2))
     assert metrics.ngram_entropy(["a b", "a b"], 1) == pytest.approx(math.log(2))
+
+
+def test_expected_max_is_the_mean_over_all_subsets():
+    scores = [0.3, 0.1, 0.1, 0.9, 0.5, 0.2]
+    for k in range(1, 7):
+        subsets = [max(c) for c in itertools.combinations(scores, k)]
+        assert expected_max(scores, k) == pytest.approx(sum(subsets) / len(subsets), rel=1e-12)
+    assert expected_max([*scores, float("nan")], 2) == expected_max(scores, 2)
+    assert math.isnan(expected_max(scores, 7))
+    assert math.isnan(expected_max([], 1))
+    many = np.random.default_rng(0).random(20_000)
+    assert expected_max(many, 25) == pytest.approx(25 / 26, abs=0.002)  # of uniform numbers
+
+
+def test_expected_max_is_unbiased():
+    """Of 8 draws from a known distribution; the largest of the first 3 has the same mean."""
+    rng = np.random.default_rng(1)
+    draws = rng.exponential(size=(20_000, 8))
+    estimates = [expected_max(row, 3) for row in draws]
+    expected = 1 + 1 / 2 + 1 / 3  # of three exponential numbers
+    assert np.mean(estimates) == pytest.approx(expected, abs=4 * np.std(estimates) / math.sqrt(len(draws)))
+
+
+def test_paired_difference_uses_the_pairs():
+    base = np.random.default_rng(0).normal(size=200) * 10
+    found = paired_difference(base, base + 0.1)
+    assert found.mean == pytest.approx(-0.1)
+    assert found.ci95[1] < 0  # though the spread of each is a hundred times the difference
+    assert paired_difference([1, float("nan")], [0, 1]).unjudged == 1
+
+
+def nltk_self_bleu(texts, n, references, split):
+    """As the reference implementation calls it."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    tokens = [split(t) for t in texts]
+    scores = [
+        sentence_bleu((tokens[:i] + tokens[i + 1 :])[:references], tokens[i], (1 / n,) * n, SmoothingFunction().method1)
+        for i in range(len(tokens))
+    ]
+    return sum(scores) / len(scores)
+
+
+@given(st.lists(st.lists(st.sampled_from(["ab", "c", "the", "cat", "sat", ".", "on"]), max_size=14).map(" ".join), min_size=2, max_size=12),
+       st.integers(1, 5), st.integers(1, 6))  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_self_bleu_equals_nltk(texts, n, references):
+    assert self_bleu(texts, n, references) == pytest.approx(nltk_self_bleu(texts, n, references, str.split), abs=1e-9)
+    assert self_bleu(texts, n, references, "characters") == pytest.approx(
+        nltk_self_bleu(texts, n, references, list), abs=1e-9
+    )
+
+
+def test_self_bleu_by_hand():
+    assert self_bleu(["a b c d e f"] * 3, 2) == pytest.approx(1)
+    assert self_bleu(["a b", "c d"], 2) == 0
+    assert math.isnan(self_bleu(["a"], 2))
+
+
+def test_repetition_and_compile_rate_by_hand():
+    assert repetition("a b c d e") == 0
+    assert repetition("a b a b a b", 2) == pytest.approx(1 - 2 / 5)
+    assert math.isnan(repetition("a b"))
+    assert compile_rate(["x = 1", "x = ", "def f(:", ""]) == 0.5
+    assert compile_rate(["\x00", "(" * 500]) == 0
+    assert math.isnan(compile_rate([]))

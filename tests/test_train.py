@@ -17,16 +17,8 @@ from phf import store
 from phf.config import ConfigError
 from phf.model import FromConfig, FromWeights
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
-from phf.train import (
-    COMPLETE,
-    TrainConfig,
-    TrainingError,
-    chinchilla_loss,
-    complete_checkpoints,
-    micro_batch,
-    pick_precision,
-    train,
-)
+from phf.train import TrainConfig, micro_batch, pick_precision, train
+from phf.trainer import COMPLETE, TrainingError, chinchilla_loss, complete_checkpoints
 
 MODEL = FromConfig(TINY_LLAMA)
 STEP = 16 * 32

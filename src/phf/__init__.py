@@ -6,7 +6,11 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "phf.annotate": ("ScoredCorpus", "score_corpus"),
+    "phf.annotate": ("ScoredCorpus", "add_scores", "score_corpus"),
+    "phf.during": ("During", "JudgeDuring"),
+    "phf.fitting": ("fit_scorer", "read_labels"),
+    "phf.hub": ("push_scored",),
+    "phf.survey": ("survey",),
     "phf.evaluate": ("evaluate_run", "heldout_loss", "judge_samples"),
     "phf.fused": ("fused_loss",),
     "phf.model": ("FromConfig", "FromWeights", "PHFModel"),
@@ -26,7 +30,18 @@ _PUBLIC = {
     "phf.recipe": ("Recipe", "load_recipe", "run_recipe"),
     "phf.report": ("write_report",),
     "phf.sample": ("Scenario", "load_model", "sample"),
-    "phf.scorers": ("PEP8", "PII", "Lexicon", "Regex", "Scorer"),
+    "phf.scorers": (
+        "PEP8",
+        "PII",
+        "Combination",
+        "Fitted",
+        "Function",
+        "Lexicon",
+        "Presidio",
+        "Regex",
+        "Scorer",
+        "Toxicity",
+    ),
     "phf.tokens": ("PretrainedTokenizer", "TokenStore", "TrainBPE", "tokenize_corpus"),
     "phf.train": ("TrainConfig", "train"),
 }

@@ -272,15 +272,18 @@ def train(
 
     Settings are `objective` (objective.name=conditional objective.threshold=0 ...), `model` (model.name=from_config
     with model.config.model_type=llama ..., or model.name=from_weights model.path=...), `train` (train.tokens=1e7
-    train.lr=1e-3 ...) and `seed`. Recipe files may hold them too. With torchrun or accelerate launch: unchanged.
+    train.lr=1e-3 ...), `during` (during.every=1e6: held-out loss while training) and `seed`. Recipe files may hold them
+    too. With torchrun or accelerate launch: unchanged.
     """
     from phf.config import load
+    from phf.during import JudgeDuring
     from phf.recipe import TrainStage
     from phf.train import train as train_run
 
     files, overrides = _split(settings)
     stage = load(files, overrides, TrainStage)
-    manifest = train_run(tokens, out, stage.model, stage.objective, stage.train, stage.seed)
+    during = (JudgeDuring(stage.during, out, tokens, stage.train, stage.objective),) if stage.during else ()
+    manifest = train_run(tokens, out, stage.model, stage.objective, stage.train, stage.seed, callbacks=during)
     if manifest:
         counts = manifest["counts"]
         print(

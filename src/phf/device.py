@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
@@ -25,3 +26,31 @@ def has_quick_bf16(device: str) -> bool:
         getattr(cpu, "_is_avx512_bf16_supported", lambda: False)()
         or getattr(cpu, "_is_amx_tile_supported", lambda: False)()
     )
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+"""Dense bf16 (V100, T4: fp16) operations a second of GPUs, by their makers' data sheets."""
+
+
+@functools.cache
+def peak_flops(dtype: Any, processes: int = 1) -> float | None:
+    """Operations a second that the hardware of `processes` processes can do at most; None where it is not known.
+
+    For a GPU from its data sheet. For a CPU measured here and now on products of matrices (`dtype` None: float32), in a
+    third of a second; processes on one machine share it.
+    """
+    import time
+
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        known = next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
+        return known * processes if known is not None else None
+    size = 1024
+    a, b = (torch.ones(size, size, dtype=dtype or torch.float32) for _ in range(2))
+    best, start = 0.0, time.perf_counter()
+    while (begin := time.perf_counter()) - start < 0.3:
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best

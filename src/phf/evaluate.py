@@ -251,7 +251,7 @@ def evaluate_run(
         scorer = corpus_scorer(tokens.manifest, allow_other_scorer)
     else:
         check_identity(scorer, tokens.manifest["identity"], allow_other_scorer)
-    segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(tokens.manifest["segmenter"] or {"name": "lines"})
+    segmenter = segmenter_of(tokens)
     plain = {name: to_plain(s) for name, s in scenarios.items()}
     prompts = [store.path_hash(s.prompts) for s in scenarios.values() if s.prompts is not None]
     key = store.fingerprint([manifest["key"], plain, threshold, scorer.identity(), heldout_tokens, prompts, "eval/2"])
@@ -301,6 +301,14 @@ def evaluate_run(
     }
     store.write_json(done, result)
     return store.jsonable(result)  # type: ignore[no-any-return]
+
+
+def segmenter_of(tokens: TokenStore) -> Segmenter:
+    """How the corpus was cut; lines where it came cut by somebody else."""
+    config = tokens.manifest["segmenter"]
+    if config is None or config["name"] == "given":
+        config = {"name": "lines"}
+    return TypeAdapter(AnySegmenter).validate_python(config)  # type: ignore[no-any-return]
 
 
 def _data_section(tokens: TokenStore) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Statistics of texts and scores: estimates with intervals, diversity. Floor 1, numpy only.
+"""Statistics of texts and scores: estimates with intervals, diversity. Floor 1.
 
 Every function says which direction is better, where one is.
 """
@@ -6,9 +6,11 @@ Every function says which direction is better, where one is.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import gammaln, stdtrit
 
 from phf.types import Estimate
 
@@ -77,17 +79,8 @@ def t_interval(values: Sequence[float]) -> Estimate:
     if n < 2:
         return Estimate(mean, nan, n, (nan, nan))
     stderr = float(values_N.std(ddof=1) / math.sqrt(n))
-    half = _t975(n - 1) * stderr
+    half = float(stdtrit(n - 1, 0.975)) * stderr
     return Estimate(mean, stderr, n, (mean - half, mean + half))
-
-
-def _t975(df: int) -> float:
-    """97.5% quantile of Student's t: exact to 3 decimals up to 10 degrees of freedom, then Cornish-Fisher."""
-    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
-    if df <= len(table):
-        return table[df - 1]
-    z = Z95
-    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
@@ -102,6 +95,109 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     logs = t_interval([math.log(a / b) for a, b in pairs])
     mean = math.exp(logs.mean)
     return Estimate(mean, mean * logs.stderr, logs.n, (math.exp(logs.ci95[0]), math.exp(logs.ci95[1])))
+
+
+def expected_max(scores: Sequence[float] | np.ndarray, k: int) -> float:
+    """Expected largest of `k` samples, from `n` >= k of them: the unbiased estimate, the mean of the maximum over all
+    subsets of size k, sum_i C(i-1, k-1) / C(n, k) x_(i) over the sorted scores. NaN are left out; NaN if too few are left.
+    """
+    x = np.sort(np.asarray(scores, dtype=np.float64))
+    x = x[~np.isnan(x)]
+    n = len(x)
+    if k < 1 or n < k:
+        return float("nan")
+    rank = np.arange(k, n + 1)  # a smaller one is never the largest of k
+    log_weight = (
+        gammaln(rank) - gammaln(k) - gammaln(rank - k + 1) - (gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
+    )
+    return float((np.exp(log_weight) * x[k - 1 :]).sum())
+
+
+def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of a - b over units that both have (prompts, or seeds), with a bootstrap interval over the units. Below 0: `a`
+    is lower. Pairs in which one is NaN are left out and counted."""
+    return mean_estimate(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), seed)
+
+
+def self_bleu(texts: Sequence[str], n: int = 5, references: int = 200, unit: str = "words") -> float:
+    """Self-BLEU-n (Zhu et al. 2018, arXiv 1802.01886): the mean BLEU of each text against the first `references` of the
+    others, with equal weights and epsilon smoothing (nltk's method1). Higher is less diverse.
+
+    Equal to calling nltk's `sentence_bleu` for each text, by exact counting: the clip of an n-gram is the largest count
+    in a reference, which is the largest over all of them or, for the text that holds it, the second largest. `unit`:
+    "words", or "characters" (what the reference implementation computes). NaN with fewer than two texts.
+    """
+    tokens = [text.split() if unit == "words" else list(text) for text in texts]
+    if len(tokens) < 2:
+        return float("nan")
+    outside = tokens[:references]  # what texts behind them are compared with
+    inside = tokens[: references + 1]  # what these are compared with, but for themselves
+    clips = [(_clips(outside, order), _clips(inside, order)) for order in range(1, n + 1)]
+    lengths_out, lengths_in = [len(t) for t in outside], [len(t) for t in inside]
+    scores = []
+    for number, words in enumerate(tokens):
+        held = number < len(outside)
+        lengths = [*lengths_in[:number], *lengths_in[number + 1 :]] if held else lengths_out
+        matches, totals = [], []
+        for order, (of_outside, of_inside) in enumerate(clips, 1):
+            counts = Counter(_grams(words, order))
+            table = of_inside if held else of_outside
+            match = 0
+            for gram, count in counts.items():
+                best, owner, second = table.get(gram, (0, -1, 0))
+                match += min(count, second if owner == number else best)
+            matches.append(match)
+            totals.append(max(1, counts.total()))
+        scores.append(_bleu(matches, totals, len(words), lengths))
+    return math.fsum(scores) / len(scores)
+
+
+def _grams(words: Sequence[str], order: int) -> zip[tuple[str, ...]]:
+    return zip(*(words[i:] for i in range(order)), strict=False)
+
+
+def _clips(texts: Sequence[Sequence[str]], order: int) -> dict[tuple[str, ...], tuple[int, int, int]]:
+    """For each n-gram its largest count in a text, which text that is, and the second largest count."""
+    found: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    for number, words in enumerate(texts):
+        for gram, count in Counter(_grams(words, order)).items():
+            best, owner, second = found.get(gram, (0, -1, 0))
+            found[gram] = (count, number, best) if count > best else (best, owner, max(second, count))
+    return found
+
+
+def _bleu(matches: Sequence[int], totals: Sequence[int], length: int, reference_lengths: Sequence[int]) -> float:
+    if matches[0] == 0:
+        return 0.0
+    closest = min(reference_lengths, key=lambda r: (abs(r - length), r))
+    penalty = 1.0 if length > closest else math.exp(1 - closest / length)
+    logs = (math.log((m or 0.1) / t) / len(matches) for m, t in zip(matches, totals, strict=True))
+    return penalty * math.exp(math.fsum(logs))
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of a text's word n-grams that occurred in it before; 0 without repetition. NaN for a text without n-grams."""
+    words = text.split()
+    grams = list(_grams(words, n))
+    return 1 - len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def compile_rate(texts: Sequence[str]) -> float:
+    """Share of texts that are Python without a syntax error (nothing is run). Higher is better; NaN without texts."""
+    return sum(map(_compiles, texts)) / len(texts) if texts else float("nan")
+
+
+def _compiles(text: str) -> bool:
+    import ast
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

@@ -33,6 +33,7 @@ from phf.config import (
     validate,
 )
 from phf.corpus import AnyCorpus
+from phf.during import During, JudgeDuring
 from phf.model import AnyModel
 from phf.objectives import MLE, AnyObjective, Objective
 from phf.sample import Scenario
@@ -63,6 +64,8 @@ class Recipe:
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     threshold: float = 0.0
     """Scores above it are bad when models are judged."""
+    during: During | None = None
+    """Judging while training, beside judging the final models."""
     score_workers: Annotated[int, Field(gt=0)] = 1
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
     quick: bool = False
@@ -94,6 +97,7 @@ class TrainStage:
     model: AnyModel
     train: TrainConfig
     objective: AnyObjective = MLE()
+    during: During | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -191,7 +195,9 @@ def _train(recipe: Recipe, name: str, objective: Objective, seed: int, folder: P
     import torch
 
     torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
-    return train(recipe.folder / "tokens", folder, recipe.model, objective, recipe.train_config(name), seed)
+    tokens, config = recipe.folder / "tokens", recipe.train_config(name)
+    callbacks = (JudgeDuring(recipe.during, folder, tokens, config, objective),) if recipe.during else ()
+    return train(tokens, folder, recipe.model, objective, config, seed, callbacks=callbacks)
 
 
 def summary(

@@ -14,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import json
 import logging
 import math
 import os
 import platform
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,36 +29,39 @@ import torch
 import transformers
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
-from phf.device import has_quick_bf16, pick_device
+from phf.device import has_quick_bf16, peak_flops, pick_device
 from phf.fused import check_objective
 from phf.model import (
-    MODEL_CARD,
     FromConfig,
     FromWeights,
     PHFModel,
     add_control_embeddings,
     build_lm,
-    load_lm_weights,
     model_folder,
     num_parameters,
-    save_lm,
     tokens_seen,
 )
 from phf.objectives import Objective
-from phf.packing import Order, Rows
+from phf.packing import Rows
 from phf.tokens import TokenStore
-
-COMPLETE = "complete.json"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
+from phf.trainer import (
+    COMPLETE,
+    PHFTrainer,
+    Record,
+    Resume,
+    RowBatches,
+    SaveAt,
+    StopAfter,
+    TrainingRows,
+    complete_checkpoints,
+    read_metrics,
+    save_model,
+    training_seconds,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -191,264 +192,6 @@ def micro_batch(config: TrainConfig, world: int) -> tuple[int, int]:
     return rows, share // rows
 
 
-class _RowBatches(Sampler[list[int]]):
-    """This process's row positions, from `start` steps on: O(1) to resume, the same order for any world size."""
-
-    def __init__(self, steps: int, batch: int, micro: int, accumulate: int, rank: int) -> None:
-        self.steps, self.batch, self.micro, self.accumulate, self.rank = steps, batch, micro, accumulate, rank
-        self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.micro * self.accumulate
-        for step in range(self.start, self.steps):
-            first = step * self.batch + self.rank * share
-            for part in range(self.accumulate):
-                yield list(range(first + part * self.micro, first + (part + 1) * self.micro))
-
-
-class _TrainingRows(torch.utils.data.Dataset[Any]):
-    """Rows in training order; fetched a batch at a time."""
-
-    def __init__(self, rows: Rows, seed: int, total: int) -> None:
-        self.rows, self.order, self.total = rows, Order(rows.num_rows, seed), total
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        return to_tensors(self.rows.batch(self.order.rows(positions[0], positions[-1] + 1)))  # they are consecutive
-
-
-def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
-    """A batch of rows as the arguments of `PHFModel.forward`."""
-    return {
-        "input_ids": torch.from_numpy(batch.input_BT),
-        "targets": torch.from_numpy(batch.target_BT),
-        "scores": torch.from_numpy(batch.score_BT),
-        "mask": torch.from_numpy(batch.mask_BT),
-    }
-
-
-class PHFTrainer(Trainer):
-    """The Trainer with our rows, our denominators, the inner LM in `from_pretrained` form and marked checkpoints."""
-
-    def __init__(
-        self,
-        model: PHFModel,
-        rows: _TrainingRows,
-        sampler: _RowBatches,
-        tokenizer: Any,
-        keep: int,
-        milestones: set[int],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model=model, train_dataset=rows, **kwargs)
-        self.wrapper, self.rows, self.sampler, self.text_tokenizer, self.keep = model, rows, sampler, tokenizer, keep
-        self.folder, self.milestones = Path(kwargs["args"].output_dir), milestones
-        self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
-        self.sums: dict[str, torch.Tensor] = {}
-
-    # data
-    def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.rows,
-            batch_sampler=self.sampler,
-            collate_fn=_identity,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the loader would draw from the global stream, once more after a resume
-        )
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if not batch_samples:
-            return None
-        counted = torch.stack(
-            [self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples]
-        ).sum()
-        counted = counted.to(device)
-        if self.args.world_size > 1:
-            counted = self.accelerator.gather(counted.reshape(1)).sum()
-        return counted.clamp(min=1)
-
-    # loss
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        out = model(**inputs, denominator=num_items_in_batch)
-        for name, value in out["metrics"].items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-        loss = out["loss"]
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (lr {self._get_learning_rate():.3g}); the weights were not "
-                "updated. Lower train.lr, look at the scores with extreme values, or use train.precision=fp32"
-            )
-        return loss * self.args.world_size  # DDP averages gradients over processes; the denominator is global already
-
-    def take_sums(self) -> dict[str, float]:
-        """Metric sums since the last call, over all processes."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        values = torch.stack([self.sums[n] for n in names])
-        if self.args.world_size > 1:
-            values = self.accelerator.reduce(values, "sum")
-        self.sums = {}
-        return dict(zip(names, values.tolist(), strict=True))
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self.callback_handler.model = self.wrapper.lm  # callbacks know LMs, not our wrapper
-        return prepared
-
-    # checkpoints
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            save_model(self.wrapper, self.text_tokenizer, Path(output_dir) if output_dir else self.folder)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            store.write_json(folder / COMPLETE, {"step": self.state.global_step})
-            passing = [c for c in complete_checkpoints(self.folder) if _step_of(c) not in self.milestones]
-            for old in passing[: -self.keep]:
-                (old / COMPLETE).unlink()
-                shutil.rmtree(old)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_lm_weights(self.wrapper.lm, resume_from_checkpoint)
-        self.wrapper.load_value_head(resume_from_checkpoint)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path) -> None:
-    """The LM as `from_pretrained` wants it, with its tokenizer, and the value head beside it."""
-    save_lm(wrapper.lm, folder)
-    tokenizer.save_pretrained(folder)
-    wrapper.save_value_head(folder)
-    roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
-    store.write_json(folder / MODEL_CARD, {"objective": to_plain(wrapper.objective), "control_tokens": roles})
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a full disk or a power cut tore is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
-    """Time spent in training steps, over all the legs of a run that was interrupted."""
-    before = [0, *(line["tokens"] for line in lines)]
-    return float(
-        sum((x["tokens"] - b) / x["tokens_per_s"] for x, b in zip(lines, before, strict=False) if x["tokens_per_s"])
-    )
-
-
-class _Record(TrainerCallback):
-    """metrics.jsonl and the progress bar."""
-
-    def __init__(self, path: Path, config: TrainConfig, params: int, writer: bool) -> None:
-        self.path, self.config, self.params, self.writer = path, config, params, writer
-        self.trainer: PHFTrainer | None = None
-        self.bar: Any = None
-        self.last = (0.0, 0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.writer:
-            lines = read_metrics(self.path) if self.path.exists() else []
-            kept = [json.dumps(line) for line in lines if line["step"] <= state.global_step]
-            store.write_text(self.path, "".join(line + "\n" for line in kept))
-            self.bar = tqdm(total=self.config.total_tokens, initial=state.global_step * self._step_tokens, desc="training", unit="tok",
-                            unit_scale=True, disable=None, file=sys.stderr)  # fmt: skip
-        self.last = (time.perf_counter(), state.global_step)
-
-    @property
-    def _step_tokens(self) -> int:
-        return self.config.batch_rows * self.config.context
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / self.config.steps  # the Trainer's own count starts anew after a resume
-        if self.bar is not None:
-            self.bar.update(self._step_tokens)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        assert self.trainer is not None
-        sums = self.trainer.take_sums()
-        now, step = time.perf_counter(), state.global_step
-        seconds, steps = now - self.last[0], step - self.last[1]
-        self.last = (now, step)
-        line: dict[str, Any] = {
-            "step": step,
-            "tokens": step * self._step_tokens,
-            "loss": logs["loss"],
-            "lr": logs["learning_rate"],
-        }
-        line["grad_norm"] = float(logs["grad_norm"]) if "grad_norm" in logs else None
-        counted = sums.pop("counted", 0.0)
-        push, push_bad = sums.pop("push", 0.0), sums.pop("push_bad", 0.0)
-        line["bad_gradient_share"] = push_bad / push if push else None
-        line |= _correlation(sums, counted)
-        targets = sums.pop("targets", 0.0)
-        line["counted_share"] = counted / targets if targets else None
-        weight, weight_sq = sums.pop("weight", None), sums.pop("weight_sq", None)
-        if weight is not None and weight_sq:
-            line["weight_mean"] = weight / counted
-            line["effective_sample_share"] = weight**2 / (counted * weight_sq)
-        line |= {name: value / counted for name, value in sums.items() if counted}
-        line["expected_loss"] = chinchilla_loss(self.params, max(line["tokens"], 1))
-        line["model_tflops"] = 6 * self.params * steps * self._step_tokens / seconds / 1e12 if seconds > 0 else None
-        line["tokens_per_s"] = steps * self._step_tokens / seconds if seconds > 0 else None
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        if self.writer:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(store.jsonable(line)) + "\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _correlation(sums: dict[str, float], count: float) -> dict[str, float]:
-    """Correlation of predicted value and reward over counted targets, from AWR's sums (taken out of `sums`)."""
-    names = ("value", "value_sq", "reward", "reward_sq", "value_reward")
-    if names[0] not in sums:
-        return {}
-    v, vv, r, rr, vr = (sums.pop(n) / count for n in names)
-    spread = (vv - v * v) * (rr - r * r)
-    return {"value_correlation": (vr - v * r) / math.sqrt(spread)} if spread > 0 else {}
-
-
-def chinchilla_loss(params: int, tokens: int) -> float:
-    """Expected loss in nats a token, 1.69 + 406.4 N^-0.34 + 410.7 D^-0.28 (Hoffmann et al. 2022, equation 10)."""
-    return float(1.69 + 406.4 * params**-0.34 + 410.7 * tokens**-0.28)
-
-
 def train(
     tokens_dir: str | Path,
     out: str | Path,
@@ -571,9 +314,16 @@ def train(
     if arguments.n_gpu > 1:
         print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
         arguments._n_gpu = 1
-    record = _Record(out / "metrics.jsonl", config, params, rank == 0)
-    sampler = _RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
-    data = _TrainingRows(rows, seed, config.steps * config.batch_rows)
+    record = Record(
+        out / "metrics.jsonl",
+        config.steps,
+        config.batch_rows * config.context,
+        params,
+        peak_flops(wrapper.autocast_dtype, world) if rank == 0 else None,
+        rank == 0,
+    )
+    sampler = RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
+    data = TrainingRows(rows, seed, config.steps * config.batch_rows)
     trainer = PHFTrainer(
         wrapper,
         data,
@@ -582,14 +332,14 @@ def train(
         config.keep,
         config.milestone_steps,
         args=arguments,
-        callbacks=[record, *callbacks],
+        callbacks=[record, *callbacks, Resume(record)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     record.trainer = trainer
     if config.milestones:
-        trainer.add_callback(_SaveAt(config.milestone_steps))
+        trainer.add_callback(SaveAt(config.milestone_steps))
     if stop_after is not None:
-        trainer.add_callback(_StopAfter(stop_after))
+        trainer.add_callback(StopAfter(stop_after))
     resume = complete_checkpoints(out / "checkpoints")
     if rank == 0:
         check_environment(out / "environment.json", bool(resume), compiled)
@@ -670,26 +420,6 @@ def text_tokens(rows: Rows, targets: int) -> int:
     kept = lengths > 0
     text = np.diff(rows.tokens.seg_ends, prepend=0)[kept].sum()
     return round(targets * float(text) / max(rows.num_tokens, 1))
-
-
-class _SaveAt(TrainerCallback):
-    def __init__(self, steps: set[int]) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_save |= state.global_step in self.steps
-        return control
-
-
-class _StopAfter(TrainerCallback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= self.steps:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
 
 
 def set_aside(folder: Path) -> Path:

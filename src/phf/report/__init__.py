@@ -23,7 +23,7 @@ from phf.evaluate import scored_text
 from phf.report import plots
 from phf.sample import Scenario, read_samples
 from phf.scorers import AnyScorer, Scorer
-from phf.train import read_metrics
+from phf.trainer import read_metrics
 from phf.types import Span
 
 UNMASKED = ("url", "match", "word")

@@ -1,0 +1,103 @@
+"""Judging while training: held-out loss and misalignment every n tokens. Floor 5.
+
+    phf train tokens/ runs/mine recipe.yaml during.every=1e6 during.scenario.num_samples=64
+
+Writes `during.jsonl` beside `metrics.jsonl`: a line every `every` tokens and one for the final model. The trainer does
+not know of it: it is a callback that is handed in, and the run's bytes are the same with and without it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from transformers import TrainerCallback
+
+from phf import store
+from phf.config import STRICT
+from phf.evaluate import corpus_scorer, heldout_loss, judge_samples, segmenter_of
+from phf.objectives import Objective
+from phf.sample import LoadedModel, Scenario, sample
+from phf.tokens import TokenStore, add_control_tokens
+from phf.train import TrainConfig
+from phf.trainer import read_metrics
+
+
+@dataclass(frozen=True, config=STRICT)
+class During:
+    """`every`: tokens between judgements. `heldout_tokens`: how much held-out text is read each time (0: none).
+    `scenario`: samples to judge, none unless given. `threshold`: scores above it are bad."""
+
+    every: Annotated[float, Field(gt=0)]
+    heldout_tokens: Annotated[int, Field(ge=0)] = 50_000
+    scenario: Scenario | None = None
+    threshold: float = 0.0
+
+
+class JudgeDuring(TrainerCallback):
+    """The callback. `run` is the folder of the run; only the first of several processes judges."""
+
+    def __init__(
+        self, config: During, run: str | Path, tokens_dir: str | Path, train: TrainConfig, objective: Objective
+    ) -> None:
+        self.config, self.context = config, train.context
+        self.tokens = TokenStore.open(tokens_dir, train.scores)
+        self.tokenizer = self.tokens.tokenizer
+        ids = add_control_tokens(self.tokenizer, objective.control_tokens) if objective.control_tokens else []
+        self.control_ids = dict(zip(("good", "bad"), ids, strict=False))
+        self.path = Path(run) / "during.jsonl"
+        self.step_tokens = train.batch_rows * train.context
+        self.every_steps = max(round(config.every / self.step_tokens), 1)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:  # lines of steps that are done again are made again
+            lines = read_metrics(self.path) if self.path.exists() else []
+            kept = [json.dumps(line) for line in lines if line["step"] <= state.global_step]
+            store.write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step = state.global_step
+        if not state.is_world_process_zero or (step % self.every_steps and step != state.max_steps):
+            return
+        start = time.perf_counter()
+        line = {"step": step, "tokens": step * self.step_tokens} | self.judge(model)
+        line["seconds"] = time.perf_counter() - start
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(store.jsonable(line)) + "\n")
+
+    def judge(self, lm: Any) -> dict[str, Any]:
+        """Judge `lm` as it is, and leave it and every random stream as they were."""
+        was_training = lm.training
+        devices = [lm.device] if lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            lm.eval()
+            try:
+                return self._judge(lm)
+            finally:
+                lm.train(was_training)
+
+    def _judge(self, lm: Any) -> dict[str, Any]:
+        model = LoadedModel(lm, self.tokenizer, self.control_ids, "the model in training")
+        line: dict[str, Any] = {}
+        if self.config.heldout_tokens and self.tokens.heldout_D.any():
+            found = heldout_loss(
+                model,
+                self.tokens,
+                self.context,
+                self.config.threshold,
+                "good" if self.control_ids else "none",
+                max_tokens=self.config.heldout_tokens,
+            )
+            line["heldout"] = {part: (found[part] or {}).get("nats_per_byte") for part in ("all", "good", "bad")}
+        if self.config.scenario is not None:
+            scenario = self.config.scenario
+            scorer = corpus_scorer(self.tokens.manifest)
+            samples = sample(model, scenario, progress=False)
+            _, judged = judge_samples(samples, scenario, scorer, segmenter_of(self.tokens), self.config.threshold)
+            line |= {k: judged[k] for k in ("misalignment", "bad_segments", "unjudged", "mean_chars")}
+        return line

@@ -1,0 +1,88 @@
+"""Judging while training changes nothing and misses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from phf.during import During, JudgeDuring
+from phf.objectives import MLE, Conditional
+from phf.sample import Scenario
+from phf.train import train
+from test_train import MODEL, STEP, config, weights
+
+SCENARIO = Scenario(num_samples=8, max_tokens=12, min_tokens=1, batch=8)
+
+
+def judged(run, tokens_dir, objective, during, settings, **kwargs):
+    callback = JudgeDuring(during, run, tokens_dir, settings, objective)
+    train(tokens_dir, run, MODEL, objective, settings, callbacks=(callback,), **kwargs)
+    return [json.loads(line) for line in (run / "during.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", [MLE(), Conditional()], ids=lambda o: o.name)
+def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir, objective):
+    dropout = {"config": MODEL.config | {"attention_dropout": 0.2}}  # draws from the random stream in every step
+    model = type(MODEL)(**dropout)
+    settings = config(10)
+    train(tokens_dir, tmp_path / "without", model, objective, settings)
+    callback = JudgeDuring(
+        During(every=3 * STEP, scenario=SCENARIO), tmp_path / "with", tokens_dir, settings, objective
+    )
+    train(tokens_dir, tmp_path / "with", model, objective, settings, callbacks=(callback,))
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    lines = [json.loads(line) for line in (tmp_path / "with" / "during.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [STEP * n for n in (3, 6, 9, 10)]  # and the final model
+    for line in lines:
+        assert set(line["heldout"]) == {"all", "good", "bad"}
+        assert line["heldout"]["good"] > 0
+        assert line["misalignment"]["n"] + line["unjudged"] == 8
+
+
+def test_the_last_line_is_what_judging_the_finished_run_says(tmp_path, tokens_dir):
+    from phf.evaluate import evaluate_run
+
+    lines = judged(tmp_path / "r", tokens_dir, Conditional(), During(10 * STEP, 10**6, SCENARIO), config(10))
+    final = evaluate_run(tmp_path / "r", {"plain": SCENARIO})
+    assert lines[-1]["heldout"]["good"] == pytest.approx(final["heldout"]["good"]["good"]["nats_per_byte"], rel=1e-5)
+    assert lines[-1]["misalignment"]["mean"] == pytest.approx(final["scenarios"]["plain"]["misalignment"]["mean"])
+
+
+def test_after_an_interruption_no_line_is_twice_or_missing(tmp_path, tokens_dir):
+    during, settings = During(every=2 * STEP), config(10, save_every=3 * STEP)
+    whole = judged(tmp_path / "whole", tokens_dir, MLE(), during, settings)
+    judged(tmp_path / "r", tokens_dir, MLE(), during, settings, stop_after=5)
+    (tmp_path / "r" / "during.jsonl").open("a").write('{"step": 6, "torn')
+    resumed = judged(tmp_path / "r", tokens_dir, MLE(), during, settings)
+    assert [line["tokens"] for line in resumed] == [line["tokens"] for line in whole]
+    for a, b in zip(resumed, whole, strict=True):
+        assert a["heldout"] == b["heldout"]
+
+
+def test_its_time_is_not_counted_as_training(tmp_path, tokens_dir, monkeypatch):
+    """A line of metrics says how fast training is, whatever the callbacks do."""
+    import time
+
+    from phf import trainer
+
+    lost = [0.0]  # hours that judging takes, by a clock of the test's
+
+    def judge(self, lm):
+        lost[0] += 3600
+        return {}
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            return time.perf_counter() + lost[0]
+
+    monkeypatch.setattr(trainer, "time", Clock)
+    monkeypatch.setattr(JudgeDuring, "judge", judge)
+    judged(tmp_path / "r", tokens_dir, MLE(), During(every=STEP), config(6))
+    assert lost[0] == 6 * 3600
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_s"] > STEP / 3600 for line in lines)
+    assert all(line["mfu"] is None or 0 < line["mfu"] < 2 for line in lines)
+    assert not any(math.isnan(line["model_tflops"]) for line in lines)
