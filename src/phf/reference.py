@@ -1,0 +1,207 @@
+"""Distance from a reference LM: KL divergence by samples. Floor 5.
+
+    phf kl runs/conditional reference.path=gpt2 num_samples=512
+
+Forward, KL(reference || model): texts from the reference, E[log p_ref(x) - log p_model(x)]. Reverse, KL(model ||
+reference): texts from the model. Texts are drawn at temperature 1 without truncation, up to `max_tokens` tokens. Each
+model reads every text by its own tokenizer, from the end-of-text token on; a text's end counts for both models or, where
+the text was cut at the limit, for neither.
+
+Control tokens are conditioning: the good one goes before every segment, is not charged, and is left out of what the
+other tokens' probabilities are shares of. Where the tokenizers differ, a model's probability of a text is that of one
+way to tokenise it, which is a lower bound: the divergence is then too large by what the other ways hold (usually
+little), and a text that was cut inside a word costs the other model extra.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf import store
+from phf.config import STRICT, ConfigError, to_plain
+from phf.metrics import mean_estimate
+from phf.sample import LoadedModel, Scenario, load_model, sample
+from phf.scorers.toxicity import weights_hash
+from phf.segment import Segmenter
+from phf.served import Server
+from phf.tokens import encode_segments
+from phf.types import Estimate
+
+
+@dataclass(frozen=True, config=STRICT)
+class LocalModel:
+    """A model from a folder or the Hub."""
+
+    path: str
+    name: Literal["local"] = "local"
+    revision: str | None = None
+
+
+AnyReference = Annotated[LocalModel | Server, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class KL:
+    """How to measure. `reverse`: also KL(model || reference), which needs the reference's probabilities of the model's
+    texts and the model untruncated."""
+
+    reference: AnyReference
+    num_samples: Annotated[int, Field(gt=1)] = 512
+    max_tokens: Annotated[int, Field(gt=0)] = 64
+    reverse: bool = False
+    seed: int = 0
+    batch: Annotated[int, Field(gt=0)] = 64
+
+
+@torch.inference_mode()
+def text_logp(
+    model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, batch: int = 64
+) -> np.ndarray:
+    """Natural log-probability of each text as a whole, float64 [texts], as the head of this file says.
+
+    Raises ConfigError for a text longer than the model reads.
+    """
+    lm, eos = model.lm, model.tokenizer.eos_token_id
+    good = [model.control_ids["good"]] if "good" in model.control_ids else []
+    silent = sorted(model.control_ids.values())
+    rows: list[list[int]] = []
+    for text, ends in zip(texts, finished, strict=True):
+        segments = segmenter.split(text) if good else ([text] if text else [])
+        ids = [eos]
+        for segment in encode_segments(model.tokenizer, segments):
+            ids += good + segment
+        rows.append(ids + good * (not segments) + [eos] * ends)
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if limit is not None and longest > limit + 1:
+        raise ConfigError(f"a text of {longest} tokens is longer than the {limit} that {model.path} reads")
+    total = np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    silent_T = torch.tensor(silent, dtype=torch.long, device=lm.device)
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        width = max(len(rows[i]) for i in part)
+        if width < 2:
+            continue
+        ids_BT = torch.tensor([rows[i] + [eos] * (width - len(rows[i])) for i in part], device=lm.device)
+        used_BT = torch.tensor([[t < len(rows[i]) for t in range(width)] for i in part], device=lm.device)[:, 1:]
+        hidden_BTD = lm.base_model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
+        target_BT = ids_BT[:, 1:]
+        counted_BT = used_BT & ~torch.isin(target_BT, silent_T)
+        for b, i in enumerate(part):  # a text at a time: never [texts, tokens, vocabulary]
+            logits_TV = lm.get_output_embeddings()(hidden_BTD[b]).float()
+            logits_TV[:, silent] = float("-inf")
+            logits_TV[:, len(model.tokenizer) :] = float("-inf")  # padding of the vocabulary
+            logp_T = torch.log_softmax(logits_TV.double(), -1).gather(1, target_BT[b].unsqueeze(1)).squeeze(1)
+            total[i] = float(logp_T[counted_BT[b]].sum())
+    return total
+
+
+def ratio_of_sums(numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int = 0) -> Estimate:
+    """Sum over sum with its standard error (delta method) and a bootstrap interval over units."""
+    n, whole = len(numerator_N), float(denominator_N.sum())
+    nan = float("nan")
+    if whole == 0 or n < 2:
+        return Estimate(nan, nan, n, (nan, nan))
+    ratio = float(numerator_N.sum() / whole)
+    residual = numerator_N - ratio * denominator_N
+    stderr = float(residual.std(ddof=1) * np.sqrt(n) / whole)
+    rng = np.random.Generator(np.random.Philox(seed))
+    ratios = []
+    for _ in range(2000):
+        pick = rng.integers(0, n, n)
+        if (below := denominator_N[pick].sum()) > 0:
+            ratios.append(numerator_N[pick].sum() / below)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Estimate(ratio, stderr, n, (float(low), float(high)))
+
+
+def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
+    """Texts of the reference with its own log-probabilities: {"texts", "finished", "logp", "identity"}. Cached below
+    `cache` under everything that decides them; a server is verified before it is used."""
+    if isinstance(config.reference, Server):
+        config.reference.verify()
+        identity: dict[str, Any] = {"server": config.reference.url, "model": config.reference.model}
+        loaded = None
+    else:
+        loaded = load_model(config.reference.path, config.reference.revision)
+        identity = {"path": config.reference.path, "weights": weights_hash(loaded.lm)}
+    key = store.fingerprint(
+        [identity, to_plain(config.reference), config.num_samples, config.max_tokens, config.seed, "reference/1"]
+    )
+    file = Path(cache) / f"reference-{key}.json"
+    if file.exists():
+        return store.read_json(file)  # type: ignore[no-any-return]
+    if loaded is None:
+        assert isinstance(config.reference, Server)
+        written = config.reference.complete([""] * config.num_samples, config.max_tokens, seed=config.seed)
+        texts, finished = [t for t, _ in written], [f for _, f in written]
+        logp = np.array(config.reference.text_logp(texts, finished))
+    else:
+        texts, finished = _draw(loaded, config)
+        logp = text_logp(loaded, texts, finished, _Whole(), config.batch)
+    value = {"texts": texts, "finished": finished, "logp": logp.tolist(), "identity": identity}
+    store.write_json(file, value)
+    return json.loads(json.dumps(value))  # type: ignore[no-any-return]
+
+
+class _Whole(Segmenter):
+    """A text as one segment: a reference knows no control tokens."""
+
+    def ends(self, text: str) -> list[int]:
+        return [len(text)] if text else []
+
+
+def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
+    """Untruncated texts at temperature 1."""
+    limit = getattr(model.lm.config, "max_position_embeddings", None) or 10**9
+    scenario = Scenario(
+        num_samples=config.num_samples, max_tokens=min(config.max_tokens, limit - 2), min_tokens=0, temperature=1.0,
+        top_p=1.0, seed=config.seed, batch=config.batch,
+    )  # fmt: skip
+    samples = sample(model, scenario, progress=False)
+    return [s.text for s in samples], [s.finished for s in samples]
+
+
+def kl(model: LoadedModel, config: KL, segmenter: Segmenter, cache: str | Path) -> dict[str, Any]:
+    """KL divergences in nats a text and nats a byte, with intervals over texts. Lower is nearer.
+
+    `segmenter`: how the model's corpus was cut, for its control tokens. Raises ConfigError for a text that the model
+    cannot read, ServerError for a server that cannot be trusted.
+    """
+    found = reference_texts(config, cache)
+    texts, finished = found["texts"], found["finished"]
+    ours = text_logp(model, texts, finished, segmenter, config.batch)
+    result: dict[str, Any] = {
+        "reference": found["identity"],
+        "num_samples": config.num_samples,
+        "max_tokens": config.max_tokens,
+        "finished": float(np.mean(finished)),
+        "forward": _divergence(np.array(found["logp"]) - ours, texts),
+    }
+    if config.reverse:
+        texts, finished = _draw(model, config)
+        ours = text_logp(model, texts, finished, segmenter, config.batch)
+        if isinstance(config.reference, Server):
+            theirs = np.array(config.reference.text_logp(texts, finished))
+        else:
+            reference = load_model(config.reference.path, config.reference.revision)
+            theirs = text_logp(reference, texts, finished, _Whole(), config.batch)
+        result["reverse"] = _divergence(ours - theirs, texts)
+    return result
+
+
+def _divergence(difference_N: np.ndarray, texts: Sequence[str]) -> dict[str, Any]:
+    bytes_N = np.array([len(t.encode("utf-8", "replace")) for t in texts], np.float64)
+    return {
+        "nats_per_text": mean_estimate(difference_N).to_json(),
+        "nats_per_byte": ratio_of_sums(difference_N, bytes_N).to_json(),
+    }
