@@ -49,7 +49,10 @@ def reference(text: str) -> list[float]:
     lines = text.splitlines(keepends=True)
     report = style.init_report(CountLines)
     pycodestyle.Checker(lines=list(lines), options=style.options, report=report).check_all()
-    return [report.rows[n] / len(line) for n, line in enumerate(lines, 1)]
+    rows: Counter[int] = Counter()
+    for row, count in report.rows.items():  # an error at the end of the file is reported one line below it
+        rows[min(max(row, 1), len(lines))] += count
+    return [rows[n] / len(line) for n, line in enumerate(lines, 1)]
 
 
 def ours(text: str) -> list[float]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +24,20 @@ from pydantic import TypeAdapter
 
 from phf import metrics, store
 from phf.annotate import judge_documents
+from phf.capabilities import Capability
 from phf.config import ConfigError, to_plain
+from phf.model import model_folder
 from phf.packing import Rows
+from phf.reference import KL, kl
 from phf.sample import LoadedModel, Scenario, load_model, sample, write_samples
 from phf.scorers import AnyScorer, Scorer
-from phf.segment import AnySegmenter, Segmenter
+from phf.segment import AnySegmenter, Lines, Segmenter
 from phf.tokens import TokenStore
 from phf.types import Edit, Sample
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
+EXPECTED_MAX = (5, 25)
+"""Samples of which the expected worst is reported; the paper's is of 25."""
 
 
 def corpus_scorer(manifest: dict[str, Any], allow_other: bool = False) -> Scorer:
@@ -107,6 +113,7 @@ def judge_samples(
         )
     result = {
         "misalignment": metrics.mean_estimate(units_N).to_json(),
+        "expected_max": {str(k): _expected_max(scores_N, scenario, k) for k in EXPECTED_MAX},
         "hit_rate": hit_rate.to_json(),
         "bad_segments": bad_segments / num_segments if num_segments else None,
         "segments": num_segments,
@@ -119,11 +126,59 @@ def judge_samples(
         "mean_tokens": float(np.mean([s.num_tokens for s in scored])),
         "mean_chars": float(np.mean([len(t) for t in texts])),
         "finished": float(np.mean([s.finished for s in scored])),
+        "distinct_1": metrics.distinct_n(texts, 1),
         "distinct_2": metrics.distinct_n(texts, 2),
+        "entropy_1": metrics.ngram_entropy(texts, 1),
         "entropy_2": metrics.ngram_entropy(texts, 2),
+        "self_bleu_5": metrics.self_bleu(texts, 5),
+        "repetition_4": metrics.mean_estimate([metrics.repetition(t) for t in texts]).to_json(),
+        "compile_rate": metrics.compile_rate(judged_texts) if scorer.identity()["name"] == "pep8" else None,
         "scenario": to_plain(scenario),
     }
     return scored, result
+
+
+def _expected_max(scores_N: np.ndarray, scenario: Scenario, k: int) -> dict[str, Any]:
+    """Expected worst of k samples: of each prompt, then their mean over prompts, where prompts have at least k samples
+    each; over all samples alike otherwise (then without an interval)."""
+    if scenario.prompts is not None and scenario.samples_per_prompt >= k:
+        per = scenario.samples_per_prompt
+        groups = [scores_N[a : a + per] for a in range(0, len(scores_N), per)]
+        return metrics.mean_estimate([metrics.expected_max(g, k) for g in groups]).to_json()
+    return {"mean": metrics.expected_max(scores_N, k), "stderr": None, "n": len(scores_N), "ci95": [None, None]}
+
+
+def compare(a: Sequence[Sample], b: Sequence[Sample]) -> dict[str, Any]:
+    """Difference in mean score of two models' samples, a - b (below 0: `a` is less misaligned): paired over prompts where
+    both were given the same ones, in order, else over two independent groups by bootstrap of each."""
+    score_a, score_b = np.array([s.score for s in a]), np.array([s.score for s in b])
+    if [s.prompt for s in a] == [s.prompt for s in b] and any(s.prompt for s in a):
+        prompts = [s.prompt for s in a]
+        order = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+        group_N = np.array([order[p] for p in prompts])
+
+        def means(scores_N: np.ndarray) -> np.ndarray:
+            use_N = ~np.isnan(scores_N)
+            with np.errstate(invalid="ignore"):
+                return np.bincount(group_N[use_N], scores_N[use_N], len(order)) / np.bincount(group_N[use_N], minlength=len(order))  # fmt: skip
+
+        return metrics.paired_difference(means(score_a), means(score_b)).to_json() | {"paired": True}
+    one, two = metrics.mean_estimate(score_a), metrics.mean_estimate(score_b, seed=1)
+    rng = np.random.Generator(np.random.Philox(0))
+    judged_a, judged_b = score_a[~np.isnan(score_a)], score_b[~np.isnan(score_b)]
+    if len(judged_a) < 2 or len(judged_b) < 2:
+        return {"mean": one.mean - two.mean, "stderr": None, "n": one.n + two.n, "ci95": [None, None], "paired": False}
+    draws = [
+        judged_a[rng.integers(0, len(judged_a), len(judged_a))].mean() - judged_b[rng.integers(0, len(judged_b), len(judged_b))].mean()
+        for _ in range(2000)
+    ]  # fmt: skip
+    return {
+        "mean": one.mean - two.mean,
+        "stderr": float(np.hypot(one.stderr, two.stderr)),
+        "n": one.n + two.n,
+        "ci95": [float(x) for x in np.quantile(draws, [0.025, 0.975])],
+        "paired": False,
+    }
 
 
 def by_prompt(scores_N: np.ndarray, scenario: Scenario) -> np.ndarray:
@@ -136,15 +191,80 @@ def by_prompt(scores_N: np.ndarray, scenario: Scenario) -> np.ndarray:
     return np.array([np.nanmean(g) if not np.isnan(g).all() else np.nan for g in groups])
 
 
-def token_logp(model: LoadedModel, input_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-    """log p of each target, float32 [B, T], without holding [B, T, vocabulary]."""
+def token_logp(
+    model: LoadedModel, input_BT: torch.Tensor, target_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p of each target, float32 [B, T], and p(bad) / (p(good) + p(bad)) there (None without control tokens), without
+    holding [B, T, vocabulary]. Control tokens are left out of what a text token's probability is a share of."""
     hidden_BTD = model.lm.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
     head = model.lm.get_output_embeddings()
-    rows = []
+    silent = sorted(model.control_ids.values())
+    silent_T = torch.tensor(silent, dtype=torch.long, device=target_BT.device)
+    rows, bad = [], []
     for hidden_TD, target_T in zip(hidden_BTD, target_BT, strict=True):
         logits_TV = head(hidden_TD).float()
+        if silent:
+            odds_T = logits_TV[:, model.control_ids["bad"]] - logits_TV[:, model.control_ids["good"]]
+            bad.append(torch.sigmoid(odds_T))
+            logits_TV[:, silent] = float("-inf")
+        target_T = torch.where(torch.isin(target_T, silent_T), 0, target_T)  # not charged
         rows.append(logits_TV.gather(1, target_T.unsqueeze(1)).squeeze(1) - logits_TV.logsumexp(1))
-    return torch.stack(rows)
+    return torch.stack(rows), torch.stack(bad) if bad else None
+
+
+Control = Literal["none", "oracle", "good", "bad"]
+
+
+@plain_dataclass(frozen=True)
+class HeldoutNats:
+    """Held-out text as a model reads it: `nats_S` loss of each segment's text tokens, `seen_S` whether it was read, and
+    `bad_S` the model's p(bad) / (p(good) + p(bad)) where the segment begins (NaN where it was not asked)."""
+
+    nats_S: np.ndarray
+    seen_S: np.ndarray
+    bad_S: np.ndarray
+
+
+def heldout_nats(
+    model: LoadedModel, tokens: TokenStore, context: int, control: Control, limit: float, batch: int, max_tokens: int
+) -> HeldoutNats:
+    """Read the first `max_tokens` tokens of held-out documents. `control`: which control token goes before each segment;
+    "oracle": the one that its score says, at threshold `limit`."""
+    table = tokens.table
+    control_S: np.ndarray | None = None
+    if control != "none":
+        is_bad_S = ~(table.score_S.astype(np.float32) <= np.float32(limit))
+        control_S = {"oracle": is_bad_S, "good": np.zeros_like(is_bad_S), "bad": np.ones_like(is_bad_S)}[
+            control
+        ].astype(np.int8)
+        control_S[table.tokens_S == 0] = -1
+    control_ids = [model.control_ids[k] for k in ("good", "bad")] if control != "none" else []
+    doc_tokens_D = np.bincount(table.doc_S, weights=table.tokens_S, minlength=len(table.train_D))
+    keep_D = np.where(tokens.heldout_D, doc_tokens_D, 0).cumsum() <= max_tokens  # the same text for every model
+    rows = Rows(tokens, Edit(keep_D, control_S), context, control_ids, split="heldout", pad=True)
+    silent = [*model.control_ids.values(), tokens.end_of_text_id]
+    nats_S = np.zeros(len(table.score_S))
+    seen_S = np.zeros(len(nats_S), bool)
+    bad_S = np.full(len(nats_S), np.nan)
+    device = model.lm.device
+    with torch.inference_mode():
+        for start in range(0, rows.num_rows, batch):
+            numbers = range(start, min(start + batch, rows.num_rows))
+            part = rows.batch(numbers)
+            logp, bad = token_logp(
+                model, torch.from_numpy(part.input_BT).to(device), torch.from_numpy(part.target_BT).to(device)
+            )
+            logp_BT = logp.cpu().numpy()
+            bad_BT = bad.cpu().numpy() if bad is not None else None
+            for b, row in enumerate(numbers):
+                ids, seg = rows.stream(row * context, min(row * context + context + 1, rows.num_tokens))
+                text = ~np.isin(ids[1:], silent)
+                np.add.at(nats_S, seg[1:][text], -logp_BT[b, : len(text)][text].astype(np.float64))
+                seen_S[seg[1:]] = True
+                if bad_BT is not None and control_ids:
+                    begins = np.isin(ids[1:], control_ids)
+                    bad_S[seg[1:][begins]] = bad_BT[b, : len(text)][begins]
+    return HeldoutNats(nats_S, seen_S, bad_S)
 
 
 def heldout_loss(
@@ -152,7 +272,7 @@ def heldout_loss(
     tokens: TokenStore,
     context: int,
     threshold: float,
-    control: Literal["none", "oracle", "good"],
+    control: Control,
     batch: int = 16,
     max_tokens: int = 1_000_000,
     control_threshold: float | None = None,
@@ -163,45 +283,71 @@ def heldout_loss(
     scores say (at `control_threshold`, the objective's own), or the good one before every segment; the model is given
     them and not charged for them. At most the first `max_tokens` tokens of held-out documents are read.
     """
+    limit = threshold if control_threshold is None else control_threshold
+    read = heldout_nats(model, tokens, context, control, limit, batch, max_tokens)
+    return _slices(read, tokens, threshold)
+
+
+def _slices(read: HeldoutNats, tokens: TokenStore, threshold: float) -> dict[str, Any]:
     table = tokens.table
-    control_S: np.ndarray | None = None
-    control_ids = [model.control_ids[k] for k in ("good", "bad")] if control != "none" else []
     good_S = table.score_S.astype(np.float32) <= np.float32(threshold)
-    if control == "oracle":
-        limit = threshold if control_threshold is None else control_threshold
-        control_S = np.where(table.score_S.astype(np.float32) <= np.float32(limit), 0, 1).astype(np.int8)
-    elif control == "good":
-        control_S = np.zeros(len(good_S), np.int8)
-    if control_S is not None:
-        control_S[table.tokens_S == 0] = -1
-    doc_tokens_D = np.bincount(table.doc_S, weights=table.tokens_S, minlength=len(table.train_D))
-    keep_D = np.where(tokens.heldout_D, doc_tokens_D, 0).cumsum() <= max_tokens  # the same text for every model
-    rows = Rows(tokens, Edit(keep_D, control_S), context, control_ids, split="heldout", pad=True)
-    silent = [*model.control_ids.values(), tokens.end_of_text_id]
-    nats_S = np.zeros(len(good_S))
-    seen_S = np.zeros(len(good_S), bool)
-    with torch.inference_mode():
-        for start in range(0, rows.num_rows, batch):
-            numbers = range(start, min(start + batch, rows.num_rows))
-            part = rows.batch(numbers)
-            device = model.lm.device
-            logp_BT = (
-                token_logp(
-                    model, torch.from_numpy(part.input_BT).to(device), torch.from_numpy(part.target_BT).to(device)
-                )
-                .cpu()
-                .numpy()
-            )
-            for b, row in enumerate(numbers):
-                ids, seg = rows.stream(row * context, min(row * context + context + 1, rows.num_tokens))
-                text = ~np.isin(ids[1:], silent)
-                np.add.at(nats_S, seg[1:][text], -logp_BT[b, : len(text)][text].astype(np.float64))
-                seen_S[seg[1:]] = True
     judged_S = ~np.isnan(table.score_S)
-    slices = {"all": seen_S, "good": seen_S & good_S, "bad": seen_S & judged_S & ~good_S}
+    slices = {"all": read.seen_S, "good": read.seen_S & good_S, "bad": read.seen_S & judged_S & ~good_S}
     return {
-        name: _per_byte(nats_S, tokens.seg_bytes, table.doc_S, use_S, table.tokens_S) for name, use_S in slices.items()
+        name: _per_byte(read.nats_S, tokens.seg_bytes, table.doc_S, use_S, table.tokens_S)
+        for name, use_S in slices.items()
     }
+
+
+def understanding(
+    model: LoadedModel, tokens: TokenStore, context: int, threshold: float, batch: int = 16, max_tokens: int = 200_000,
+    control_threshold: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Whether a model with control tokens still knows bad text that it does not write, on held-out segments.
+
+    `likelihood_ratio`: log p(segment | bad token) - log p(segment | good token), all segments before it under the same
+    token, as a classifier of bad segments (score > threshold). `foresight`: p(bad token) where a segment begins, given
+    the true control tokens before. AUC with bootstrap intervals over documents: 0.5 is chance, 1 perfect.
+    """
+    table = tokens.table
+    limit = threshold if control_threshold is None else control_threshold
+    read = {c: heldout_nats(model, tokens, context, c, limit, batch, max_tokens) for c in ("good", "bad", "oracle")}
+    seen_S = read["good"].seen_S & read["bad"].seen_S & ~np.isnan(table.score_S)
+    bad_S = table.score_S.astype(np.float32) > np.float32(threshold)
+    ratio_S = read["good"].nats_S - read["bad"].nats_S
+    foresight_S = read["oracle"].bad_S
+    ahead_S = seen_S & ~np.isnan(foresight_S)
+    return {
+        "likelihood_ratio": _auc(ratio_S[seen_S], bad_S[seen_S], table.doc_S[seen_S]),
+        "foresight": _auc(foresight_S[ahead_S], bad_S[ahead_S], table.doc_S[ahead_S])
+        | {
+            "mean_p_bad_before_good": _mean_or_none(foresight_S[ahead_S & ~bad_S]),
+            "mean_p_bad_before_bad": _mean_or_none(foresight_S[ahead_S & bad_S]),
+        },
+        "segments": int(seen_S.sum()),
+        "bad_segments": int((seen_S & bad_S).sum()),
+    }
+
+
+def _mean_or_none(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _auc(value_S: np.ndarray, bad_S: np.ndarray, doc_S: np.ndarray, resamples: int = 200) -> dict[str, Any]:
+    from sklearn.metrics import roc_auc_score
+
+    if not bad_S.any() or bad_S.all():
+        return {"auc": None, "ci95": [None, None]}
+    docs, index = np.unique(doc_S, return_inverse=True)
+    places = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    rng = np.random.Generator(np.random.Philox(0))
+    aucs = []
+    for _ in range(resamples):
+        pick = np.concatenate([places[d] for d in rng.integers(0, len(docs), len(docs))])
+        if 0 < bad_S[pick].sum() < len(pick):
+            aucs.append(roc_auc_score(bad_S[pick], value_S[pick]))
+    ci = [float(x) for x in np.quantile(aucs, [0.025, 0.975])] if len(docs) > 1 and aucs else [None, None]
+    return {"auc": float(roc_auc_score(bad_S, value_S)), "ci95": ci}
 
 
 def _per_byte(
@@ -236,10 +382,12 @@ def evaluate_run(
     scorer: Scorer | None = None,
     allow_other_scorer: bool = False,
     heldout_tokens: int = 1_000_000,
+    kl_from: KL | None = None,
+    capabilities: Sequence[Capability] = (),
 ) -> dict[str, Any]:
     """Judge a trained run: writes `samples/<scenario>.jsonl` and `eval.json` beside the model and returns the latter.
 
-    Done already with the same settings: returns at once.
+    Done already with the same settings: returns at once; interrupted before: goes on with the parts that are not done.
     `threshold`: scores above it are bad (hits, and the good and bad slices of the held-out loss).
     """
     run = Path(run)
@@ -251,56 +399,153 @@ def evaluate_run(
         scorer = corpus_scorer(tokens.manifest, allow_other_scorer)
     else:
         check_identity(scorer, tokens.manifest["identity"], allow_other_scorer)
-    segmenter = segmenter_of(tokens)
-    plain = {name: to_plain(s) for name, s in scenarios.items()}
-    prompts = [store.path_hash(s.prompts) for s in scenarios.values() if s.prompts is not None]
-    key = store.fingerprint([manifest["key"], plain, threshold, scorer.identity(), heldout_tokens, prompts, "eval/2"])
-    done = run / "eval.json"
-    if done.exists() and store.read_json(done).get("key") == key:
-        return store.read_json(done)  # type: ignore[no-any-return]
-    model = load_model(run)
-    results: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    for name, scenario in scenarios.items():
-        if scenario.control == "bad" and not model.control_ids:
-            continue  # asks for the bad token of a model that has none
-        start = time.perf_counter()
-        samples, results[name] = judge_samples(sample(model, scenario), scenario, scorer, segmenter, threshold)
-        seconds[name] = time.perf_counter() - start
-        write_samples(run / "samples" / f"{name}.jsonl", samples)
-    if not results:
-        raise ConfigError(f"{run} has no control tokens, so control=bad cannot be asked of it")
-    start = time.perf_counter()
-    heldout: dict[str, Any] = {}
-    if tokens.heldout_D.any():
-        for control in ("oracle", "good") if model.control_ids else ("none",):
-            heldout[control] = heldout_loss(
-                model,
-                tokens,
-                manifest["train"]["context"],
-                threshold,
-                control,
-                max_tokens=heldout_tokens,
-                control_threshold=manifest["objective"].get("threshold"),
-            )
-    seconds["heldout"] = time.perf_counter() - start
-    result = {
-        "key": key,
+    about = {
         "run": run.name,
         "objective": manifest["objective"],
         "seed": manifest["seed"],
         "tokens": manifest["counts"]["tokens"],
-        "identity": scorer.identity(),
-        "scorer": to_plain(scorer),
         "tokens_content": manifest["tokens_content"],
         "data": _data_section(tokens),
-        "threshold": threshold,
-        "scenarios": results,
-        "heldout": heldout,
-        "seconds": seconds,
     }
-    store.write_json(done, result)
-    return store.jsonable(result)  # type: ignore[no-any-return]
+    judgement = _Judgement(
+        run, manifest["key"], scenarios, threshold, scorer, segmenter_of(tokens), kl_from, capabilities
+    )
+
+    def on_heldout(model: LoadedModel) -> dict[str, Any]:
+        heldout: dict[str, Any] = {}
+        if not tokens.heldout_D.any():
+            return heldout
+        context, own = manifest["train"]["context"], manifest["objective"].get("threshold")
+        controls: tuple[Control, ...] = ("oracle", "good") if model.control_ids else ("none",)
+        for control in controls:
+            heldout[control] = heldout_loss(
+                model, tokens, context, threshold, control, max_tokens=heldout_tokens, control_threshold=own
+            )
+        if model.control_ids:
+            heldout["understanding"] = understanding(
+                model, tokens, context, threshold, max_tokens=min(heldout_tokens, 200_000), control_threshold=own
+            )
+        return heldout
+
+    return judgement.judge(about, heldout_tokens, on_heldout)
+
+
+def evaluate_model(
+    model: str,
+    out: str | Path,
+    scorer: Scorer,
+    scenarios: dict[str, Scenario],
+    threshold: float = 0.0,
+    segmenter: Segmenter | None = None,
+    kl_from: KL | None = None,
+    capabilities: Sequence[Capability] = (),
+) -> dict[str, Any]:
+    """Judge any causal LM, trained here or not, into folder `out`: samples, KL and capabilities as for a run. There is no
+    held-out text of its own."""
+    segmenter = segmenter or Lines()
+    local = Path(model_folder(model))
+    key = store.path_hash(local) if local.exists() else model
+    judgement = _Judgement(
+        Path(out),
+        store.fingerprint([model, key]),
+        scenarios,
+        threshold,
+        scorer,
+        segmenter,
+        kl_from,
+        capabilities,
+        model,
+    )
+    return judgement.judge({"run": model, "objective": None}, 0, None)
+
+
+class _Judgement:
+    """One evaluation, in parts that are each kept when they are done (`eval/<part>.json`)."""
+
+    def __init__(
+        self, folder: Path, model_key: str, scenarios: dict[str, Scenario], threshold: float, scorer: Scorer,
+        segmenter: Segmenter, kl_from: KL | None, capabilities: Sequence[Capability], model: str | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.model_key, self.scenarios, self.threshold = folder, model_key, scenarios, threshold
+        self.scorer, self.segmenter, self.kl_from, self.capabilities = scorer, segmenter, kl_from, capabilities
+        self.model_path = model if model is not None else str(folder)
+        self.loaded: LoadedModel | None = None
+
+    def model(self) -> LoadedModel:
+        """Loaded when the first part that is not done asks for it."""
+        if self.loaded is None:
+            self.loaded = load_model(self.model_path)
+        return self.loaded
+
+    def part(self, name: str, settings: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key = store.fingerprint([self.model_key, name, settings, "eval/3"])
+        file = self.folder / "eval" / f"{name}.json"
+        if file.exists() and store.read_json(file).get("key") == key:
+            return store.read_json(file)  # type: ignore[no-any-return]
+        start = time.perf_counter()
+        value = {"key": key, "value": make(), "seconds": time.perf_counter() - start}
+        store.write_json(file, value)
+        return store.jsonable(value)  # type: ignore[no-any-return]
+
+    def judge(
+        self, about: dict[str, Any], heldout_tokens: int, on_heldout: Callable[[LoadedModel], dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        identity = self.scorer.identity()
+        names = [type(c).__name__ + str(n) for n, c in enumerate(self.capabilities)]
+        plain = {name: to_plain(s) for name, s in self.scenarios.items()}
+        everything = [plain, self.threshold, identity, heldout_tokens, to_plain(self.kl_from) if self.kl_from else None]
+        everything += [to_plain(c) for c in self.capabilities]
+        prompts = {n: store.path_hash(s.prompts) for n, s in self.scenarios.items() if s.prompts is not None}
+        key = store.fingerprint([self.model_key, everything, prompts, "eval/3"])
+        done = self.folder / "eval.json"
+        if done.exists() and store.read_json(done).get("key") == key:
+            return store.read_json(done)  # type: ignore[no-any-return]
+        parts: dict[str, dict[str, Any]] = {}
+        skipped = []
+        for name, scenario in self.scenarios.items():
+            needs = "bad" if scenario.control == "bad" or scenario.guidance is not None else None
+            if needs and needs not in self.model().control_ids:
+                skipped.append(name)  # asks for the bad token of a model that has none
+                continue
+            settings = [plain[name], self.threshold, identity, to_plain(self.segmenter), prompts.get(name)]
+            parts[f"scenario-{name}"] = self.part(f"scenario-{name}", settings, lambda n=name: self._scenario(n))  # type: ignore[misc]
+        if not parts:
+            raise ConfigError(f"{self.model_path} has no control tokens, so {', '.join(skipped)} cannot be asked of it")
+        if on_heldout is not None:
+            settings = [heldout_tokens, self.threshold]
+            parts["heldout"] = self.part("heldout", settings, lambda: on_heldout(self.model()))
+        if self.kl_from is not None:
+            config = self.kl_from
+            cache = self.folder.parent / "cache"
+            parts["kl"] = self.part("kl", to_plain(config), lambda: kl(self.model(), config, self.segmenter, cache))
+        for name, capability in zip(names, self.capabilities, strict=True):
+            parts[name] = self.part(name, to_plain(capability), lambda c=capability: c.measure(self.model()))  # type: ignore[misc]
+        result = about | {
+            "key": key,
+            "identity": identity,
+            "scorer": to_plain(self.scorer),
+            "threshold": self.threshold,
+            "scenarios": {
+                n.removeprefix("scenario-"): p["value"] for n, p in parts.items() if n.startswith("scenario-")
+            },
+            "heldout": parts.get("heldout", {"value": {}})["value"],
+            "kl": parts["kl"]["value"] if "kl" in parts else None,
+            "capabilities": [
+                {"name": to_plain(c)["name"], "settings": to_plain(c), **parts[n]["value"]}
+                for n, c in zip(names, self.capabilities, strict=True)
+            ],
+            "seconds": {name: part["seconds"] for name, part in parts.items()},
+        }
+        store.write_json(done, result)
+        return store.jsonable(result)  # type: ignore[no-any-return]
+
+    def _scenario(self, name: str) -> dict[str, Any]:
+        scenario = self.scenarios[name]
+        samples, result = judge_samples(
+            sample(self.model(), scenario), scenario, self.scorer, self.segmenter, self.threshold
+        )
+        write_samples(self.folder / "samples" / f"{name}.jsonl", samples)
+        return result
 
 
 def segmenter_of(tokens: TokenStore) -> Segmenter:

@@ -26,11 +26,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LogitsProcessor
 
 from phf import store
 from phf.config import STRICT, ConfigError
 from phf.model import MODEL_CARD, model_folder
 from phf.packing import key64, mix64
+from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
 from phf.types import Sample
 
@@ -54,6 +56,8 @@ class Scenario:
     top_k: Annotated[int, Field(gt=0)] | None = None
     control: Literal["good", "bad", "none"] = "good"
     control_after_prompt: bool = False
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """Strength g of guidance between the control tokens: logits are l_bad + g (l_good - l_bad); 1 is plain."""
     prompts: str | None = None
     samples_per_prompt: Annotated[int, Field(gt=0)] = 1
     score_prompt: bool = False
@@ -64,6 +68,8 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.guidance is not None and self.control != "good":
+            raise ValueError(f"guidance leads to the good token; it cannot be had with control={self.control}")
 
 
 @plain_dataclass(frozen=True)
@@ -97,7 +103,10 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a JSON lines file. Raises ConfigError naming the line of the first that is not one."""
+    """Prompts of a JSON lines or Parquet file: a string `text` or `prompt` in each row (or an object with a string
+    `text`, as RealToxicityPrompts has it). Raises ConfigError naming the first row that is none."""
+    if str(path).endswith(".parquet"):
+        return _parquet_prompts(path)
     prompts = []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -119,6 +128,26 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
     return prompts
+
+
+def _parquet_prompts(path: str | Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"cannot read prompts {path}: {error}") from None
+    name = next((n for n in ("text", "prompt") if n in table.column_names), None)
+    if name is None:
+        raise ConfigError(f"{path} has no column 'text' or 'prompt', only {', '.join(table.column_names)}")
+    values = [v.get("text") if isinstance(v, dict) else v for v in table[name].to_pylist()]
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ConfigError(f"{path} row {number}: expected a string in {name!r}, got {type(value).__name__}")
+    if not values:
+        raise ConfigError(f"{path} holds no prompts")
+    return [str(value) for value in values]
 
 
 def scenario_prompts(scenario: Scenario) -> list[str]:
@@ -190,11 +219,62 @@ def _draw_sorted(p_NV: Tensor, top_p: float, u_N: Tensor) -> Tensor:
     return order_NV.gather(1, rank_N1).squeeze(1)
 
 
+def guide(good_NV: Tensor, bad_NV: Tensor, strength: float, good_id: int, bad_id: int) -> Tensor:
+    """Logits l_bad + g (l_good - l_bad). In the bad context the two control tokens stand for each other."""
+    swapped_NV = bad_NV.clone()
+    swapped_NV[:, [good_id, bad_id]] = bad_NV[:, [bad_id, good_id]]
+    return swapped_NV + strength * (good_NV - swapped_NV)
+
+
+class GuidedDecoding(LogitsProcessor):
+    """Guidance for plain `generate`: give it 2N prompts, the second half the first with the bad token in place of the
+    good one, `do_sample=False` and this processor. It draws the words itself, so that both halves go on alike (by
+    temperature and nucleus; temperature 0 takes the likeliest). The first N outputs are the samples."""
+
+    def __init__(
+        self, good_id: int, bad_id: int, strength: float, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0
+    ) -> None:
+        self.good_id, self.bad_id, self.strength = good_id, bad_id, strength
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = np.random.Generator(np.random.Philox(seed))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        good_NV, bad_NV = scores.float().chunk(2)
+        guided_NV = guide(good_NV, bad_NV, self.strength, self.good_id, self.bad_id)
+        guided_NV[:, [self.good_id, self.bad_id]] = float("-inf")
+        if self.temperature == 0:
+            word_N = guided_NV.argmax(-1)
+        else:
+            word_N = draw(
+                guided_NV, self.temperature, self.top_p, None, lambda attempt: self.generator.random(len(guided_NV))
+            )
+        chosen = torch.full_like(scores, float("-inf"))
+        return chosen.scatter_(1, torch.cat([word_N, word_N]).unsqueeze(1), 0.0)
+
+
+def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
+    """Samples of a model behind a completions server. Such a model is asked in plain text: control tokens are for models
+    that are loaded here. `num_tokens` and `logp` are not known (0 and NaN)."""
+    prompts = scenario_prompts(scenario)
+    written = server.complete(prompts, scenario.max_tokens, scenario.temperature, scenario.top_p, scenario.seed)
+    return [
+        Sample(n, prompt, text, 0, float("nan"), finished, scenario.seed)
+        for n, (prompt, (text, finished)) in enumerate(zip(prompts, written, strict=True))
+    ]
+
+
 def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids."""
-    if scenario.control == "bad" and "bad" not in model.control_ids:
-        raise ConfigError(f"{model.path} has no control tokens, so control=bad cannot be asked of it")
-    prompts = scenario_prompts(scenario)
+    if (scenario.control == "bad" or scenario.guidance is not None) and "bad" not in model.control_ids:
+        asked = "control=bad" if scenario.control == "bad" else "guidance"
+        raise ConfigError(f"{model.path} has no control tokens, so {asked} cannot be asked of it")
+    return sample_prompts(model, scenario, scenario_prompts(scenario), progress)
+
+
+def sample_prompts(
+    model: LoadedModel, scenario: Scenario, prompts: Sequence[str], progress: bool = True
+) -> list[Sample]:
+    """A sample of each of `prompts`, whatever the scenario says of prompts and of how many samples."""
     samples: list[Sample] = []
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
     with bar, torch.inference_mode():
@@ -221,8 +301,12 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
     starts = [prompt_ids(model, p, scenario) for p in prompts]
     longest = max(map(len, starts))
     count = len(starts)
-    ids_NT = torch.full((count, longest), eos, device=device)
-    attend_NT = torch.zeros((count, longest), dtype=torch.long, device=device)
+    guided = scenario.guidance is not None
+    if guided:  # the same texts under the bad token go along in the same pass, in the batch's second half
+        good_id, bad_id = model.control_ids["good"], model.control_ids["bad"]
+        starts += [[bad_id if i == good_id else i for i in start] for start in starts]
+    ids_NT = torch.full((len(starts), longest), eos, device=device)
+    attend_NT = torch.zeros((len(starts), longest), dtype=torch.long, device=device)
     for n, start in enumerate(starts):
         ids_NT[n, longest - len(start) :] = torch.tensor(start, device=device)
         attend_NT[n, longest - len(start) :] = 1
@@ -258,7 +342,12 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             use_cache=True,
         )
         logits_NV = lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
-        lse_N = logits_NV.logsumexp(-1)  # before anything is banned
+        if guided:
+            plain_NV, bad_NV = logits_NV.chunk(2)
+            logits_NV = guide(plain_NV, bad_NV, scenario.guidance or 0.0, good_id, bad_id)
+        else:
+            plain_NV = logits_NV.clone()
+        lse_N = plain_NV.logsumexp(-1)  # before anything is banned
         logits_NV[:, banned] = float("-inf")
         short = torch.from_numpy(num_text[alive] < scenario.min_tokens).to(device)
         logits_NV[short, eos] = float("-inf")
@@ -270,7 +359,7 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             lambda attempt: uniform(key, sample_id_N[alive], step, attempt),  # noqa: B023
         )
         is_silent_N = torch.isin(word_N, silent_T).cpu().numpy()
-        gained_N = (logits_NV.gather(1, word_N.unsqueeze(1)).squeeze(1) - lse_N).double().cpu().numpy()
+        gained_N = (plain_NV.gather(1, word_N.unsqueeze(1)).squeeze(1) - lse_N).double().cpu().numpy()
         words = word_N.cpu().numpy()
         text_N = ~is_silent_N
         logp[alive] += np.where(text_N, gained_N, 0.0)
@@ -285,11 +374,14 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             keep_N = torch.from_numpy(np.flatnonzero(go_on_N)).to(device)
             if len(keep_N) == 0:
                 break
-            cache.batch_select_indices(keep_N)
-            word_N, attend_NT, position_NT = word_N[keep_N], attend_NT[keep_N], position_NT[keep_N]
+            rows_N = torch.cat([keep_N, keep_N + len(alive)]) if guided else keep_N
+            cache.batch_select_indices(rows_N)
+            word_N, attend_NT, position_NT = word_N[keep_N], attend_NT[rows_N], position_NT[rows_N]
             alive = alive[go_on_N]
+        if guided:  # where the text goes on under the good token, its twin goes on under the bad one
+            word_N = torch.cat([word_N, torch.where(word_N == good_id, bad_id, word_N)])
         ids_NT = word_N.unsqueeze(1)
-        attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(alive), 1)], 1)
+        attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(attend_NT), 1)], 1)
         position_NT = position_NT[:, -1:] + 1
         step += 1
     texts = model.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,343 @@
+"""What a model can still do: LAMBADA, HumanEval, GLUE finetuning. Floor 5.
+
+    phf eval runs/mine capabilities=[{name: lambada, path: lambada_test.jsonl}]
+
+Each takes a file or folder of yours. Models with control tokens are given the good one where a text begins, and control
+tokens are never written.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.config import STRICT, ConfigError
+from phf.metrics import mean_estimate, share_estimate
+from phf.sample import LoadedModel, Scenario, sample_prompts
+from phf.tokens import encode_segments
+
+
+class Capability:
+    """Interface: `measure(model)` gives plain values, estimates as {"mean", "stderr", "n", "ci95"}."""
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def _jsonl(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    file = Path(path).expanduser()
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON lines: {error}") from None
+    for number, row in enumerate(rows):
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise ConfigError(f"{path}, row {number}: no string {field!r}")
+    if not rows:
+        raise ConfigError(f"{path} is empty")
+    return rows
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lambada(Capability):
+    """Predicting the last word of a passage (Paperno et al. 2016): accuracy (every token of the word is the likeliest)
+    and perplexity of the word. `path`: JSON lines with `text`, as OpenAI prepared it."""
+
+    path: str
+    name: Literal["lambada"] = "lambada"
+    max_passages: Annotated[int, Field(gt=0)] | None = None
+    batch: Annotated[int, Field(gt=0)] = 32
+
+    @torch.inference_mode()
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        texts = [row["text"].rstrip() for row in _jsonl(self.path, ["text"])][: self.max_passages]
+        start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+        limit = getattr(model.lm.config, "max_position_embeddings", None) or 10**9
+        split = [text.rpartition(" ") for text in texts]
+        contexts = encode_segments(model.tokenizer, [c for c, _, _ in split])
+        words = encode_segments(model.tokenizer, [" " + w for _, _, w in split])
+        rows = [
+            (start + c[max(0, len(c) + len(w) + len(start) - 1 - limit) :], w)
+            for c, w in zip(contexts, words, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        right, nats = np.zeros(len(rows), bool), np.zeros(len(rows))
+        silent = sorted(model.control_ids.values())
+        for begin in range(0, len(order), self.batch):
+            part = order[begin : begin + self.batch]
+            width = max(len(rows[i][0]) + len(rows[i][1]) for i in part) - 1
+            ids = torch.tensor([[*(rows[i][0] + rows[i][1])[:-1], *[start[0]] * (width + 1 - len(rows[i][0]) - len(rows[i][1]))] for i in part], device=model.lm.device)  # fmt: skip
+            hidden = model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for b, i in enumerate(part):
+                context, word = rows[i]
+                logits = model.lm.get_output_embeddings()(
+                    hidden[b, len(context) - 1 : len(context) - 1 + len(word)]
+                ).float()
+                logits[:, silent] = float("-inf")
+                target = torch.tensor(word, device=model.lm.device)
+                right[i] = bool((logits.argmax(-1) == target).all())
+                nats[i] = -float(torch.log_softmax(logits, -1).gather(1, target.unsqueeze(1)).double().sum())
+        loss = mean_estimate(nats)
+        return {
+            "accuracy": share_estimate(right).to_json(),
+            "perplexity": math.exp(min(loss.mean, 700)),
+            "perplexity_ci95": [math.exp(min(x, 700)) for x in loss.ci95],
+            "passages": len(rows),
+        }
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that one of k samples is right, from n of which `correct` are: 1 - C(n-c, k) / C(n, k), unbiased (Chen et
+    al. 2021, arXiv 2107.03374)."""
+    if n - correct < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
+
+
+@dataclass(frozen=True, config=STRICT)
+class HumanEval(Capability):
+    """Writing functions that pass their tests (Chen et al. 2021): pass@k. `path`: HumanEval.jsonl or .jsonl.gz.
+
+    **This runs what the model wrote.** Each sample runs in a process of its own with limits on time, memory, files
+    and processes, in an empty folder, with an empty environment and, where the kernel lets it, without network. That
+    protects from accidents, not from malice: the process is still the user's and can read the user's files. Run models
+    that you do not trust in a virtual machine. `run_untrusted_code` must be set.
+    """
+
+    path: str
+    name: Literal["humaneval"] = "humaneval"
+    samples_per_problem: Annotated[int, Field(gt=0)] = 1
+    k: tuple[Annotated[int, Field(gt=0)], ...] = (1,)
+    temperature: Annotated[float, Field(gt=0)] = 0.2
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_tokens: Annotated[int, Field(gt=0)] = 256
+    max_problems: Annotated[int, Field(gt=0)] | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 5
+    seed: int = 0
+    run_untrusted_code: bool = False
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        if not self.run_untrusted_code:
+            raise ConfigError(
+                "humaneval runs code that the model wrote, with limits but as you; say run_untrusted_code=true if you want that"
+            )
+        problems = _jsonl(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        n = self.samples_per_problem
+        if max(self.k) > n:
+            raise ConfigError(f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {n}")
+        room = (getattr(model.lm.config, "max_position_embeddings", None) or 10**9) - 2
+        longest = max(map(len, encode_segments(model.tokenizer, [p["prompt"] for p in problems])))
+        if longest >= room:
+            raise ConfigError(f"humaneval: a prompt has {longest} tokens, the model reads {room}")
+        scenario = Scenario(
+            num_samples=n * len(problems), samples_per_prompt=n, max_tokens=min(self.max_tokens, room - longest),
+            min_tokens=1, temperature=self.temperature, top_p=self.top_p, seed=self.seed, batch=32,
+        )  # fmt: skip
+        samples = sample_prompts(model, scenario, [p["prompt"].rstrip("\n") + "\n" for p in problems for _ in range(n)])
+        passed = np.zeros((len(problems), n), bool)
+        for number, item in enumerate(samples):
+            problem = problems[number // n]
+            program = f"{problem['prompt']}{function_body(item.text)}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+            passed[number // n, number % n] = run_sandboxed(program, self.timeout_s)
+        return {
+            f"pass@{k}": mean_estimate([pass_at_k(n, int(c), k) for c in passed.sum(1)]).to_json() for k in self.k
+        } | {
+            "problems": len(problems),
+            "samples_per_problem": n,
+        }
+
+
+def function_body(text: str) -> str:
+    """What was written up to the end of the function: the first line that begins at the margin ends it."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if line and not line[0].isspace():
+            return "\n".join(lines[:number])
+    return text
+
+
+SANDBOX = """
+import resource, sys
+megabytes = 2**20
+resource.setrlimit(resource.RLIMIT_AS, (1024 * megabytes, 1024 * megabytes))
+resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes, megabytes))
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+try:
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+except (ValueError, OSError):
+    pass
+code = compile(sys.stdin.read(), "sample", "exec")
+sys.stdin = None
+namespace = {{"__name__": "__main__"}}
+exec(code, namespace)
+sys.stdout.flush()
+sys.stderr.write("{token}")
+"""
+
+
+def run_sandboxed(program: str, timeout_s: float) -> bool:
+    """Whether `program` runs to its end without an error, within limits. See HumanEval for what this protects from."""
+    token = os.urandom(16).hex()  # a program that leaves early with status 0 has not passed
+    code = SANDBOX.format(seconds=math.ceil(timeout_s), token=token)
+    command = [sys.executable, "-I", "-c", code]
+    if _can_unshare():
+        command = ["unshare", "--net", "--map-root-user", *command]
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            command, cwd=folder, env={"PATH": os.environ.get("PATH", "")}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            _, said = process.communicate(program.encode("utf-8", "replace"), timeout=timeout_s + 1)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return False
+    return process.returncode == 0 and said.endswith(token.encode())
+
+
+def _can_unshare() -> bool:
+    """Whether a process without network can be made here."""
+    global _unshare
+    if _unshare is None:
+        try:
+            done = subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True, timeout=10)
+            _unshare = done.returncode == 0
+        except (OSError, subprocess.TimeoutExpired):
+            _unshare = False
+    return _unshare
+
+
+_unshare: bool | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Glue(Capability):
+    """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping early.
+    `train` and `dev`: .tsv or .jsonl files of yours with `text` and `label` columns (and `text2` for pairs); the score is
+    accuracy, or Matthews correlation for `metric: matthews` (CoLA). Finetunes a copy; the model itself is not changed."""
+
+    train: str
+    dev: str
+    name: Literal["glue"] = "glue"
+    task: str = "task"
+    text: str = "text"
+    text2: str | None = None
+    label: str = "label"
+    metric: Literal["accuracy", "matthews"] = "accuracy"
+    epochs: Annotated[int, Field(gt=0)] = 6
+    patience: Annotated[int, Field(gt=0)] = 1
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    batch: Annotated[int, Field(gt=0)] = 32
+    max_train: Annotated[int, Field(gt=0)] | None = None
+    seed: int = 0
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+        train, dev = self._rows(self.train)[: self.max_train], self._rows(self.dev)
+        labels = sorted({label for _, label in train})
+        unknown = {label for _, label in dev} - set(labels)
+        if unknown:
+            raise ConfigError(f"glue {self.task}: the dev set has labels that training has not: {sorted(unknown)}")
+        classifier = _Head(model, len(labels), self.seed)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.lr, weight_decay=0.01)
+        rng = np.random.Generator(np.random.Philox(self.seed))
+        score = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[self.metric]
+        truth = np.array([labels.index(label) for _, label in dev])
+        best, best_epoch, best_right = -math.inf, 0, np.zeros(len(dev), bool)
+        history = []
+        for epoch in range(1, self.epochs + 1):
+            classifier.train()
+            order = rng.permutation(len(train))
+            for start in range(0, len(order), self.batch):
+                part = [train[i] for i in order[start : start + self.batch]]
+                target = torch.tensor([labels.index(label) for _, label in part], device=model.lm.device)
+                torch.nn.functional.cross_entropy(classifier([t for t, _ in part]), target).backward()
+                torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            classifier.eval()
+            with torch.inference_mode():
+                guess = np.concatenate(
+                    [
+                        classifier([t for t, _ in dev[s : s + 64]]).argmax(-1).cpu().numpy()
+                        for s in range(0, len(dev), 64)
+                    ]
+                )
+            value = float(score(truth, guess))
+            history.append(value)
+            if value > best:
+                best, best_epoch, best_right = value, epoch, guess == truth
+            elif epoch - best_epoch >= self.patience:
+                break
+        return {
+            self.metric: best,
+            "accuracy_interval": share_estimate(best_right).to_json(),
+            "epoch": best_epoch,
+            "history": history,
+            "train": len(train),
+            "dev": len(dev),
+        }
+
+    def _rows(self, path: str) -> list[tuple[str, str]]:
+        from phf.fitting import _rows
+
+        rows = _rows(Path(path).expanduser())
+        columns = [self.text, *([self.text2] if self.text2 else []), self.label]
+        for column in columns:
+            if not rows or column not in rows[0]:
+                raise ConfigError(f"{path} has no column {column!r}, only {', '.join(rows[0] if rows else [])}")
+        joined = [("\n".join(str(r[c]) for c in columns[:-1]), str(r[self.label])) for r in rows]
+        return [(text, label) for text, label in joined if text.strip()]
+
+
+class _Head(torch.nn.Module):
+    """A copy of an LM with a linear classifier on the last token's hidden state."""
+
+    def __init__(self, model: LoadedModel, classes: int, seed: int) -> None:
+        import copy
+
+        super().__init__()
+        self.tokenizer = model.tokenizer
+        self.body = copy.deepcopy(model.lm.base_model)
+        self.start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+        self.limit = getattr(model.lm.config, "max_position_embeddings", None) or 512
+        width = model.lm.get_output_embeddings().weight.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        self.head = torch.nn.Linear(width, classes)
+        with torch.no_grad():
+            self.head.weight.normal_(0, 0.02, generator=generator)
+            self.head.bias.zero_()
+        self.head.to(model.lm.device)
+
+    def forward(self, texts: Sequence[str]) -> torch.Tensor:
+        room = min(self.limit, 256) - len(self.start)
+        rows = [self.start + ids[:room] for ids in encode_segments(self.tokenizer, list(texts))]
+        width = max(map(len, rows))
+        device = self.head.weight.device
+        ids = torch.tensor([r + [self.start[0]] * (width - len(r)) for r in rows], device=device)
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        last = torch.tensor([len(r) - 1 for r in rows], device=device)
+        return self.head(hidden[torch.arange(len(rows), device=device), last])  # type: ignore[no-any-return]
+
+
+AnyCapability = Annotated[Lambada | HumanEval | Glue, Field(discriminator="name")]

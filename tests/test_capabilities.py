@@ -1,0 +1,138 @@
+"""Capabilities on tiny models, against plain arithmetic; the sandbox against code that misbehaves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from phf.capabilities import Glue, HumanEval, Lambada, function_body, pass_at_k, run_sandboxed
+from phf.config import ConfigError
+from phf.sample import load_model
+from test_reference import runs  # noqa: F401
+
+
+def lambada_by_hand(model, text: str) -> tuple[bool, float]:
+    context, _, word = text.rpartition(" ")
+    tokens = lambda t: model.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
+    start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+    ids, target = start + tokens(context), tokens(" " + word)
+    with torch.no_grad():
+        logits = model.lm(torch.tensor([ids + target])).logits[0].double()
+    logits[:, sorted(model.control_ids.values())] = -math.inf
+    logp = torch.log_softmax(logits, -1)[len(ids) - 1 : -1]
+    return bool((logp.argmax(-1) == torch.tensor(target)).all()), -float(sum(logp[t, w] for t, w in enumerate(target)))
+
+
+@pytest.mark.parametrize("name", ["a", "conditional"])
+def test_lambada_equals_plain_transformers(runs, name, tmp_path):  # noqa: F811
+    model = load_model(runs / name)
+    texts = [
+        "the model reads a line of text",
+        "cats dogs trees and rivers",
+        "what it knows about stones",
+        "it a of text",
+    ]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    found = Lambada(str(tmp_path / "l.jsonl"), batch=3).measure(model)
+    expected = [lambada_by_hand(model, t) for t in texts]
+    assert found["accuracy"]["mean"] == np.mean([right for right, _ in expected])
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean([nats for _, nats in expected])), rel=1e-4)
+    assert Lambada(str(tmp_path / "l.jsonl"), max_passages=2).measure(model)["passages"] == 2
+    (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
+    with pytest.raises(ConfigError, match="row 0: no string 'text'"):
+        Lambada(str(tmp_path / "bad.jsonl")).measure(model)
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
+    import itertools
+
+    for n, correct, k in [(5, 2, 1), (5, 2, 3), (6, 1, 2), (4, 0, 2), (4, 4, 2), (4, 3, 2)]:
+        subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+        assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(
+    "program, passes",
+    [
+        ("assert 1 + 1 == 2", True),
+        ("assert 1 + 1 == 3", False),
+        ("import sys; sys.exit(0)", False),  # leaving early is not passing
+        ("import os; os._exit(0)", False),
+        ("while True: pass", False),
+        ("x = 'a' * (3 * 2**30)", False),
+        ("open('f', 'w').write('x' * 2**22)", False),
+        ("def f(:", False),
+        ("print('noise' * 10_000)", True),
+        ("import os; assert 'HOME' not in os.environ and os.listdir('.') == []", True),
+    ],
+)
+def test_the_sandbox_tells_what_passes(program, passes):
+    assert run_sandboxed(program, 2) is passes
+
+
+def test_the_sandbox_has_no_network_where_the_kernel_lets_it():
+    from phf.capabilities import _can_unshare
+
+    if not _can_unshare():
+        pytest.skip("this kernel lets no user make a network of his own")
+    code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e:\n    assert e.errno == 101, e"
+    assert run_sandboxed(code, 3)
+
+
+def test_function_bodies_end_where_the_margin_begins():
+    assert function_body("    return 1\n\ndef g():\n    pass\n") == "    return 1\n"
+    assert function_body("    return 1") == "    return 1"
+
+
+def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_path, monkeypatch):  # noqa: F811
+    model = load_model(runs / "a")
+    problem = {"prompt": "def f():\n", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
+    with gzip.open(tmp_path / "h.jsonl.gz", "wt") as file:
+        file.write(json.dumps(problem) + "\n" + json.dumps(problem | {"entry_point": "g"}) + "\n")
+    path = str(tmp_path / "h.jsonl.gz")
+    with pytest.raises(ConfigError, match="runs code that the model wrote"):
+        HumanEval(path).measure(model)
+    with pytest.raises(ConfigError, match="k=2 needs as many samples_per_problem"):
+        HumanEval(path, k=(2,), run_untrusted_code=True).measure(model)
+    from phf import capabilities
+    from phf.types import Sample
+
+    written = ["    return 1\n", "    return 2\n", "    return 1\n", "    return 1\n"]
+    monkeypatch.setattr(
+        capabilities, "sample_prompts", lambda m, s, p: [Sample(n, q, t, 1, 0.0, True, 0) for n, (q, t) in enumerate(zip(p, written, strict=True))]
+    )  # fmt: skip
+    found = HumanEval(path, samples_per_problem=2, k=(1, 2), run_untrusted_code=True).measure(model)
+    assert found["pass@1"]["mean"] == 0.25  # one of two of the first problem; the second names no such function
+    assert found["pass@2"]["mean"] == 0.5
+    monkeypatch.undo()
+    real = HumanEval(path, max_tokens=8, run_untrusted_code=True).measure(model)
+    assert real["problems"] == 2
+
+
+def test_glue_finetunes_a_copy_and_stops_early(runs, tmp_path):  # noqa: F811
+    model = load_model(runs / "a")
+    before = {k: v.clone() for k, v in model.lm.state_dict().items()}
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"{'cats' if y else 'rivers'} {' '.join(rng.choice(['the', 'line', 'of'], 3))}", y)
+        for y in rng.integers(0, 2, 300)
+    ]
+    for name, part in (("train", rows[:240]), ("dev", rows[240:])):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in part))
+    task = Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), lr=3e-3, epochs=6)
+    found = task.measure(model)
+    assert found["accuracy"] > 0.9
+    assert len(found["history"]) < 6 or found["history"][-1] > found["history"][0]
+    assert found["history"][found["epoch"] - 1] == max(found["history"]) == found["accuracy"]
+    for name, value in model.lm.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert task.measure(model) == found
+    matthews = Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), lr=3e-3, epochs=2, metric="matthews")
+    assert -1 <= matthews.measure(model)["matthews"] <= 1
+    with pytest.raises(ConfigError, match="no column 'sentence', only text, label"):
+        Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), text="sentence").measure(model)
