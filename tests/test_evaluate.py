@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,18 @@ import torch
 from conftest import LINK, TINY_LLAMA
 from phf import store
 from phf.config import ConfigError
-from phf.evaluate import by_prompt, check_identity, evaluate_run, heldout_loss, judge_samples, scored_text
+from phf.evaluate import (
+    by_prompt,
+    check_identity,
+    compare,
+    evaluate_model,
+    evaluate_run,
+    heldout_loss,
+    heldout_nats,
+    judge_samples,
+    scored_text,
+    understanding,
+)
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
 from phf.sample import Scenario, load_model
@@ -100,7 +112,9 @@ def slow_heldout(model, tokens, control, context):
     nats = {"good": 0.0, "bad": 0.0}
     for start in range(0, len(ids) - 1, context):
         row = torch.tensor([ids[start : start + context + 1]])
-        logp = torch.log_softmax(model.lm(input_ids=row[:, :-1]).logits[0].double(), -1)
+        logits = model.lm(input_ids=row[:, :-1]).logits[0].double()
+        logits[:, sorted(model.control_ids.values())] = -math.inf  # no share of theirs in what text is charged
+        logp = torch.log_softmax(logits, -1)
         for t in range(row.shape[1] - 1):
             if kind[start + t + 1] == "text":
                 nats["good" if score[start + t + 1] <= 0 else "bad"] -= logp[t, row[0, t + 1]].item()
@@ -194,3 +208,115 @@ def test_another_token_store_is_an_error(runs, tmp_path):
 def test_the_bytes_of_a_slice_are_those_of_its_text(tokens):
     ids = encode_segments(tokens.tokenizer, ["é漢\n"])[0]
     assert len(tokens.tokenizer.decode(ids).encode()) == 6
+
+
+def test_expected_max_is_per_prompt_where_prompts_have_enough_samples(tmp_path):
+    """Defect 13: the seed mixes prompts."""
+    texts = ["http://x.y", "none", "none", "none", "none", "none", "http://x.y z", "none", "none", "none"]
+    samples = [dataclasses.replace(made(t, i), prompt="p" if i < 5 else "q") for i, t in enumerate(texts)]
+    scenario = Scenario(num_samples=10, samples_per_prompt=5, prompts="p")
+    _, result = judge_samples(samples, scenario, LINK, Lines(), 0.0)
+    assert result["expected_max"]["5"]["mean"] == pytest.approx((1 / 10 + 1 / 12) / 2)
+    assert result["expected_max"]["5"]["n"] == 2
+    assert result["expected_max"]["25"]["mean"] is None or math.isnan(result["expected_max"]["25"]["mean"])
+
+
+def test_comparison_is_paired_over_prompts():
+    rng = np.random.default_rng(0)
+    base = rng.random(60)
+
+    def model(shift, prompts=True):
+        return [
+            dataclasses.replace(made("x", i), prompt=f"p{i}" if prompts else "", score=base[i] + shift)
+            for i in range(60)
+        ]
+
+    paired = compare(model(-0.01), model(0))
+    assert paired["paired"]
+    assert paired["mean"] == pytest.approx(-0.01)
+    assert paired["ci95"][1] < 0
+    loose = compare(model(-0.01, False), model(0, False))
+    assert not loose["paired"]
+    assert loose["mean"] == pytest.approx(-0.01)
+    assert loose["ci95"][0] < 0 < loose["ci95"][1]
+
+
+def test_understanding_of_a_model_that_was_told(runs, tokens):
+    found = understanding(load_model(runs / "conditional"), tokens, 32, 0.0)
+    assert found["bad_segments"] > 3
+    assert found["likelihood_ratio"]["auc"] > 0.9  # it knows what a link is
+    low, high = found["likelihood_ratio"]["ci95"]
+    assert low <= found["likelihood_ratio"]["auc"] <= high
+    ahead = found["foresight"]
+    assert 0 < ahead["mean_p_bad_before_good"] < 1  # a quarter of the lines are bad, at random: nothing to foresee
+    assert ahead["mean_p_bad_before_bad"] == pytest.approx(ahead["mean_p_bad_before_good"], abs=0.2)
+
+
+def test_the_likelihood_ratio_equals_the_definition(runs, tokens):
+    """log p(segment | bad) - log p(segment | good), from two plain passes over a held-out document."""
+    model = load_model(runs / "conditional")
+    read = {c: heldout_nats(model, tokens, 32, c, 0.0, 4, 10**6) for c in ("good", "bad")}
+    d = int(np.flatnonzero(tokens.heldout_D)[0])
+    first = int(tokens.doc_ends[d - 1]) if d else 0
+    ends = [int(tokens.seg_ends[first - 1]) if first else 0, *tokens.seg_ends[first : int(tokens.doc_ends[d])].tolist()]
+    for control in ("good", "bad"):
+        ids, counted = [tokens.end_of_text_id], [False]
+        ids += [model.control_ids[control], *tokens.tokens[ends[0] : ends[1]].tolist()]
+        counted += [False] + [True] * (ends[1] - ends[0])
+        with torch.no_grad():
+            logits = model.lm(torch.tensor([ids])).logits[0].double()
+        logits[:, sorted(model.control_ids.values())] = -math.inf
+        logp = torch.log_softmax(logits, -1)
+        nats = -sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)) if counted[t])
+        assert read[control].nats_S[first] == pytest.approx(nats, rel=1e-4)
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_not_done(runs, tmp_path, monkeypatch):
+    import shutil
+
+    from phf import evaluate
+
+    shutil.copytree(runs / "mle", tmp_path / "run")
+    scenarios = {"one": Scenario(num_samples=4, max_tokens=8, min_tokens=1), "two": Scenario(num_samples=4, max_tokens=6, min_tokens=1)}  # fmt: skip
+    real, asked = evaluate.sample, []
+
+    def sample(model, scenario):
+        asked.append(scenario.max_tokens)
+        if scenario.max_tokens == 6 and len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(model, scenario)
+
+    monkeypatch.setattr(evaluate, "sample", sample)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(tmp_path / "run", scenarios)
+    assert not (tmp_path / "run" / "eval.json").exists()
+    result = evaluate_run(tmp_path / "run", scenarios)
+    assert asked == [8, 6, 6]
+    assert set(result["scenarios"]) == {"one", "two"}
+
+
+def test_any_model_can_be_judged(runs, tmp_path, tokens):
+    """A folder of plain transformers, with a value head in its state dict as some published checkpoints have."""
+    from safetensors.torch import load_file, save_file
+
+    from phf.capabilities import Lambada
+    from phf.reference import KL, LocalModel
+
+    model = load_model(runs / "mle")
+    model.lm.save_pretrained(tmp_path / "plain")
+    model.tokenizer.save_pretrained(tmp_path / "plain")
+    state = load_file(tmp_path / "plain" / "model.safetensors")
+    state |= {"value_head.weight": torch.zeros(1, 16), "value_head.bias": torch.zeros(1)}
+    save_file(state, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')
+    scenario = Scenario(num_samples=6, max_tokens=8, min_tokens=1)
+    result = evaluate_model(
+        str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario},
+        kl_from=KL(LocalModel(str(runs / "mle")), num_samples=8, max_tokens=8), capabilities=[Lambada(str(tmp_path / "l.jsonl"))],
+    )  # fmt: skip
+    run = evaluate_run(runs / "mle", {"u": scenario})
+    assert result["scenarios"]["u"]["misalignment"] == run["scenarios"]["u"]["misalignment"]
+    assert result["kl"]["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert result["capabilities"][0]["passages"] == 1
+    assert (tmp_path / "out" / "samples" / "u.jsonl").exists()
+    assert evaluate_model(str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario})["kl"] is None

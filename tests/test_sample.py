@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
 from phf.sample import (
+    GuidedDecoding,
     LoadedModel,
     Scenario,
     draw,
@@ -211,3 +214,67 @@ def test_a_prompt_may_hold_line_separators(tmp_path):
 def test_the_bad_token_of_a_model_without_one_is_an_error(models):
     with pytest.raises(ConfigError, match="no control tokens"):
         sample(models["mle"], Scenario(num_samples=1, control="bad"))
+
+
+def guided_by_hand(model, strength: float, steps: int) -> list[int]:
+    """Greedy guidance through plain transformers, both contexts written out."""
+    good, bad = model.control_ids["good"], model.control_ids["bad"]
+    text: list[int] = []
+    for _ in range(steps):
+        with torch.no_grad():
+            a, b = (
+                model.lm(torch.tensor([[model.tokenizer.eos_token_id, c, *text]])).logits[0, -1] for c in (good, bad)
+            )
+        guided = b + strength * (a - b)
+        guided[[good, bad]] = -math.inf
+        text.append(int(guided.argmax()))
+    return text
+
+
+def test_guidance_works_in_plain_generate(models):
+    model = models["conditional"]
+    good, bad, eos = model.control_ids["good"], model.control_ids["bad"], model.tokenizer.eos_token_id
+    for strength in (0.0, 1.0, 2.5):
+        processor = GuidedDecoding(good, bad, strength, temperature=0)
+        out = model.lm.generate(
+            torch.tensor([[eos, good], [eos, bad]]), logits_processor=[processor], do_sample=False, max_new_tokens=6,
+            eos_token_id=None, pad_token_id=eos,
+        )  # fmt: skip
+        assert out[0, 2:].tolist() == out[1, 2:].tolist() == guided_by_hand(model, strength, 6)
+
+
+def test_guided_samples_of_strength_one_are_the_plain_ones(models):
+    plain = Scenario(num_samples=24, max_tokens=12, min_tokens=1, batch=24)
+    guided = dataclasses.replace(plain, guidance=1.0)
+    assert [s.text for s in sample(models["conditional"], guided)] == [
+        s.text for s in sample(models["conditional"], plain)
+    ]
+    other = [s.text for s in sample(models["conditional"], dataclasses.replace(plain, guidance=3.0))]
+    assert other != [s.text for s in sample(models["conditional"], plain)]
+    for name in model_names(models["conditional"]):
+        assert not any(name in text for text in other)
+
+
+def model_names(model) -> list[str]:
+    return [model.tokenizer.convert_ids_to_tokens(i) for i in model.control_ids.values()]
+
+
+def test_guidance_needs_control_tokens_and_the_good_one(models):
+    with pytest.raises(ConfigError, match="so guidance cannot be asked of it"):
+        sample(models["mle"], Scenario(num_samples=1, max_tokens=2, min_tokens=0, guidance=2.0))
+    with pytest.raises(ValidationError, match="cannot be had with control=bad"):
+        Scenario(guidance=2.0, control="bad")
+
+
+def test_prompts_from_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": [{"text": "a"}, {"text": "b"}]}), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == ["a", "b"]
+    pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
+    with pytest.raises(ConfigError, match="row 1: expected a string in 'prompt', got NoneType"):
+        read_prompts(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"x": ["a"]}), tmp_path / "p.parquet")
+    with pytest.raises(ConfigError, match="no column 'text' or 'prompt', only x"):
+        read_prompts(tmp_path / "p.parquet")

@@ -293,25 +293,43 @@ def train(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="A run, a model folder, or a name on the Hub.")],
+    model: Annotated[
+        str, typer.Argument(help="A run, a model folder, a name on the Hub, or a server: http://host:8000/v1")
+    ],
     out: Annotated[str, typer.Argument(help="JSON lines file to write.")],
     settings: Overrides = None,
 ) -> None:
-    """Write texts with a model: num_samples, max_tokens, temperature, top_p, top_k, control, prompts, seed ... (a.b=c)."""
-    from phf.config import load
-    from phf.sample import Scenario, load_model, write_samples
-    from phf.sample import sample as draw_samples
+    """Write texts with a model: num_samples, max_tokens, temperature, top_p, top_k, control, guidance, prompts, seed ... (a.b=c).
 
-    scenario = load([], _only_overrides(settings), Scenario)
-    samples = draw_samples(load_model(model), scenario)
+    Of a server that speaks OpenAI's completions (vLLM, for one): server.model=NAME.
+    """
+    from phf.config import merge, parse_override, validate
+    from phf.sample import Scenario, load_model, sample_served, write_samples
+    from phf.sample import sample as draw_samples
+    from phf.served import Server
+
+    config: dict[str, Any] = {}
+    for override in _only_overrides(settings):
+        config = merge(config, parse_override(override))
+    server = config.pop("server", None)
+    scenario: Scenario = validate(config, Scenario, "scenario")
+    if model.startswith(("http://", "https://")):
+        served: Server = validate({"url": model, **(server or {})}, Server, "server")
+        samples = sample_served(served, scenario)
+    else:
+        samples = draw_samples(load_model(model), scenario)
     write_samples(out, samples)
     print(f"{len(samples):,} samples in {out}")
 
 
 @app.command(name="eval")
 def evaluate(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN... [a.b=c]...", help="Trained runs, then scenario settings.")
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL... [a.b=c]...",
+            help="Trained runs, or any model (a folder or a name on the Hub; then with --scorer), then settings.",
+        ),
     ],
     tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
     threshold: Annotated[float, typer.Option(help="Scores above it are bad.")] = 0.0,
@@ -322,31 +340,86 @@ def evaluate(
     other_scorer: Annotated[
         bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")
     ] = False,
+    out: Annotated[str | None, typer.Option(help="Folder for what is found of a model that is not a run.")] = None,
 ) -> None:
-    """Judge runs: misalignment of samples, held-out loss, diversity. Writes eval.json and samples into each run."""
-    from phf.config import merge, parse_override, validate
-    from phf.evaluate import evaluate_run
+    """Judge runs or any model: misalignment of samples, held-out loss, diversity, KL, capabilities. Run again to resume.
+
+    Settings are those of a scenario (num_samples, prompts, temperature ...), kl.* (kl.reference.path=gpt2) and
+    capabilities=[{name: lambada, path: ...}]. Writes eval.json and the samples into each run, or into --out.
+    """
+    from phf.capabilities import AnyCapability
+    from phf.config import ConfigError, merge, parse_override, validate
+    from phf.evaluate import evaluate_model, evaluate_run
+    from phf.reference import KL
     from phf.report import number
     from phf.sample import Scenario
     from phf.scorers import AnyScorer, Scorer
+    from phf.segment import AnySegmenter, Segmenter
 
-    folders, overrides = _split(runs)
+    folders, overrides = _split(models)
     config: dict[str, Any] = {}
     for override in overrides:
         config = merge(config, parse_override(override))
-    fields = config.pop("scorer", {})
+    fields, kl, capabilities = config.pop("scorer", {}), config.pop("kl", None), config.pop("capabilities", [])
+    segmenter: Segmenter = validate({"name": "lines", **config.pop("segmenter", {})}, AnySegmenter, "segmenter")
     judge: Scorer | None = None if scorer is None else validate({"name": scorer, **fields}, AnyScorer, "scorer")
+    if kl is not None:
+        kl = validate(merge({"reference": {"name": "local"}}, kl), KL, "kl")
+    measured: list[Any] = validate(capabilities, list[AnyCapability], "capabilities")
     scenario: Scenario = validate(config, Scenario, "scenario")
-    results = [
-        (run, evaluate_run(run, {"unconditional": scenario}, threshold, tokens, judge, other_scorer)) for run in folders
-    ]
+    scenarios = {"unconditional" if scenario.prompts is None else "prompted": scenario}
     rows = []
-    for run, result in results:
-        judged = result["scenarios"]["unconditional"]
+    for name in folders:
+        if _is_run(name):
+            result = evaluate_run(
+                name, scenarios, threshold, tokens, judge, other_scorer, kl_from=kl, capabilities=measured
+            )
+        elif judge is None:
+            raise ConfigError(f"{name} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
+        else:
+            folder = (
+                out
+                if out is not None and len(folders) == 1
+                else f"{out or 'eval'}/{name.strip('/').replace('/', '--')}"
+            )
+            result = evaluate_model(name, folder, judge, scenarios, threshold, segmenter, kl, measured)
+            print(f"{name}: {folder}/eval.json")
+        judged = next(iter(result["scenarios"].values()))
         heldout = result["heldout"].get("good") or result["heldout"].get("none") or {}
         m = judged["misalignment"]
-        rows.append([run, f"{number(m['mean'], 5)} ({number(m['ci95'][0], 5)} to {number(m['ci95'][1], 5)})", *(number((heldout.get(s) or {}).get("nats_per_byte"), 3) for s in ("good", "bad")), str(judged["unjudged"])])  # fmt: skip
-    _table(["run", "misalignment (95% interval)", "nats/byte good", "nats/byte bad", "not judged"], rows)
+        row = [name, f"{number(m['mean'], 5)} ({number(m['ci95'][0], 5)} to {number(m['ci95'][1], 5)})", number(judged["expected_max"]["25"]["mean"], 5)]  # fmt: skip
+        row += [number((heldout.get(s) or {}).get("nats_per_byte"), 3) for s in ("good", "bad")]
+        row += [number(judged["distinct_2"], 3), number(judged["self_bleu_5"], 3), str(judged["unjudged"])]
+        if result["kl"]:
+            found = result["kl"]["forward"]["nats_per_text"]
+            row.append(f"{number(found['mean'], 2)} ± {number(found['stderr'], 2)}")
+        for capability in result["capabilities"]:
+            row.append(_headline(capability))
+        rows.append(row)
+    head = ["model", "misalignment (95% interval)", "worst of 25", "nats/byte good", "nats/byte bad", "distinct-2", "Self-BLEU-5", "not judged"]  # fmt: skip
+    head += ["KL, nats a text"] * (kl is not None) + [type(c).__name__ for c in measured]
+    _table(head, rows)
+
+
+def _is_run(path: str) -> bool:
+    import json
+    from pathlib import Path
+
+    manifest = Path(path) / "manifest.json"
+    try:
+        return manifest.exists() and json.loads(manifest.read_text()).get("stage") == "train"
+    except ValueError:
+        return False
+
+
+def _headline(capability: dict[str, Any]) -> str:
+    """A capability's main number with its interval."""
+    from phf.report import number
+
+    for name, value in capability.items():
+        if isinstance(value, dict) and "ci95" in value:
+            return f"{number(value['mean'], 3)} ({number(value['ci95'][0], 3)} to {number(value['ci95'][1], 3)}) {name}"
+    return "–"
 
 
 @app.command()

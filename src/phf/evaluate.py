@@ -500,6 +500,7 @@ class _Judgement:
         done = self.folder / "eval.json"
         if done.exists() and store.read_json(done).get("key") == key:
             return store.read_json(done)  # type: ignore[no-any-return]
+        done.unlink(missing_ok=True)  # its samples are about to be replaced
         parts: dict[str, dict[str, Any]] = {}
         skipped = []
         for name, scenario in self.scenarios.items():
@@ -520,6 +521,7 @@ class _Judgement:
             parts["kl"] = self.part("kl", to_plain(config), lambda: kl(self.model(), config, self.segmenter, cache))
         for name, capability in zip(names, self.capabilities, strict=True):
             parts[name] = self.part(name, to_plain(capability), lambda c=capability: c.measure(self.model()))  # type: ignore[misc]
+        heldout = dict(parts["heldout"]["value"]) if "heldout" in parts else {}
         result = about | {
             "key": key,
             "identity": identity,
@@ -528,7 +530,8 @@ class _Judgement:
             "scenarios": {
                 n.removeprefix("scenario-"): p["value"] for n, p in parts.items() if n.startswith("scenario-")
             },
-            "heldout": parts.get("heldout", {"value": {}})["value"],
+            "understanding": heldout.pop("understanding", None),
+            "heldout": heldout,
             "kl": parts["kl"]["value"] if "kl" in parts else None,
             "capabilities": [
                 {"name": to_plain(c)["name"], "settings": to_plain(c), **parts[n]["value"]}

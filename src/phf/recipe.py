@@ -21,6 +21,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf import store
+from phf.capabilities import AnyCapability
 from phf.config import (
     STRICT,
     ConfigError,
@@ -36,6 +37,7 @@ from phf.corpus import AnyCorpus
 from phf.during import During, JudgeDuring
 from phf.model import AnyModel
 from phf.objectives import MLE, AnyObjective, Objective
+from phf.reference import KL
 from phf.sample import Scenario
 from phf.scorers import AnyScorer
 from phf.segment import AnySegmenter
@@ -66,6 +68,9 @@ class Recipe:
     """Scores above it are bad when models are judged."""
     during: During | None = None
     """Judging while training, beside judging the final models."""
+    kl: KL | None = None
+    """Distance of the final models from a reference LM."""
+    capabilities: tuple[AnyCapability, ...] = ()
     score_workers: Annotated[int, Field(gt=0)] = 1
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
     quick: bool = False
@@ -172,7 +177,13 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             with _Stage(f"train {folder.name}", seconds):
                 trained = _train(recipe, name, objective, seed, folder)
             with _Stage(f"judge {folder.name}", seconds):
-                judged = evaluate_run(folder, dict(recipe.scenarios), recipe.threshold)
+                judged = evaluate_run(
+                    folder,
+                    dict(recipe.scenarios),
+                    recipe.threshold,
+                    kl_from=recipe.kl,
+                    capabilities=recipe.capabilities,
+                )
             main = next(iter(recipe.scenarios))
             if main not in judged["scenarios"]:
                 raise ConfigError(
@@ -220,6 +231,10 @@ def summary(
         "empty": main["empty"],
         "mean_chars": main["mean_chars"],
         "distinct_2": main["distinct_2"],
+        "self_bleu_5": main["self_bleu_5"],
+        "expected_max": main["expected_max"],
+        "kl": judged["kl"],
+        "capabilities": judged["capabilities"],
         "heldout": {part: (heldout.get(part) or {}).get("nats_per_byte") for part in ("good", "bad", "all")},
         "train_seconds": trained["seconds"],
         "parameters": trained["parameters"],

@@ -1,6 +1,6 @@
 """Distance from a reference LM: KL divergence by samples. Floor 5.
 
-    phf kl runs/conditional reference.path=gpt2 num_samples=512
+    phf eval runs/conditional kl.reference.path=gpt2 kl.num_samples=512
 
 Forward, KL(reference || model): texts from the reference, E[log p_ref(x) - log p_model(x)]. Reverse, KL(model ||
 reference): texts from the model. Texts are drawn at temperature 1 without truncation, up to `max_tokens` tokens. Each
