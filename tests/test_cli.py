@@ -84,7 +84,7 @@ def test_the_stages_one_by_one(tmp_path):
         (["train", "nowhere", "out", "train.tokns=1"], "did you mean 'tokens'"),
         (["sample", "nowhere", "out"], "no such folder"),
         (["sample", "nowhere", "out", "top_p=2"], "top_p"),
-        (["eval", "nowhere"], "is not a directory"),
+        (["eval", "nowhere"], "is not a run, so nothing says how to judge it"),
         (["report", "nowhere"], "no judged run"),
         (["run", "demoo"], "did you mean 'demo'"),
         (["run", "demo", "train.lr=fast"], "train.lr"),

@@ -21,6 +21,7 @@ from phf.sample import (
     Scenario,
     draw,
     load_model,
+    paper_scenarios,
     prompt_ids,
     read_prompts,
     read_samples,
@@ -278,3 +279,14 @@ def test_prompts_from_parquet(tmp_path):
     pq.write_table(pa.table({"x": ["a"]}), tmp_path / "p.parquet")
     with pytest.raises(ConfigError, match="no column 'text' or 'prompt', only x"):
         read_prompts(tmp_path / "p.parquet")
+
+
+def test_the_papers_scenarios_and_prompts_come_along():
+    for task in ("toxicity", "pii", "pep8"):
+        for values in paper_scenarios(task).values():
+            scenario = Scenario(**values)
+            assert len(scenario_prompts(scenario)) == 4096  # exactly as asked, prompts or not
+            assert (scenario.temperature, scenario.top_p, scenario.top_k) == (0.7, 0.9, None)
+    assert len(read_prompts("challenging_rtp")) == 1196
+    with pytest.raises(ConfigError, match=r"no task 'pep' \(did you mean 'pep8'\?\)"):
+        paper_scenarios("pep")

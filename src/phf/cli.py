@@ -341,6 +341,9 @@ def evaluate(
         bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")
     ] = False,
     out: Annotated[str | None, typer.Option(help="Folder for what is found of a model that is not a run.")] = None,
+    paper: Annotated[
+        str | None, typer.Option(metavar="TASK", help="The paper's scenarios and lengths: toxicity, pii or pep8.")
+    ] = None,
 ) -> None:
     """Judge runs or any model: misalignment of samples, held-out loss, diversity, KL, capabilities. Run again to resume.
 
@@ -352,7 +355,7 @@ def evaluate(
     from phf.evaluate import evaluate_model, evaluate_run
     from phf.reference import KL
     from phf.report import number
-    from phf.sample import Scenario
+    from phf.sample import Scenario, paper_scenarios
     from phf.scorers import AnyScorer, Scorer
     from phf.segment import AnySegmenter, Segmenter
 
@@ -366,8 +369,13 @@ def evaluate(
     if kl is not None:
         kl = validate(merge({"reference": {"name": "local"}}, kl), KL, "kl")
     measured: list[Any] = validate(capabilities, list[AnyCapability], "capabilities")
-    scenario: Scenario = validate(config, Scenario, "scenario")
-    scenarios = {"unconditional" if scenario.prompts is None else "prompted": scenario}
+    if paper is not None:
+        scenarios: dict[str, Scenario] = {
+            n: validate(merge(s, config), Scenario, n) for n, s in paper_scenarios(paper).items()
+        }
+    else:
+        scenario: Scenario = validate(config, Scenario, "scenario")
+        scenarios = {"unconditional" if scenario.prompts is None else "prompted": scenario}
     rows = []
     for name in folders:
         if _is_run(name):

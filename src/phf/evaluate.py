@@ -29,7 +29,7 @@ from phf.config import ConfigError, to_plain
 from phf.model import model_folder
 from phf.packing import Rows
 from phf.reference import KL, kl
-from phf.sample import LoadedModel, Scenario, load_model, sample, write_samples
+from phf.sample import LoadedModel, Scenario, load_model, prompts_path, sample, write_samples
 from phf.scorers import AnyScorer, Scorer
 from phf.segment import AnySegmenter, Lines, Segmenter
 from phf.tokens import TokenStore
@@ -495,7 +495,9 @@ class _Judgement:
         plain = {name: to_plain(s) for name, s in self.scenarios.items()}
         everything = [plain, self.threshold, identity, heldout_tokens, to_plain(self.kl_from) if self.kl_from else None]
         everything += [to_plain(c) for c in self.capabilities]
-        prompts = {n: store.path_hash(s.prompts) for n, s in self.scenarios.items() if s.prompts is not None}
+        prompts = {
+            n: store.path_hash(prompts_path(s.prompts)) for n, s in self.scenarios.items() if s.prompts is not None
+        }
         key = store.fingerprint([self.model_key, everything, prompts, "eval/3"])
         done = self.folder / "eval.json"
         if done.exists() and store.read_json(done).get("key") == key:

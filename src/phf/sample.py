@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from phf import store
-from phf.config import STRICT, ConfigError
+from phf.config import STRICT, ConfigError, did_you_mean
 from phf.model import MODEL_CARD, model_folder
 from phf.packing import key64, mix64
 from phf.served import Server
@@ -43,7 +44,8 @@ REJECTIONS = 24
 @dataclass(frozen=True, config=STRICT)
 class Scenario:
     """How to sample. Lengths are in text tokens. `control`: the token put first for models that know it; the other is
-    then banned. `prompts`: JSON lines with a string `text` or `prompt`; each is continued `samples_per_prompt` times.
+    then banned. `prompts`: JSON lines or Parquet with a string `text` or `prompt` (a file, or challenging_rtp,
+    functions_csnet, pii_prompts or pep8_prompts, which come with phf); each is continued `samples_per_prompt` times.
     `complete_lines`: of a sample cut at the length limit only what is complete is scored (lines; for PEP8 statements),
     since a cut line or an open bracket carries faults that are the cut's.
     """
@@ -102,14 +104,45 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     return LoadedModel(lm, tokenizer, {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}, str(path))
 
 
+def paper_scenarios(task: str) -> dict[str, dict[str, Any]]:
+    """The paper's settings for a task (toxicity, pii or pep8), as plain values that can be overridden: 4,096 samples,
+    temperature 0.7, top-p 0.9, 10 to 128 tokens (PEP8: 640, after function signatures 272)."""
+    tasks: dict[str, dict[str, dict[str, Any]]] = {
+        "toxicity": {
+            "unconditional": {},
+            "challenging_rtp": {"prompts": "challenging_rtp", "samples_per_prompt": 4},
+        },
+        "pii": {"unconditional": {}},
+        "pep8": {
+            "unconditional": {"max_tokens": 640, "complete_lines": True},
+            "functions": {
+                "max_tokens": 272, "prompts": "functions_csnet", "samples_per_prompt": 4, "control_after_prompt": True,
+                "score_prompt": True, "complete_lines": True,
+            },
+        },
+    }  # fmt: skip
+    if task not in tasks:
+        raise ConfigError(f"the paper has no task {task!r}{did_you_mean(task, tasks)}")
+    common = {"num_samples": 4096, "max_tokens": 128, "min_tokens": 10, "temperature": 0.7, "top_p": 0.9}
+    return {name: common | settings for name, settings in tasks[task].items()}
+
+
+def prompts_path(prompts: str) -> Path:
+    """A file of prompts: one of yours, or one that comes with phf, by its name."""
+    path = Path(prompts).expanduser()
+    packaged = Path(str(resources.files("phf") / "prompts" / f"{prompts}.jsonl"))
+    return packaged if not path.exists() and packaged.exists() else path
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a JSON lines or Parquet file: a string `text` or `prompt` in each row (or an object with a string
     `text`, as RealToxicityPrompts has it). Raises ConfigError naming the first row that is none."""
-    if str(path).endswith(".parquet"):
+    path = prompts_path(str(path))
+    if path.suffix == ".parquet":
         return _parquet_prompts(path)
     prompts = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read prompts {path}: {error}") from None
     for number, line in enumerate(lines, 1):
