@@ -120,16 +120,23 @@ def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.n
 
 
 def self_bleu(texts: Sequence[str], n: int = 5, references: int = 200, unit: str = "words") -> float:
-    """Self-BLEU-n (Zhu et al. 2018, arXiv 1802.01886): the mean BLEU of each text against the first `references` of the
-    others, with equal weights and epsilon smoothing (nltk's method1). Higher is less diverse.
+    """Self-BLEU-n (Zhu et al. 2018, arXiv 1802.01886): mean of `self_bleu_scores`. Higher is less diverse. NaN with fewer
+    than two texts."""
+    scores = self_bleu_scores(texts, n, references, unit)
+    return math.fsum(scores) / len(scores) if scores else float("nan")
+
+
+def self_bleu_scores(texts: Sequence[str], n: int = 5, references: int = 200, unit: str = "words") -> list[float]:
+    """BLEU of each text against the first `references` of the others, with equal weights and epsilon smoothing (nltk's
+    method1); empty with fewer than two texts.
 
     Equal to calling nltk's `sentence_bleu` for each text, by exact counting: the clip of an n-gram is the largest count
     in a reference, which is the largest over all of them or, for the text that holds it, the second largest. `unit`:
-    "words", or "characters" (what the reference implementation computes). NaN with fewer than two texts.
+    "words", or "characters" (what the reference implementation computes).
     """
     tokens = [text.split() if unit == "words" else list(text) for text in texts]
     if len(tokens) < 2:
-        return float("nan")
+        return []
     outside = tokens[:references]  # what texts behind them are compared with
     inside = tokens[: references + 1]  # what these are compared with, but for themselves
     clips = [(_clips(outside, order), _clips(inside, order)) for order in range(1, n + 1)]
@@ -149,7 +156,7 @@ def self_bleu(texts: Sequence[str], n: int = 5, references: int = 200, unit: str
             matches.append(match)
             totals.append(max(1, counts.total()))
         scores.append(_bleu(matches, totals, len(words), lengths))
-    return math.fsum(scores) / len(scores)
+    return scores
 
 
 def _grams(words: Sequence[str], order: int) -> zip[tuple[str, ...]]:
