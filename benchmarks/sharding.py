@@ -25,10 +25,10 @@ from phf.types import Document
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", files=16, documents=400)
+    args = arguments(__doc__ or "", files=16, documents=1500)
     source, texts = StandardLibrary(), []
     for shard in source.plan():
-        texts += [item.text for item in source.read(shard) if isinstance(item, Document) and len(item.text) < 60_000]
+        texts += [item.text for item in source.read(shard) if isinstance(item, Document) and len(item.text) < 200_000]
     texts = texts[: args.documents]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -26,9 +26,8 @@ _TIGHT = re.compile(r"[,;:][^ ]|[-+*/%<>&|^@=!][^ ]|[^ ][-+*/%<>&|^@=!]")
 _BRACKETS = re.compile(r"[()\[\]{}]|=")
 _CLOSING = {")": "(", "]": "[", "}": "{"}
 
-_MAY_END_A_LINE = {tokenize.NEWLINE, tokenize.NL, tokenize.STRING} | {
-    getattr(pycodestyle, f"{kind}STRING_{end}") for kind in "FT" for end in ("START", "END")
-}
+_FANCY_STRINGS = {getattr(pycodestyle, f"{kind}STRING_{end}") for kind in "FT" for end in ("START", "END")}
+_MAY_END_A_LINE = {tokenize.NEWLINE, tokenize.NL, tokenize.STRING} | _FANCY_STRINGS
 
 KNOWN_LOGICAL = frozenset(
     [
@@ -110,20 +109,29 @@ def _begins_value(char: str) -> bool:
     return char.isalnum() or char in ("_", '"', "'", "(", "[", "{")
 
 
+def _tables(options: Any) -> tuple[dict[str, Any], list[Any], bool]:
+    """Logical checks by name, those that are not known here, and whether the physical ones are as expected; kept with the
+    options, since a checker lives for one text."""
+    if not hasattr(options, "phf_tables"):
+        logical = {name: (check, names) for name, check, names in options.logical_checks}
+        unknown = [name for name in logical if name not in KNOWN_LOGICAL]
+        known = {check[0] for check in options.physical_checks} == KNOWN_PHYSICAL and options.max_line_length == 79
+        options.phf_tables = logical, unknown, known
+    return options.phf_tables  # type: ignore[no-any-return]
+
+
 class Checker(pycodestyle.Checker):  # type: ignore[misc]
     """`pycodestyle.Checker(lines=..., options=..., report=...)` whose `check_all` reports the same, in another order
     within a line."""
 
     def __init__(self, lines: list[str], options: Any, report: Any) -> None:
         super().__init__(lines=lines, options=options, report=report)
-        self._logical = {name: (check, names) for name, check, names in self._logical_checks}
-        self._unknown_logical = [c for c in self._logical_checks if c[0] not in KNOWN_LOGICAL]
-        physical = {c[0] for c in self._physical_checks}
-        self._guarded_physical = physical == KNOWN_PHYSICAL and options.max_line_length == 79
+        self._logical, self._unknown_logical, self._guarded_physical = _tables(options)
         self.tokens: list[Any] = []
         self.blank_lines = self.blank_before = self.previous_indent_level = 0
         self.previous_logical = ""
-        self._odd_token = self._comments = False
+        self._odd_token = self._comments = self._fancy_string = False
+        self._strings: list[Any] = []
         self._ambiguous = self._tight_keyword = self._tight_operator = False
         self._noqa_line: str | None = None  # the line that decides `noqa`, looked at only when a check asks
 
@@ -158,10 +166,18 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self._noqa_line = None
         if self._odd_token or self.verbose:
             return super().check_logical()  # type: ignore[no-any-return]
-        mapping = self.build_tokens_line()
-        if not mapping:
-            return None
         tokens = self.tokens
+        first_row = tokens[0][2][0]
+        mapping = self._one_row_line(first_row)
+        if mapping is None:
+            mapping = self.build_tokens_line()
+            if not mapping:
+                return None
+            rows = self.lines[first_row - 1 : tokens[-1][3][0]]
+            several_rows = len(rows) > 1
+            backslash = any("\\" in row for row in rows)
+        else:
+            several_rows, backslash = False, "\\" in self.lines[first_row - 1]
         line = self.logical_line
         (start_row, start_col) = mapping[0][1]
         indent = self.lines[start_row - 1][:start_col]
@@ -170,10 +186,6 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
             self.blank_before = self.blank_lines
         self._found: list[tuple[Any, str, Any]] = []
         run = self._run
-        first_row, last_row = tokens[0][2][0], tokens[-1][3][0]
-        rows = self.lines[first_row - 1 : last_row]
-        several_rows = len(rows) > 1
-        backslash = any("\\" in row for row in rows)
         comments = self._comments
         spaced = " ".join(line.split()) == line  # no white space in it but single spaces
 
@@ -250,10 +262,12 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
                 run("ambiguous_identifier")
         if self.max_doc_length is not None:
             run("maximum_doc_length")
-        for name, _, _ in self._unknown_logical:
+        for name in self._unknown_logical:
             run(name)
 
         if self._found:
+            if mapping[0][0] < 0:
+                mapping = self.build_tokens_line()
             offsets = [offset for offset, _ in mapping]
             for offset, text, check in self._found:
                 if not isinstance(offset, tuple):
@@ -268,6 +282,31 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self.blank_lines = 0
         self.tokens = []
         return None
+
+    def _one_row_line(self, row: int) -> list[tuple[int, tuple[int, int]]] | None:
+        """Makes the logical line of a statement on one row and without a comment: the row itself, with its strings muted.
+        Returns where its first and last token stand (with the offset -1: the mapping of offsets is made when something
+        was found), None for other statements, which pycodestyle puts together."""
+        tokens = self.tokens
+        if self._comments or self._fancy_string or tokens[-1][3][0] != row:
+            return None
+        first, last = 0, len(tokens) - 1
+        while first <= last and tokens[first][0] in pycodestyle.SKIP_TOKENS:
+            first += 1
+        while last >= first and tokens[last][0] in pycodestyle.SKIP_TOKENS:
+            last -= 1
+        if first > last:
+            return None
+        start, end = tokens[first][2], tokens[last][3]
+        if start[0] != row:
+            return None
+        line = self.lines[row - 1][start[1] : end[1]]
+        for token in self._strings:
+            at, stop = token[2][1] - start[1], token[3][1] - start[1]
+            line = line[:at] + pycodestyle.mute_string(token[1]) + line[stop:]
+        self.logical_line = line
+        self.noqa = False
+        return [(-1, start), (-1, end)]
 
     def check_all(self, expected: Any = None, line_offset: int = 0) -> Any:
         """pycodestyle's loop with its generator of tokens written in place."""
@@ -286,7 +325,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         parens = 0
         prev_physical = ""
         newline, nl, op, name = tokenize.NEWLINE, tokenize.NL, tokenize.OP, tokenize.NAME
-        comment, error = tokenize.COMMENT, tokenize.ERRORTOKEN
+        comment, error, string = tokenize.COMMENT, tokenize.ERRORTOKEN, tokenize.STRING
         try:
             for token in tokenize.generate_tokens(self.readline):
                 token_type, text, start, end, line = token
@@ -314,10 +353,14 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
                 elif token_type == name:
                     if text in _NAMES_THAT_MATTER:
                         self._name(text, start[0], start[1], end[1])
+                elif token_type == string:
+                    self._strings.append(token)
                 elif token_type == comment:
                     self._comments = True
                 elif token_type == error:
                     self._odd_token = True
+                elif token_type in _FANCY_STRINGS:
+                    self._fancy_string = True
         except (SyntaxError, tokenize.TokenError):
             self.report_invalid_syntax()
         if self.tokens:
@@ -346,4 +389,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self._new_logical_line()
 
     def _new_logical_line(self) -> None:
-        self._odd_token = self._comments = self._ambiguous = self._tight_keyword = self._tight_operator = False
+        self._odd_token = self._comments = self._fancy_string = False
+        self._ambiguous = self._tight_keyword = self._tight_operator = False
+        if self._strings:
+            self._strings = []
