@@ -124,3 +124,84 @@ def test_the_quick_demo_from_start_to_page(tmp_path):
     assert [r["objective"] for r in results["runs"]] == ["mle", "filtering", "conditional", "unlikelihood"]
     assert len({r["tokens"] for r in results["runs"]}) == 1
     assert "url" in (tmp_path / "runs" / "demo-quick" / "report.html").read_text()
+
+
+def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path, monkeypatch, capsys):
+    import json
+
+    from conftest import TINY_LLAMA
+    from phf.cli import main
+    from phf.model import FromConfig
+    from phf.objectives import MLE, Unlikelihood
+    from phf.train import TrainConfig, train
+
+    settings = TrainConfig(tokens=200 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
+    for objective in (MLE(), Unlikelihood(0.0, 1.0)):
+        train(tokens_dir, tmp_path / objective.name, FromConfig(TINY_LLAMA), objective, settings)
+    (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n{"text": "cats and dogs"}\n')
+
+    def phf(*args):
+        monkeypatch.setattr(sys, "argv", ["phf", *args])
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    common = ["num_samples=48", "max_tokens=12", "min_tokens=1"]
+    said = phf("eval", "mle", "unlikelihood", *common, f"kl.reference.path={tmp_path}/mle", "kl.num_samples=8", "kl.max_tokens=8",
+               "capabilities=[{name: lambada, path: l.jsonl}]")  # fmt: skip
+    assert "KL, nats a text" in said
+    assert "accuracy" in said
+    assert json.loads((tmp_path / "mle" / "eval.json").read_text())["kl"]["forward"]["nats_per_text"][
+        "mean"
+    ] == pytest.approx(0, abs=1e-3)
+    said = phf("compare", "unlikelihood", "mle")
+    assert "unconditional" in said
+    assert "lower" in said
+    said = phf("eval", "mle/model", "--scorer", "regex", "scorer.pattern=https?://\\S+", "--out", "judged", *common)
+    assert "judged/eval.json" in said
+    assert "not told apart" in phf("compare", "judged", "mle")
+    assert "difference" in phf("compare", "unlikelihood", "judged")
+
+
+def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys):
+    import json
+
+    from conftest import TINY_LLAMA
+    from phf.cli import main
+    from phf.model import FromConfig
+    from phf.objectives import MLE
+    from phf.train import TrainConfig, train
+
+    settings = TrainConfig(tokens=512, context=32, batch_rows=16, precision="fp32")
+    model = FromConfig({**TINY_LLAMA, "max_position_embeddings": 512})
+    train(tokens_dir, tmp_path / "r", model, MLE(), settings)
+    args = ["eval", str(tmp_path / "r"), "--paper", "toxicity", "num_samples=8", "max_tokens=10", "min_tokens=1"]
+    monkeypatch.setattr(sys, "argv", ["phf", *args])
+    main()
+    found = json.loads((tmp_path / "r" / "eval.json").read_text())["scenarios"]
+    assert set(found) == {"unconditional", "challenging_rtp"}
+    assert found["challenging_rtp"]["scenario"]["samples_per_prompt"] == 4
+    assert found["challenging_rtp"]["misalignment"]["n"] == 2  # prompts, not samples
+
+
+def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
+    from phf.cli import main
+    from test_fitted import some_labels
+
+    labels = some_labels(200)
+    rows = [{"text": t + "\n", "toxic": bool(b)} for t, b in zip(labels.texts, labels.bad_N, strict=True)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.chdir(tmp_path)
+
+    def phf(*args):
+        monkeypatch.setattr(sys, "argv", ["phf", *args])
+        main()
+        return capsys.readouterr().out
+
+    assert "held out" in phf("fit-scorer", "l.jsonl", "mine", "--label", "toxic", "--test", "l.jsonl:text:toxic")
+    assert "200 documents" in phf("score", "l.jsonl", "scored", "scorer.path=mine", "--scorer", "fitted")
+    assert "200 documents" in phf("score", "scored", "--add", "zorp", "--scorer", "regex", "scorer.pattern=zorp")
+    said = phf("inspect", "scored", "--label", "toxic")
+    assert "suggested thresholds" in said
+    assert (tmp_path / "scored" / "inspect.html").exists()
+    assert json.loads((tmp_path / "scored" / "inspect.json").read_text())["labelled"]["mean"]["auc"] > 0.9

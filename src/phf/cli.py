@@ -354,7 +354,7 @@ def evaluate(
     from phf.config import ConfigError, merge, parse_override, validate
     from phf.evaluate import evaluate_model, evaluate_run
     from phf.reference import KL
-    from phf.report import number
+    from phf.report import headline, number
     from phf.sample import Scenario, paper_scenarios
     from phf.scorers import AnyScorer, Scorer
     from phf.segment import AnySegmenter, Segmenter
@@ -402,11 +402,41 @@ def evaluate(
             found = result["kl"]["forward"]["nats_per_text"]
             row.append(f"{number(found['mean'], 2)} ± {number(found['stderr'], 2)}")
         for capability in result["capabilities"]:
-            row.append(_headline(capability))
+            row.append(headline(capability))
         rows.append(row)
     head = ["model", "misalignment (95% interval)", "worst of 25", "nats/byte good", "nats/byte bad", "distinct-2", "Self-BLEU-5", "not judged"]  # fmt: skip
     head += ["KL, nats a text"] * (kl is not None) + [type(c).__name__ for c in measured]
     _table(head, rows)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A judged run, or a folder that `phf eval --out` wrote.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+) -> None:
+    """Difference in misalignment between two judged models, with its interval: paired where they had the same prompts."""
+    from pathlib import Path
+
+    from phf.config import ConfigError
+    from phf.evaluate import compare as difference
+    from phf.report import number
+    from phf.sample import read_samples
+    from phf.store import canonical, read_json
+
+    one, two = read_json(Path(first) / "eval.json"), read_json(Path(second) / "eval.json")
+    if canonical(one["identity"]) != canonical(two["identity"]):
+        raise ConfigError(f"{first} and {second} were judged by different scorers, so their numbers do not compare")
+    rows = []
+    for name in one["scenarios"]:
+        if name in two["scenarios"]:
+            a, b = (read_samples(Path(f) / "samples" / f"{name}.jsonl") for f in (first, second))
+            d = difference(a, b)
+            sure = d["ci95"][0] is not None and (d["ci95"][1] < 0 or d["ci95"][0] > 0)
+            verdict = ("lower" if d["mean"] < 0 else "higher") if sure else "not told apart"
+            rows.append([name, number(d["mean"], 5), f"{number(d['ci95'][0], 5)} to {number(d['ci95'][1], 5)}", "prompts" if d["paired"] else "samples", verdict])  # fmt: skip
+    if not rows:
+        raise ConfigError(f"{first} and {second} have no scenario in common")
+    _table(["scenario", "difference", "95% interval", "over", f"{Path(first).name} is"], rows)
 
 
 def _is_run(path: str) -> bool:
@@ -418,16 +448,6 @@ def _is_run(path: str) -> bool:
         return manifest.exists() and json.loads(manifest.read_text()).get("stage") == "train"
     except ValueError:
         return False
-
-
-def _headline(capability: dict[str, Any]) -> str:
-    """A capability's main number with its interval."""
-    from phf.report import number
-
-    for name, value in capability.items():
-        if isinstance(value, dict) and "ci95" in value:
-            return f"{number(value['mean'], 3)} ({number(value['ci95'][0], 3)} to {number(value['ci95'][1], 3)}) {name}"
-    return "–"
 
 
 @app.command()

@@ -28,6 +28,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor
+from transformers.cache_utils import DynamicLayer
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
@@ -37,6 +38,8 @@ from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
 from phf.types import Sample
 
+COMPACT_BELOW = 0.75
+"""Share of a batch that must be left to write for the batch to stay as it is."""
 REJECTIONS = 24
 """Draws before the exact sort takes over; with top_p 0.9 a word is refused at most one time in ten."""
 
@@ -358,12 +361,14 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
     key = key64(scenario.seed, "sample")
     sample_id_N = np.arange(first_id, first_id + count)
 
-    written: list[list[int]] = [[] for _ in range(count)]
+    written: list[tuple[np.ndarray, np.ndarray]] = []  # at each step the samples that got a word, and the words
     logp = np.zeros(count)
     finished = np.zeros(count, bool)
     num_text = np.zeros(count, int)
-    alive = np.arange(count)
+    alive = np.arange(count)  # the samples in the batch; those that are done leave it together, for that copies it all
+    done = np.zeros(count, bool)
     cache = DynamicCache(config=lm.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = 0
     padded = bool((attend_NT == 0).any())
     while len(alive) and longest + step <= limit:
@@ -394,34 +399,72 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
         is_silent_N = torch.isin(word_N, silent_T).cpu().numpy()
         gained_N = (plain_NV.gather(1, word_N.unsqueeze(1)).squeeze(1) - lse_N).double().cpu().numpy()
         words = word_N.cpu().numpy()
-        text_N = ~is_silent_N
+        live_N = ~done[alive]
+        text_N = live_N & ~is_silent_N
         logp[alive] += np.where(text_N, gained_N, 0.0)
         ended_N = words == eos
-        num_text[alive] += text_N & ~ended_N
-        for row, word, keep in zip(alive, words, text_N & ~ended_N, strict=True):
-            if keep:
-                written[row].append(int(word))
-        finished[alive] |= ended_N
-        go_on_N = ~ended_N & (num_text[alive] < scenario.max_tokens)
-        if not go_on_N.all():
-            keep_N = torch.from_numpy(np.flatnonzero(go_on_N)).to(device)
-            if len(keep_N) == 0:
-                break
+        kept_N = text_N & ~ended_N
+        num_text[alive] += kept_N
+        written.append((alive[kept_N], words[kept_N]))
+        finished[alive] |= ended_N & live_N
+        done[alive] |= ended_N | (num_text[alive] >= scenario.max_tokens)
+        if done[alive].all():
+            break
+        if (~done[alive]).mean() <= COMPACT_BELOW:
+            keep_N = torch.from_numpy(np.flatnonzero(~done[alive])).to(device)
             rows_N = torch.cat([keep_N, keep_N + len(alive)]) if guided else keep_N
             cache.batch_select_indices(rows_N)
             word_N, attend_NT, position_NT = word_N[keep_N], attend_NT[rows_N], position_NT[rows_N]
-            alive = alive[go_on_N]
+            alive = alive[~done[alive]]
         if guided:  # where the text goes on under the good token, its twin goes on under the bad one
             word_N = torch.cat([word_N, torch.where(word_N == good_id, bad_id, word_N)])
         ids_NT = word_N.unsqueeze(1)
         attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(attend_NT), 1)], 1)
         position_NT = position_NT[:, -1:] + 1
         step += 1
-    texts = model.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = model.tokenizer.batch_decode(
+        _by_sample(written, count), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     return [
         Sample(first_id + n, prompts[n], texts[n], int(num_text[n]), float(logp[n]), bool(finished[n]), scenario.seed)
         for n in range(count)
     ]
+
+
+def _by_sample(written: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> list[list[int]]:
+    """The words of each sample, in order."""
+    owner = np.concatenate([rows for rows, _ in written]) if written else np.zeros(0, np.int64)
+    words = np.concatenate([words for _, words in written]) if written else np.zeros(0, np.int64)
+    order = np.argsort(owner, kind="stable")
+    return [part.tolist() for part in np.split(words[order], np.bincount(owner, minlength=count).cumsum()[:-1])]
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of the key-value cache with room to grow: a step writes its own keys and values, and does not copy all those
+    before, which for small models is most of the time of a step."""
+
+    length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [torch.empty(0)] * 2
+        end = self.length + key_states.shape[-2]
+        for n, states in enumerate((key_states, value_states)):
+            if self.room[n].dim() != 4 or self.room[n].shape[-2] < end:
+                size = max(64, 2 * end)
+                grown = states.new_empty(*states.shape[:2], size, states.shape[-1])
+                if self.length:
+                    grown[:, :, : self.length] = self.room[n][:, :, : self.length]
+                self.room[n] = grown
+            self.room[n][:, :, self.length : end] = states
+        self.length = end
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:

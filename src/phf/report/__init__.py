@@ -105,6 +105,7 @@ def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "objectives": by_objective,
         "seeds": sorted({r["seed"] for r in rows}),
         "others": _other_scenarios(runs, scenarios[1:]),
+        "further": _further(runs, main),
         "misalignment_plot": Markup(plots.intervals(by_objective, runs[0]["eval"]["identity"].get("unit", "score"))),
         "tradeoff_plot": Markup(plots.tradeoff(by_objective)),
         "loss_plot": Markup(plots.curves([(r["name"], r["curve"]) for r in shown])),
@@ -195,6 +196,44 @@ def _objective_row(
 def _average(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+def _further(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
+    """The measures beyond the first table, for each run."""
+    names = list(dict.fromkeys(c["name"] for run in runs for c in run["eval"].get("capabilities", [])))
+    rows = []
+    for run in runs:
+        judged, found = run["eval"]["scenarios"][main], run["eval"]
+        capabilities = {c["name"]: c for c in found.get("capabilities", [])}
+        knows = (found.get("understanding") or {}).get("likelihood_ratio")
+        rows.append(
+            {
+                "name": run["name"],
+                "seed": run["manifest"]["seed"],
+                "hit": judged["hit_rate"],
+                "worst": judged["expected_max"]["25"]["mean"],
+                "tail": judged["quantiles"].get("0.99"),
+                "self_bleu": judged["self_bleu_5"],
+                "repetition": judged["repetition_4"]["mean"],
+                "kl": found["kl"]["forward"]["nats_per_text"] if found.get("kl") else None,
+                "understanding": knows if knows and knows["auc"] is not None else None,
+                "capabilities": [headline(capabilities[n]) if n in capabilities else "–" for n in names],
+            }
+        )
+    return {
+        "rows": rows,
+        "kl": any(r["kl"] for r in rows),
+        "understanding": any(r["understanding"] for r in rows),
+        "capabilities": names,
+    }
+
+
+def headline(capability: Mapping[str, Any]) -> str:
+    """A capability's main number with its interval."""
+    for name, value in capability.items():
+        if isinstance(value, Mapping) and "ci95" in value:
+            return f"{number(value['mean'], 3)} ({number(value['ci95'][0], 3)} to {number(value['ci95'][1], 3)}) {name}"
+    return "–"
 
 
 def _other_scenarios(runs: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> list[dict[str, Any]]:
