@@ -81,12 +81,12 @@ def main() -> None:
     )
     more = {"files": len(texts), "chars": chars, "compared": compared, "differing": differing}
     cases = [case("standard library, 1 process", times["ours"], times["reference"], **more)]
-    halves = [texts[::2], texts[1::2]]
+    parts = [texts[n::16] for n in range(16)]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(all_of, ours), [t[:2] for t in halves]))  # both workers are up
+        list(pool.map(partial(all_of, ours), [t[:2] for t in parts]))  # both workers are up
         both = interleaved(
             {
-                "ours": lambda: list(pool.map(partial(all_of, ours), halves)),
+                "ours": lambda: list(pool.map(partial(all_of, ours), parts)),
                 "reference": partial(all_of, reference, texts),
             },
             args.repeats,

@@ -129,7 +129,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self._logical, self._unknown_logical, self._guarded_physical = _tables(options)
         self.tokens: list[Any] = []
         self.blank_lines = self.blank_before = self.previous_indent_level = 0
-        self.previous_logical = ""
+        self.previous_logical = self.previous_unindented_logical_line = ""
         self._odd_token = self._comments = self._fancy_string = False
         self._strings: list[Any] = []
         self._ambiguous = self._tight_keyword = self._tight_operator = False
@@ -189,14 +189,28 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         comments = self._comments
         spaced = " ".join(line.split()) == line  # no white space in it but single spaces
 
-        # E301 to E306: blank lines before it, a decorator before it, a definition, or a statement at the top level
-        if self.blank_lines or not self.indent_level or self.previous_logical[:1] == "@" or line[:1] in "adc@":
+        # E301 to E306: blank lines before it, a decorator before it, a definition, or, less than two blank lines after a
+        # definition, a statement at the top level
+        if (
+            self.blank_lines
+            or self.previous_logical[:1] == "@"
+            or line.startswith(("def", "class", "async", "@"))
+            or (
+                not self.indent_level
+                and self.blank_before != 2
+                and self.previous_unindented_logical_line.startswith(("def ", "class "))
+            )
+        ):
             run("blank_lines")
         # E111 to E117
-        if self.indent_level % 4 or self.indent_level > self.previous_indent_level or self.previous_logical[-1:] == ":":
+        deeper = self.indent_level - self.previous_indent_level
+        if self.indent_level % 4 or (not 0 < deeper <= 4 if self.previous_logical[-1:] == ":" else deeper > 0):
             run("indentation")
-        if not self.indent_level and line:  # E402
-            run("module_imports_on_top_of_file")
+        # E402: an import, or a statement before the first that makes later imports wrong
+        if not self.indent_level and line:
+            state = self._checker_states.get("module_imports_on_top_of_file", {})
+            if line.startswith(("import ", "from ", "lazy ")) or not state.get("seen_non_imports", False):
+                run("module_imports_on_top_of_file")
         if comments:  # E26x
             run("whitespace_before_comment")
         if several_rows:
@@ -209,10 +223,9 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
             if not spaced:  # E22x, E27x: two white spaces or a tab
                 run("whitespace_around_keywords")
                 run("whitespace_around_operator")
-            if not spaced or " " in line or line[0] == "@":  # E20x: white space beside a bracket or before , ; :
-                run_it = pycodestyle.EXTRANEOUS_WHITESPACE_REGEX.search(line) or line[0] == "@"
-                if run_it:
-                    run("extraneous_whitespace")
+            # E20x: white space beside a bracket or before , ; :
+            if line[0] == "@" or (" " in line and pycodestyle.EXTRANEOUS_WHITESPACE_REGEX.search(line)) or not spaced:
+                run("extraneous_whitespace")
             if self._tight_keyword:  # E275: a keyword and the next token with nothing between
                 run("missing_whitespace_after_keyword")
             # E211: a space before a bracket that follows a name or a closing bracket
@@ -317,7 +330,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self.line_number = 0
         self.indent_char = None
         self.indent_level = self.previous_indent_level = 0
-        self.previous_logical = ""
+        self.previous_logical = self.previous_unindented_logical_line = ""
         self.previous_unindented_logical_line = ""
         self.tokens = []
         self.blank_lines = self.blank_before = 0
