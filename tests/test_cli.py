@@ -126,11 +126,21 @@ def test_the_quick_demo_from_start_to_page(tmp_path):
     assert "url" in (tmp_path / "runs" / "demo-quick" / "report.html").read_text()
 
 
+def said_by(args, monkeypatch, capsys) -> str:
+    """What a command that succeeds prints."""
+    from phf.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["phf", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path, monkeypatch, capsys):
     import json
 
     from conftest import TINY_LLAMA
-    from phf.cli import main
     from phf.model import FromConfig
     from phf.objectives import MLE, Unlikelihood
     from phf.train import TrainConfig, train
@@ -141,9 +151,7 @@ def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path,
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n{"text": "cats and dogs"}\n')
 
     def phf(*args):
-        monkeypatch.setattr(sys, "argv", ["phf", *args])
-        main()
-        return capsys.readouterr().out
+        return said_by(args, monkeypatch, capsys)
 
     monkeypatch.chdir(tmp_path)
     common = ["num_samples=48", "max_tokens=12", "min_tokens=1"]
@@ -167,7 +175,6 @@ def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys)
     import json
 
     from conftest import TINY_LLAMA
-    from phf.cli import main
     from phf.model import FromConfig
     from phf.objectives import MLE
     from phf.train import TrainConfig, train
@@ -176,8 +183,7 @@ def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys)
     model = FromConfig({**TINY_LLAMA, "max_position_embeddings": 512})
     train(tokens_dir, tmp_path / "r", model, MLE(), settings)
     args = ["eval", str(tmp_path / "r"), "--paper", "toxicity", "num_samples=8", "max_tokens=10", "min_tokens=1"]
-    monkeypatch.setattr(sys, "argv", ["phf", *args])
-    main()
+    said_by(args, monkeypatch, capsys)
     found = json.loads((tmp_path / "r" / "eval.json").read_text())["scenarios"]
     assert set(found) == {"unconditional", "challenging_rtp"}
     assert found["challenging_rtp"]["scenario"]["samples_per_prompt"] == 4
@@ -185,7 +191,6 @@ def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys)
 
 
 def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
-    from phf.cli import main
     from test_fitted import some_labels
 
     labels = some_labels(200)
@@ -194,9 +199,7 @@ def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def phf(*args):
-        monkeypatch.setattr(sys, "argv", ["phf", *args])
-        main()
-        return capsys.readouterr().out
+        return said_by(args, monkeypatch, capsys)
 
     assert "held out" in phf("fit-scorer", "l.jsonl", "mine", "--label", "toxic", "--test", "l.jsonl:text:toxic")
     assert "200 documents" in phf("score", "l.jsonl", "scored", "scorer.path=mine", "--scorer", "fitted")
