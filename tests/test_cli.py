@@ -145,7 +145,7 @@ def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path,
     from phf.objectives import MLE, Unlikelihood
     from phf.train import TrainConfig, train
 
-    settings = TrainConfig(tokens=200 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
+    settings = TrainConfig(tokens=400 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for objective in (MLE(), Unlikelihood(0.0, 1.0)):
         train(tokens_dir, tmp_path / objective.name, FromConfig(TINY_LLAMA), objective, settings)
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n{"text": "cats and dogs"}\n')
@@ -154,7 +154,7 @@ def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path,
         return said_by(args, monkeypatch, capsys)
 
     monkeypatch.chdir(tmp_path)
-    common = ["num_samples=48", "max_tokens=12", "min_tokens=1"]
+    common = ["num_samples=160", "max_tokens=40", "min_tokens=1"]
     said = phf("eval", "mle", "unlikelihood", *common, f"kl.reference.path={tmp_path}/mle", "kl.num_samples=8", "kl.max_tokens=8",
                "capabilities=[{name: lambada, path: l.jsonl}]")  # fmt: skip
     assert "KL, nats a text" in said
