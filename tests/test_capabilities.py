@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -136,3 +137,72 @@ def test_glue_finetunes_a_copy_and_stops_early(runs, tmp_path):  # noqa: F811
     assert -1 <= matthews.measure(model)["matthews"] <= 1
     with pytest.raises(ConfigError, match="no column 'sentence', only text, label"):
         Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), text="sentence").measure(model)
+
+
+TASKS = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["cats", "stones and rivers"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+---
+task: tiny_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
+---
+task: tiny_writing
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.parametrize("name", ["a", "conditional"])
+def test_lm_eval_tasks_with_the_control_prefix(runs, name, tmp_path, monkeypatch):  # noqa: F811
+    """Real tasks of the real harness, on a file; its numbers against those of a plain loop."""
+    pytest.importorskip("lm_eval", reason="extra 'eval' is not installed")
+    from phf.capabilities import LmEval, continuations, prefix_ids
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    rows = [
+        {"text": "the model reads a line of ", "answer": 0},
+        {"text": "what it knows about", "answer": 1},
+        {"text": "cats and", "answer": 0},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "tasks").mkdir()
+    for n, task in enumerate(TASKS.replace("DATA", str(tmp_path / "d.jsonl")).split("---")):
+        (tmp_path / "tasks" / f"{n}.yaml").write_text(task)
+    model = load_model(runs / name)
+    found = LmEval(("tiny_choice", "tiny_words", "tiny_writing"), folder=str(tmp_path / "tasks")).measure(model)
+    encode = lambda t: model.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
+    right = []
+    for row in rows:
+        pairs = []
+        for choice in ("cats", "stones and rivers"):
+            text = row["text"].rstrip()
+            whole = encode(text + " " + choice)
+            pairs.append((prefix_ids(model) + whole[: len(encode(text))], whole[len(encode(text)) :]))
+        right.append(int(np.argmax(continuations(model, pairs)[0])) == row["answer"])
+    assert found["tiny_choice acc"]["mean"] == pytest.approx(np.mean(right))
+    assert found["tiny_choice acc"]["n"] == 3
+    logp = continuations(model, [(prefix_ids(model), encode(r["text"])) for r in rows])[0]
+    words = sum(len(re.split(r"\s+", r["text"])) for r in rows)  # as the harness counts them
+    assert found["tiny_words word_perplexity"]["mean"] == pytest.approx(math.exp(-logp.sum() / words), rel=1e-4)
+    assert 0 <= found["tiny_writing exact_match"]["mean"] <= 1
+    with pytest.raises(ConfigError, match=r"no task 'tiny_word' \(did you mean 'tiny_words'\?\)"):
+        LmEval(("tiny_word",), folder=str(tmp_path / "tasks")).measure(model)

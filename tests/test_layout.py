@@ -16,7 +16,7 @@ FLOORS = [
     {"scorers", "annotate", "cluster", "fitting", "survey", "hub"},
     {"tokens", "packing"},
     {"objectives", "fused", "model", "trainer", "train"},
-    {"served", "sample", "reference", "capabilities", "evaluate", "during"},
+    {"served", "sample", "reference", "capabilities", "harness", "evaluate", "during"},
     {"report", "recipe", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

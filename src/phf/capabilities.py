@@ -25,8 +25,8 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT, ConfigError
-from phf.metrics import mean_estimate, share_estimate
+from phf.config import STRICT, ConfigError, did_you_mean
+from phf.metrics import Z95, mean_estimate, share_estimate
 from phf.sample import LoadedModel, Scenario, sample_prompts
 from phf.tokens import encode_segments
 
@@ -55,6 +55,40 @@ def _jsonl(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def prefix_ids(model: LoadedModel) -> list[int]:
+    """What a text begins with: the end-of-text token and, for models that know it, the good one."""
+    return [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+
+
+@torch.inference_mode()
+def continuations(
+    model: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]], batch: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each (context, continuation) in token ids: log-probability of the continuation (nats, float64), and whether
+    every token of it is the likeliest. Contexts too long for the model lose their beginning. Control tokens have no share."""
+    lm, silent = model.lm, sorted(model.control_ids.values())
+    limit = getattr(lm.config, "max_position_embeddings", None) or 10**9
+    rows = [(context[max(0, len(context) + len(target) - 1 - limit) :], target) for context, target in pairs]
+    logp, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for begin in range(0, len(order), batch):
+        part = order[begin : begin + batch]
+        inputs = [(rows[i][0] + rows[i][1])[:-1] for i in part]
+        width = max(map(len, inputs))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=lm.device)
+        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        for b, i in enumerate(part):
+            context, target = rows[i]
+            if not target:
+                continue
+            logits = lm.get_output_embeddings()(hidden[b, len(context) - 1 : len(context) - 1 + len(target)]).float()
+            logits[:, silent] = float("-inf")
+            wanted = torch.tensor(target, device=lm.device)
+            greedy[i] = bool((logits.argmax(-1) == wanted).all())
+            logp[i] = float(torch.log_softmax(logits, -1).gather(1, wanted.unsqueeze(1)).double().sum())
+    return logp, greedy
+
+
 @dataclass(frozen=True, config=STRICT)
 class Lambada(Capability):
     """Predicting the last word of a passage (Paperno et al. 2016): accuracy (every token of the word is the likeliest)
@@ -65,41 +99,19 @@ class Lambada(Capability):
     max_passages: Annotated[int, Field(gt=0)] | None = None
     batch: Annotated[int, Field(gt=0)] = 32
 
-    @torch.inference_mode()
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         texts = [row["text"].rstrip() for row in _jsonl(self.path, ["text"])][: self.max_passages]
-        start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
-        limit = getattr(model.lm.config, "max_position_embeddings", None) or 10**9
         split = [text.rpartition(" ") for text in texts]
         contexts = encode_segments(model.tokenizer, [c for c, _, _ in split])
         words = encode_segments(model.tokenizer, [" " + w for _, _, w in split])
-        rows = [
-            (start + c[max(0, len(c) + len(w) + len(start) - 1 - limit) :], w)
-            for c, w in zip(contexts, words, strict=True)
-        ]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-        right, nats = np.zeros(len(rows), bool), np.zeros(len(rows))
-        silent = sorted(model.control_ids.values())
-        for begin in range(0, len(order), self.batch):
-            part = order[begin : begin + self.batch]
-            width = max(len(rows[i][0]) + len(rows[i][1]) for i in part) - 1
-            ids = torch.tensor([[*(rows[i][0] + rows[i][1])[:-1], *[start[0]] * (width + 1 - len(rows[i][0]) - len(rows[i][1]))] for i in part], device=model.lm.device)  # fmt: skip
-            hidden = model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            for b, i in enumerate(part):
-                context, word = rows[i]
-                logits = model.lm.get_output_embeddings()(
-                    hidden[b, len(context) - 1 : len(context) - 1 + len(word)]
-                ).float()
-                logits[:, silent] = float("-inf")
-                target = torch.tensor(word, device=model.lm.device)
-                right[i] = bool((logits.argmax(-1) == target).all())
-                nats[i] = -float(torch.log_softmax(logits, -1).gather(1, target.unsqueeze(1)).double().sum())
-        loss = mean_estimate(nats)
+        start = prefix_ids(model)
+        logp, right = continuations(model, [(start + c, w) for c, w in zip(contexts, words, strict=True)], self.batch)
+        loss = mean_estimate(-logp)
         return {
             "accuracy": share_estimate(right).to_json(),
             "perplexity": math.exp(min(loss.mean, 700)),
             "perplexity_ci95": [math.exp(min(x, 700)) for x in loss.ci95],
-            "passages": len(rows),
+            "passages": len(texts),
         }
 
 
@@ -319,7 +331,7 @@ class _Head(torch.nn.Module):
         super().__init__()
         self.tokenizer = model.tokenizer
         self.body = copy.deepcopy(model.lm.base_model)
-        self.start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+        self.start = prefix_ids(model)
         self.limit = getattr(model.lm.config, "max_position_embeddings", None) or 512
         width = model.lm.get_output_embeddings().weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
@@ -340,4 +352,55 @@ class _Head(torch.nn.Module):
         return self.head(hidden[torch.arange(len(rows), device=device), last])  # type: ignore[no-any-return]
 
 
-AnyCapability = Annotated[Lambada | HumanEval | Glue, Field(discriminator="name")]
+@dataclass(frozen=True, config=STRICT)
+class LmEval(Capability):
+    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`), the good token before each text where the model has one.
+
+    `tasks`: names. `folder`: task files of yours; then the harness's own are not read, which takes seconds.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    name: Literal["lm-eval"] = "lm-eval"
+    folder: str | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    batch: Annotated[int, Field(gt=0)] = 32
+    seed: int = 0
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        try:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise ConfigError(f"lm-eval tasks need {error.name}: pip install 'phf[eval]'") from None
+        from phf.harness import HarnessModel
+
+        manager = TaskManager(include_path=self.folder, include_defaults=self.folder is None)
+        unknown = [t for t in self.tasks if t not in manager.all_tasks]
+        if unknown:
+            raise ConfigError(f"lm-eval: no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}")
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel(model, self.batch), tasks=list(self.tasks), task_manager=manager, limit=self.limit,
+            num_fewshot=self.num_fewshot, random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,
+            fewshot_random_seed=self.seed, log_samples=False, bootstrap_iters=1000,
+        )  # fmt: skip
+        result: dict[str, Any] = {}
+        for task, values in found["results"].items():
+            for key, value in values.items():
+                metric, _, filter_name = key.partition(",")
+                if metric == "alias" or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                stderr = values.get(f"{metric}_stderr,{filter_name}")
+                known = isinstance(stderr, int | float)
+                ci = [value - Z95 * stderr, value + Z95 * stderr] if known else [None, None]
+                n = found["n-samples"][task]["effective"]
+                result[f"{task} {metric}"] = {
+                    "mean": float(value),
+                    "stderr": stderr if known else None,
+                    "n": n,
+                    "ci95": ci,
+                }
+        return result
+
+
+AnyCapability = Annotated[Lambada | HumanEval | Glue | LmEval, Field(discriminator="name")]
