@@ -127,14 +127,15 @@ def test_glue_finetunes_a_copy_and_stops_early(runs, tmp_path):  # noqa: F811
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in part))
     task = Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), lr=3e-3, epochs=6)
     found = task.measure(model)
-    assert found["accuracy"] > 0.9
+    assert found["accuracy"]["mean"] > 0.9
     assert len(found["history"]) < 6 or found["history"][-1] > found["history"][0]
-    assert found["history"][found["epoch"] - 1] == max(found["history"]) == found["accuracy"]
+    assert found["history"][found["epoch"] - 1] == max(found["history"]) == found["accuracy"]["mean"]
     for name, value in model.lm.state_dict().items():
         assert torch.equal(value, before[name])
     assert task.measure(model) == found
     matthews = Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), lr=3e-3, epochs=2, metric="matthews")
-    assert -1 <= matthews.measure(model)["matthews"] <= 1
+    estimate = matthews.measure(model)["matthews"]
+    assert -1 <= estimate["ci95"][0] <= estimate["mean"] <= estimate["ci95"][1] <= 1
     with pytest.raises(ConfigError, match="no column 'sentence', only text, label"):
         Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), text="sentence").measure(model)
 

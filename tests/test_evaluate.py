@@ -320,3 +320,42 @@ def test_any_model_can_be_judged(runs, tmp_path, tokens):
     assert result["capabilities"][0]["passages"] == 1
     assert (tmp_path / "out" / "samples" / "u.jsonl").exists()
     assert evaluate_model(str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario})["kl"] is None
+
+
+def test_a_first_document_longer_than_the_budget_is_read_all_the_same(runs, tokens):
+    assert heldout_loss(load_model(runs / "mle"), tokens, 32, 0.0, "none", max_tokens=1)["all"]["documents"] == 1
+
+
+def test_a_prompt_alone_is_not_judged():
+    scenario = Scenario(score_prompt=True, complete_lines=True)
+    prompted = Sample(0, "def f(self,x):", "    return", 3, 0.0, False, 0)
+    assert scored_text(prompted, scenario, LINK) == ""
+
+
+def test_an_evaluation_is_done_again_when_what_it_reads_has_changed(runs, tmp_path):
+    import shutil
+
+    from phf.capabilities import Lambada
+    from phf.reference import KL, LocalModel
+    from phf.segment import Sentences
+
+    shutil.copytree(runs / "mle" / "model", tmp_path / "ref")
+    (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')
+    scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
+
+    def judged(segmenter=None):
+        return evaluate_model(
+            str(runs / "mle" / "model"), tmp_path / "out", LINK, scenario, segmenter=segmenter,
+            kl_from=KL(LocalModel(str(tmp_path / "ref")), num_samples=8, max_tokens=8), capabilities=[Lambada(str(tmp_path / "l.jsonl"))],
+        )  # fmt: skip
+
+    first = judged()
+    assert judged() == first
+    assert judged(Sentences())["key"] != first["key"]
+    (tmp_path / "l.jsonl").write_text('{"text": "cats and dogs"}\n{"text": "rivers and stones"}\n')
+    assert judged()["capabilities"][0]["passages"] == 2
+    lm = load_model(runs / "mle").lm
+    with torch.no_grad():
+        lm.get_input_embeddings().weight.mul_(1.5)
+    lm.save_pretrained(tmp_path / "ref")
+    assert judged()["kl"]["forward"]["nats_per_text"]["mean"] > 0.01 > first["kl"]["forward"]["nats_per_text"]["mean"]

@@ -114,7 +114,6 @@ def test_other_weights_than_the_cards_are_refused(tmp_path):
     fit_scorer(some_labels(), tmp_path / "a")
     fit_scorer(some_labels(seed=3), tmp_path / "b")
     (tmp_path / "b" / "weights.safetensors").replace(tmp_path / "a" / "weights.safetensors")
-    load_fitted.cache_clear()
     with pytest.raises(ConfigError, match="is not the one that its scorer.json describes"):
         load_fitted(str(tmp_path / "a"))
 
@@ -155,8 +154,12 @@ def test_labels_are_read_and_odd_rows_are_counted(tmp_path):
         read_labels(tmp_path / "a.csv", label="class")
     with pytest.raises(ConfigError, match=r"no column 'klass' \(did you mean 'class'\?\)"):
         read_labels(tmp_path / "a.csv", label="klass")
+    with pytest.raises(ConfigError, match="no label is '9'"):
+        read_labels(tmp_path / "a.csv", label="class", bad=["0", "9"])
     with pytest.raises(ConfigError, match="both are needed"):
-        read_labels(tmp_path / "a.csv", label="class", bad=["9"])
+        read_labels(tmp_path / "a.csv", label="class", bad=["0", "2"])
+    (tmp_path / "q.tsv").write_text('text\tlabel\n"quoted\t1\nplain\t0\n')  # GLUE's files know no quoting
+    assert read_labels(tmp_path / "q.tsv").texts == ('"quoted', "plain")
     (tmp_path / "b.jsonl").write_text('{"text": 1\n')
     with pytest.raises(ConfigError, match="line 1: malformed JSON"):
         read_labels(tmp_path / "b.jsonl")

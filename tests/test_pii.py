@@ -158,6 +158,7 @@ def test_presidio_finds_entities_and_merges_overlaps(monkeypatch):
     spans = Presidio().spans(text)
     assert [text[s.start : s.end] for s in spans] == ["joe@example.org", "4111111111111111", "192.168.1.1"]
     assert Presidio().score_text(text) == 3 / len(text)
+    assert "email_address" in spans[0].label.split("+")
     assert [s.label for s in Presidio(entities=("EMAIL_ADDRESS",)).spans(text)] == ["email_address"]
     assert "US_DRIVER_LICENSE" not in Presidio().identity()["entities"]
     with pytest.raises(ConfigError, match="does not know EMAIL"):
@@ -170,9 +171,9 @@ def test_presidio_with_a_spacy_model(spacy_model):
     assert [s.label for s in spans] == ["person"]
 
 
-def test_overlapping_spans_become_one_labelled_by_the_longest():
+def test_overlapping_spans_become_one_labelled_by_all_kinds():
     spans = [Span(0, 5, "url"), Span(3, 12, "email"), Span(12, 14, "a"), Span(20, 22, "b"), Span(20, 22, "a")]
-    assert merge_spans(spans) == [Span(0, 12, "email"), Span(12, 14, "a"), Span(20, 22, "a")]
+    assert merge_spans(spans) == [Span(0, 12, "email+url"), Span(12, 14, "a"), Span(20, 22, "a+b")]
 
 
 def test_recall_by_kind_by_hand():

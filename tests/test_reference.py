@@ -166,7 +166,7 @@ class Completions(ThreadingHTTPServer):
 
     def answer(self, index: int, prompt: str, body: dict) -> dict:
         ids = self.ids(prompt)
-        generator = torch.Generator().manual_seed(body.get("seed", 0) * 1000 + index)
+        generator = torch.Generator().manual_seed(body.get("seed", 0))  # for every prompt alike, as vLLM does
         written: list[int] = []
         finished = False
         while len(written) < body["max_tokens"] and not finished:
@@ -185,7 +185,8 @@ class Completions(ThreadingHTTPServer):
             values = [None, *self.logp(ids + written)][-len(shown) :]
             if self.fault == "off by one" and body.get("echo"):
                 values = [None, *values[:-1]][: len(values)] if len(values) > 1 else values
-                values[1] = values[2] if len(values) > 2 else 0.0
+                if len(values) > 2:
+                    values[1] = values[2]
             if self.fault == "leaves out" and body.get("echo"):
                 values = [None if n < len(values) - 1 else v for n, v in enumerate(values)]
             if self.fault == "none":
@@ -265,3 +266,15 @@ def test_sampling_from_a_server(served, tmp_path):
     samples = sample_served(Server(served().url, "tiny"), scenario)
     assert [s.prompt for s in samples] == ["the model"] * 2 + ["cats"] * 2
     assert len({s.text for s in samples}) > 1
+
+
+def test_samples_of_a_server_are_drawn_apart_though_it_draws_alike_prompts_alike(served):
+    """vLLM gives every prompt of a request the request's seed: equal prompts would be equal texts."""
+    texts = [t for t, _ in Server(served().url, "tiny").complete([""] * 12, 8)]
+    assert len(set(texts)) > 4
+
+
+def test_reverse_kl_of_a_model_with_control_tokens_is_refused(runs, tmp_path):
+    config = KL(LocalModel(str(runs / "a")), num_samples=4, max_tokens=4, reverse=True)
+    with pytest.raises(ConfigError, match="only KL from the reference is defined"):
+        kl(load_model(runs / "conditional"), config, Lines(), tmp_path)

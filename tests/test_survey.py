@@ -151,3 +151,29 @@ def test_personal_data_is_masked_on_the_page(tmp_path):
     page, _ = write_inspection(tmp_path / "s")
     assert "joe.miller" not in page.read_text()
     assert "write to •••" in page.read_text()
+
+
+def test_personal_data_is_masked_whichever_scores_are_shown(tmp_path, monkeypatch):
+    pytest.importorskip("scrubadub", reason="extra 'pii' is not installed")
+    path = write_jsonl(tmp_path / "t.jsonl", ["write to joe.miller@example.org today\nfine\n", "nothing\n"] * 3)
+    score_corpus(Jsonl(str(path)), Lines(), Regex("fine"), tmp_path / "s")
+    add_scores(tmp_path / "s", PII(), "pii")
+    for scores in (None, "pii"):
+        page, _ = write_inspection(tmp_path / "s", preference=scores)
+        for file in (page, page.with_suffix(".json")):
+            assert "joe.miller" not in file.read_text()
+    monkeypatch.setattr(PII, "identity", lambda self: (_ for _ in ()).throw(ConfigError("needs scrubadub")))
+    with pytest.raises(ConfigError, match="needs scrubadub"):  # rather than a page that shows everything
+        write_inspection(tmp_path / "s")
+
+
+def test_rows_of_empty_segments_are_no_documents(tmp_path):
+    folder = scored(
+        tmp_path / "s", [(["a", "", "b1"], [0.5, 0.9, 0.1]), (["", ""], [1.0, 1.0]), (["", "c"], [0.7, None])]
+    )
+    add_scores(folder, Regex(r"\d"), "digits", max_unjudged=1)
+    found = survey(folder)
+    assert found["counts"]["documents"] == 2
+    (other,) = found["agreement"]
+    assert {row["text"] for row in other["this_worse"]} <= {"a", "b1", "c", ""}
+    assert other["other_worse"][0]["text"] == "b1"

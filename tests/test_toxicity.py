@@ -222,3 +222,26 @@ def test_a_checkpoint_that_is_none_or_holds_code_is_refused(tmp_path):
     torch.save({"config": Path, "state_dict": {}}, tmp_path / "b.ckpt")
     with pytest.raises(Exception, match="[Ww]eights.only"):
         Toxicity(checkpoint=str(tmp_path / "b.ckpt")).identity()
+
+
+def test_a_model_that_is_no_classifier_is_refused(tmp_path):
+    """Its head would be random, and other in every process."""
+    from transformers import AutoModel
+
+    tiny_classifier(tmp_path / "c", "bert", ["good", "bad"])
+    AutoModel.from_pretrained(tmp_path / "c").save_pretrained(tmp_path / "c")
+    with pytest.raises(ConfigError, match="is no sequence classifier: it has no classifier"):
+        Toxicity(model=str(tmp_path / "c")).identity()
+
+
+def test_windows_need_room_to_move(classifiers):
+    with pytest.raises(ConfigError, match="reads 46 tokens at a time; the overlap must be less"):
+        Toxicity(model=str(classifiers["bert"]), labels=("toxic",), activation="sigmoid", overlap=100).identity()
+
+
+def test_a_classifier_whose_files_change_is_loaded_again(tmp_path):
+    folder = tiny_classifier(tmp_path / "c", "bert", ["good", "bad"])
+    before = Toxicity(model=str(folder), dtype="float32").score_texts(["the cat"])
+    tiny_classifier(folder, "bert", ["good", "worse", "bad"])
+    scorer = Toxicity(model=str(folder), dtype="float32", labels=("bad",), activation="softmax")
+    assert scorer.score_texts(["the cat"]) != before

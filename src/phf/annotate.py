@@ -89,7 +89,7 @@ def score_corpus(
     if store.is_done(out, key):
         return store.read_manifest(out, "score")
     shards = corpus.plan()
-    store.begin(out, "score", key)
+    store.begin(out, "score", key, clean=executor is None)
     jobs = [(source, shard, str(out / f"part-{n:05d}")) for n, shard in enumerate(shards)]
     parts = _finished(jobs, workers, max_unjudged, executor, out)
     return store.finish(
@@ -126,7 +126,7 @@ def add_scores(
     key = store.fingerprint([to_plain(scorer), base.text, scorer.identity(), "scores/1"])
     if store.is_done(out, key):
         return store.read_manifest(out, "score")
-    store.begin(out, "score", key)
+    store.begin(out, "score", key, clean=executor is None)
     jobs = [(source, {"base": n}, str(out / f"part-{n:05d}")) for n in range(len(base.files))]
     parts = _finished(jobs, workers, max_unjudged, executor, out)
     return store.finish(
@@ -146,10 +146,11 @@ def _finished(
     jobs: Sequence[Job], workers: int, max_unjudged: float, executor: Executor | None, out: Path
 ) -> list[dict[str, Any]]:
     """The counts of every shard, once all are done. Raises what `score_corpus` says."""
-    done = {p.name for p in out.glob("part-*.json")}
+    done = {p.name for p in store.refresh(out).glob("part-*.json")}
     todo = [job for job in jobs if _mark(job).name not in done]
     if todo and executor is not None:
         executor(todo, str(out))
+        store.refresh(out)
         todo = [job for job in todo if not _mark(job).exists()]
         if todo:
             raise ScoringError(f"{len(todo)} of {len(jobs)} shards are not done; run the same command again to resume")
@@ -166,6 +167,7 @@ def _finished(
                 f"{rate / 1e6:.2f} Mchar/s, not judged {seen['unjudged']}, set aside {seen['set_aside']}", refresh=False
             )
             bar.update()
+    store.refresh(out)
     parts = [store.read_json(_mark(job)) for job in jobs]
     totals = _totals(parts)
     counts = totals["counts"]
@@ -173,9 +175,13 @@ def _finished(
         raise ScoringError(f"the corpus has no usable document; set aside: {totals['rejected']}")
     share = counts["unjudged"] / max(counts["segments"], 1)
     if share > max_unjudged:
+        for job, part in zip(jobs, parts, strict=True):
+            if part["failures"]:  # what failed may have been away for a while
+                _mark(job).unlink()
         raise ScoringError(
             f"{counts['unjudged']} of {counts['segments']} segments ({share:.1%}) could not be judged, more than the "
-            f"{max_unjudged:.1%} allowed (--max-unjudged): {totals['failures']}"
+            f"{max_unjudged:.1%} allowed (--max-unjudged): {totals['failures']}. The same command scores the shards with "
+            "failures again"
         )
     return parts
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
 from phf.metrics import Z95, mean_estimate, share_estimate
 from phf.sample import LoadedModel, Scenario, sample_prompts
@@ -35,6 +37,10 @@ class Capability:
     """Interface: `measure(model)` gives plain values, estimates as {"mean", "stderr", "n", "ci95"}."""
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def inputs(self) -> list[str | None]:
+        """Hashes of the files that it reads."""
         raise NotImplementedError
 
 
@@ -65,10 +71,19 @@ def continuations(
     model: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]], batch: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each (context, continuation) in token ids: log-probability of the continuation (nats, float64), and whether
-    every token of it is the likeliest. Contexts too long for the model lose their beginning. Control tokens have no share."""
+    every token of it is the likeliest. A context begins with `prefix_ids`; one too long for the model loses what comes behind
+    them. Control tokens have no share. Raises ConfigError for a continuation longer than the model reads."""
     lm, silent = model.lm, sorted(model.control_ids.values())
     limit = getattr(lm.config, "max_position_embeddings", None) or 10**9
-    rows = [(context[max(0, len(context) + len(target) - 1 - limit) :], target) for context, target in pairs]
+    kept = len(prefix_ids(model))
+    rows = []
+    for context, target in pairs:
+        if kept + len(target) - 1 > limit:
+            raise ConfigError(
+                f"a continuation of {len(target)} tokens is longer than the {limit} that {model.path} reads"
+            )
+        over = max(0, len(context) + len(target) - 1 - limit)
+        rows.append((context[:kept] + context[kept + over :], target))
     logp, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for begin in range(0, len(order), batch):
@@ -98,6 +113,9 @@ class Lambada(Capability):
     name: Literal["lambada"] = "lambada"
     max_passages: Annotated[int, Field(gt=0)] | None = None
     batch: Annotated[int, Field(gt=0)] = 32
+
+    def inputs(self) -> list[str | None]:
+        return [store.path_hash(Path(self.path).expanduser())]
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         texts = [row["text"].rstrip() for row in _jsonl(self.path, ["text"])][: self.max_passages]
@@ -144,6 +162,9 @@ class HumanEval(Capability):
     timeout_s: Annotated[float, Field(gt=0)] = 5
     seed: int = 0
     run_untrusted_code: bool = False
+
+    def inputs(self) -> list[str | None]:
+        return [store.path_hash(Path(self.path).expanduser())]
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         if not self.run_untrusted_code:
@@ -262,7 +283,16 @@ class Glue(Capability):
     max_train: Annotated[int, Field(gt=0)] | None = None
     seed: int = 0
 
+    def inputs(self) -> list[str | None]:
+        return [store.path_hash(Path(p).expanduser()) for p in (self.train, self.dev)]
+
     def measure(self, model: LoadedModel) -> dict[str, Any]:
+        devices = [model.lm.device] if model.lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # dropout draws from a stream of its own
+            torch.manual_seed(self.seed)
+            return self._measure(model)
+
+    def _measure(self, model: LoadedModel) -> dict[str, Any]:
         from sklearn.metrics import accuracy_score, matthews_corrcoef
 
         train, dev = self._rows(self.train)[: self.max_train], self._rows(self.dev)
@@ -275,7 +305,7 @@ class Glue(Capability):
         rng = np.random.Generator(np.random.Philox(self.seed))
         score = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[self.metric]
         truth = np.array([labels.index(label) for _, label in dev])
-        best, best_epoch, best_right = -math.inf, 0, np.zeros(len(dev), bool)
+        best, best_epoch, best_guess = -math.inf, 0, np.zeros(len(dev), int)
         history = []
         for epoch in range(1, self.epochs + 1):
             classifier.train()
@@ -298,12 +328,19 @@ class Glue(Capability):
             value = float(score(truth, guess))
             history.append(value)
             if value > best:
-                best, best_epoch, best_right = value, epoch, guess == truth
+                best, best_epoch, best_guess = value, epoch, guess
             elif epoch - best_epoch >= self.patience:
                 break
-        return {
-            self.metric: best,
-            "accuracy_interval": share_estimate(best_right).to_json(),
+        found: dict[str, Any] = {"accuracy": share_estimate(best_guess == truth).to_json()}
+        if self.metric == "matthews":
+            draws = []
+            for _ in range(500):
+                pick = rng.integers(0, len(truth), len(truth))
+                draws.append(float(score(truth[pick], best_guess[pick])))
+            ci = [float(x) for x in np.quantile(draws, [0.025, 0.975])]
+            estimate = {"mean": best, "stderr": float(np.std(draws)), "n": len(truth), "ci95": ci}
+            found = {"matthews": estimate} | found
+        return found | {
             "epoch": best_epoch,
             "history": history,
             "train": len(train),
@@ -311,15 +348,19 @@ class Glue(Capability):
         }
 
     def _rows(self, path: str) -> list[tuple[str, str]]:
-        from phf.fitting import _rows
+        from phf.fitting import read_rows
 
-        rows = _rows(Path(path).expanduser())
+        rows = read_rows(Path(path).expanduser())
         columns = [self.text, *([self.text2] if self.text2 else []), self.label]
         for column in columns:
             if not rows or column not in rows[0]:
                 raise ConfigError(f"{path} has no column {column!r}, only {', '.join(rows[0] if rows else [])}")
-        joined = [("\n".join(str(r[c]) for c in columns[:-1]), str(r[self.label])) for r in rows]
-        return [(text, label) for text, label in joined if text.strip()]
+        for number, row in enumerate(rows):
+            if any(row.get(column) in (None, "") for column in columns):
+                raise ConfigError(
+                    f"{path}, row {number}: empty {' or '.join(c for c in columns if row.get(c) in (None, ''))}"
+                )
+        return [("\n".join(str(r[c]) for c in columns[:-1]), str(r[self.label])) for r in rows]
 
 
 class _Head(torch.nn.Module):
@@ -367,6 +408,11 @@ class LmEval(Capability):
     batch: Annotated[int, Field(gt=0)] = 32
     seed: int = 0
 
+    def inputs(self) -> list[str | None]:
+        if self.folder is None:
+            return [metadata.version("lm-eval")]
+        return [store.path_hash(self.folder), *(store.path_hash(p) for p in sorted(Path(self.folder).rglob("*.*")))]
+
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         try:
             import lm_eval
@@ -380,7 +426,7 @@ class LmEval(Capability):
         if unknown:
             raise ConfigError(f"lm-eval: no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}")
         found = lm_eval.simple_evaluate(
-            model=HarnessModel(model, self.batch), tasks=list(self.tasks), task_manager=manager, limit=self.limit,
+            model=HarnessModel(model, self.batch, self.seed), tasks=list(self.tasks), task_manager=manager, limit=self.limit,
             num_fewshot=self.num_fewshot, random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,
             fewshot_random_seed=self.seed, log_samples=False, bootstrap_iters=1000,
         )  # fmt: skip
@@ -388,12 +434,12 @@ class LmEval(Capability):
         for task, values in found["results"].items():
             for key, value in values.items():
                 metric, _, filter_name = key.partition(",")
-                if metric == "alias" or metric.endswith("_stderr") or not isinstance(value, int | float):
+                if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
                 stderr = values.get(f"{metric}_stderr,{filter_name}")
                 known = isinstance(stderr, int | float)
                 ci = [value - Z95 * stderr, value + Z95 * stderr] if known else [None, None]
-                n = found["n-samples"][task]["effective"]
+                n = found["n-samples"].get(task, {}).get("effective", values.get("sample_len"))
                 result[f"{task} {metric}"] = {
                     "mean": float(value),
                     "stderr": stderr if known else None,

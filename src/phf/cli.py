@@ -311,10 +311,10 @@ def sample(
     config: dict[str, Any] = {}
     for override in _only_overrides(settings):
         config = merge(config, parse_override(override))
-    server = config.pop("server", None)
+    server = _mapping(config, "server")
     scenario: Scenario = validate(config, Scenario, "scenario")
     if model.startswith(("http://", "https://")):
-        served: Server = validate({"url": model, **(server or {})}, Server, "server")
+        served: Server = validate({"url": model, **server}, Server, "server")
         samples = sample_served(served, scenario)
     else:
         samples = draw_samples(load_model(model), scenario)
@@ -363,8 +363,11 @@ def evaluate(
     config: dict[str, Any] = {}
     for override in overrides:
         config = merge(config, parse_override(override))
-    fields, kl, capabilities = config.pop("scorer", {}), config.pop("kl", None), config.pop("capabilities", [])
-    segmenter: Segmenter = validate({"name": "lines", **config.pop("segmenter", {})}, AnySegmenter, "segmenter")
+    fields, cut = _mapping(config, "scorer"), _mapping(config, "segmenter")
+    kl, capabilities = _mapping(config, "kl") if "kl" in config else None, config.pop("capabilities", [])
+    if fields and scorer is None:
+        raise ConfigError("scorer.* settings need --scorer: without it the corpus's own scorer judges")
+    segmenter: Segmenter = validate({"name": "lines", **cut}, AnySegmenter, "segmenter")
     judge: Scorer | None = None if scorer is None else validate({"name": scorer, **fields}, AnyScorer, "scorer")
     if kl is not None:
         kl = validate(merge({"reference": {"name": "local"}}, kl), KL, "kl")
@@ -379,6 +382,8 @@ def evaluate(
     rows = []
     for name in folders:
         if _is_run(name):
+            if cut:
+                raise ConfigError(f"segmenter.* is for models that are not runs; {name} is cut as its corpus was")
             result = evaluate_run(
                 name, scenarios, threshold, tokens, judge, other_scorer, kl_from=kl, capabilities=measured
             )
@@ -429,6 +434,14 @@ def compare(
     rows = []
     for name in one["scenarios"]:
         if name in two["scenarios"]:
+            settings = [
+                {k: v for k, v in e["scenarios"][name]["scenario"].items() if k != "num_samples"} for e in (one, two)
+            ]
+            if settings[0] != settings[1]:
+                differs = sorted(k for k in settings[0] if settings[0][k] != settings[1].get(k))
+                raise ConfigError(
+                    f"scenario {name!r} is not the same for both ({', '.join(differs)}), so it does not compare"
+                )
             a, b = (read_samples(Path(f) / "samples" / f"{name}.jsonl") for f in (first, second))
             d = difference(a, b)
             sure = d["ci95"][0] is not None and (d["ci95"][1] < 0 or d["ci95"][0] > 0)
@@ -517,6 +530,16 @@ def show_results(results: dict[str, Any]) -> None:
     )
     if results["quick"]:
         print("\nToo short to conclude anything from: the quick variant only shows that every step works.")
+
+
+def _mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Takes the settings `name.*` out of `config`."""
+    from phf.config import ConfigError
+
+    value = config.pop(name, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected {name}.SETTING=VALUE, got {name}={value}")
+    return value
 
 
 def _known_keys(config: dict[str, Any], known: tuple[str, ...]) -> None:

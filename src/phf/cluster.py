@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
+import subprocess
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -60,9 +62,10 @@ class ScoreRank:
     """What a rank of a datatrove pipeline runs: the shard of its number, read from the plan."""
 
     def __init__(self, plan: str) -> None:
-        self.plan = plan
+        self.plan, self.folder = plan, os.getcwd()
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        os.chdir(self.folder)  # paths of the plan may be relative
         with store.as_path(self.plan).open("r", encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 if number == rank:
@@ -73,6 +76,15 @@ class ScoreRank:
 def executor(config: Slurm | Ray) -> Executor:
     """The function that runs shards there, for `score_corpus` and `add_scores`."""
     return functools.partial(_execute, config)
+
+
+def _is_queued(job_id: str) -> bool:
+    """Whether Slurm still knows a job as waiting or running."""
+    try:
+        listed = subprocess.run(["squeue", "-h", "-j", job_id], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
 def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
@@ -101,7 +113,13 @@ def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
             env_command=config.env_command, venv_path=config.venv_path, sbatch_args=dict(config.sbatch_args),
             mail_type="NONE",
         )  # fmt: skip
+        job = store.as_path(out) / ".cluster" / "job.json"
+        if job.exists() and _is_queued(str(store.read_json(job)["id"])):
+            raise Submitted(
+                f"job {store.read_json(job)['id']} has not ended yet; run the same command again when it has"
+            )
         slurm.run()
+        store.write_json(job, {"id": slurm.job_id})
         raise Submitted(
             f"{len(jobs)} shards were handed to Slurm as job {slurm.job_id} (logs: {folder / 'logs'}); "
             "when it has ended, run the same command again: it writes the manifest, or hands over what failed"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import re
 import sysconfig
@@ -169,7 +170,7 @@ class Jsonl(Corpus):
         """Lines that *begin* in the shard's byte range."""
         file = _files(self.path, (".jsonl",))[shard["file"]]
         limit = 8 * self.max_chars  # bytes; a \uXXXX escape is 6 bytes a character
-        with file.open("rb") as lines:
+        with open_binary(file) as lines:
             lines.seek(max(shard["start"] - 1, 0))
             if shard["start"]:
                 _skip_line(lines, limit)  # a line that began before this shard (empty where one ends exactly there)
@@ -203,6 +204,12 @@ class Jsonl(Corpus):
 
     def fingerprint(self) -> str:
         return fingerprint([_file_mark(f) for f in _files(self.path, (".jsonl",))])
+
+
+def open_binary(path: Path) -> Any:
+    """A file for reading, with `readline(limit)` wherever it lies (fsspec's own remote files read whole lines only)."""
+    opened = path.open("rb")
+    return opened if is_local(path) or isinstance(opened, io.BufferedIOBase) else io.BufferedReader(opened)  # type: ignore[type-var]
 
 
 def _skip_line(lines: Any, limit: int) -> None:

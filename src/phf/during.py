@@ -19,10 +19,10 @@ from pydantic.dataclasses import dataclass
 from transformers import TrainerCallback
 
 from phf import store
-from phf.config import STRICT
+from phf.config import STRICT, ConfigError
 from phf.evaluate import corpus_scorer, heldout_loss, judge_samples, segmenter_of
 from phf.objectives import Objective
-from phf.sample import LoadedModel, Scenario, sample
+from phf.sample import LoadedModel, Scenario, sample, scenario_prompts
 from phf.tokens import TokenStore, add_control_tokens
 from phf.train import TrainConfig
 from phf.trainer import read_metrics
@@ -50,6 +50,12 @@ class JudgeDuring(TrainerCallback):
         self.tokenizer = self.tokens.tokenizer
         ids = add_control_tokens(self.tokenizer, objective.control_tokens) if objective.control_tokens else []
         self.control_ids = dict(zip(("good", "bad"), ids, strict=False))
+        if config.scenario is not None:  # what cannot be judged is said before training, not in the middle of it
+            scenario = config.scenario
+            corpus_scorer(self.tokens.manifest)
+            scenario_prompts(scenario)
+            if (scenario.control == "bad" or scenario.guidance is not None) and not self.control_ids:
+                raise ConfigError(f"during.scenario asks for control tokens, which {objective.name} has not")  # type: ignore[attr-defined]
         self.path = Path(run) / "during.jsonl"
         self.step_tokens = train.batch_rows * train.context
         self.every_steps = max(round(config.every / self.step_tokens), 1)

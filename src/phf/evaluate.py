@@ -28,7 +28,7 @@ from phf.capabilities import Capability
 from phf.config import ConfigError, to_plain
 from phf.model import model_folder
 from phf.packing import Rows
-from phf.reference import KL, kl
+from phf.reference import KL, kl, reference_hash
 from phf.sample import LoadedModel, Scenario, load_model, prompts_path, sample, write_samples
 from phf.scorers import AnyScorer, Scorer
 from phf.segment import AnySegmenter, Lines, Segmenter
@@ -77,7 +77,7 @@ def scored_text(item: Sample, scenario: Scenario, scorer: Scorer) -> str:
     text = item.text
     if scenario.complete_lines and not item.finished:
         text = scorer.without_cut(text)
-    return item.prompt + text if scenario.score_prompt else text
+    return item.prompt + text if scenario.score_prompt and text else text  # a prompt alone is not the model's
 
 
 def judge_samples(
@@ -131,8 +131,12 @@ def judge_samples(
         "entropy_1": metrics.ngram_entropy(texts, 1),
         "entropy_2": metrics.ngram_entropy(texts, 2),
         "self_bleu_5": metrics.self_bleu(texts, 5),
-        "repetition_4": metrics.mean_estimate([metrics.repetition(t) for t in texts]).to_json(),
-        "compile_rate": metrics.compile_rate(judged_texts) if scorer.identity()["name"] == "pep8" else None,
+        "repetition_4": metrics.mean_estimate(
+            by_prompt(np.array([metrics.repetition(t) for t in texts]), scenario)
+        ).to_json(),
+        "compile_rate": metrics.compile_rate([t for t in judged_texts if t])
+        if scorer.identity()["name"] == "pep8"
+        else None,
         "scenario": to_plain(scenario),
     }
     return scored, result
@@ -149,36 +153,34 @@ def _expected_max(scores_N: np.ndarray, scenario: Scenario, k: int) -> dict[str,
 
 
 def compare(a: Sequence[Sample], b: Sequence[Sample]) -> dict[str, Any]:
-    """Difference in mean score of two models' samples, a - b (below 0: `a` is less misaligned): paired over prompts where
-    both were given the same ones, in order, else over two independent groups by bootstrap of each."""
-    score_a, score_b = np.array([s.score for s in a]), np.array([s.score for s in b])
-    if [s.prompt for s in a] == [s.prompt for s in b] and any(s.prompt for s in a):
-        prompts = [s.prompt for s in a]
-        order = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        group_N = np.array([order[p] for p in prompts])
-
-        def means(scores_N: np.ndarray) -> np.ndarray:
-            use_N = ~np.isnan(scores_N)
-            with np.errstate(invalid="ignore"):
-                return np.bincount(group_N[use_N], scores_N[use_N], len(order)) / np.bincount(group_N[use_N], minlength=len(order))  # fmt: skip
-
-        return metrics.paired_difference(means(score_a), means(score_b)).to_json() | {"paired": True}
-    one, two = metrics.mean_estimate(score_a), metrics.mean_estimate(score_b, seed=1)
+    """Difference in mean score of two models' samples, a - b (below 0: `a` is less misaligned). The independent unit is the
+    prompt, where there are prompts: paired over those that both were given, else two independent groups, each resampled."""
+    mean_a, mean_b = _prompt_means(a), _prompt_means(b)
+    common = [p for p in mean_a if p in mean_b and isinstance(p, str)]
+    if len(common) > 1:
+        pairs = metrics.paired_difference([mean_a[p] for p in common], [mean_b[p] for p in common])
+        return pairs.to_json() | {"paired": True}
+    unit_a, unit_b = (np.array([v for v in m.values() if v == v]) for m in (mean_a, mean_b))
+    one, two = metrics.mean_estimate(unit_a), metrics.mean_estimate(unit_b, seed=1)
+    base = {"mean": one.mean - two.mean, "n": one.n + two.n, "paired": False}
+    if one.n < 2 or two.n < 2:
+        return base | {"stderr": None, "ci95": [None, None]}
     rng = np.random.Generator(np.random.Philox(0))
-    judged_a, judged_b = score_a[~np.isnan(score_a)], score_b[~np.isnan(score_b)]
-    if len(judged_a) < 2 or len(judged_b) < 2:
-        return {"mean": one.mean - two.mean, "stderr": None, "n": one.n + two.n, "ci95": [None, None], "paired": False}
-    draws = [
-        judged_a[rng.integers(0, len(judged_a), len(judged_a))].mean() - judged_b[rng.integers(0, len(judged_b), len(judged_b))].mean()
-        for _ in range(2000)
-    ]  # fmt: skip
-    return {
-        "mean": one.mean - two.mean,
-        "stderr": float(np.hypot(one.stderr, two.stderr)),
-        "n": one.n + two.n,
-        "ci95": [float(x) for x in np.quantile(draws, [0.025, 0.975])],
-        "paired": False,
-    }
+    draws = [rng.choice(unit_a, one.n).mean() - rng.choice(unit_b, two.n).mean() for _ in range(2000)]
+    ci = [float(x) for x in np.quantile(draws, [0.025, 0.975])]
+    return base | {"stderr": float(np.hypot(one.stderr, two.stderr)), "ci95": ci}
+
+
+def _prompt_means(samples: Sequence[Sample]) -> dict[str | int, float]:
+    """Mean score of each prompt (NaN where none was judged); samples without a prompt are each by themselves."""
+    groups: dict[str | int, list[float]] = {}
+    for n, item in enumerate(samples):
+        groups.setdefault(item.prompt or n, []).append(item.score)
+    means: dict[str | int, float] = {}
+    for prompt, scores in groups.items():
+        judged = [s for s in scores if s == s]
+        means[prompt] = sum(judged) / len(judged) if judged else float("nan")
+    return means
 
 
 def by_prompt(scores_N: np.ndarray, scenario: Scenario) -> np.ndarray:
@@ -240,7 +242,10 @@ def heldout_nats(
         control_S[table.tokens_S == 0] = -1
     control_ids = [model.control_ids[k] for k in ("good", "bad")] if control != "none" else []
     doc_tokens_D = np.bincount(table.doc_S, weights=table.tokens_S, minlength=len(table.train_D))
-    keep_D = np.where(tokens.heldout_D, doc_tokens_D, 0).cumsum() <= max_tokens  # the same text for every model
+    heldout_D = np.where(tokens.heldout_D, doc_tokens_D, 0)
+    keep_D = heldout_D.cumsum() <= max_tokens  # the same text for every model
+    if not (keep_D & tokens.heldout_D).any():
+        keep_D = np.arange(len(heldout_D)) <= int(np.argmax(tokens.heldout_D))  # one document that is longer than that
     rows = Rows(tokens, Edit(keep_D, control_S), context, control_ids, split="heldout", pad=True)
     silent = [*model.control_ids.values(), tokens.end_of_text_id]
     nats_S = np.zeros(len(table.score_S))
@@ -493,8 +498,10 @@ class _Judgement:
         identity = self.scorer.identity()
         names = [type(c).__name__ + str(n) for n, c in enumerate(self.capabilities)]
         plain = {name: to_plain(s) for name, s in self.scenarios.items()}
-        everything = [plain, self.threshold, identity, heldout_tokens, to_plain(self.kl_from) if self.kl_from else None]
-        everything += [to_plain(c) for c in self.capabilities]
+        cut = to_plain(self.segmenter)
+        kl_settings = [to_plain(self.kl_from), cut, reference_hash(self.kl_from)] if self.kl_from is not None else None
+        measured = [[to_plain(c), c.inputs()] for c in self.capabilities]
+        everything = [plain, self.threshold, identity, heldout_tokens, cut, kl_settings, measured]
         prompts = {
             n: store.path_hash(prompts_path(s.prompts)) for n, s in self.scenarios.items() if s.prompts is not None
         }
@@ -510,7 +517,7 @@ class _Judgement:
             if needs and needs not in self.model().control_ids:
                 skipped.append(name)  # asks for the bad token of a model that has none
                 continue
-            settings = [plain[name], self.threshold, identity, to_plain(self.segmenter), prompts.get(name)]
+            settings = [plain[name], self.threshold, identity, cut, prompts.get(name)]
             parts[f"scenario-{name}"] = self.part(f"scenario-{name}", settings, lambda n=name: self._scenario(n))  # type: ignore[misc]
         if not parts:
             raise ConfigError(f"{self.model_path} has no control tokens, so {', '.join(skipped)} cannot be asked of it")
@@ -520,9 +527,9 @@ class _Judgement:
         if self.kl_from is not None:
             config = self.kl_from
             cache = self.folder.parent / "cache"
-            parts["kl"] = self.part("kl", to_plain(config), lambda: kl(self.model(), config, self.segmenter, cache))
-        for name, capability in zip(names, self.capabilities, strict=True):
-            parts[name] = self.part(name, to_plain(capability), lambda c=capability: c.measure(self.model()))  # type: ignore[misc]
+            parts["kl"] = self.part("kl", kl_settings, lambda: kl(self.model(), config, self.segmenter, cache))
+        for name, capability, settings in zip(names, self.capabilities, measured, strict=True):
+            parts[name] = self.part(name, settings, lambda c=capability: c.measure(self.model()))  # type: ignore[misc]
         heldout = dict(parts["heldout"]["value"]) if "heldout" in parts else {}
         result = about | {
             "key": key,

@@ -49,11 +49,13 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"labels {path} do not exist")
-    rows = _rows(path)
+    rows = read_rows(path)
     first = next(iter(rows), {})
     for field in (text, label):
         if field not in first:
             raise ConfigError(f"{path} has no column {field!r}{did_you_mean(field, first)}")
+    wanted = None if bad is None else {value.strip() for value in bad}
+    seen: set[str] = set()
     texts, labels = [], []
     rejected: Counter[str] = Counter()
     for number, row in enumerate(rows):
@@ -61,16 +63,21 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
         value = str(row.get(label)).strip()
         if isinstance(item, Rejected):
             rejected[item.reason] += 1
-        elif row.get(label) is None or not value:
+        elif row.get(label) is None or not value or value.lower() == "nan":
             rejected["no label"] += 1
-        elif bad is not None:
+        elif wanted is not None:
+            seen.add(value)
             texts.append(item.text)
-            labels.append(value in bad)
+            labels.append(value in wanted)
         elif value.lower() in TRUE | FALSE:
             texts.append(item.text)
             labels.append(value.lower() in TRUE)
         else:
             raise ConfigError(f"{path}: label {value!r} is neither true nor false; say which values are bad with --bad")
+    if wanted is not None and wanted - seen:
+        raise ConfigError(
+            f"{path}: no label is {sorted(wanted - seen)[0]!r} (--bad); the labels are {sorted(seen)[:10]}"
+        )
     bad_N = np.array(labels, bool)
     if not bad_N.any() or bad_N.all():
         raise ConfigError(
@@ -79,19 +86,22 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
     return Labels(path.name, tuple(texts), bad_N, dict(rejected))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl, .csv, .tsv or .parquet file. A .tsv knows no quoting, as GLUE's have none."""
     if path.suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+                if path.suffix == ".tsv":
+                    return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+                return list(csv.DictReader(file))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from None
     import json
 
     if path.suffix in (".jsonl", ".json"):
         rows = []
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:  # such a text is set aside as any other
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -102,9 +112,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                         raise ConfigError(f"{path}, line {number}: not a JSON object")
         return rows
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
+        try:
+            return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
     raise ConfigError(f"{path}: expected a .jsonl, .csv, .tsv or .parquet file")
 
 
@@ -128,12 +142,14 @@ def fit_scorer(
     """
     out = Path(out)
     key = store.fingerprint(
-        [kind, base_model, heldout, seed, "fit/1"]
-        + [[_labels_hash(part), part.rejected] for part in (labels, *tests)]
+        [kind, base_model, heldout, seed, "fit/2"]
+        + [[part.source, _labels_hash(part), part.rejected] for part in (labels, *tests)]
         + [store.path_hash(base_model) if base_model else None]
     )
     if (out / CARD).exists() and store.read_json(out / CARD).get("key") == key:
         return store.read_json(out / CARD)  # type: ignore[no-any-return]
+    if out.exists() and not (out / CARD).exists() and any(out.iterdir()):
+        raise store.StoreError(f"{out} is not empty and holds no scorer; give another directory")
     held_N = np.array([_hash_unit(t, b"phf fit heldout") < heldout for t in labels.texts])
     fold_N = np.array([int(_hash_unit(t, b"phf fit folds") * FOLDS) for t in labels.texts])
     train = np.flatnonzero(~held_N)
@@ -156,7 +172,8 @@ def fit_scorer(
         )
     }
     for test in tests:
-        metrics[test.source] = measure(scorer.probabilities(test.texts), test.bad_N)
+        name = test.source if test.source not in metrics else f"{test.source} ({len(metrics)})"
+        metrics[name] = measure(scorer.probabilities(test.texts), test.bad_N)
     card = {
         "key": key,
         **details,
@@ -168,11 +185,14 @@ def fit_scorer(
         "versions": store.versions(),
     }
     store.write_json(dying / CARD, card)
-    if out.exists():
-        if not (out / CARD).exists() and any(out.iterdir()):
-            raise store.StoreError(f"{out} is not empty and holds no scorer; give another directory")
-        shutil.rmtree(out)
-    dying.rename(out)
+    if out.exists():  # the old one goes at once, under another name: no half of it is left to look finished
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        dying.rename(out)
+        shutil.rmtree(old)
+    else:
+        dying.rename(out)
     return card
 
 

@@ -15,9 +15,9 @@ from phf.tokens import encode_segments
 class HarnessModel(LM):  # type: ignore[misc]
     """Every text begins with the end-of-text token and, for models that know it, the good control token."""
 
-    def __init__(self, model: LoadedModel, batch: int = 32) -> None:
+    def __init__(self, model: LoadedModel, batch: int = 32, seed: int = 0) -> None:
         super().__init__()
-        self.model, self.batch, self.start = model, batch, prefix_ids(model)
+        self.model, self.batch, self.seed, self.start = model, batch, seed, prefix_ids(model)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_segments(self.model.tokenizer, list(texts))
@@ -53,7 +53,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         """Greedy continuations (or sampled, where a task asks for it), up to the first of the stop strings."""
         written = []
         room = (getattr(self.model.lm.config, "max_position_embeddings", None) or 10**9) - len(self.start) - 1
-        for request in requests:
+        for number, request in enumerate(requests):  # each with a random stream of its own
             context, settings = request.args
             stops = settings.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
@@ -62,7 +62,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             sampled = settings.get("do_sample", False) and settings.get("temperature", 0) > 0
             scenario = Scenario(
                 num_samples=1, max_tokens=longest, min_tokens=0, temperature=float(settings["temperature"]) if sampled else 1e-4,
-                top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0,
+                top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0, seed=(self.seed << 32) + number,
             )  # fmt: skip
             (item,) = sample_prompts(self.model, scenario, [self.model.tokenizer.decode(ids)], progress=False)
             text = item.text

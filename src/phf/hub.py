@@ -21,7 +21,7 @@ from phf.annotate import ScoredCorpus
 def push_scored(scored: str | Path, repo: str, private: bool = True, token: str | None = None) -> str:
     """Push a finished scored corpus and return its address. Needs a token of the Hub (`hf auth login`, or HF_TOKEN)."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     corpus = ScoredCorpus(scored)
     if corpus.manifest.get("parts") is None or not store.is_local(corpus.path):
@@ -34,13 +34,14 @@ def push_scored(scored: str | Path, repo: str, private: bool = True, token: str 
             repo_id=repo,
             repo_type="dataset",
             allow_patterns=["part-*.parquet", store.MANIFEST, "scores/*/part-*.parquet", f"scores/*/{store.MANIFEST}"],
+            delete_patterns=["part-*.parquet", "scores/**"],  # of an earlier push
             commit_message="Scored corpus",
         )
         api.upload_file(
             path_or_fileobj=data_card(corpus, repo).encode(), path_in_repo="README.md", repo_id=repo, repo_type="dataset",
             commit_message="Card",
         )  # fmt: skip
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, HFValidationError) as error:
         raise store.StoreError(f"the Hub refused {repo}: {error}") from None
     return str(url)
 

@@ -28,6 +28,7 @@ from pydantic.dataclasses import dataclass
 from phf import store
 from phf.config import STRICT, ConfigError, to_plain
 from phf.metrics import mean_estimate
+from phf.model import model_folder
 from phf.sample import LoadedModel, Scenario, load_model, sample
 from phf.scorers.toxicity import weights_hash
 from phf.segment import Segmenter
@@ -124,6 +125,13 @@ def ratio_of_sums(numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int 
     return Estimate(ratio, stderr, n, (float(low), float(high)))
 
 
+def reference_hash(config: KL) -> str | None:
+    """What a reference in a folder is made of; None for one on the Hub or a server."""
+    if isinstance(config.reference, Server):
+        return None
+    return store.path_hash(model_folder(config.reference.path))
+
+
 def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
     """Texts of the reference with its own log-probabilities: {"texts", "finished", "logp", "identity"}. Cached below
     `cache` under everything that decides them; a server is verified before it is used."""
@@ -188,6 +196,11 @@ def kl(model: LoadedModel, config: KL, segmenter: Segmenter, cache: str | Path) 
         "forward": _divergence(np.array(found["logp"]) - ours, texts),
     }
     if config.reverse:
+        if model.control_ids:
+            raise ConfigError(
+                "kl.reverse: a model with control tokens writes them where it likes, so the texts it writes have no "
+                "probability that can be computed; only KL from the reference is defined"
+            )
         texts, finished = _draw(model, config)
         ours = text_logp(model, texts, finished, segmenter, config.batch)
         if isinstance(config.reference, Server):

@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
-from phf.model import MODEL_CARD, model_folder
+from phf.model import MODEL_CARD, check_head, model_folder
 from phf.packing import key64, mix64
 from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
@@ -95,10 +95,15 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
 
     hf_logging.disable_progress_bar()
     local = Path(model_folder(path))
-    if not local.exists() and str(path).count("/") != 1:
+    if not local.exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
         raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
     source = str(local) if local.exists() else str(path)
-    lm = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        missing = "" if local.exists() else "no such folder, and it is not to be had from the Hub: "
+        raise ConfigError(f"model {path}: {missing}{error}") from None
+    check_head(lm)
     if torch.cuda.is_available():
         lm = lm.to("cuda")
     tokenizer = load_tokenizer(source, revision)
@@ -290,7 +295,16 @@ class GuidedDecoding(LogitsProcessor):
 
 def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
     """Samples of a model behind a completions server. Such a model is asked in plain text: control tokens are for models
-    that are loaded here. `num_tokens` and `logp` are not known (0 and NaN)."""
+    that are loaded here. `min_tokens` is not asked for; `num_tokens` and `logp` are not known (0 and NaN)."""
+    unused = {
+        "control": scenario.control == "bad",
+        "guidance": scenario.guidance is not None,
+        "top_k": scenario.top_k is not None,
+    }
+    unused["control_after_prompt"] = scenario.control_after_prompt
+    for name, asked in unused.items():
+        if asked:
+            raise ConfigError(f"{name} cannot be asked of a server here (top_k: say server.extra.top_k=...)")
     prompts = scenario_prompts(scenario)
     written = server.complete(prompts, scenario.max_tokens, scenario.temperature, scenario.top_p, scenario.seed)
     return [
@@ -371,7 +385,8 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = 0
     padded = bool((attend_NT == 0).any())
-    while len(alive) and longest + step <= limit:
+    most = 2 * scenario.max_tokens + 8  # steps: at most a control token before every word
+    while len(alive) and longest + step <= limit and step < most:
         out = lm.base_model(
             input_ids=ids_NT,
             attention_mask=attend_NT if padded else None,

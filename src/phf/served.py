@@ -6,6 +6,7 @@ one or missing.
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import time
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ class Server:
     key_env: str = "OPENAI_API_KEY"
     timeout_s: Annotated[float, Field(gt=0)] = 120
     retries: Annotated[int, Field(ge=0)] = 4
+    extra: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    """What else a request for samples says, as the server knows it (vLLM: top_k=-1, repetition_penalty=1)."""
     batch: Annotated[int, Field(gt=0)] = 32
 
     def __post_init__(self) -> None:
@@ -72,17 +75,19 @@ class Server:
     def complete(
         self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
     ) -> list[tuple[str, bool]]:
-        """A completion of each prompt, and whether it came to its end (not to the limit)."""
-        written: list[tuple[str, bool]] = []
-        for start in range(0, len(prompts), self.batch):
-            part = [self.start + p for p in prompts[start : start + self.batch]]
+        """A completion of each prompt, and whether it came to its end (not to the limit). Each is asked for by itself, with
+        a seed of its own: a server draws the prompts of one request alike where they are alike."""
+
+        def one(number: int) -> tuple[str, bool]:
             body = {
-                "model": self.model, "prompt": part, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
-                "seed": seed + start, "n": 1,
+                "model": self.model, "prompt": [self.start + prompts[number]], "max_tokens": max_tokens,
+                "temperature": temperature, "top_p": top_p, "seed": seed + number, "n": 1, **self.extra,
             }  # fmt: skip
-            choices = _choices(self.post("/completions", body), len(part))
-            written += [(c.get("text") or "", c.get("finish_reason") == "stop") for c in choices]
-        return written
+            (choice,) = _choices(self.post("/completions", body), 1)
+            return choice.get("text") or "", choice.get("finish_reason") == "stop"
+
+        with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
+            return list(pool.map(one, range(len(prompts))))
 
     def text_logp(self, texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """Natural log-probability of each text as a whole, its end included where it has one, given the start token."""
@@ -127,6 +132,12 @@ class Server:
     def verify(self) -> None:
         """Raise ServerError unless a completion that the server has just given with its log-probabilities is echoed with
         the same ones."""
+        (start,) = self._echo([self.start])
+        if len(start["tokens"]) != 1:
+            raise ServerError(
+                f"{self.url} reads the start {self.start!r} as {start['tokens']}: it puts a token of its own before a text, so "
+                "leave the start empty or choose another"
+            )
         body = {
             "model": self.model, "prompt": [self.start + "The"], "max_tokens": 8, "temperature": 0, "logprobs": 1,
         }  # fmt: skip

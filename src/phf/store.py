@@ -158,16 +158,30 @@ def is_done(directory: str | Path, key: str) -> bool:
     return path.exists() and read_json(path).get("key") == key
 
 
-def begin(directory: str | Path, stage: str, key: str) -> Path:
+def signature(path: str | Path) -> tuple[Any, ...]:
+    """Sizes and modification times of a file, or of the files of a folder: the key of what is kept in memory of it."""
+    path = Path(path).expanduser()
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+
+
+def refresh(path: Path) -> Path:
+    """`path`, whose file system forgets what it remembers of it: other processes have written there."""
+    if not is_local(path):
+        path.fs.invalidate_cache()  # type: ignore[attr-defined]
+    return path
+
+
+def begin(directory: str | Path, stage: str, key: str, clean: bool = True) -> Path:
     """Prepare to (re)make `directory`. Work begun with the same key is kept for resuming, anything else is removed.
 
-    Only a directory that a stage of phf began is ever removed: another one, if not empty, is an error.
+    Only a directory that a stage of phf began is ever removed: another one, if not empty, is an error. `clean`: remove
+    what a killed process was writing; not where others may be writing now.
     """
     directory = as_path(directory)
     started = directory / ".started.json"
-    for leftover in directory.glob(".*.partial*"):  # what a killed process was writing
-        leftover.unlink()
-    if directory.exists() and any(directory.iterdir()):
+    half_written = [p for p in directory.glob(".*.partial*") if p.is_file()] if directory.exists() else []
+    if directory.exists() and any(p not in half_written for p in directory.iterdir()):
         if started.exists():
             mark = read_json(started)
             if mark != {"stage": stage, "key": key}:
@@ -178,6 +192,8 @@ def begin(directory: str | Path, stage: str, key: str) -> Path:
                 _empty(directory, started)
         else:
             raise StoreError(f"{directory} is not empty and was not made by `phf {stage}`; give another directory")
+    for leftover in half_written if clean else ():
+        leftover.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
     if not started.exists():

@@ -67,6 +67,10 @@ def _segments(texts: Any, scores: Any) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     size, other = pc.list_value_length(texts), pc.list_value_length(scores)
     usable = pc.fill_null(pc.and_(pc.equal(size, other), pc.greater(size, 0)), False)
+    owner = pc.list_parent_indices(texts).to_numpy(zero_copy_only=False)
+    chars_of = pc.fill_null(pc.utf8_length(pc.list_flatten(texts)), 0).to_numpy(zero_copy_only=False)
+    has_text = np.bincount(owner, weights=chars_of, minlength=len(texts)) > 0  # a row of empty segments is no document
+    usable = pc.and_(usable, pa.array(has_text))
     row = np.flatnonzero(usable.to_numpy(zero_copy_only=False))
     texts, scores = texts.filter(usable), scores.filter(usable)
     flat = pc.fill_null(pc.list_flatten(scores).cast(pa.float32()), math.nan).to_numpy(zero_copy_only=False)
@@ -265,7 +269,7 @@ def read_documents(corpus: ScoredCorpus, table: Table, documents: Sequence[int])
     found: dict[int, ScoredDocument] = {}
     for number in sorted({int(table.file_D[d]) for d in documents}):
         rows = {int(table.row_D[d]): d for d in documents if table.file_D[d] == number}
-        for row, item in enumerate(corpus.read(corpus.files[number])):
+        for row, item in enumerate(corpus.read(corpus.files[number], keep_empty=True)):
             if row in rows and not isinstance(item, Rejected):
                 found[rows[row]] = item
             if row >= max(rows):

@@ -144,6 +144,8 @@ def tokenize_corpus(
     corpus = ScoredCorpus(scored)
     if not 0 <= heldout < 1:
         raise ConfigError(f"heldout is a share of documents in [0, 1), got {heldout}")
+    if "://" in str(out):
+        raise ConfigError(f"{out}: a token store is read by memory map, so it must be a folder of this machine")
     source = {"tokenizer": to_plain(tokenizer), "heldout": heldout}
     given = store.path_hash(tokenizer.path) if isinstance(tokenizer, PretrainedTokenizer) else None
     key = store.fingerprint([source, given, corpus.text, "tokens/2"])
@@ -203,6 +205,9 @@ def _put_scores(corpus: ScoredCorpus, scored: str, out: Path) -> dict[str, Any]:
         file = out / f"{name}.score.bin"
         if known.get(name, {}).get("content") == content and file.exists() and file.stat().st_size == 4 * segments:
             continue
+        if name in known:  # nothing may say that these scores are there while they are replaced
+            del known[name]
+            store.write_json(out / store.MANIFEST, manifest | {"scores": known, "main": None})
         unjudged = written = 0
         with store.written_aside(file) as aside, open(aside, "wb") as scores:
             for part in chosen.files:
@@ -360,6 +365,8 @@ class TokenStore:
         as if these were the only ones."""
         manifest = store.read_manifest(path, "tokenize")
         scores = manifest["scores"]
+        if manifest.get("main") not in scores:
+            raise store.StoreError(f"{path} has no scores yet: `phf tokenize` did not finish there; run it again")
         name = manifest["main"] if preference is None else preference
         if name not in scores:
             raise store.StoreError(f"{path} has no scores named {name!r}{did_you_mean(name, scores)}")

@@ -84,7 +84,13 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
 def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Everything that the template shows."""
     scenarios = list(dict.fromkeys(name for run in runs for name in run["eval"]["scenarios"]))
-    main = scenarios[0]
+    common = [name for name in scenarios if all(name in run["eval"]["scenarios"] for run in runs)]
+    if not common:
+        raise store.StoreError(
+            f"the runs below {folder} have no scenario in common ({', '.join(scenarios)}); judge them alike"
+        )
+    main = common[0]
+    scenarios = [main, *(name for name in scenarios if name != main)]
     names = list(dict.fromkeys(run["name"] for run in runs))
     rows = [_row(run, main) for run in runs]
     recipe = _read_recipe(folder)
@@ -200,11 +206,11 @@ def _average(values: Iterable[float | None]) -> float | None:
 
 def _further(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
     """The measures beyond the first table, for each run."""
-    names = list(dict.fromkeys(c["name"] for run in runs for c in run["eval"].get("capabilities", [])))
+    titles = list(dict.fromkeys(_capability_title(c) for run in runs for c in run["eval"].get("capabilities", [])))
     rows = []
     for run in runs:
         judged, found = run["eval"]["scenarios"][main], run["eval"]
-        capabilities = {c["name"]: c for c in found.get("capabilities", [])}
+        capabilities = {_capability_title(c): c for c in found.get("capabilities", [])}
         knows = (found.get("understanding") or {}).get("likelihood_ratio")
         rows.append(
             {
@@ -217,23 +223,30 @@ def _further(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
                 "repetition": judged["repetition_4"]["mean"],
                 "kl": found["kl"]["forward"]["nats_per_text"] if found.get("kl") else None,
                 "understanding": knows if knows and knows["auc"] is not None else None,
-                "capabilities": [headline(capabilities[n]) if n in capabilities else "–" for n in names],
+                "capabilities": [headline(capabilities[t]) if t in capabilities else "–" for t in titles],
             }
         )
     return {
         "rows": rows,
         "kl": any(r["kl"] for r in rows),
         "understanding": any(r["understanding"] for r in rows),
-        "capabilities": names,
+        "capabilities": titles,
     }
 
 
+def _capability_title(capability: Mapping[str, Any]) -> str:
+    """Its name and, where one name stands for several, what tells them apart."""
+    settings = capability["settings"]
+    return " ".join(
+        [capability["name"], *([settings["task"]] if "task" in settings else []), *settings.get("tasks", [])]
+    )
+
+
 def headline(capability: Mapping[str, Any]) -> str:
-    """A capability's main number with its interval."""
-    for name, value in capability.items():
-        if isinstance(value, Mapping) and "ci95" in value:
-            return f"{number(value['mean'], 3)} ({number(value['ci95'][0], 3)} to {number(value['ci95'][1], 3)}) {name}"
-    return "–"
+    """A capability's main numbers with their intervals."""
+    found = [(n, v) for n, v in capability.items() if isinstance(v, Mapping) and "ci95" in v]
+    shown = found if capability["name"] == "lm-eval" else found[:1]
+    return "; ".join(f"{number(v['mean'], 3)} ({number(v['ci95'][0], 3)} to {number(v['ci95'][1], 3)}) {n}" for n, v in shown) or "–"  # fmt: skip
 
 
 def _other_scenarios(runs: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> list[dict[str, Any]]:

@@ -30,78 +30,81 @@ def write_inspection(
 ) -> tuple[Path, dict[str, Any]]:
     """Write `inspect.html` and `inspect.json` (in the scored folder, unless `out` names the page) and return the page's
     path and the numbers."""
+    if out is None and not store.is_local(store.as_path(scored)):
+        raise ConfigError(f"{scored} is not a folder of this machine; say where the page goes with --out")
     found = survey(scored, preference, threshold, label)
+    scorers = masking_scorers(scored)
+    mask_texts(found, scorers)
     target = store.as_path(out if out is not None else store.as_path(scored) / "inspect.html")
-    page = environment().get_template("inspect.html.j2").render(**context(scored, found))
-    store.write_text(target, page)
     store.write_json(target.with_suffix(".json"), found)
+    page = environment().get_template("inspect.html.j2").render(**context(found, bool(scorers)))
+    store.write_text(target, page)
     return target, found
 
 
-def context(scored: str | Path, found: dict[str, Any]) -> dict[str, Any]:
+def masking_scorers(scored: str | Path) -> list[Scorer]:
+    """The scorers of the corpus that find personal data, which must not stand on a page, whichever scores are shown.
+    Raises ConfigError where one is not installed: nothing is shown unmasked."""
+    scorers: list[Scorer] = []
+    for name in ScoredCorpus(scored).preferences():
+        config = ScoredCorpus(scored, name).manifest.get("scorer")
+        if config is not None and config["name"] in ("pii", "presidio", "combination"):
+            scorer: Scorer = TypeAdapter(AnyScorer).validate_python(config)
+            scorer.identity()  # says what is missing
+            scorers.append(scorer)
+    return scorers
+
+
+def mask_texts(found: dict[str, Any], scorers: Sequence[Scorer]) -> None:
+    """Mask personal data in every text of a survey, and cut what is too long to look at."""
+
+    def masked(text: str) -> str:
+        for scorer in scorers:
+            text = mask(text, scorer)
+        return text[:SHOWN_CHARS]
+
+    for level in found["examples"]:
+        for document in level["documents"]:
+            shown, segments = 0, []
+            for text, score in document["segments"]:
+                if shown >= SHOWN_CHARS:
+                    break
+                segments.append([masked(text)[: SHOWN_CHARS - shown], score])
+                shown += len(text)
+            document["cut"] = len(segments) < len(document["segments"]) or shown > SHOWN_CHARS
+            document["segments"] = segments
+    for row in found["worst_segments"]:
+        row["text"] = masked(row["text"])
+    for other in found["agreement"]:
+        for row in other["this_worse"] + other["other_worse"]:
+            row["text"] = masked(row["text"])
+
+
+def context(found: dict[str, Any], masked: bool) -> dict[str, Any]:
     """Everything that the template shows."""
-    corpus = ScoredCorpus(scored, found["preference"])
-    scorer = _masking_scorer(corpus)
     positive = np.sort([s for level in found["examples"] for d in level["documents"] for _, s in d["segments"] if s])
     unit = found["identity"].get("unit", "score")
-
-    def one(text: str) -> Markup:
-        return Markup("{}").format(visible(_masked(text, scorer)[:SHOWN_CHARS]))
-
+    segments, documents = found["segments"]["histogram"], found["documents"]["histogram"]
     return {
         "s": found,
-        "masked": scorer is not None,
-        "segment_plot": Markup(
-            plots.histogram(found["segments"]["histogram"], f"score of a segment ({unit})", found["threshold"])
-        ),
+        "masked": masked,
+        "segment_plot": Markup(plots.histogram(segments, f"score of a segment ({unit})", found["threshold"])),
         "document_plot": Markup(
-            plots.histogram(
-                found["documents"]["histogram"], "mean score of a document", found["suggested"]["filtering"]
-            )
+            plots.histogram(documents, "mean score of a document", found["suggested"]["filtering"])
         ),
         "threshold_plot": Markup(plots.thresholds(found["thresholds"])),
         "length_plot": Markup(plots.by_length(found["length"])),
         "examples": [
-            {
-                **level,
-                "documents": [{**d, "html": _coloured(d["segments"], positive, scorer)} for d in level["documents"]],
-            }
+            {**level, "documents": [{**d, "html": _coloured(d, positive)} for d in level["documents"]]}
             for level in found["examples"]
         ],
-        "worst": [{**row, "html": one(row["text"])} for row in found["worst_segments"]],
-    } | _agreement(found, one)
+    }
 
 
-def _agreement(found: dict[str, Any], one: Any) -> dict[str, Any]:
-    for other in found["agreement"]:
-        for key in ("this_worse", "other_worse"):
-            other[key] = [{**row, "html": one(row["text"])} for row in other[key]]
-    return {}
-
-
-def _masking_scorer(corpus: ScoredCorpus) -> Scorer | None:
-    """The corpus's scorer where it finds personal data, which must not stand on a page."""
-    config = corpus.manifest.get("scorer")
-    if config is None or config["name"] not in ("pii", "presidio", "combination"):
-        return None
-    try:
-        scorer: Scorer = TypeAdapter(AnyScorer).validate_python(config)
-        scorer.identity()
-    except (ConfigError, ValueError):
-        return None
-    return scorer
-
-
-def _masked(text: str, scorer: Scorer | None) -> str:
-    return text if scorer is None else mask(text, scorer)
-
-
-def _coloured(segments: Sequence[Sequence[Any]], positive: np.ndarray, scorer: Scorer | None) -> Markup:
+def _coloured(document: dict[str, Any], positive: np.ndarray) -> Markup:
     """A document's segments, each coloured by its score's rank among the scores above 0. All of it escaped."""
-    pieces, shown = [], 0
-    for text, score in segments:
-        text = _masked(text, scorer)[: SHOWN_CHARS - shown]
-        shown += len(text)
+    pieces = []
+    for text, score in document["segments"]:
         if score is None:
             pieces.append(Markup('<span class="seg none" title="not judged">{}</span>').format(visible(text)))
         elif score <= 0 or not len(positive):
@@ -113,7 +116,6 @@ def _coloured(segments: Sequence[Sequence[Any]], positive: np.ndarray, scorer: S
                     heat, f"{score:.6g}", visible(text)
                 )
             )
-        if shown >= SHOWN_CHARS:
-            pieces.append(Markup(' <span class="soft">… (cut here)</span>'))
-            break
+    if document["cut"]:
+        pieces.append(Markup(' <span class="soft">… (cut here)</span>'))
     return Markup("").join(pieces)

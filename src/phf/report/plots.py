@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import escape
+
 COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#997700")
 """Paul Tol's bright scheme: told apart with any colour vision. A run's marker shape differs too."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -38,7 +40,7 @@ def _svg(figure: Any, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<svg height="[^"]*"', "<svg", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     return svg.replace(INK, "currentColor")
 
 

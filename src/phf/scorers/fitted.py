@@ -45,12 +45,13 @@ class Fitted(TextScorer):
     name: Literal["fitted"] = "fitted"
 
     def identity(self) -> dict[str, Any]:
+        loaded = load_fitted(self.path)
         return {
             "name": self.name,
             "unit": "probability",
             "kind": read_card(self.path)["kind"],
             "hash": store.path_hash(Path(self.path).expanduser()),
-        }
+        } | ({"classifier": loaded.identity()} if isinstance(loaded, TransformerScorer) else {})
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
         return load_fitted(self.path).probabilities(texts).tolist()  # type: ignore[no-any-return]
@@ -187,6 +188,10 @@ class TransformerScorer:
         self.classifier = _load(Toxicity(model=str(path), labels=("bad",), activation="softmax"))
         self.slope, self.offset = card["slope"], card["offset"]
 
+    def identity(self) -> dict[str, Any]:
+        """What of this machine decides its scores."""
+        return {"dtype": self.classifier.dtype, "max_tokens": self.classifier.max_tokens}
+
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         p = np.clip(self.classifier.probabilities(texts), 1e-7, 1 - 1e-7)
         calibrated: np.ndarray = 1 / (1 + np.exp(-(self.slope * np.log(p / (1 - p)) + self.offset)))
@@ -201,9 +206,13 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return store.read_json(folder / CARD)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(4)
 def load_fitted(path: str) -> HashedNgrams | TransformerScorer:
-    """A fitted scorer, checked against the hash on its card."""
+    """A fitted scorer, checked against the hash on its card; kept in memory until its files change."""
+    return _loaded(path, store.signature(path))
+
+
+@functools.lru_cache(4)
+def _loaded(path: str, files: Any) -> HashedNgrams | TransformerScorer:
     card = read_card(path)
     folder = Path(path).expanduser()
     if card["kind"] == "transformer":

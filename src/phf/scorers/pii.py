@@ -72,13 +72,15 @@ def _label(filth: Any) -> str:
     return "+".join(sorted({f.type for f in merged})) if merged else str(filth.type)
 
 
+@functools.cache
 def _spacy_identity(model: str) -> dict[str, Any]:
     from phf.scorers._scrubadub import load_spacy
 
     nlp = load_spacy(model)
     digest = hashlib.blake2b(digest_size=16)
     for name, pipe in nlp.pipeline:
-        digest.update(name.encode() + (pipe.to_bytes() if hasattr(pipe, "to_bytes") else b""))
+        # without the vocabulary, which grows with every text that is read
+        digest.update(name.encode() + (pipe.to_bytes(exclude=["vocab"]) if hasattr(pipe, "to_bytes") else b""))
     return {
         "name": f"{nlp.meta['lang']}_{nlp.meta['name']}",
         "version": nlp.meta["version"],
@@ -131,7 +133,7 @@ class Presidio(Scorer):
 
 
 def merge_spans(spans: Iterable[Span]) -> list[Span]:
-    """Overlapping spans as one, its label that of the longest (the first kind by name where equally long)."""
+    """Overlapping spans as one, labelled by their kinds joined by "+"."""
     merged: list[list[Span]] = []
     for span in sorted(spans, key=lambda s: (s.start, -s.end, s.label)):
         if merged and span.start < max(s.end for s in merged[-1]):
@@ -142,7 +144,7 @@ def merge_spans(spans: Iterable[Span]) -> list[Span]:
         Span(
             group[0].start,
             max(s.end for s in group),
-            min(group, key=lambda s: (s.start - s.end, s.label)).label,
+            "+".join(sorted({s.label for s in group})),
         )
         for group in merged
     ]

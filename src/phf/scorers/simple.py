@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
 from phf.scorers.base import Scorer, TextScorer
 from phf.types import Span
@@ -58,16 +59,18 @@ class Lexicon(Scorer):
     name: Literal["lexicon"] = "lexicon"
 
     def identity(self) -> dict[str, Any]:
-        words = _words(self.path)
+        words = _words(self.path, store.signature(self.path))
         digest = hashlib.blake2b("\n".join(words).encode(), digest_size=16).hexdigest()
         return {"name": self.name, "unit": "matches per character", "words": len(words), "hash": digest}
 
     def spans(self, text: str) -> list[Span]:
-        return [Span(m.start(), m.end(), "word") for m in _pattern(self.path).finditer(text)]
+        return [
+            Span(m.start(), m.end(), "word") for m in _pattern(self.path, store.signature(self.path)).finditer(text)
+        ]
 
 
 @functools.cache
-def _words(path: str) -> tuple[str, ...]:
+def _words(path: str, files: Any) -> tuple[str, ...]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -79,8 +82,8 @@ def _words(path: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _pattern(path: str) -> re.Pattern[str]:
-    longest_first = sorted(_words(path), key=lambda w: (-len(w), w))
+def _pattern(path: str, files: Any) -> re.Pattern[str]:
+    longest_first = sorted(_words(path, files), key=lambda w: (-len(w), w))
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)", re.IGNORECASE)
 
 
@@ -100,7 +103,7 @@ class Function(TextScorer):
 
     def identity(self) -> dict[str, Any]:
         function = _function(self.function)
-        source = inspect.getsourcefile(inspect.unwrap(function)) if not isinstance(function, type(len)) else None
+        source = _source_file(function)
         return {
             "name": self.name,
             "unit": "score",
@@ -119,8 +122,26 @@ class Function(TextScorer):
         return scores
 
 
-@functools.cache
+def _source_file(function: Any) -> str | None:
+    """The file that a function, or the type of a callable object, comes from; None for one without (a builtin)."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    try:
+        return inspect.getsourcefile(
+            function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+        )
+    except TypeError:
+        return None
+
+
 def _function(spec: str) -> Callable[..., Any]:
+    """The function; a file of yours is read again when it has changed."""
+    return _loaded(spec, store.signature(spec.rpartition(":")[0]))
+
+
+@functools.cache
+def _loaded(spec: str, files: Any) -> Callable[..., Any]:
     where, _, name = spec.rpartition(":")
     if not where or not name.isidentifier():
         raise ConfigError(f"function {spec!r}: expected module:name or path/to/file.py:name")

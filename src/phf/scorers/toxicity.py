@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
 from phf.device import has_quick_bf16, pick_device
 from phf.scorers.base import TextScorer
@@ -56,13 +57,14 @@ class Toxicity(TextScorer):
     labels: tuple[str, ...] | None = None
     activation: Literal["sigmoid", "softmax"] | None = None
     max_tokens: Annotated[int, Field(gt=8)] = 512
-    overlap: Annotated[int, Field(ge=0)] = 64
+    overlap: Annotated[int, Field(ge=0)] | None = None
+    """Tokens that windows share; None: 64, or a quarter of what a model of few positions reads."""
     tokens_per_batch: Annotated[int, Field(gt=0)] = 512
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.overlap >= self.max_tokens - 4:
+        if self.overlap is not None and self.overlap >= self.max_tokens - 4:
             raise ValueError(f"overlap ({self.overlap}) must be well below max_tokens ({self.max_tokens})")
 
     def identity(self) -> dict[str, Any]:
@@ -72,10 +74,11 @@ class Toxicity(TextScorer):
             "unit": "probability",
             "model": self.checkpoint or loaded.path,
             "weights": loaded.weights_hash,
+            "settings": loaded.settings_hash,
             "labels": list(loaded.labels),
             "activation": loaded.activation,
             "max_tokens": loaded.max_tokens,
-            "overlap": self.overlap,
+            "overlap": loaded.overlap,
             "dtype": loaded.dtype,
         }
 
@@ -88,18 +91,28 @@ class Classifier:
 
     def __init__(
         self, model: Any, tokenizer: Any, path: str, labels: Sequence[str], columns: Sequence[int], activation: str,
-        max_tokens: int, overlap: int, tokens_per_batch: int, dtype: str, device: str,
+        max_tokens: int, overlap: int | None, tokens_per_batch: int, dtype: str, device: str,
     ) -> None:  # fmt: skip
         import torch
 
         self.path, self.labels, self.activation, self.dtype = path, labels, activation, dtype
-        self.columns, self.overlap, self.tokens_per_batch, self.device = columns, overlap, tokens_per_batch, device
+        self.columns, self.tokens_per_batch, self.device = columns, tokens_per_batch, device
         positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
         # RoBERTa counts positions from behind its padding token
         reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
         self.max_tokens = min(max_tokens, positions - reserved, tokenizer.model_max_length)
         self.tokenizer = tokenizer
+        parts = tokenizer.backend_tokenizer.to_str() + str(
+            sorted((k, str(v)) for k, v in model.config.to_dict().items())
+        )
+        self.settings_hash = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
         self.before, self.after = special_tokens(tokenizer)
+        room = self.max_tokens - len(self.before) - len(self.after)
+        self.overlap = min(64, room // 4) if overlap is None else overlap
+        if room <= self.overlap:
+            raise ConfigError(
+                f"scorer.overlap={overlap}: {path} reads {room} tokens at a time; the overlap must be less"
+            )
         self.weights_hash = weights_hash(model)
         self.model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
@@ -180,8 +193,13 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(4)
 def _load(config: Toxicity) -> Classifier:
+    """The classifier, kept in memory until its files change."""
+    return _loaded(config, store.signature(config.model or ""), store.signature(config.checkpoint or ""))
+
+
+@functools.lru_cache(4)
+def _loaded(config: Toxicity, *files: Any) -> Classifier:
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as error:
@@ -197,9 +215,15 @@ def _load(config: Toxicity) -> Classifier:
         assert config.model is not None
         path = config.model
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, revision=config.revision)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, revision=config.revision, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(f"classifier {path} cannot be loaded: {error}") from None
+        if info["missing_keys"]:
+            raise ConfigError(
+                f"{path} is no sequence classifier: it has no {', '.join(sorted(info['missing_keys'])[:3])}, which would be random"
+            )
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
     if not tokenizer.is_fast:
