@@ -13,8 +13,8 @@ SOURCE = Path(phf.__file__).parent
 FLOORS = [
     {"types", "config", "store", "device"},
     {"corpus", "segment", "metrics"},
-    {"scorers", "annotate", "cluster", "fitting", "survey", "hub"},
-    {"tokens", "packing"},
+    {"scorers", "annotate", "cluster", "fitting", "hub"},
+    {"tokens", "packing", "survey"},
     {"objectives", "fused", "model", "trainer", "train"},
     {"served", "sample", "reference", "capabilities", "harness", "evaluate", "during"},
     {"report", "recipe", "cli", "__init__", "__main__"},

@@ -177,3 +177,13 @@ def test_rows_of_empty_segments_are_no_documents(tmp_path):
     (other,) = found["agreement"]
     assert {row["text"] for row in other["this_worse"]} <= {"a", "b1", "c", ""}
     assert other["other_worse"][0]["text"] == "b1"
+
+
+def test_the_share_of_tokens_comes_from_the_token_store(tmp_path, scored_dir, tokens_dir, tokens):
+    found = survey(scored_dir, tokens_dir=tokens_dir)
+    zero = next(row for row in found["thresholds"] if row["threshold"] == 0)
+    size = np.diff(tokens.seg_ends, prepend=0)
+    assert zero["bad_tokens"] == pytest.approx(size[tokens.score_S > 0].sum() / size.sum())
+    assert survey(scored_dir)["thresholds"][0]["bad_tokens"] is None
+    with pytest.raises(store.StoreError, match="the tokens of another corpus"):
+        survey(scored(tmp_path / "s", ROWS), tokens_dir=tokens_dir)

@@ -148,12 +148,15 @@ def inspect(
         str | None,
         typer.Option(help="Field of the documents' metadata that is true for bad ones: precision and recall."),
     ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="The corpus's token store: what share of its tokens a threshold calls bad.")
+    ] = None,
 ) -> None:
     """Look at the scores: distribution, thresholds, examples from best to worst. Writes a page and the numbers as JSON."""
     from phf.report import number
     from phf.report.inspect import write_inspection
 
-    page, found = write_inspection(scored, out, scores, threshold, label)
+    page, found = write_inspection(scored, out, scores, threshold, label, tokens)
     levels = ("0.5", "0.9", "0.99", "1.0")
     _table(
         [found["preference"], "count", "score 0", "mean", *(f"quantile {q}" for q in levels)],

@@ -1,4 +1,4 @@
-"""Look at the scores before training on them: distributions, what a threshold does, examples, agreement. Floor 2.
+"""Look at the scores before training on them: distributions, what a threshold does, examples, agreement. Floor 3.
 
     phf inspect scored/ --label toxic
 
@@ -18,6 +18,7 @@ import numpy as np
 from phf import store
 from phf.annotate import ScoredCorpus, read_table
 from phf.config import ConfigError, did_you_mean
+from phf.tokens import TokenStore
 from phf.types import Rejected, ScoredDocument
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -85,11 +86,16 @@ def _segments(texts: Any, scores: Any) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def survey(
-    scored: str | Path, preference: str | None = None, threshold: float | None = None, label: str | None = None
+    scored: str | Path,
+    preference: str | None = None,
+    threshold: float | None = None,
+    label: str | None = None,
+    tokens_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """Everything that the page shows, as plain values. `preference`: which scores, where there are several;
     `threshold`: scores above it are bad (default: 0 where at least a tenth of the segments score 0, else the median of
-    the segments); `label`: a field of the documents' metadata that says true for bad documents."""
+    the segments); `label`: a field of the documents' metadata that says true for bad documents; `tokens_dir`:
+    the corpus's token store, to say what share of its tokens, and not only of its characters, a threshold calls bad."""
     corpus = ScoredCorpus(scored, preference)
     table = Table(corpus)
     judged_S = table.score_S[~np.isnan(table.score_S)]
@@ -118,7 +124,7 @@ def survey(
         "threshold": threshold,
         "segments": _distribution(judged_S),
         "documents": _distribution(means_D),
-        "thresholds": _thresholds(table, judged_S),
+        "thresholds": _thresholds(table, judged_S, None if tokens_dir is None else _tokens(corpus, table, tokens_dir)),
         "suggested": _suggested(judged_S, means_D, zero),
         "length": _by_length(table, threshold),
         "examples": _examples(corpus, table),
@@ -152,12 +158,22 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _thresholds(table: Table, judged_S: np.ndarray) -> list[dict[str, float]]:
+def _tokens(corpus: ScoredCorpus, table: Table, tokens_dir: str | Path) -> np.ndarray:
+    """Tokens of every segment, from the corpus's token store (which holds no empty segments)."""
+    tokens = TokenStore.open(tokens_dir)
+    if tokens.manifest["text"] != corpus.text:
+        raise store.StoreError(f"{tokens_dir} holds the tokens of another corpus than {corpus.path}")
+    tokens_S = np.zeros(len(table.score_S), np.int64)
+    tokens_S[table.chars_S > 0] = np.diff(tokens.seg_ends, prepend=0)
+    return tokens_S
+
+
+def _thresholds(table: Table, judged_S: np.ndarray, tokens_S: np.ndarray | None) -> list[dict[str, float | None]]:
     """What each of several thresholds calls bad. Scores are compared as they are stored, in float32."""
     levels = np.unique(
         np.concatenate([[np.float32(0)], np.quantile(judged_S, np.linspace(0.05, 0.995, 39))]).astype(np.float32)
     )
-    rows = []
+    rows: list[dict[str, float | None]] = []
     chars = float(table.chars_S.sum())
     documents = max(int((~np.isnan(table.mean_D)).sum()), 1)
     for level in levels:
@@ -167,6 +183,7 @@ def _thresholds(table: Table, judged_S: np.ndarray) -> list[dict[str, float]]:
                 "threshold": float(level),
                 "bad_segments": float(bad_S.mean()),
                 "bad_chars": float(table.chars_S[bad_S].sum() / chars),
+                "bad_tokens": float(tokens_S[bad_S].sum() / tokens_S.sum()) if tokens_S is not None else None,
                 "documents_with_bad": float(
                     (np.bincount(table.doc_S[bad_S], minlength=len(table.counts_D)) > 0).mean()
                 ),

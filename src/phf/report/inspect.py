@@ -27,12 +27,13 @@ def write_inspection(
     preference: str | None = None,
     threshold: float | None = None,
     label: str | None = None,
+    tokens_dir: str | Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Write `inspect.html` and `inspect.json` (in the scored folder, unless `out` names the page) and return the page's
     path and the numbers."""
     if out is None and not store.is_local(store.as_path(scored)):
         raise ConfigError(f"{scored} is not a folder of this machine; say where the page goes with --out")
-    found = survey(scored, preference, threshold, label)
+    found = survey(scored, preference, threshold, label, tokens_dir)
     scorers = masking_scorers(scored)
     mask_texts(found, scorers)
     target = store.as_path(out if out is not None else store.as_path(scored) / "inspect.html")

@@ -130,14 +130,16 @@ def histogram(bins: Mapping[str, Any], label: str, line: float) -> str:
     return _svg(figure, f"Histogram: {label}")
 
 
-def thresholds(rows: Sequence[Mapping[str, float]]) -> str:
+def thresholds(rows: Sequence[Mapping[str, Any]]) -> str:
     """Shares over the threshold."""
     figure, axes = _figure(6.4, 3.2)
     at = [row["threshold"] for row in rows]
     if at[-1] > 100 * max(min((t for t in at if t > 0), default=1), 1e-12):
         axes.set_xscale("symlog", linthresh=min(t for t in at if t > 0))
     lines = (
-        ("bad_chars", "characters called bad"),
+        ("bad_chars", "characters called bad")
+        if rows[0]["bad_tokens"] is None
+        else ("bad_tokens", "tokens called bad"),
         ("documents_with_bad", "documents with a bad segment"),
         ("documents_kept_by_filtering", "documents that filtering keeps"),
     )
