@@ -161,11 +161,13 @@ def fit_scorer(
     dying = out.with_name(f".{out.name}.partial")
     shutil.rmtree(dying, ignore_errors=True)
     dying.mkdir(parents=True)
+    _say(f"fitting to {len(train):,} texts")
     scorer: HashedNgrams | TransformerScorer
     if kind == "ngrams":
         scorer, details = _fit_ngrams(labels, train, fold_N, dying, seed)
     else:
         scorer, details = _fit_transformer(labels, train, fold_N, dying, base_model, seed)
+    _say("measuring")
     metrics = {
         "held out": measure(
             scorer.probabilities([labels.texts[i] for i in np.flatnonzero(held_N)]), labels.bad_N[held_N]
@@ -194,6 +196,10 @@ def fit_scorer(
     else:
         dying.rename(out)
     return card
+
+
+def _say(text: str) -> None:
+    print(f"    {text}", file=sys.stderr, flush=True)
 
 
 def _labels_hash(labels: Labels) -> str:
@@ -231,6 +237,7 @@ def _fit_ngrams(
     def fitted(rows: np.ndarray, strength: float) -> Any:
         return LogisticRegression(C=strength, solver="liblinear", random_state=seed, max_iter=200).fit(X[rows], y[rows])
 
+    _say("choosing the strength of regularisation, then calibrating on texts that each fit has not seen")
     # how strongly to regularise: the best likelihood on one fold; then calibration on all folds, each predicted unseen
     first = fold == 0
     losses = {}

@@ -9,11 +9,13 @@ documents at each quantile of the documents' mean scores.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from phf import store
 from phf.annotate import ScoredCorpus, read_table
@@ -33,7 +35,7 @@ class Table:
 
     def __init__(self, corpus: ScoredCorpus) -> None:
         scores, chars, counts, files, rows = [], [], [], [], []
-        for number, file in enumerate(corpus.files):
+        for number, file in enumerate(tqdm(corpus.files, desc="reading", unit="file", disable=None, file=sys.stderr)):
             if corpus.preference is None:
                 table = read_table(file, ["texts", "scores"])
                 given = table["scores"]
