@@ -359,3 +359,16 @@ def test_an_evaluation_is_done_again_when_what_it_reads_has_changed(runs, tmp_pa
         lm.get_input_embeddings().weight.mul_(1.5)
     lm.save_pretrained(tmp_path / "ref")
     assert judged()["kl"]["forward"]["nats_per_text"]["mean"] > 0.01 > first["kl"]["forward"]["nats_per_text"]["mean"]
+
+
+def test_samples_that_are_not_those_of_a_part_are_drawn_again(runs, tmp_path):
+    """As a kill between writing samples and writing their part leaves them."""
+    scenario = {"u": Scenario(num_samples=4, max_tokens=8, min_tokens=1)}
+    first = evaluate_model(str(runs / "mle" / "model"), tmp_path / "out", LINK, scenario)
+    file = tmp_path / "out" / "samples" / "u.jsonl"
+    right = file.read_text()
+    file.write_text("of other settings\n")
+    (tmp_path / "out" / "eval.json").unlink()
+    again = evaluate_model(str(runs / "mle" / "model"), tmp_path / "out", LINK, scenario)
+    assert file.read_text() == right
+    assert again["scenarios"] == first["scenarios"]

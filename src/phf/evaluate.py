@@ -11,6 +11,7 @@ good token before every segment.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -482,13 +483,19 @@ class _Judgement:
             self.loaded = load_model(self.model_path)
         return self.loaded
 
-    def part(self, name: str, settings: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def part(
+        self, name: str, settings: Any, make: Callable[[], dict[str, Any]], written: Path | None = None
+    ) -> dict[str, Any]:
+        """What `make` gives, kept under its key. `written`: a file that it writes, which must still be that one."""
         key = store.fingerprint([self.model_key, name, settings, "eval/3"])
         file = self.folder / "eval" / f"{name}.json"
-        if file.exists() and store.read_json(file).get("key") == key:
-            return store.read_json(file)  # type: ignore[no-any-return]
+        if file.exists():
+            kept = store.read_json(file)
+            if kept.get("key") == key and (written is None or kept["written"] == store.path_hash(written)):
+                return kept  # type: ignore[no-any-return]
         start = time.perf_counter()
         value = {"key": key, "value": make(), "seconds": time.perf_counter() - start}
+        value["written"] = None if written is None else store.path_hash(written)
         store.write_json(file, value)
         return store.jsonable(value)  # type: ignore[no-any-return]
 
@@ -518,7 +525,9 @@ class _Judgement:
                 skipped.append(name)  # asks for the bad token of a model that has none
                 continue
             settings = [plain[name], self.threshold, identity, cut, prompts.get(name)]
-            parts[f"scenario-{name}"] = self.part(f"scenario-{name}", settings, lambda n=name: self._scenario(n))  # type: ignore[misc]
+            parts[f"scenario-{name}"] = self.part(
+                f"scenario-{name}", settings, functools.partial(self._scenario, name), self._samples(name)
+            )
         if not parts:
             raise ConfigError(f"{self.model_path} has no control tokens, so {', '.join(skipped)} cannot be asked of it")
         if on_heldout is not None:
@@ -556,8 +565,11 @@ class _Judgement:
         samples, result = judge_samples(
             sample(self.model(), scenario), scenario, self.scorer, self.segmenter, self.threshold
         )
-        write_samples(self.folder / "samples" / f"{name}.jsonl", samples)
+        write_samples(self._samples(name), samples)
         return result
+
+    def _samples(self, name: str) -> Path:
+        return self.folder / "samples" / f"{name}.jsonl"
 
 
 def segmenter_of(tokens: TokenStore) -> Segmenter:
