@@ -13,9 +13,10 @@ import torch
 
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
+from phf.metrics import ratio_of_sums
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
-from phf.reference import KL, LocalModel, kl, ratio_of_sums, reference_texts, text_logp
+from phf.reference import KL, LocalModel, kl, reference_texts, text_logp
 from phf.sample import load_model
 from phf.segment import Lines
 from phf.served import Server, ServerError

@@ -91,19 +91,8 @@ def score_corpus(
     shards = corpus.plan()
     store.begin(out, "score", key, clean=executor is None)
     jobs = [(source, shard, str(out / f"part-{n:05d}")) for n, shard in enumerate(shards)]
-    parts = _finished(jobs, workers, max_unjudged, executor, out)
-    return store.finish(
-        out,
-        "score",
-        key,
-        **source,
-        identity=scorer.identity(),
-        provenance=corpus.provenance(),
-        **_totals(parts),
-        content=store.fingerprint([p["hash"] for p in parts]),
-        text=store.fingerprint([p["text"] for p in parts]),
-        parts=len(parts),
-    )
+    done = _finished(jobs, workers, max_unjudged, executor, out)
+    return store.finish(out, "score", key, **source, identity=scorer.identity(), provenance=corpus.provenance(), **done)
 
 
 def add_scores(
@@ -128,24 +117,14 @@ def add_scores(
         return store.read_manifest(out, "score")
     store.begin(out, "score", key, clean=executor is None)
     jobs = [(source, {"base": n}, str(out / f"part-{n:05d}")) for n in range(len(base.files))]
-    parts = _finished(jobs, workers, max_unjudged, executor, out)
-    return store.finish(
-        out,
-        "score",
-        key,
-        scorer=to_plain(scorer),
-        identity=scorer.identity(),
-        **_totals(parts),
-        content=store.fingerprint([p["hash"] for p in parts]),
-        text=base.text,
-        parts=len(parts),
-    )
+    done = _finished(jobs, workers, max_unjudged, executor, out) | {"text": base.text}
+    return store.finish(out, "score", key, scorer=to_plain(scorer), identity=scorer.identity(), **done)
 
 
 def _finished(
     jobs: Sequence[Job], workers: int, max_unjudged: float, executor: Executor | None, out: Path
-) -> list[dict[str, Any]]:
-    """The counts of every shard, once all are done. Raises what `score_corpus` says."""
+) -> dict[str, Any]:
+    """What the manifest says of the shards, once all are done. Raises what `score_corpus` says."""
     done = {p.name for p in store.refresh(out).glob("part-*.json")}
     todo = [job for job in jobs if _mark(job).name not in done]
     if todo and executor is not None:
@@ -183,7 +162,7 @@ def _finished(
             f"{max_unjudged:.1%} allowed (--max-unjudged): {totals['failures']}. The same command scores the shards with "
             "failures again"
         )
-    return parts
+    return totals
 
 
 def _mark(job: Job) -> Path:
@@ -191,6 +170,7 @@ def _mark(job: Job) -> Path:
 
 
 def _totals(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The shards' counts added up, and fingerprints of what they wrote and of its text alone."""
     names = ("documents", "segments", "chars", "unjudged", "bad_segments")
     sums: dict[str, Counter[str]] = {"rejected": Counter(), "failures": Counter(), "labels": Counter()}
     for part in parts:
@@ -201,6 +181,9 @@ def _totals(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rejected": dict(sorted(sums["rejected"].items())),
         "failures": dict(sorted(sums["failures"].items())),
         "labels": dict(sums["labels"].most_common()),
+        "content": store.fingerprint([p["hash"] for p in parts]),
+        "text": store.fingerprint([p["text"] for p in parts]),
+        "parts": len(parts),
     }
 
 

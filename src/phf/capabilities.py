@@ -74,7 +74,7 @@ def continuations(
     every token of it is the likeliest. A context begins with `prefix_ids`; one too long for the model loses what comes behind
     them. Control tokens have no share. Raises ConfigError for a continuation longer than the model reads."""
     lm, silent = model.lm, sorted(model.control_ids.values())
-    limit = getattr(lm.config, "max_position_embeddings", None) or 10**9
+    limit = model.positions
     kept = len(prefix_ids(model))
     rows = []
     for context, target in pairs:
@@ -175,7 +175,7 @@ class HumanEval(Capability):
         n = self.samples_per_problem
         if max(self.k) > n:
             raise ConfigError(f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {n}")
-        room = (getattr(model.lm.config, "max_position_embeddings", None) or 10**9) - 2
+        room = model.positions - 2
         longest = max(map(len, encode_segments(model.tokenizer, [p["prompt"] for p in problems])))
         if longest >= room:
             raise ConfigError(f"humaneval: a prompt has {longest} tokens, the model reads {room}")
@@ -373,7 +373,7 @@ class _Head(torch.nn.Module):
         self.tokenizer = model.tokenizer
         self.body = copy.deepcopy(model.lm.base_model)
         self.start = prefix_ids(model)
-        self.limit = getattr(model.lm.config, "max_position_embeddings", None) or 512
+        self.limit = min(model.positions, 256)
         width = model.lm.get_output_embeddings().weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
         self.head = torch.nn.Linear(width, classes)
@@ -383,7 +383,7 @@ class _Head(torch.nn.Module):
         self.head.to(model.lm.device)
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
-        room = min(self.limit, 256) - len(self.start)
+        room = self.limit - len(self.start)
         rows = [self.start + ids[:room] for ids in encode_segments(self.tokenizer, list(texts))]
         width = max(map(len, rows))
         device = self.head.weight.device

@@ -30,6 +30,15 @@ def _split(arguments: list[str] | None) -> tuple[list[str], list[str]]:
     return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
 
 
+def _laid_on(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`a.b=c` settings laid on `config`."""
+    from phf.config import merge, parse_override
+
+    for override in overrides:
+        config = merge(config, parse_override(override))
+    return config
+
+
 def _only_overrides(arguments: list[str] | None) -> list[str]:
     from phf.config import ConfigError
 
@@ -84,7 +93,7 @@ def score(
     Writes Parquet with the columns of the published scored data sets, and a manifest with counts and what was set aside.
     """
     from phf.annotate import add_scores, score_corpus
-    from phf.config import ConfigError, merge, parse_override, validate
+    from phf.config import ConfigError, validate
     from phf.corpus import AnyCorpus, from_path
     from phf.scorers import AnyScorer
     from phf.segment import AnySegmenter
@@ -103,8 +112,7 @@ def score(
     }
     if add is None:
         config["corpus"] = from_path(corpus)
-    for override in settings:
-        config = merge(config, parse_override(override))
+    config = _laid_on(config, settings)
     _known_keys(config, ("corpus", "scorer", "segmenter", "executor"))
     elsewhere = None
     if config["executor"] != {"name": "local"}:
@@ -306,14 +314,12 @@ def sample(
 
     Of a server that speaks OpenAI's completions (vLLM, for one): server.model=NAME.
     """
-    from phf.config import merge, parse_override, validate
+    from phf.config import validate
     from phf.sample import Scenario, load_model, sample_served, write_samples
     from phf.sample import sample as draw_samples
     from phf.served import Server
 
-    config: dict[str, Any] = {}
-    for override in _only_overrides(settings):
-        config = merge(config, parse_override(override))
+    config = _laid_on({}, _only_overrides(settings))
     server = _mapping(config, "server")
     scenario: Scenario = validate(config, Scenario, "scenario")
     if model.startswith(("http://", "https://")):
@@ -354,7 +360,7 @@ def evaluate(
     capabilities=[{name: lambada, path: ...}]. Writes eval.json and the samples into each run, or into --out.
     """
     from phf.capabilities import AnyCapability
-    from phf.config import ConfigError, merge, parse_override, validate
+    from phf.config import ConfigError, merge, validate
     from phf.evaluate import evaluate_model, evaluate_run
     from phf.reference import KL
     from phf.report import headline, number
@@ -363,9 +369,7 @@ def evaluate(
     from phf.segment import AnySegmenter, Segmenter
 
     folders, overrides = _split(models)
-    config: dict[str, Any] = {}
-    for override in overrides:
-        config = merge(config, parse_override(override))
+    config = _laid_on({}, overrides)
     fields, cut = _mapping(config, "scorer"), _mapping(config, "segmenter")
     kl, capabilities = _mapping(config, "kl") if "kl" in config else None, config.pop("capabilities", [])
     if fields and scorer is None:
@@ -456,13 +460,11 @@ def compare(
 
 
 def _is_run(path: str) -> bool:
-    import json
-    from pathlib import Path
+    from phf.store import StoreError, read_manifest
 
-    manifest = Path(path) / "manifest.json"
     try:
-        return manifest.exists() and json.loads(manifest.read_text()).get("stage") == "train"
-    except ValueError:
+        return bool(read_manifest(path, "train"))
+    except StoreError:
         return False
 
 

@@ -8,7 +8,6 @@ not know of it: it is a callback that is handed in, and the run's bytes are the 
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,14 +17,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from transformers import TrainerCallback
 
-from phf import store
 from phf.config import STRICT, ConfigError
 from phf.evaluate import corpus_scorer, heldout_loss, judge_samples, segmenter_of
 from phf.objectives import Objective
 from phf.sample import LoadedModel, Scenario, sample, scenario_prompts
 from phf.tokens import TokenStore, add_control_tokens
 from phf.train import TrainConfig
-from phf.trainer import read_metrics
+from phf.trainer import add_line, keep_lines
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -61,10 +59,8 @@ class JudgeDuring(TrainerCallback):
         self.every_steps = max(round(config.every / self.step_tokens), 1)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:  # lines of steps that are done again are made again
-            lines = read_metrics(self.path) if self.path.exists() else []
-            kept = [json.dumps(line) for line in lines if line["step"] <= state.global_step]
-            store.write_text(self.path, "".join(line + "\n" for line in kept))
+        if state.is_world_process_zero:
+            keep_lines(self.path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
@@ -73,8 +69,7 @@ class JudgeDuring(TrainerCallback):
         start = time.perf_counter()
         line = {"step": step, "tokens": step * self.step_tokens} | self.judge(model)
         line["seconds"] = time.perf_counter() - start
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(store.jsonable(line)) + "\n")
+        add_line(self.path, line)
 
     def judge(self, lm: Any) -> dict[str, Any]:
         """Judge `lm` as it is, and leave it and every random stream as they were."""

@@ -365,18 +365,13 @@ def _per_byte(
         return {"nats_per_byte": None, "bytes": 0, "tokens": 0, "documents": 0, "ci95": None}
     nats_D = np.bincount(index, weights=nats_S[use_S])
     bytes_D = np.bincount(index, weights=bytes_S[use_S].astype(np.float64))
-    rng = np.random.Generator(np.random.Philox(0))
-    ratios = np.empty(2000)
-    for n in range(len(ratios)):  # one at a time: documents can be many
-        pick = rng.integers(0, len(docs), len(docs))
-        ratios[n] = nats_D[pick].sum() / bytes_D[pick].sum()
-    ci = [float(x) for x in np.quantile(ratios, [0.025, 0.975])] if len(docs) > 1 else None
+    ratio = metrics.ratio_of_sums(nats_D, bytes_D)
     return {
-        "nats_per_byte": float(nats_D.sum() / bytes_D.sum()),
+        "nats_per_byte": ratio.mean,
         "bytes": int(bytes_D.sum()),
         "tokens": int(tokens_S[use_S].sum()),
         "documents": len(docs),
-        "ci95": ci,
+        "ci95": list(ratio.ci95) if len(docs) > 1 else None,
     }
 
 

@@ -123,8 +123,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _hash_unit(text: str, person: bytes) -> float:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=person).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return store.text_hash(text, person) / 2**64
 
 
 def fit_scorer(
@@ -262,7 +261,7 @@ def _fit_ngrams(
         "intercept": scorer.intercept,
         "slope": slope,
         "offset": offset,
-        "weights": hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest(),
+        "weights": store.bytes_hash(weights.tobytes()),
     }
 
 
@@ -315,8 +314,7 @@ def _fit_transformer(
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     scorer = TransformerScorer(folder, {"slope": 1.0, "offset": 0.0})
     first = train[fold_N[train] == 0]
-    p = np.clip(scorer.probabilities([labels.texts[i] for i in first]), 1e-7, 1 - 1e-7)
-    scorer.slope, scorer.offset = platt(np.log(p / (1 - p)), labels.bad_N[first])
+    scorer.slope, scorer.offset = platt(scorer.logits([labels.texts[i] for i in first]), labels.bad_N[first])
     return scorer, {"kind": "transformer", "base_model": base_model, "slope": scorer.slope, "offset": scorer.offset}
 
 

@@ -37,7 +37,7 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Log-probability of whole texts, in windows where they are longer than the model reads."""
-        room = (getattr(self.model.lm.config, "max_position_embeddings", None) or 10**9) - len(self.start)
+        room = self.model.positions - len(self.start)
         pairs, owner = [], []
         for number, ids in enumerate(self._encode([request.args[0] for request in requests])):
             for begin in range(0, max(len(ids), 1), room):
@@ -52,7 +52,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy continuations (or sampled, where a task asks for it), up to the first of the stop strings."""
         written = []
-        room = (getattr(self.model.lm.config, "max_position_embeddings", None) or 10**9) - len(self.start) - 1
+        room = self.model.positions - len(self.start) - 1
         for number, request in enumerate(requests):  # each with a random stream of its own
             context, settings = request.args
             stops = settings.get("until") or []

@@ -59,6 +59,28 @@ def mean_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estima
     return Estimate(mean, stderr, n, bootstrap_mean(judged_N, seed), unjudged)
 
 
+def ratio_of_sums(numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int = 0) -> Estimate:
+    """Sum over sum with its standard error (delta method) and a bootstrap interval over units. NaN where there is
+    nothing to divide by; with one unit the error and the interval are."""
+    n, whole = len(numerator_N), float(denominator_N.sum())
+    nan = float("nan")
+    if whole == 0:
+        return Estimate(nan, nan, n, (nan, nan))
+    ratio = float(numerator_N.sum() / whole)
+    if n < 2:
+        return Estimate(ratio, nan, n, (nan, nan))
+    residual = numerator_N - ratio * denominator_N
+    stderr = float(residual.std(ddof=1) * np.sqrt(n) / whole)
+    rng = np.random.Generator(np.random.Philox(seed))
+    ratios = []
+    for _ in range(2000):
+        pick = rng.integers(0, n, n)
+        if (below := denominator_N[pick].sum()) > 0:
+            ratios.append(numerator_N[pick].sum() / below)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Estimate(ratio, stderr, n, (float(low), float(high)))
+
+
 def share_estimate(hits_N: Sequence[bool] | np.ndarray, unjudged: int = 0) -> Estimate:
     """A share of independent units with Wilson's interval."""
     hits = np.asarray(hits_N, dtype=bool)

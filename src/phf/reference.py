@@ -15,7 +15,6 @@ little), and a text that was cut inside a word costs the other model extra.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,14 +26,13 @@ from pydantic.dataclasses import dataclass
 
 from phf import store
 from phf.config import STRICT, ConfigError, to_plain
-from phf.metrics import mean_estimate
+from phf.metrics import mean_estimate, ratio_of_sums
 from phf.model import model_folder
 from phf.sample import LoadedModel, Scenario, load_model, sample
 from phf.scorers.toxicity import weights_hash
-from phf.segment import Segmenter
+from phf.segment import Documents, Segmenter
 from phf.served import Server
 from phf.tokens import encode_segments
-from phf.types import Estimate
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -80,10 +78,9 @@ def text_logp(
         for segment in encode_segments(model.tokenizer, segments):
             ids += good + segment
         rows.append(ids + good * (not segments) + [eos] * ends)
-    limit = getattr(lm.config, "max_position_embeddings", None)
     longest = max(map(len, rows), default=0)
-    if limit is not None and longest > limit + 1:
-        raise ConfigError(f"a text of {longest} tokens is longer than the {limit} that {model.path} reads")
+    if longest > model.positions + 1:
+        raise ConfigError(f"a text of {longest} tokens is longer than the {model.positions} that {model.path} reads")
     total = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     silent_T = torch.tensor(silent, dtype=torch.long, device=lm.device)
@@ -104,25 +101,6 @@ def text_logp(
             logp_T = torch.log_softmax(logits_TV.double(), -1).gather(1, target_BT[b].unsqueeze(1)).squeeze(1)
             total[i] = float(logp_T[counted_BT[b]].sum())
     return total
-
-
-def ratio_of_sums(numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int = 0) -> Estimate:
-    """Sum over sum with its standard error (delta method) and a bootstrap interval over units."""
-    n, whole = len(numerator_N), float(denominator_N.sum())
-    nan = float("nan")
-    if whole == 0 or n < 2:
-        return Estimate(nan, nan, n, (nan, nan))
-    ratio = float(numerator_N.sum() / whole)
-    residual = numerator_N - ratio * denominator_N
-    stderr = float(residual.std(ddof=1) * np.sqrt(n) / whole)
-    rng = np.random.Generator(np.random.Philox(seed))
-    ratios = []
-    for _ in range(2000):
-        pick = rng.integers(0, n, n)
-        if (below := denominator_N[pick].sum()) > 0:
-            ratios.append(numerator_N[pick].sum() / below)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Estimate(ratio, stderr, n, (float(low), float(high)))
 
 
 def reference_hash(config: KL) -> str | None:
@@ -155,24 +133,16 @@ def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
         logp = np.array(config.reference.text_logp(texts, finished))
     else:
         texts, finished = _draw(loaded, config)
-        logp = text_logp(loaded, texts, finished, _Whole(), config.batch)
+        logp = text_logp(loaded, texts, finished, Documents(), config.batch)
     value = {"texts": texts, "finished": finished, "logp": logp.tolist(), "identity": identity}
     store.write_json(file, value)
-    return json.loads(json.dumps(value))  # type: ignore[no-any-return]
-
-
-class _Whole(Segmenter):
-    """A text as one segment: a reference knows no control tokens."""
-
-    def ends(self, text: str) -> list[int]:
-        return [len(text)] if text else []
+    return value
 
 
 def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
     """Untruncated texts at temperature 1."""
-    limit = getattr(model.lm.config, "max_position_embeddings", None) or 10**9
     scenario = Scenario(
-        num_samples=config.num_samples, max_tokens=min(config.max_tokens, limit - 2), min_tokens=0, temperature=1.0,
+        num_samples=config.num_samples, max_tokens=min(config.max_tokens, model.positions - 2), min_tokens=0, temperature=1.0,
         top_p=1.0, seed=config.seed, batch=config.batch,
     )  # fmt: skip
     samples = sample(model, scenario, progress=False)
@@ -207,7 +177,7 @@ def kl(model: LoadedModel, config: KL, segmenter: Segmenter, cache: str | Path) 
             theirs = np.array(config.reference.text_logp(texts, finished))
         else:
             reference = load_model(config.reference.path, config.reference.revision)
-            theirs = text_logp(reference, texts, finished, _Whole(), config.batch)
+            theirs = text_logp(reference, texts, finished, Documents(), config.batch)
         result["reverse"] = _divergence(ours - theirs, texts)
     return result
 

@@ -86,6 +86,11 @@ class LoadedModel:
     control_ids: dict[str, int]
     path: str
 
+    @property
+    def positions(self) -> int:
+        """How many tokens the model reads at most."""
+        return getattr(self.lm.config, "max_position_embeddings", None) or sys.maxsize
+
 
 def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model."""
@@ -361,7 +366,7 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
         ids_NT[n, longest - len(start) :] = torch.tensor(start, device=device)
         attend_NT[n, longest - len(start) :] = 1
     position_NT = (attend_NT.cumsum(1) - 1).clamp(min=0)
-    limit = getattr(lm.config, "max_position_embeddings", None) or sys.maxsize
+    limit = model.positions
     if longest + scenario.max_tokens > limit:
         raise ConfigError(
             f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions"
@@ -399,7 +404,7 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             plain_NV, bad_NV = logits_NV.chunk(2)
             logits_NV = guide(plain_NV, bad_NV, scenario.guidance or 0.0, good_id, bad_id)
         else:
-            plain_NV = logits_NV.clone()
+            plain_NV = logits_NV  # banning touches only words that are not chosen
         lse_N = plain_NV.logsumexp(-1)  # before anything is banned
         logits_NV[:, banned] = float("-inf")
         short = torch.from_numpy(num_text[alive] < scenario.min_tokens).to(device)

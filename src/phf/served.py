@@ -16,7 +16,7 @@ import httpx
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT, ConfigError
+from phf.config import STRICT
 
 TOLERANCE = 0.02
 """Largest difference, in nats a token, between the log-probabilities of a completion as given and as echoed."""
@@ -167,11 +167,3 @@ def _choices(answer: Any, count: int) -> list[Any]:
     if not isinstance(choices, list) or len(choices) != count:
         raise ServerError(f"the server answered {len(choices or [])} of {count} prompts: {str(answer)[:200]}")
     return sorted(choices, key=lambda c: c.get("index", 0))
-
-
-def check_reachable(server: Server) -> None:
-    """Raise ConfigError where nothing answers at the address."""
-    try:
-        httpx.get(f"{server.url.rstrip('/')}/models", timeout=min(server.timeout_s, 10))
-    except httpx.HTTPError as error:
-        raise ConfigError(f"no server answers at {server.url}: {error}") from None

@@ -95,7 +95,18 @@ def jsonable(value: Any) -> Any:
 
 def fingerprint(value: Any) -> str:
     """A short stable hash of plain data (hex, 128 bits)."""
-    return hashlib.blake2b(canonical(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return bytes_hash(canonical(value).encode("utf-8", "surrogatepass"))
+
+
+def bytes_hash(data: bytes) -> str:
+    """Hash of bytes (hex, 128 bits)."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def text_hash(text: str, person: bytes) -> int:
+    """A number in [0, 2**64) that a text decides alone; another one for each `person`, the purpose that it serves."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=person).digest()
+    return int.from_bytes(digest, "little")
 
 
 def file_hash(path: str | Path) -> str:

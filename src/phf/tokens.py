@@ -17,7 +17,6 @@ a text are text: nobody can write a control token into a corpus or a prompt.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,8 +62,7 @@ AnyTokenizer = Annotated[TrainBPE | PretrainedTokenizer, Field(discriminator="na
 
 def is_heldout(text: str, fraction: float) -> bool:
     """Whether a document is held out: a hash of its text, so that duplicates fall on one side."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=b"phf heldout").digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+    return store.text_hash(text, b"phf heldout") < fraction * 2**64
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
@@ -225,20 +223,22 @@ def _put_scores(corpus: ScoredCorpus, scored: str, out: Path) -> dict[str, Any]:
             "scorer": chosen.manifest.get("scorer"),
             "unjudged": unjudged,
         }
-    main = known[corpus.main]
-    updated = manifest | {
-        "scored": scored,
-        "main": corpus.main,
-        "scores": known,
-        "identity": main["identity"],
-        "scorer": main["scorer"],
-        "scored_content": main["content"],
-        "content": store.fingerprint([manifest["tokens"], main["content"]]),
-        "counts": manifest["counts"] | {"unjudged": main["unjudged"]},
-    }
+    updated = _seen_by(manifest | {"scored": scored, "main": corpus.main, "scores": known}, corpus.main)
     if updated != manifest:
         store.write_json(out / store.MANIFEST, updated)
     return updated
+
+
+def _seen_by(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """The manifest as if the scores of this name were the only ones."""
+    chosen = manifest["scores"][name]
+    return manifest | {
+        "identity": chosen["identity"],
+        "scorer": chosen["scorer"],
+        "scored_content": chosen["content"],
+        "content": store.fingerprint([manifest["tokens"], chosen["content"]]),
+        "counts": manifest["counts"] | {"unjudged": chosen["unjudged"]},
+    }
 
 
 def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus, heldout: float, folder: Path) -> Any:
@@ -370,16 +370,7 @@ class TokenStore:
         name = manifest["main"] if preference is None else preference
         if name not in scores:
             raise store.StoreError(f"{path} has no scores named {name!r}{did_you_mean(name, scores)}")
-        if name != manifest["main"]:
-            chosen = scores[name]
-            manifest |= {
-                "identity": chosen["identity"],
-                "scorer": chosen["scorer"],
-                "scored_content": chosen["content"],
-                "content": store.fingerprint([manifest["tokens"], chosen["content"]]),
-                "counts": manifest["counts"] | {"unjudged": chosen["unjudged"]},
-            }
-        return cls(Path(path), manifest, name)
+        return cls(Path(path), manifest if name == manifest["main"] else _seen_by(manifest, name), name)
 
     def _map(self, name: str, dtype: Any) -> np.ndarray:
         path = self.path / name

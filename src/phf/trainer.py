@@ -199,6 +199,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def keep_lines(path: Path, step: int) -> None:
+    """Leave out of a file of metrics what belongs to steps behind `step`: those are done again."""
+    kept = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= step]
+    store.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def add_line(path: Path, line: dict[str, Any]) -> None:
+    """One more line of a file of metrics."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(store.jsonable(line)) + "\n")
+
+
 def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
     """Time spent in training steps, over all the legs of a run that was interrupted."""
     before = [0, *(line["tokens"] for line in lines)]
@@ -223,9 +235,7 @@ class Record(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.writer:
-            lines = read_metrics(self.path) if self.path.exists() else []
-            kept = [json.dumps(line) for line in lines if line["step"] <= state.global_step]
-            store.write_text(self.path, "".join(line + "\n" for line in kept))
+            keep_lines(self.path, state.global_step)
             self.bar = tqdm(total=self.steps * self.step_tokens, initial=state.global_step * self.step_tokens, desc="training", unit="tok",
                             unit_scale=True, disable=None, file=sys.stderr)  # fmt: skip
         self.last_step, self.seconds = state.global_step, 0.0
@@ -276,8 +286,7 @@ class Record(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         if self.writer:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(store.jsonable(line)) + "\n")
+            add_line(self.path, line)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

@@ -25,12 +25,9 @@ AnyScorer = Annotated[
     PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function | Combination, Field(discriminator="name")
 ]
 
-SCORER_NAMES = ("pii", "presidio", "pep8", "toxicity", "fitted", "lexicon", "regex", "callable", "combination")
-
 __all__ = [
     "PEP8",
     "PII",
-    "SCORER_NAMES",
     "AnyScorer",
     "Combination",
     "Fitted",

@@ -331,7 +331,6 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self.indent_char = None
         self.indent_level = self.previous_indent_level = 0
         self.previous_logical = self.previous_unindented_logical_line = ""
-        self.previous_unindented_logical_line = ""
         self.tokens = []
         self.blank_lines = self.blank_before = 0
         self._new_logical_line()

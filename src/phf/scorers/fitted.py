@@ -13,7 +13,6 @@ for texts that the fit had not seen (Platt 1999). A folder with a transformer cl
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -192,9 +191,14 @@ class TransformerScorer:
         """What of this machine decides its scores."""
         return {"dtype": self.classifier.dtype, "max_tokens": self.classifier.max_tokens}
 
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        """Uncalibrated logits, float64 [texts]."""
         p = np.clip(self.classifier.probabilities(texts), 1e-7, 1 - 1e-7)
-        calibrated: np.ndarray = 1 / (1 + np.exp(-(self.slope * np.log(p / (1 - p)) + self.offset)))
+        logits: np.ndarray = np.log(p / (1 - p))
+        return logits
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        calibrated: np.ndarray = 1 / (1 + np.exp(-(self.slope * self.logits(texts) + self.offset)))
         return calibrated
 
 
@@ -220,6 +224,6 @@ def _loaded(path: str, files: Any) -> HashedNgrams | TransformerScorer:
     from safetensors.numpy import load_file
 
     weights = load_file(folder / WEIGHTS)["weights"]
-    if hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest() != card["weights"]:
+    if store.bytes_hash(weights.tobytes()) != card["weights"]:
         raise ConfigError(f"{path}: {WEIGHTS} is not the one that its {CARD} describes; fit the scorer again")
     return HashedNgrams(weights, card["intercept"], card["slope"], card["offset"])

@@ -106,7 +106,7 @@ class Presidio(Scorer):
         identity = {
             "name": self.name,
             "unit": "entities per character",
-            "entities": sorted(self._entities()),
+            "entities": _entities(self.entities, self.spacy_model),
             "threshold": self.threshold,
             "versions": {p: metadata.version(p) for p in ("presidio-analyzer", "phonenumbers", "tldextract")},
         }
@@ -114,22 +114,23 @@ class Presidio(Scorer):
             identity["spacy_model"] = _spacy_identity(self.spacy_model)
         return identity
 
-    def _entities(self) -> list[str]:
-        known = set(_analyzer(self.spacy_model).get_supported_entities(language="en"))
-        if self.entities is None:
-            return sorted(known - {"US_DRIVER_LICENSE"})
-        unknown = sorted(set(self.entities) - known)
-        if unknown:
-            raise ConfigError(
-                f"entities: Presidio does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
-            )
-        return list(self.entities)
-
     def spans(self, text: str) -> list[Span]:
         found = _analyzer(self.spacy_model).analyze(
-            text, language="en", entities=self._entities(), score_threshold=self.threshold
+            text, language="en", entities=_entities(self.entities, self.spacy_model), score_threshold=self.threshold
         )
         return merge_spans(Span(f.start, f.end, f.entity_type.lower()) for f in found)
+
+
+@functools.cache
+def _entities(asked: tuple[str, ...] | None, spacy_model: str | None) -> list[str]:
+    """The entities to look for, sorted. Raises ConfigError where one is asked for that Presidio does not know."""
+    known = set(_analyzer(spacy_model).get_supported_entities(language="en"))
+    if asked is None:
+        return sorted(known - {"US_DRIVER_LICENSE"})
+    unknown = sorted(set(asked) - known)
+    if unknown:
+        raise ConfigError(f"entities: Presidio does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
+    return sorted(asked)
 
 
 def merge_spans(spans: Iterable[Span]) -> list[Span]:

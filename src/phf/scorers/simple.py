@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -59,18 +58,19 @@ class Lexicon(Scorer):
     name: Literal["lexicon"] = "lexicon"
 
     def identity(self) -> dict[str, Any]:
-        words = _words(self.path, store.signature(self.path))
-        digest = hashlib.blake2b("\n".join(words).encode(), digest_size=16).hexdigest()
+        # the file as it is now is what is scored by from here on; asking at every text would cost more than the matching
+        _words.cache_clear()
+        _pattern.cache_clear()
+        words = _words(self.path)
+        digest = store.bytes_hash("\n".join(words).encode())
         return {"name": self.name, "unit": "matches per character", "words": len(words), "hash": digest}
 
     def spans(self, text: str) -> list[Span]:
-        return [
-            Span(m.start(), m.end(), "word") for m in _pattern(self.path, store.signature(self.path)).finditer(text)
-        ]
+        return [Span(m.start(), m.end(), "word") for m in _pattern(self.path).finditer(text)]
 
 
 @functools.cache
-def _words(path: str, files: Any) -> tuple[str, ...]:
+def _words(path: str) -> tuple[str, ...]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -82,8 +82,8 @@ def _words(path: str, files: Any) -> tuple[str, ...]:
 
 
 @functools.cache
-def _pattern(path: str, files: Any) -> re.Pattern[str]:
-    longest_first = sorted(_words(path, files), key=lambda w: (-len(w), w))
+def _pattern(path: str) -> re.Pattern[str]:
+    longest_first = sorted(_words(path), key=lambda w: (-len(w), w))
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)", re.IGNORECASE)
 
 
@@ -109,7 +109,7 @@ class Function(TextScorer):
             "unit": "score",
             "function": self.function.rpartition("/")[2],
             "version": self.version,
-            "source": hashlib.blake2b(Path(source).read_bytes(), digest_size=16).hexdigest() if source else None,
+            "source": store.file_hash(source) if source else None,
         }
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:

@@ -105,7 +105,7 @@ class Classifier:
         parts = tokenizer.backend_tokenizer.to_str() + str(
             sorted((k, str(v)) for k, v in model.config.to_dict().items())
         )
-        self.settings_hash = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+        self.settings_hash = store.bytes_hash(parts.encode())
         self.before, self.after = special_tokens(tokenizer)
         room = self.max_tokens - len(self.before) - len(self.after)
         self.overlap = min(64, room // 4) if overlap is None else overlap
