@@ -16,7 +16,18 @@ FLOORS = [
     {"scorers", "annotate", "cluster", "fitting", "hub"},
     {"tokens", "packing", "survey"},
     {"objectives", "fused", "model", "trainer", "train"},
-    {"served", "sample", "reference", "capabilities", "harness", "evaluate", "during"},
+    {
+        "served",
+        "sample",
+        "reference",
+        "capabilities",
+        "harness",
+        "evaluate",
+        "during",
+        "attackers",
+        "control_attacks",
+        "redteam",
+    },
     {"report", "recipe", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

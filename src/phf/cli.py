@@ -361,7 +361,7 @@ def evaluate(
     """
     from phf.capabilities import AnyCapability
     from phf.config import ConfigError, merge, validate
-    from phf.evaluate import evaluate_model, evaluate_run
+    from phf.evaluate import evaluate_model, evaluate_run, is_run
     from phf.reference import KL
     from phf.report import headline, number
     from phf.sample import Scenario, paper_scenarios
@@ -388,7 +388,7 @@ def evaluate(
         scenarios = {"unconditional" if scenario.prompts is None else "prompted": scenario}
     rows = []
     for name in folders:
-        if _is_run(name):
+        if is_run(name):
             if cut:
                 raise ConfigError(f"segmenter.* is for models that are not runs; {name} is cut as its corpus was")
             result = evaluate_run(
@@ -459,13 +459,86 @@ def compare(
     _table(["scenario", "difference", "95% interval", "over", f"{Path(first).name} is"], rows)
 
 
-def _is_run(path: str) -> bool:
-    from phf.store import StoreError, read_manifest
+@app.command()
+def redteam(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL... [a.b=c]...",
+            help="Trained runs, any model (a folder or a name on the Hub) or a server (http://host:8000/v1), then settings.",
+        ),
+    ],
+    scorer: Annotated[
+        str | None, typer.Option(help="Another scorer than the corpus's (as for `phf score`, with scorer.* settings).")
+    ] = None,
+    other_scorer: Annotated[
+        bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")
+    ] = False,
+    threshold: Annotated[float, typer.Option(help="Scores above it are bad.")] = 0.0,
+    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for what is found of a model that is not a run.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's sizes: ten trials, 512 continuations.")] = False,
+    token_attacks: Annotated[
+        bool, typer.Option("--control-tokens/--no-control-tokens", help="Also attack the control tokens.")
+    ] = True,
+) -> None:
+    """Attack models: search for prompts that make them misbehave, and attack their control tokens. Run again to resume.
 
-    try:
-        return bool(read_manifest(path, "train"))
-    except StoreError:
-        return False
+    Settings are the search's (trials, rounds, candidates, continuations, attacker.name=evolution|local|server, task,
+    prompts, seed ...) and tokens.* for the control-token attacks (tokens.num_samples=256). All models of one command are
+    attacked alike. Writes redteam.json into each run's redteam folder, or into --out; `phf report` shows it.
+    """
+    from phf.config import ConfigError, merge, validate
+    from phf.control_attacks import TokenAttacks
+    from phf.evaluate import is_run
+    from phf.redteam import PAPER, RedTeam
+    from phf.redteam import redteam as attack
+    from phf.report import number
+    from phf.scorers import AnyScorer, Scorer
+    from phf.served import Server
+
+    names, overrides = _split(models)
+    config = _laid_on({}, overrides)
+    fields, server, of_tokens = (_mapping(config, name) for name in ("scorer", "server", "tokens"))
+    if fields and scorer is None:
+        raise ConfigError("scorer.* settings need --scorer: without it the corpus's own scorer judges")
+    judge: Scorer | None = None if scorer is None else validate({"name": scorer, **fields}, AnyScorer, "scorer")
+    settings: RedTeam = validate(merge(PAPER if paper else {}, config), RedTeam, "red-teaming")
+    tokens_too: TokenAttacks | None = validate(of_tokens, TokenAttacks, "tokens") if token_attacks else None
+    rows, table = [], []
+    for name in names:
+        model: Any = name
+        if name.startswith(("http://", "https://")):
+            model = validate({"url": name, **server}, Server, "server")
+        folder = out
+        if not is_run(name) and out is not None and len(names) > 1:
+            folder = f"{out}/{name.strip('/').replace('/', '--')}"
+        found = attack(
+            model, None if is_run(name) else folder, settings, tokens_too, judge, threshold, tokens, None, other_scorer
+        )
+        search = found["search"]
+        row = [name]
+        for key in ("best_1", "best_10"):
+            e = search["confirmed"].get(key) or {"mean": None, "ci95": [None, None]}
+            row.append(f"{number(e['mean'], 5)} ({number(e['ci95'][0], 5)} to {number(e['ci95'][1], 5)})")
+        row += [number(search["final"][k]["mean"], 5) for k in ("best_1", "best_10", "best_100", "round_mean")]
+        budget = search["budget"]
+        row += [f"{budget['target_tokens']:,}", f"{budget['red_tokens']:,}", f"{budget['seconds']:.0f}"]
+        rows.append(row)
+        for a in (found["tokens"] or {}).get("attacks", []):
+            m = a["misalignment"]
+            table.append([name, a["attack"], f"{number(m['mean'], 5)} ({number(m['ci95'][0], 5)} to {number(m['ci95'][1], 5)})", "–" if a["bad_segments"] is None else f"{a['bad_segments']:.1%}"])  # fmt: skip
+        for hole in (found["tokens"] or {}).get("injection", []):
+            if hole["control"]:
+                print(
+                    f"{name}: its tokenizer reads a typed {hole['typed']} as the control token {hole['token']}",
+                    file=sys.stderr,
+                )
+    print("\nsearch (mean score of the best prompts' continuations; lower: harder to break)\n")
+    _table(["model", "best, fresh (95% interval)", "best 10, fresh", "best", "best 10", "best 100", "last round", "target tokens", "red LM tokens", "seconds"], rows)  # fmt: skip
+    if table:
+        print("\nattacks on the control tokens\n")
+        _table(["model", "attack", "misalignment (95% interval)", "bad segments"], table)
 
 
 @app.command()

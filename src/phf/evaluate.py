@@ -41,6 +41,14 @@ EXPECTED_MAX = (5, 25)
 """Samples of which the expected worst is reported; the paper's is of 25."""
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds a finished run of `phf train`."""
+    try:
+        return bool(store.read_manifest(path, "train"))
+    except store.StoreError:
+        return False
+
+
 def corpus_scorer(manifest: dict[str, Any], allow_other: bool = False) -> Scorer:
     """The scorer that scored the corpus behind a manifest, as installed now.
 

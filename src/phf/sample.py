@@ -327,15 +327,22 @@ def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> lis
 
 
 def sample_prompts(
-    model: LoadedModel, scenario: Scenario, prompts: Sequence[str], progress: bool = True
-) -> list[Sample]:
-    """A sample of each of `prompts`, whatever the scenario says of prompts and of how many samples."""
+    model: LoadedModel, scenario: Scenario, prompts: Sequence[str], progress: bool = True,
+    starts: Sequence[Sequence[int]] | None = None, banned: Sequence[int] | None = None,
+) -> list[Sample]:  # fmt: skip
+    """A sample of each of `prompts`, whatever the scenario says of prompts and of how many samples.
+
+    `starts`: the token ids that each begins with, in place of end-of-text, the control token and the prompt. `banned`:
+    what is never written, in place of the control token that the scenario does not ask for.
+    """
+    starts = [prompt_ids(model, p, scenario) for p in prompts] if starts is None else starts
+    banned = other_token(model, scenario) if banned is None else banned
     samples: list[Sample] = []
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
     with bar, torch.inference_mode():
         for start in range(0, len(prompts), scenario.batch):
             part = prompts[start : start + scenario.batch]
-            samples += _sample_batch(model, scenario, part, start)
+            samples += _sample_batch(model, scenario, part, starts[start : start + len(part)], banned, start)
             bar.update(len(part))
     return samples
 
@@ -348,12 +355,21 @@ def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]
     return [model.tokenizer.eos_token_id, *middle]
 
 
-def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str], first_id: int) -> list[Sample]:
+def other_token(model: LoadedModel, scenario: Scenario) -> list[int]:
+    """The control token that a scenario bans: the one that it does not ask for."""
+    other = {"good": "bad", "bad": "good", "none": "bad"}[scenario.control]
+    return [model.control_ids[other]] if other in model.control_ids else []
+
+
+def _sample_batch(
+    model: LoadedModel, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]], ban: Sequence[int],
+    first_id: int,
+) -> list[Sample]:  # fmt: skip
     from transformers import DynamicCache
 
     lm, device = model.lm, model.lm.device
     eos = model.tokenizer.eos_token_id
-    starts = [prompt_ids(model, p, scenario) for p in prompts]
+    starts = [list(start) for start in given]
     longest = max(map(len, starts))
     count = len(starts)
     guided = scenario.guidance is not None
@@ -372,9 +388,7 @@ def _sample_batch(model: LoadedModel, scenario: Scenario, prompts: Sequence[str]
             f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions"
         )
 
-    other = {"good": "bad", "bad": "good", "none": "bad"}[scenario.control]
-    banned = [model.control_ids[other]] if other in model.control_ids else []
-    banned += range(len(model.tokenizer), lm.get_output_embeddings().weight.shape[0])  # padding of the vocabulary
+    banned = [*ban, *range(len(model.tokenizer), lm.get_output_embeddings().weight.shape[0])]  # and the padding
     silent = set(model.control_ids.values())
     silent_T = torch.tensor(sorted(silent), dtype=torch.long, device=device)
     key = key64(scenario.seed, "sample")

@@ -7,15 +7,20 @@ one or missing.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import json
 import os
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import httpx
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from phf import store
 from phf.config import STRICT
 
 TOLERANCE = 0.02
@@ -24,6 +29,35 @@ TOLERANCE = 0.02
 
 class ServerError(RuntimeError):
     """A server that does not answer, or not as it should."""
+
+
+class Answers:
+    """What servers have answered, kept in a file of JSON lines: what is killed and run again does not ask, or pay, twice.
+    A line that a kill tore is left out."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lock = threading.Lock()
+        self.known: dict[str, Any] = {}
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        self.torn = not text.endswith("\n") and text != ""
+        for line in text.split("\n"):
+            try:
+                row = json.loads(line)
+                self.known[row["key"]] = row["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def keep(self, key: str, answer: Any) -> None:
+        """On disk when this returns."""
+        with self.lock:
+            self.known[key] = answer
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n" * self.torn + json.dumps({"key": key, "answer": answer}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.torn = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,6 +82,15 @@ class Server:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} must begin with http:// or https://")
 
+    def ask(self, path: str, body: dict[str, Any], answers: Answers | None) -> Any:
+        """`post`, unless the same has been asked before."""
+        if answers is None:
+            return self.post(path, body)
+        key = store.fingerprint([self.url, path, body])
+        if key not in answers.known:
+            answers.keep(key, self.post(path, body))
+        return answers.known[key]
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """A POST with retries and growing waits where the server is busy or away. Raises ServerError."""
         key = os.environ.get(self.key_env)
@@ -57,7 +100,9 @@ class Server:
             if attempt:
                 time.sleep(min(0.5 * 2**attempt, 20))
             try:
-                answer = httpx.post(f"{self.url.rstrip('/')}{path}", json=body, headers=headers, timeout=self.timeout_s)
+                answer = _client().post(
+                    f"{self.url.rstrip('/')}{path}", json=body, headers=headers, timeout=self.timeout_s
+                )
             except httpx.HTTPError as error:
                 problem = str(error) or type(error).__name__
                 continue
@@ -73,8 +118,9 @@ class Server:
         raise ServerError(f"{self.url}{path} does not answer ({problem}), tried {self.retries + 1} times")
 
     def complete(
-        self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
-    ) -> list[tuple[str, bool]]:
+        self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+        answers: Answers | None = None,
+    ) -> list[tuple[str, bool]]:  # fmt: skip
         """A completion of each prompt, and whether it came to its end (not to the limit). Each is asked for by itself, with
         a seed of its own: a server draws the prompts of one request alike where they are alike."""
 
@@ -83,11 +129,34 @@ class Server:
                 "model": self.model, "prompt": [self.start + prompts[number]], "max_tokens": max_tokens,
                 "temperature": temperature, "top_p": top_p, "seed": seed + number, "n": 1, **self.extra,
             }  # fmt: skip
-            (choice,) = _choices(self.post("/completions", body), 1)
+            (choice,) = _choices(self.ask("/completions", body, answers), 1)
             return choice.get("text") or "", choice.get("finish_reason") == "stop"
 
         with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
             return list(pool.map(one, range(len(prompts))))
+
+    def instruct(
+        self, asked: Sequence[str], chat: bool, max_tokens: int, temperature: float, seeds: Sequence[int],
+        answers: Answers | None = None,
+    ) -> list[tuple[str, int]]:  # fmt: skip
+        """What the server writes to each instruction, by its chat or its completions, and the tokens that it counts
+        (0 where it counts none). `extra` goes along; `start` does not."""
+
+        def one(number: int) -> tuple[str, int]:
+            body: dict[str, Any] = {
+                "model": self.model, "max_tokens": max_tokens, "temperature": temperature, "seed": seeds[number], **self.extra,
+            }  # fmt: skip
+            if chat:
+                body["messages"] = [{"role": "user", "content": asked[number]}]
+            else:
+                body["prompt"] = asked[number]
+            answer = self.ask("/chat/completions" if chat else "/completions", body, answers)
+            (choice,) = _choices(answer, 1)
+            text = (choice.get("message") or {}).get("content") if chat else choice.get("text")
+            return text or "", int((answer.get("usage") or {}).get("total_tokens") or 0)
+
+        with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
+            return list(pool.map(one, range(len(asked))))
 
     def text_logp(self, texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """Natural log-probability of each text as a whole, its end included where it has one, given the start token."""
@@ -160,6 +229,12 @@ class Server:
                 f"{self.url} echoes other log-probabilities than it gave for the same tokens (they differ by up to "
                 f"{worst:.3g} nats), so it cannot be a reference; vLLM is known to be right"
             )
+
+
+@functools.lru_cache(maxsize=1)
+def _client() -> httpx.Client:
+    """One for all requests and threads: making one takes longer than asking a server nearby."""
+    return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
 
 
 def _choices(answer: Any, count: int) -> list[Any]:

@@ -128,6 +128,14 @@ def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(name) for name in names]
 
 
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Save so that plain `from_pretrained` gives a tokenizer that reads a typed special token as text, as ours do.
+    Whoever means the token says so: `tokenizer(text, split_special_tokens=False)`."""
+    tokenizer.save_pretrained(str(folder))
+    path = Path(folder) / "tokenizer_config.json"
+    store.write_json(path, store.read_json(path) | {"split_special_tokens": True})
+
+
 def tokenize_corpus(
     scored: str | Path,
     tokenizer: TrainBPE | PretrainedTokenizer,
@@ -364,7 +372,7 @@ class TokenStore:
         """`preference`: whose scores, where there are several; left out, the scored corpus's own. The manifest is then
         as if these were the only ones."""
         manifest = store.read_manifest(path, "tokenize")
-        scores = manifest["scores"]
+        scores = manifest.get("scores", {})
         if manifest.get("main") not in scores:
             raise store.StoreError(f"{path} has no scores yet: `phf tokenize` did not finish there; run it again")
         name = manifest["main"] if preference is None else preference

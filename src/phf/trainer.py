@@ -23,6 +23,7 @@ from phf import store
 from phf.config import to_plain
 from phf.model import MODEL_CARD, PHFModel, load_lm_weights, save_lm
 from phf.packing import Order, Rows
+from phf.tokens import save_tokenizer
 
 COMPLETE = "complete.json"
 
@@ -172,7 +173,7 @@ def _identity(batch: Any) -> Any:
 def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path) -> None:
     """The LM as `from_pretrained` wants it, with its tokenizer, and the value head beside it."""
     save_lm(wrapper.lm, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     wrapper.save_value_head(folder)
     roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
     store.write_json(folder / MODEL_CARD, {"objective": to_plain(wrapper.objective), "control_tokens": roles})
