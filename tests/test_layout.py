@@ -28,7 +28,7 @@ FLOORS = [
         "control_attacks",
         "redteam",
     },
-    {"report", "recipe", "cli", "__init__", "__main__"},
+    {"report", "recipe", "running", "plan", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
 

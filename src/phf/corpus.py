@@ -428,8 +428,36 @@ class StandardLibrary(Corpus):
         return fingerprint([[str(p.relative_to(root)), file_hash(p)] for p in files])
 
 
+@dataclass(frozen=True, config=STRICT)
+class HubDatasets(Corpus):
+    """Several Hugging Face data sets of one form, one after the other: the published scored Pile comes in 39."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    name: Literal["datasets"] = "datasets"
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    streaming: bool = False
+    max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+
+    def _each(self) -> list[HubDataset]:
+        same = {k: getattr(self, k) for k in ("config", "split", "field", "streaming", "max_chars")}
+        return [HubDataset(path, **same) for path in self.paths]
+
+    def plan(self) -> list[Shard]:
+        return [{"dataset": n, "shard": shard} for n, each in enumerate(self._each()) for shard in each.plan()]
+
+    def read(self, shard: Shard) -> Iterator[Item]:
+        for item in self._each()[shard["dataset"]].read(shard["shard"]):
+            yield dataclasses.replace(item, id=f"{shard['dataset']}:{item.id}")
+
+    def fingerprint(self) -> str:
+        return fingerprint([each.fingerprint() for each in self._each()])
+
+
 AnyCorpus = Annotated[
-    Folder | Jsonl | Parquet | HubDataset | InstalledPackages | StandardLibrary, Field(discriminator="name")
+    Folder | Jsonl | Parquet | HubDataset | HubDatasets | InstalledPackages | StandardLibrary,
+    Field(discriminator="name"),
 ]
 
 

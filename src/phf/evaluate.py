@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,10 +100,16 @@ def judge_samples(
     """
     judged_texts = [scored_text(item, scenario, scorer) for item in samples]
     whole = judge_documents(scorer, [[text] if text else [] for text in judged_texts])
-    parts = judge_documents(scorer, [segmenter.split(text) for text in judged_texts])
+    segments = [segmenter.split(text) for text in judged_texts]
+    parts = judge_documents(scorer, segments)
     scored = [
-        dataclasses.replace(item, score=scores[0] if scores else float("nan"))
-        for item, (scores, _, _) in zip(samples, whole, strict=True)
+        dataclasses.replace(
+            item,
+            score=scores[0] if scores else float("nan"),
+            segment_ends=tuple(itertools.accumulate(map(len, cut))),
+            segment_scores=tuple(of_parts),
+        )
+        for item, (scores, _, _), cut, (of_parts, _, _) in zip(samples, whole, segments, parts, strict=True)
     ]
     failures = Counter(failure for _, failure, _ in whole if failure)
     labels = sum((found for _, _, found in parts), Counter[str]())
@@ -490,7 +497,7 @@ class _Judgement:
         self, name: str, settings: Any, make: Callable[[], dict[str, Any]], written: Path | None = None
     ) -> dict[str, Any]:
         """What `make` gives, kept under its key. `written`: a file that it writes, which must still be that one."""
-        key = store.fingerprint([self.model_key, name, settings, "eval/3"])
+        key = store.fingerprint([self.model_key, name, settings, "eval/4"])
         file = self.folder / "eval" / f"{name}.json"
         if file.exists():
             kept = store.read_json(file)
@@ -515,7 +522,7 @@ class _Judgement:
         prompts = {
             n: store.path_hash(prompts_path(s.prompts)) for n, s in self.scenarios.items() if s.prompts is not None
         }
-        key = store.fingerprint([self.model_key, everything, prompts, "eval/3"])
+        key = store.fingerprint([self.model_key, everything, prompts, "eval/4"])
         done = self.folder / "eval.json"
         if done.exists() and store.read_json(done).get("key") == key:
             return store.read_json(done)  # type: ignore[no-any-return]

@@ -20,6 +20,8 @@ from phf.objectives import Objective
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 """Off in a model from scratch unless the config sets them: one epoch needs no dropout, and it costs about a third."""
 VALUE_HEAD_FILE = "value_head.safetensors"
+COMPLETE = "complete.json"
+"""Marks a whole checkpoint: its step and the target tokens seen."""
 MODEL_CARD = "phf.json"
 """Beside a model's weights: its objective and what its control tokens mean ({"good": name, "bad": name} or nothing)."""
 
@@ -52,7 +54,10 @@ def model_folder(path: str | Path) -> str:
 
 
 def tokens_seen(path: str | Path) -> int:
-    """Target tokens that the run which made these weights has seen, its own start included; 0 if no run of phf did."""
+    """Target tokens that the run which made these weights (or this checkpoint) has seen, its own start included; 0 if no
+    run of phf did."""
+    if (Path(path) / COMPLETE).exists():
+        return int(store.read_json(Path(path) / COMPLETE).get("tokens", 0))
     for folder in (Path(path), Path(path).parent):
         if (folder / store.MANIFEST).exists():
             manifest = store.read_json(folder / store.MANIFEST)

@@ -167,13 +167,20 @@ class _ByThreshold(Objective):
 
 @dataclass(frozen=True, config=STRICT)
 class Unlikelihood(_ByThreshold):
-    """sum_{score <= threshold} -log p_t + alpha sum_{score > threshold} -log(1 - p_t) (Welleck et al. 2020)."""
+    """sum_{score <= threshold} -log p_t + alpha sum_{score > threshold} -log(1 - p_t) (Welleck et al. 2020).
+
+    `by: score`: both terms for every target, weighted by 1 - score and by score, whatever the threshold. It is what the
+    paper's code computes where its threshold is 0 (PII and PEP8), and is close to MLE where scores are small.
+    """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
+    by: Literal["threshold", "score"] = "threshold"
     name: Literal["unlikelihood"] = "unlikelihood"
 
     def loss(self, x: LossInputs) -> LossOutputs:
         good_BT, bad_BT = self._good(x)
+        if self.by == "score":
+            return self._by_score(x, bad_BT)
         nll_BT = torch.where(good_BT, -x.logp_BT, 0.0)
         unlikelihood_BT = torch.where(bad_BT, -x.log1mp_BT, 0.0)
         metrics = {
@@ -182,6 +189,19 @@ class Unlikelihood(_ByThreshold):
             "bad_targets": bad_BT.sum(),
         }
         return LossOutputs(nll_BT.sum() + self.alpha * unlikelihood_BT.sum(), metrics)
+
+    def _by_score(self, x: LossInputs, bad_BT: Tensor) -> LossOutputs:
+        counted_BT = self.counted(x.score_BT, x.mask_BT)
+        score_BT = x.score_BT.nan_to_num(nan=0.0)
+        nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
+        unlikelihood_BT = torch.where(counted_BT, -x.log1mp_BT, 0.0)
+        loss = ((1 - score_BT) * nll_BT + self.alpha * score_BT * unlikelihood_BT).sum()
+        metrics = {
+            "nll": nll_BT.detach().sum(),
+            "score": torch.where(counted_BT, score_BT, 0.0).sum(),
+            "bad_targets": bad_BT.sum(),
+        }
+        return LossOutputs(loss, metrics)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,18 +1,21 @@
-"""Recipes: the whole path in one file, and running it stage by stage. Floor 6.
+"""Recipes: a whole comparison in a few files, as a plan of runs. Floor 6.
 
-    phf run demo                    a recipe that comes with phf
-    phf run demo mine.yaml seeds=[0,1,2]
+    phf run demo                              a recipe that comes with phf
+    phf run demo mine.yaml seeds=[0,1,2]      laid on each other from left to right, then settings
+    phf run paper-pii conditional finetune50 preset=paper
 
-    <out>/  scored/  tokens/  <objective>-s<seed>/  results.json  report.html
-
-A stage whose inputs and settings have not changed is not run again.
+A recipe says the data, the model and the training once, and which runs to make of them: objectives x phases x settings
+of the grid x seeds. `Recipe.variants` lists them; `running.py` runs them.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,29 +23,51 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf import store
 from phf.capabilities import AnyCapability
-from phf.config import (
-    STRICT,
-    ConfigError,
-    did_you_mean,
-    dump_yaml,
-    merge,
-    parse_override,
-    read_yaml,
-    to_plain,
-    validate,
-)
+from phf.config import STRICT, ConfigError, did_you_mean, merge, parse_override, read_yaml, to_plain, validate
+from phf.control_attacks import TokenAttacks
 from phf.corpus import AnyCorpus
-from phf.during import During, JudgeDuring
-from phf.model import AnyModel
+from phf.during import During
+from phf.model import AnyModel, FromWeights
 from phf.objectives import MLE, AnyObjective, Objective
+from phf.redteam import RedTeam
 from phf.reference import KL
 from phf.sample import Scenario
 from phf.scorers import AnyScorer
 from phf.segment import AnySegmenter
 from phf.tokens import AnyTokenizer
-from phf.train import TrainConfig, train
+from phf.train import TrainConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class Phase:
+    """When feedback comes in: for the last `share` of the tokens, behind the training with `finetune_from` for the
+    rest; 1 is pretraining with feedback from the first token. `train`: settings that differ here."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+@plain_dataclass(frozen=True)
+class Variant:
+    """One run: everything that decides it. `name`: its folder. `base`: the run whose checkpoint it starts from, if any.
+    `settings`: what the grid sets for it."""
+
+    name: str
+    objective_name: str
+    objective: Objective
+    phase: str
+    share: float
+    seed: int
+    train: TrainConfig
+    model: Any
+    base: str | None
+    settings: dict[str, Any]
+
+    @property
+    def group(self) -> str:
+        """Its name without the seed: seeds of one group are averaged."""
+        return self.name.rpartition("-s")[0]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,8 +85,19 @@ class Recipe:
     scenarios: Annotated[dict[str, Scenario], Field(min_length=1)]
     title: str = ""
     about: str = ""
+    only: tuple[str, ...] | None = None
+    """Which of `objectives` to run; None: all."""
     train_for: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings of `train` that differ for an objective, by its name in `objectives`."""
+    phases: Annotated[dict[str, Phase], Field(min_length=1)] = Field(default_factory=lambda: {"pretrain": Phase()})
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `train` that differ in phases with a share below 1."""
+    finetune_for: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The same for an objective."""
+    finetune_from: str = "mle"
+    """The objective that phases with a share below 1 start from."""
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Settings with several values each, for example train.lr or objective.beta: every combination is a run."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     threshold: float = 0.0
@@ -71,8 +107,15 @@ class Recipe:
     kl: KL | None = None
     """Distance of the final models from a reference LM."""
     capabilities: tuple[AnyCapability, ...] = ()
+    redteam: RedTeam | None = None
+    """Attacking the final models."""
+    token_attacks: TokenAttacks | None = None
+    """Attacking their control tokens, where `redteam` is set; None: with its own defaults."""
     score_workers: Annotated[int, Field(gt=0)] = 1
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
+    preset: str | None = None
+    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings by name, laid on the recipe where `preset` says so."""
     quick: bool = False
     """A budget too small to conclude anything from: results go to `out`-quick and the report says so."""
 
@@ -80,19 +123,111 @@ class Recipe:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise ValueError(f"seeds: {seed} is not in [0, 2**32)")
-        for name in self.train_for:
+        for where in ("train_for", "finetune_for"):
+            for name in getattr(self, where):
+                if name not in self.objectives:
+                    raise ValueError(f"{where}.{name}: no such objective{did_you_mean(name, self.objectives)}")
+        for name in self.only or ():
             if name not in self.objectives:
-                raise ValueError(f"train_for.{name}: no such objective{did_you_mean(name, self.objectives)}")
-            self.train_config(name)
+                raise ValueError(f"only: no objective {name!r}{did_you_mean(name, self.objectives)}")
+        if any(p.share < 1 for p in self.phases.values()) and self.finetune_from not in self.objectives:
+            raise ValueError(
+                f"finetune_from: no objective {self.finetune_from!r}{did_you_mean(self.finetune_from, self.objectives)}"
+            )
+        for path, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid: {path} has no values")
+            if path.split(".")[0] not in ("train", "objective", "objectives") or path.count(".") != (
+                2 if path.startswith("objectives.") else 1
+            ):
+                raise ValueError(
+                    f"grid: {path!r} is none of train.SETTING, objective.SETTING and objectives.NAME.SETTING"
+                )
+            if not any(self._applies(path, name) for name in self.chosen):
+                raise ValueError(f"grid: {path!r} applies to none of {', '.join(self.chosen)}")
+        found = [v.name for v in self.variants]
+        twice = sorted({n for n in found if found.count(n) > 1})
+        if twice:
+            raise ValueError(f"two runs would be named {', '.join(twice)}")
 
     @property
     def folder(self) -> Path:
         """Where everything goes."""
         return Path(f"{self.out}-quick" if self.quick else self.out)
 
-    def train_config(self, name: str) -> TrainConfig:
-        """`train` with what `train_for` says for this objective."""
-        return validate(merge(to_plain(self.train), self.train_for.get(name, {})), TrainConfig, f"train_for.{name}")
+    @property
+    def chosen(self) -> list[str]:
+        return [name for name in self.objectives if self.only is None or name in self.only]
+
+    @cached_property
+    def variants(self) -> list[Variant]:
+        """The runs, those that others start from before these."""
+        found = []
+        for seed in self.seeds:
+            wanted = [
+                self._variant(name, phase, seed, settings)
+                for phase in sorted(self.phases, key=lambda p: -self.phases[p].share)
+                for name in self.chosen
+                for settings in self._combinations(name)
+            ]
+            bases = {v.base for v in wanted if v.base is not None} - {v.name for v in wanted}
+            found += [self._base(seed) for _ in bases] + wanted
+        return found
+
+    def _applies(self, path: str, name: str) -> bool:
+        kind, *middle, setting = path.split(".")
+        if kind == "train":
+            return True
+        known = {f.name for f in fields(self.objectives[name])} - {"name"}
+        return setting in known and (kind == "objective" or middle == [name])
+
+    def _combinations(self, name: str) -> Iterator[dict[str, Any]]:
+        paths = [path for path in self.grid if self._applies(path, name)]
+        for values in itertools.product(*(self.grid[p] for p in paths)):
+            yield dict(zip(paths, values, strict=True))
+
+    def _base(self, seed: int) -> Variant:
+        """The plain run of the base objective that finetuning starts from."""
+        name = self.finetune_from
+        train = self._train(name, {}, [])
+        return Variant(
+            f"{name}-s{seed}", name, self.objectives[name], "pretrain", 1.0, seed, train, self.model, None, {}
+        )
+
+    def _train(self, name: str, settings: Mapping[str, Any], over: Iterable[Mapping[str, Any]]) -> TrainConfig:
+        """Settings of training for an objective: the recipe's, the objective's, `over`, the grid's. The plain run of the
+        base objective keeps the checkpoints that finetuning starts from."""
+        merged = merge(to_plain(self.train), self.train_for.get(name, {}))
+        for layer in over:
+            merged = merge(merged, layer)
+        merged |= {path.split(".")[1]: value for path, value in settings.items() if path.startswith("train.")}
+        config: TrainConfig = validate(merged, TrainConfig, f"train of {name}")
+        shares = sorted({p.share for p in self.phases.values() if p.share < 1}, reverse=True)
+        if name == self.finetune_from and not settings and not list(over) and shares:
+            kept = {*config.milestones, *((1 - share) * config.total_tokens for share in shares)}
+            config = replace(config, milestones=tuple(sorted(kept)))
+        return config
+
+    def _variant(self, name: str, phase_name: str, seed: int, settings: dict[str, Any]) -> Variant:
+        phase = self.phases[phase_name]
+        own = {path.split(".")[-1]: value for path, value in settings.items() if not path.startswith("train.")}
+        objective: Any = validate(merge(to_plain(self.objectives[name]), own), AnyObjective, f"objectives.{name}")
+        tags = [re.sub(r"[^\w.+-]", "_", f"{path.split('.')[-1]}{value}") for path, value in settings.items()]
+        if phase.share == 1:
+            train, model, base = self._train(name, settings, [phase.train] if phase.train else []), self.model, None
+            folder = "-".join([name, *([phase_name] if phase_name != "pretrain" else []), *tags, f"s{seed}"])
+            return Variant(folder, name, objective, phase_name, 1.0, seed, train, model, base, settings)
+        start = self._base(seed)
+        step_tokens = start.train.batch_rows * start.train.context
+        step = min(max(round((1 - phase.share) * start.train.total_tokens / step_tokens), 1), start.train.steps)
+        seen = step * step_tokens
+        layers = [self.finetune, self.finetune_for.get(name, {}), phase.train]
+        train = self._train(name, settings, [*layers, {"milestones": [], "skip_tokens": seen}])
+        if "tokens" not in phase.train:
+            train = replace(train, tokens=max(start.train.total_tokens - seen, 1))
+        folder = "-".join([name, phase_name, *tags, f"s{seed}"])
+        model = FromWeights(str(self.folder / start.name / "checkpoints" / f"checkpoint-{step}"))
+        return Variant(folder, name, objective, phase_name, phase.share, seed, train, model, start.name, settings)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -117,7 +252,7 @@ def packaged() -> dict[str, Any]:
 
 
 def load_recipe(arguments: Iterable[str]) -> Recipe:
-    """Recipe names or files merged left to right, then `a.b=c` overrides.
+    """Recipe names or files merged left to right, the preset that they name, then `a.b=c` overrides.
 
     A file may begin with `base: NAME`, another recipe (packaged or a path) that it is laid on.
     """
@@ -128,9 +263,16 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
         (overrides if "=" in argument else files).append(argument)
     for file in files:
         merged = merge(merged, _read(file))
+    settings: dict[str, Any] = {}
     for override in overrides:
-        merged = merge(merged, parse_override(override))
-    return validate(merged, Recipe, " + ".join(files) or "recipe")
+        settings = merge(settings, parse_override(override))
+    preset = settings.get("preset", merged.get("preset"))
+    if preset is not None and (merged.get("presets") or "preset" in settings):  # else laid on already
+        known = merged.get("presets") or {}
+        if preset not in known:
+            raise ConfigError(f"preset {preset!r} is not one of the recipe's{did_you_mean(str(preset), known)}")
+        merged = merge(merged, known[preset])
+    return validate(merge(merged, settings), Recipe, " + ".join(files) or "recipe")
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -146,120 +288,3 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"recipe {name!r} is neither a file nor one of phf's{did_you_mean(name, known)}")
     base = value.pop("base", None)
     return merge(_read(str(base), (*above, name)), value) if base is not None else value
-
-
-def run_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Run every stage that is not done and return the results (also `results.json` and `report.html` in `out`)."""
-    from phf.annotate import score_corpus
-    from phf.evaluate import evaluate_run
-    from phf.report import write_report
-    from phf.tokens import tokenize_corpus
-
-    out = recipe.folder
-    out.mkdir(parents=True, exist_ok=True)
-    store.write_text(out / "recipe.yaml", dump_yaml(to_plain(recipe)))
-    seconds: dict[str, float] = {}
-    with _Stage("score", seconds):
-        scored = score_corpus(
-            recipe.corpus, recipe.segmenter, recipe.scorer, out / "scored", recipe.score_workers, recipe.max_unjudged
-        )
-    counts = scored["counts"]
-    _say(
-        f"{counts['documents']:,} documents, {counts['segments']:,} segments, {counts['bad_segments'] / counts['segments']:.1%} with a score above 0"
-    )
-    with _Stage("tokenize", seconds):
-        tokens = tokenize_corpus(out / "scored", recipe.tokenizer, out / "tokens", recipe.heldout)
-    _say(f"{tokens['counts']['tokens']:,} tokens, {tokens['counts']['train_tokens']:,} of them for training")
-    runs = []
-    for seed in recipe.seeds:
-        for name, objective in recipe.objectives.items():
-            folder = out / f"{name}-s{seed}"
-            with _Stage(f"train {folder.name}", seconds):
-                trained = _train(recipe, name, objective, seed, folder)
-            with _Stage(f"judge {folder.name}", seconds):
-                judged = evaluate_run(
-                    folder,
-                    dict(recipe.scenarios),
-                    recipe.threshold,
-                    kl_from=recipe.kl,
-                    capabilities=recipe.capabilities,
-                )
-            main = next(iter(recipe.scenarios))
-            if main not in judged["scenarios"]:
-                raise ConfigError(
-                    f"scenarios: the first, {main!r}, asks for the bad token, which {name} has not; put another first"
-                )
-            runs.append(summary(name, folder.name, trained, judged, main))
-    results = {
-        "recipe": recipe.title or out.name,
-        "quick": recipe.quick,
-        "unit": scored["identity"]["unit"],
-        "runs": runs,
-        "seconds": seconds,
-    }
-    store.write_json(out / "results.json", results)
-    write_report(out)
-    return results
-
-
-def _train(recipe: Recipe, name: str, objective: Objective, seed: int, folder: Path) -> dict[str, Any]:
-    import torch
-
-    torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
-    tokens, config = recipe.folder / "tokens", recipe.train_config(name)
-    callbacks = (JudgeDuring(recipe.during, folder, tokens, config, objective),) if recipe.during else ()
-    return train(tokens, folder, recipe.model, objective, config, seed, callbacks=callbacks)
-
-
-def summary(
-    name: str, run: str, trained: Mapping[str, Any], judged: Mapping[str, Any], scenario: str
-) -> dict[str, Any]:
-    """One run of `results.json`."""
-    main = judged["scenarios"][scenario]
-    heldout = judged["heldout"].get("good") or judged["heldout"].get("none") or {}
-    return {
-        "objective": name,
-        "run": run,
-        "seed": trained["seed"],
-        "tokens": trained["counts"]["tokens"],
-        "text_tokens": trained["counts"]["text_tokens"],
-        "epochs": trained["counts"]["epochs"],
-        "misalignment": main["misalignment"],
-        "hit_rate": main["hit_rate"],
-        "bad_segments": main["bad_segments"],
-        "unjudged": main["unjudged"],
-        "empty": main["empty"],
-        "mean_chars": main["mean_chars"],
-        "distinct_2": main["distinct_2"],
-        "self_bleu_5": main["self_bleu_5"],
-        "expected_max": main["expected_max"],
-        "kl": judged["kl"],
-        "capabilities": judged["capabilities"],
-        "heldout": {part: (heldout.get(part) or {}).get("nats_per_byte") for part in ("good", "bad", "all")},
-        "train_seconds": trained["seconds"],
-        "parameters": trained["parameters"],
-        "scenarios": {
-            k: {"misalignment": v["misalignment"], "bad_segments": v["bad_segments"]}
-            for k, v in judged["scenarios"].items()
-        },
-    }
-
-
-def _say(text: str) -> None:
-    print(f"    {text}", file=sys.stderr, flush=True)
-
-
-class _Stage:
-    """Says that a stage runs and how long it took."""
-
-    def __init__(self, name: str, seconds: dict[str, float]) -> None:
-        self.name, self.seconds = name, seconds
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-        print(f"==> {self.name}", file=sys.stderr, flush=True)
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.seconds[self.name] = time.perf_counter() - self.start
-        if kind is None:
-            _say(f"{self.seconds[self.name]:.1f} s")

@@ -39,7 +39,16 @@ from phf.evaluate import check_identity, corpus_scorer, is_run, segmenter_of
 from phf.metrics import t_interval
 from phf.model import model_folder
 from phf.packing import key64
-from phf.sample import LoadedModel, Scenario, load_model, prompt_ids, prompts_path, read_prompts, sample_prompts
+from phf.sample import (
+    LoadedModel,
+    Scenario,
+    load_model,
+    prompt_ids,
+    prompts_path,
+    read_prompts,
+    sample_of,
+    sample_prompts,
+)
 from phf.scorers import Scorer
 from phf.segment import Lines, Segmenter
 from phf.served import Answers, Server
@@ -345,10 +354,7 @@ def _judged(prompt: str, continuations: Sequence[Sample], scores: Sequence[float
 def _tried(row: dict[str, Any]) -> Tried:
     """A `Tried` as JSON gives it back (None stands for NaN)."""
     numbers = {k: math.nan if row[k] is None else row[k] for k in ("mean", "stderr")}
-    worst = tuple(
-        Sample(**w | {k: math.nan if w[k] is None else w[k] for k in ("logp", "score")}) for w in row["worst"]
-    )
-    return Tried(**row | numbers | {"worst": worst})
+    return Tried(**row | numbers | {"worst": tuple(map(sample_of, row["worst"]))})
 
 
 def _mean(values: Any) -> float | None:

@@ -506,13 +506,21 @@ def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
     store.write_text(path, "".join(json.dumps(store.jsonable(asdict(s)), ensure_ascii=True) + "\n" for s in samples))
 
 
+def sample_of(row: dict[str, Any]) -> Sample:
+    """A sample as JSON gives it back: None stands for NaN, lists for tuples."""
+    nan = float("nan")
+    numbers = {k: nan if row.get(k) is None else row[k] for k in ("logp", "score")}
+    scores = tuple(nan if s is None else s for s in row.get("segment_scores", ()))
+    return Sample(**row | numbers | {"segment_ends": tuple(row.get("segment_ends", ())), "segment_scores": scores})
+
+
 def read_samples(path: str | Path) -> list[Sample]:
     """Samples that `write_samples` wrote."""
     samples = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            samples.append(Sample(**row | {"score": float("nan") if row.get("score") is None else row["score"]}))
+            samples.append(sample_of(row))
         except (ValueError, TypeError) as error:
             raise store.StoreError(f"{path} line {number} is not a sample: {error}") from None
     return samples

@@ -36,6 +36,7 @@ from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
 from phf.device import has_quick_bf16, peak_flops, pick_device
 from phf.fused import check_objective
 from phf.model import (
+    COMPLETE,
     FromConfig,
     FromWeights,
     PHFModel,
@@ -49,7 +50,6 @@ from phf.objectives import Objective
 from phf.packing import Rows
 from phf.tokens import TokenStore
 from phf.trainer import (
-    COMPLETE,
     PHFTrainer,
     Record,
     Resume,
@@ -93,6 +93,8 @@ class TrainConfig:
     """Tokens between checkpoints; None: only at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
     """Checkpoints kept, the newest."""
+    skip_tokens: Annotated[float, Field(ge=0)] = 0
+    """Targets at the start of the order of the data that are left out: when finetuning, those that the weights have seen."""
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Tokens at which a checkpoint is made and kept for good."""
     gradient_checkpointing: bool = False
@@ -323,7 +325,10 @@ def train(
         rank == 0,
     )
     sampler = RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
-    data = TrainingRows(rows, seed, config.steps * config.batch_rows)
+    data = TrainingRows(
+        rows, seed, config.steps * config.batch_rows, first=math.ceil(config.skip_tokens / config.context)
+    )
+    tokens_before = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     trainer = PHFTrainer(
         wrapper,
         data,
@@ -331,6 +336,7 @@ def train(
         tokenizer,
         config.keep,
         config.milestone_steps,
+        lambda step: tokens_before + step * config.batch_rows * config.context,
         args=arguments,
         callbacks=[record, *callbacks, Resume(record)],
     )
@@ -371,7 +377,7 @@ def train(
         parameters=params,
         counts={
             "tokens": config.total_tokens,
-            "tokens_before": tokens_seen(model.path) if isinstance(model, FromWeights) else 0,
+            "tokens_before": tokens_before,
             "steps": config.steps,
             "rows": rows.num_rows,
             "stream_tokens": rows.num_tokens,

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from transformers import Trainer, TrainerCallback
 
 from phf import store
 from phf.config import to_plain
-from phf.model import MODEL_CARD, PHFModel, load_lm_weights, save_lm
+from phf.model import COMPLETE, MODEL_CARD, PHFModel, load_lm_weights, save_lm
 from phf.packing import Order, Rows
 from phf.tokens import save_tokenizer
-
-COMPLETE = "complete.json"
 
 
 class TrainingError(RuntimeError):
@@ -51,16 +49,18 @@ class RowBatches(Sampler[list[int]]):
 
 
 class TrainingRows(torch.utils.data.Dataset[Any]):
-    """Rows in training order; fetched a batch at a time."""
+    """Rows in training order, from the row `first` of that order on; fetched a batch at a time."""
 
-    def __init__(self, rows: Rows, seed: int, total: int) -> None:
-        self.rows, self.order, self.total = rows, Order(rows.num_rows, seed), total
+    def __init__(self, rows: Rows, seed: int, total: int, first: int = 0) -> None:
+        self.rows, self.order, self.total, self.first = rows, Order(rows.num_rows, seed), total, first
 
     def __len__(self) -> int:
         return self.total
 
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        return to_tensors(self.rows.batch(self.order.rows(positions[0], positions[-1] + 1)))  # they are consecutive
+        return to_tensors(
+            self.rows.batch(self.order.rows(self.first + positions[0], self.first + positions[-1] + 1))
+        )  # they are consecutive
 
 
 def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
@@ -84,11 +84,12 @@ class PHFTrainer(Trainer):
         tokenizer: Any,
         keep: int,
         milestones: set[int],
+        seen: Callable[[int], int],
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=rows, **kwargs)
         self.wrapper, self.rows, self.sampler, self.text_tokenizer, self.keep = model, rows, sampler, tokenizer, keep
-        self.folder, self.milestones = Path(kwargs["args"].output_dir), milestones
+        self.folder, self.milestones, self.seen = Path(kwargs["args"].output_dir), milestones, seen
         self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
         self.sums: dict[str, torch.Tensor] = {}
 
@@ -155,7 +156,8 @@ class PHFTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            store.write_json(folder / COMPLETE, {"step": self.state.global_step})
+            step = self.state.global_step
+            store.write_json(folder / COMPLETE, {"step": step, "tokens": self.seen(step)})
             passing = [c for c in complete_checkpoints(self.folder) if _step_of(c) not in self.milestones]
             for old in passing[: -self.keep]:
                 (old / COMPLETE).unlink()

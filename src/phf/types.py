@@ -116,7 +116,8 @@ class Sample:
     """A text written by a model. `prompt` is what it was given, `text` what it wrote, both without control tokens.
 
     `logp`: natural log-probability of the written tokens (text and end-of-text) under the untruncated model at
-    temperature 1. `finished`: whether it ended with end-of-text rather than at the length limit.
+    temperature 1. `finished`: whether it ended with end-of-text rather than at the length limit. Once judged: `score`, and
+    the score of each segment of what was judged (the prompt with it, where the scenario says so), with its exclusive end.
     """
 
     id: int
@@ -127,3 +128,5 @@ class Sample:
     finished: bool
     seed: int
     score: float = float("nan")
+    segment_ends: tuple[int, ...] = ()
+    segment_scores: tuple[float, ...] = ()

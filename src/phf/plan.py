@@ -1,0 +1,215 @@
+"""What a recipe takes, said before anything runs. Floor 6.
+
+    phf plan paper-toxicity --tflops 300 --memory-gb 80
+
+FLOPs are 6 x parameters x tokens (Kaplan et al. 2020). Memory is an estimate from above: weights, gradients and Adam's
+moments in float32 (16 bytes a parameter), the activations of one micro-batch, one chunk of logits. Hours are for training
+alone, at a given or measured speed; the scorer's are extrapolated from the first documents.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any
+
+from phf.config import ConfigError
+from phf.recipe import Recipe, Variant
+
+SCORED_FOR_S = 3.0
+SCORED_AT_LEAST = 20
+TRAIN_STATE = 12
+"""Bytes a parameter in a checkpoint: weights and Adam's two moments in float32."""
+
+
+def make_plan(
+    recipe: Recipe, tokens_per_s: float | None = None, tflops: float | None = None, utilisation: float = 0.4,
+    memory_gb: float | None = None, disk_gb: float | None = None, score: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Numbers for each run and in all, and `problems`: what cannot fit."""
+    import torch
+
+    from phf.device import peak_flops, pick_device
+    from phf.train import pick_precision
+
+    rate = tflops
+    if tokens_per_s is None and rate is None:
+        rate = (peak_flops(pick_precision("auto")) or 0) / 1e12
+        if not rate:
+            raise ConfigError("how fast this GPU is is not known: give --tflops or --tokens-per-s")
+    if memory_gb is None:
+        on_gpu = pick_device() == "cuda"
+        memory_gb = (torch.cuda.get_device_properties(0).total_memory if on_gpu else _memory()) / 1e9
+    if disk_gb is None:
+        near = recipe.folder.absolute()
+        while not near.exists():
+            near = near.parent
+        disk_gb = shutil.disk_usage(near).free / 1e9
+    runs = [_run(v, tokens_per_s, None if rate is None else rate * 1e12 * utilisation, recipe) for v in recipe.variants]
+    problems = []
+    for run in runs:
+        if run["memory_gb"] > memory_gb:
+            problems.append(
+                f"{run['run']} needs about {run['memory_gb']:.1f} GB of memory, {memory_gb:.1f} are there: lower train.micro_rows "
+                f"({run['micro_rows']}) or set train.gradient_checkpointing=true"
+            )
+    disk = sum(run["disk_gb"] for run in runs)
+    if disk > disk_gb:
+        problems.append(
+            f"the runs need about {disk:.1f} GB of disk, {disk_gb:.1f} are free: lower train.keep, or out=ELSEWHERE"
+        )
+    samples = sum(s.num_samples for s in recipe.scenarios.values())
+    found: dict[str, Any] = {
+        "runs": runs,
+        "memory_gb": memory_gb,
+        "disk_gb": disk_gb,
+        "disk_needed_gb": disk,
+        "tflops": rate,
+        "utilisation": utilisation,
+        "hours": sum(run["hours"] for run in runs),
+        "flops": sum(run["flops"] for run in runs),
+        "samples": samples * len(runs),
+        "sampled_tokens": sum(s.num_samples * s.max_tokens for s in recipe.scenarios.values()) * len(runs),
+        "scoring": None,
+        "problems": problems,
+    }
+    if score:
+        found["scoring"] = _scoring(recipe)
+    return found
+
+
+def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None, recipe: Recipe) -> dict[str, Any]:
+    from phf.train import micro_batch
+
+    train = variant.train
+    shape = _shape(recipe)
+    parameters = shape["parameters"]
+    micro, _ = micro_batch(train, 1)
+    tokens = micro * train.context
+    layers, width, vocab = shape["layers"], shape["width"], shape["vocab"]
+    # per token and layer: about 34 values of the width in bf16 (Korthikanti et al. 2022), half of them where softmax is fused
+    activations = tokens * width * (2 * layers if train.gradient_checkpointing else 34 * layers) + tokens * width * 8
+    logits = min(train.chunk or 2048, tokens) * vocab * 12
+    checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
+    flops = 6.0 * parameters * train.total_tokens
+    hours = train.total_tokens / tokens_per_s / 3600 if tokens_per_s else flops / (flops_per_s or 1) / 3600
+    return {
+        "run": variant.name,
+        "parameters": parameters,
+        "tokens": train.total_tokens,
+        "steps": train.steps,
+        "micro_rows": micro,
+        "flops": flops,
+        "memory_gb": (16 * parameters + activations + logits) / 1e9,
+        "disk_gb": parameters * (TRAIN_STATE * checkpoints + 4) / 1e9,
+        "hours": hours,
+        "of_optimal": train.total_tokens / (20 * parameters),
+    }
+
+
+def _shape(recipe: Recipe) -> dict[str, int]:
+    """Parameters, layers, width and vocabulary of the recipe's model, made without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from phf.model import FromWeights, model_folder, num_parameters
+
+    tokenizer = recipe.tokenizer
+    if isinstance(recipe.model, FromWeights):
+        try:
+            config = AutoConfig.from_pretrained(model_folder(recipe.model.path), revision=recipe.model.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model {recipe.model.path}: {error}") from None
+    else:
+        settings = dict(recipe.model.config)
+        kind = settings.pop("model_type", None)
+        if kind is None:
+            raise ConfigError("model.config needs model_type, for example llama or gpt2")
+        vocab = tokenizer.vocab_size if tokenizer.name == "bpe" else settings.get("vocab_size")
+        config = AutoConfig.for_model(kind, **settings | ({} if vocab is None else {"vocab_size": vocab}))
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    return {
+        "parameters": num_parameters(lm),
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "vocab": config.vocab_size,
+    }
+
+
+def _memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _scoring(recipe: Recipe) -> dict[str, Any]:
+    """The scorer on the first documents, for a few seconds: its speed, and how long the corpus would take. Where the corpus
+    or the scorer is not to be had here, why."""
+    from phf.annotate import judge_documents
+    from phf.segment import Given
+    from phf.types import Rejected
+
+    if (recipe.folder / "scored" / "manifest.json").exists():
+        return {"done": True}
+    try:
+        shards = recipe.corpus.plan()
+        chars = scored = documents = 0
+        seconds = 0.0
+        for item in recipe.corpus.read(shards[0]):
+            if isinstance(item, Rejected):
+                continue
+            documents += 1
+            chars += len(item.text)
+            if seconds > SCORED_FOR_S and documents > SCORED_AT_LEAST:
+                continue  # only its length
+            cut = (
+                list(item.segments or ()) if isinstance(recipe.segmenter, Given) else recipe.segmenter.split(item.text)
+            )
+            start = time.perf_counter()
+            judge_documents(recipe.scorer, [cut])
+            if documents > 1:  # the first is mostly loading
+                seconds += time.perf_counter() - start
+                scored += len(item.text)
+    except (ConfigError, OSError, RuntimeError, ImportError, ValueError) as error:
+        return {"unknown": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+    speed = scored / seconds if seconds else float("nan")
+    whole = chars * len(shards)
+    return {
+        "chars_per_s": speed, "chars": whole, "documents": documents * len(shards), "exact": len(shards) == 1,
+        "hours": whole / speed / 3600 / recipe.score_workers, "workers": recipe.score_workers,
+    }  # fmt: skip
+
+
+def told(found: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """The plan as rows of a table and lines below it."""
+    rows = [
+        [
+            r["run"], f"{r['parameters']:,}", f"{r['tokens']:,}", f"{r['steps']:,}",
+            f"{r['of_optimal']:.2g}", f"{r['flops']:.2e}", f"{r['memory_gb']:.2f}", f"{r['disk_gb']:.2f}", f"{r['hours']:.2f}",
+        ]
+        for r in found["runs"]
+    ]  # fmt: skip
+    lines = [
+        f"in all: {found['flops']:.2e} FLOPs, {found['hours']:.2f} hours of training, {found['disk_needed_gb']:.2f} GB of disk "
+        f"({found['disk_gb']:.1f} free), {found['memory_gb']:.1f} GB of memory there",
+        f"judging: {found['samples']:,} samples of up to {found['sampled_tokens']:,} tokens in all",
+    ]
+    if found["tflops"] is not None:
+        lines.append(
+            f"speed: {found['tflops']:.3g} TFLOP/s of matrix products, of which training reaches {found['utilisation']:.0%}"
+        )
+    scoring = found["scoring"]
+    if scoring is not None:
+        if scoring.get("done"):
+            lines.append("scoring: done")
+        elif "unknown" in scoring:
+            lines.append(f"scoring: not known ({scoring['unknown']})")
+        else:
+            about = "" if scoring["exact"] else "about, by the first shard: "
+            lines.append(
+                f"scoring: {about}{scoring['documents']:,} documents, {scoring['chars']:,} characters; "
+                f"{scoring['chars_per_s']:,.0f} characters a second measured in one process, so {scoring['hours']:.2g} hours with "
+                f"score_workers={scoring['workers']}"
+            )
+    return rows, lines

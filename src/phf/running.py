@@ -1,0 +1,260 @@
+"""Running a recipe: every stage that is not done, every run by itself. Floor 6.
+
+    <out>/  scored/  tokens/  <objective>[-<phase>][-<settings>]-s<seed>/  results.json  report.html
+
+A stage whose inputs and settings have not changed is not run again. A run that fails is told and does not stop the
+others. `only="data"` makes what all runs share and `only=NAME` one run, so that a scheduler can do them apart; the same
+without `only` then finds everything done and writes the page.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phf import metrics, store
+from phf.config import ConfigError, did_you_mean, dump_yaml, to_plain
+from phf.control_attacks import TokenAttacks
+from phf.during import JudgeDuring
+from phf.model import FromWeights
+from phf.recipe import Recipe, Variant
+from phf.train import train
+
+
+class RecipeError(RuntimeError):
+    """Some runs of a recipe failed."""
+
+
+def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
+    """Run every stage that is not done and return the results (also `results.json` and `report.html` in `out`).
+
+    Raises RecipeError after everything else is done if a run failed.
+    """
+    from phf.report import write_report
+
+    names = [v.name for v in recipe.variants]
+    if only is not None and only not in ("data", *names):
+        raise ConfigError(f"no run {only!r} in this recipe{did_you_mean(only, ['data', *names])}")
+    out = recipe.folder
+    out.mkdir(parents=True, exist_ok=True)
+    if only in (None, "data"):
+        store.write_text(out / "recipe.yaml", dump_yaml(to_plain(recipe) | {"presets": {}}))
+    elif not (out / "tokens" / store.MANIFEST).exists():
+        raise ConfigError(f"{out}/tokens is not there yet: run the same with --only data first")
+    seconds: dict[str, float] = {}
+    scored = _data(recipe, seconds)
+    runs: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for variant in recipe.variants:
+        if only is not None and variant.name != only:
+            continue
+        try:
+            if variant.base in failed:
+                raise RecipeError(f"{variant.base}, which it starts from, failed")
+            runs.append(_run(recipe, variant, seconds))
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            failed[variant.name] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, ConfigError | RecipeError | store.StoreError | OSError):
+                traceback.print_exc()
+            _say(f"failed: {variant.name}: {error}")
+    results = {
+        "recipe": recipe.title or out.name,
+        "quick": recipe.quick,
+        "unit": scored["identity"]["unit"],
+        "runs": runs,
+        "best": best(runs),
+        "failed": failed,
+        "seconds": seconds,
+    }
+    if only is None and runs:
+        store.write_json(out / "results.json", results)
+        write_report(out)
+    if failed:
+        whole = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        raise RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{whole}")
+    return results
+
+
+def _data(recipe: Recipe, seconds: dict[str, float]) -> dict[str, Any]:
+    """What all runs share: the scored corpus and its tokens."""
+    from phf.annotate import score_corpus
+    from phf.tokens import tokenize_corpus
+
+    out = recipe.folder
+    with _Stage("score", seconds):
+        scored = score_corpus(
+            recipe.corpus, recipe.segmenter, recipe.scorer, out / "scored", recipe.score_workers, recipe.max_unjudged
+        )
+    counts = scored["counts"]
+    _say(
+        f"{counts['documents']:,} documents, {counts['segments']:,} segments, {counts['bad_segments'] / counts['segments']:.1%} with a score above 0"
+    )
+    with _Stage("tokenize", seconds):
+        tokens = tokenize_corpus(out / "scored", recipe.tokenizer, out / "tokens", recipe.heldout)
+    _say(f"{tokens['counts']['tokens']:,} tokens, {tokens['counts']['train_tokens']:,} of them for training")
+    return scored
+
+
+def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> dict[str, Any]:
+    """Train, judge and attack one run."""
+    from phf.evaluate import evaluate_run
+    from phf.redteam import redteam
+
+    folder = recipe.folder / variant.name
+    with _Stage(f"train {variant.name}", seconds):
+        trained = _train(recipe, variant, folder)
+    with _Stage(f"judge {variant.name}", seconds):
+        judged = evaluate_run(
+            folder, dict(recipe.scenarios), recipe.threshold, kl_from=recipe.kl, capabilities=recipe.capabilities
+        )
+    if recipe.redteam is not None:
+        with _Stage(f"attack {variant.name}", seconds):
+            redteam(folder, None, recipe.redteam, recipe.token_attacks or TokenAttacks(), threshold=recipe.threshold)
+    main = next(iter(recipe.scenarios))
+    if main not in judged["scenarios"]:
+        raise ConfigError(
+            f"scenarios: the first, {main!r}, asks for the bad token, which {variant.name} has not; put another first"
+        )
+    return summary(variant, trained, judged, main)
+
+
+def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
+    import torch
+
+    if isinstance(variant.model, FromWeights) and variant.base is not None and not Path(variant.model.path).exists():
+        raise ConfigError(
+            f"{variant.name} starts from {variant.model.path}, which is not there: run {variant.base} first"
+        )
+    torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
+    tokens = recipe.folder / "tokens"
+    during = recipe.during
+    callbacks = (JudgeDuring(during, folder, tokens, variant.train, variant.objective),) if during else ()
+    return train(tokens, folder, variant.model, variant.objective, variant.train, variant.seed, callbacks=callbacks)
+
+
+def summary(variant: Variant, trained: Mapping[str, Any], judged: Mapping[str, Any], scenario: str) -> dict[str, Any]:
+    """One run of `results.json`."""
+    main = judged["scenarios"][scenario]
+    heldout = judged["heldout"].get("good") or judged["heldout"].get("none") or {}
+    return {
+        "objective": variant.objective_name,
+        "run": variant.name,
+        "group": variant.group,
+        "phase": variant.phase,
+        "share": variant.share,
+        "settings": variant.settings,
+        "seed": trained["seed"],
+        "tokens": trained["counts"]["tokens"],
+        "tokens_before": trained["counts"]["tokens_before"],
+        "text_tokens": trained["counts"]["text_tokens"],
+        "epochs": trained["counts"]["epochs"],
+        "misalignment": main["misalignment"],
+        "hit_rate": main["hit_rate"],
+        "bad_segments": main["bad_segments"],
+        "unjudged": main["unjudged"],
+        "empty": main["empty"],
+        "mean_chars": main["mean_chars"],
+        "distinct_2": main["distinct_2"],
+        "self_bleu_5": main["self_bleu_5"],
+        "expected_max": main["expected_max"],
+        "kl": judged["kl"],
+        "capabilities": judged["capabilities"],
+        "heldout": {part: (heldout.get(part) or {}).get("nats_per_byte") for part in ("good", "bad", "all")},
+        "heldout_good_ci95": (heldout.get("good") or {}).get("ci95"),
+        "train_seconds": trained["seconds"],
+        "parameters": trained["parameters"],
+        "scenarios": {
+            k: {"misalignment": v["misalignment"], "bad_segments": v["bad_segments"]}
+            for k, v in judged["scenarios"].items()
+        },
+    }
+
+
+BEST_RULE = (
+    "Of the settings of one objective and phase: those whose held-out loss on good text is not surely above the lowest "
+    "(95% intervals overlap); of these the lowest misalignment."
+)
+
+
+def best(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The best group of each objective and phase that has several, by `BEST_RULE`."""
+    kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for run in runs:
+        kinds.setdefault(f"{run['objective']} {run['phase']}", {}).setdefault(run["group"], []).append(run)
+    found = {}
+    for kind, groups in kinds.items():
+        if len(groups) < 2:
+            continue
+        loss = {g: _loss(members) for g, members in groups.items()}
+        known = {g: e for g, e in loss.items() if e[0] is not None}
+        if not known:
+            continue
+        highest = min((e[2] for e in known.values()), default=0.0)  # the least upper end
+        near = [g for g, e in known.items() if e[1] <= highest]
+        scores = {g: _mean_misalignment(groups[g]) for g in near}
+        found[kind] = {
+            "group": sorted(near, key=lambda g, s=scores, k=known: (s[g], k[g][0]))[0],  # type: ignore[misc]
+            "candidates": near,
+            "rule": BEST_RULE,
+            "heldout_good": {g: e[0] for g, e in known.items()},
+        }
+    return found
+
+
+def _loss(members: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, Any]:
+    """Held-out loss on good text: mean, low and high end; over seeds where there are several."""
+    values = [m["heldout"]["good"] for m in members]
+    if None in values:
+        return (None, None, None)
+    if len(values) > 1:
+        over = metrics.t_interval(values)
+        return (over.mean, *over.ci95)
+    return (values[0], *(members[0]["heldout_good_ci95"] or [values[0]] * 2))
+
+
+def _mean_misalignment(members: Sequence[Mapping[str, Any]]) -> float:
+    values = [m["misalignment"]["mean"] for m in members]
+    return float("inf") if None in values else sum(values) / len(values)
+
+
+def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
+    """The recipe as independent commands, in blocks: those of a block may run at the same time, blocks one after the other.
+    `arguments`: what `phf run` was given."""
+    start = ["phf", "run", *arguments]
+    bases = {v.base for v in recipe.variants} - {None}
+    first = [[*start, "--only", v.name] for v in recipe.variants if v.base is None]
+    blocks = [
+        [[*start, "--only", "data"]],
+        first if not bases else [c for c in first if c[-1] in bases],
+        [] if not bases else [[*start, "--only", v.name] for v in recipe.variants if v.name not in bases],
+        [start],
+    ]
+    import shlex
+
+    return [[shlex.join(command) for command in block] for block in blocks if block]
+
+
+def _say(text: str) -> None:
+    print(f"    {text}", file=sys.stderr, flush=True)
+
+
+class _Stage:
+    """Says that a stage runs and how long it took."""
+
+    def __init__(self, name: str, seconds: dict[str, float]) -> None:
+        self.name, self.seconds = name, seconds
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+        print(f"==> {self.name}", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.seconds[self.name] = time.perf_counter() - self.start
+        if kind is None:
+            _say(f"{self.seconds[self.name]:.1f} s")
