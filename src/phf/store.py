@@ -7,12 +7,14 @@ versions. The manifest is written last and by rename, so a directory without one
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -226,9 +228,27 @@ def _empty(directory: Path, started: Path) -> None:
 
 def finish(directory: str | Path, stage: str, key: str, **contents: Any) -> dict[str, Any]:
     """Write the manifest: from here on the directory counts as finished."""
-    manifest = {"stage": stage, "key": key, **contents, "versions": versions()}
+    manifest = {"stage": stage, "key": key, **contents, "versions": versions(), "commit": commit()}
     write_json(as_path(directory) / MANIFEST, manifest)
     return manifest
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of phf's own source, with "+" where files differ from it; None where it is not run from a repository."""
+    here = Path(__file__).resolve().parent
+    if not any((above / ".git").exists() for above in list(here.parents)[:3]):
+        return None
+    try:
+        found = [
+            subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here)])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0].strip() + "+" * bool(found[1].strip())
 
 
 def versions() -> dict[str, str]:

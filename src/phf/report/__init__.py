@@ -1,49 +1,77 @@
 """The page: what a comparison of runs found, self-contained, opens from disk. Floor 6.
 
-    phf report runs/demo            writes runs/demo/report.html
+    phf report runs/demo            writes runs/demo/report.html, runs/demo/report/*.svg and numbers.csv
 
-Every text of a model or a corpus is escaped; personal data that the scorer found (mail addresses, numbers, handles) is
-masked on the page. Nothing on it is loaded from elsewhere.
+Every text of a model or a corpus is escaped or set as text; personal data that the scorer found (mail addresses, numbers,
+handles) is masked before it gets there. Nothing on the page is loaded from elsewhere, and only its own script, known by
+its hash, may run.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from pydantic import TypeAdapter
 
-from phf import metrics, store
-from phf.evaluate import scored_text
+from phf import store
 from phf.report import plots
-from phf.sample import Scenario, read_samples
+from phf.report.browser import MOST, attack_rows, attack_table, is_masked, mask, samples_of, visible
+from phf.report.measures import (
+    DIVERSITY,
+    MAIN,
+    RATIO,
+    Measure,
+    all_measures,
+    as_csv,
+    dominated,
+    groups,
+    of_run,
+)
+from phf.sample import read_samples
 from phf.scorers import AnyScorer, Scorer
 from phf.trainer import read_metrics
-from phf.types import Span
 
-UNMASKED = ("url", "match", "word")
-"""Labels whose text is shown as it is; PEP8's codes (a letter and digits) too."""
-SAMPLES_SHOWN = 12
+__all__ = ["environment", "headline", "is_masked", "load_runs", "mask", "number", "visible", "write_report"]
+
 ORDER = ("mle", "filtering", "conditional", "unlikelihood", "masking", "rwr", "awr")
+COSTS = ("kl", "good")
+"""What alignment may cost: misalignment is drawn against each, and against every capability."""
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page for all judged runs below `folder` (or of `folder` itself) and return its path."""
+    """Write the page for all judged runs below `folder` (or of `folder` itself) and return its path. Beside it a folder of
+    the same name with every plot as SVG and the numbers as CSV."""
     folder = Path(folder)
     runs = load_runs(folder)
-    page = environment().get_template("page.html.j2").render(**context(folder, runs))
+    shown = context(folder, runs)
     target = Path(out) if out is not None else folder / "report.html"
+    beside = target.with_suffix("")
+    script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(**shown, script=Markup(script), digest=digest, files=beside.name)
+    )
+    for name, figure in shown["figures"].items():
+        store.write_text(beside / f"{name}.svg", figure["svg"].replace("currentColor", "#222"))
+    store.write_text(beside / "numbers.csv", shown["csv"])
     store.write_text(target, page)
     return target
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
-    """Judged runs: manifest, eval.json, training metrics and samples; in the order in which objectives are told.
+    """Judged runs: manifest, eval.json, training metrics, samples, what attacks found; in the order in which objectives are
+    told.
 
     Of a recipe's folder, the runs that its `results.json` names; of any other, all. Raises StoreError if they were
     trained on different tokens or judged by different scorers: their numbers do not compare.
@@ -59,6 +87,7 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
     runs = []
     for place in places:
         judged = store.read_json(place / "eval.json")
+        attacked, watched = place / "redteam" / "redteam.json", place / "during.jsonl"
         runs.append(
             {
                 "name": re.sub(r"-s\d+$", "", place.name),
@@ -66,6 +95,8 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
                 "manifest": store.read_manifest(place, "train"),
                 "eval": judged,
                 "curve": read_metrics(place / "metrics.jsonl"),
+                "during": read_metrics(watched) if watched.exists() else [],
+                "redteam": store.read_json(attacked) if attacked.exists() else None,
                 "samples": {name: read_samples(place / "samples" / f"{name}.jsonl") for name in judged["scenarios"]},
             }
         )
@@ -75,10 +106,18 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
                 f"the runs below {folder} differ in {what}, so their numbers do not compare; give one page to each group"
             )
     rank = {name: i for i, name in enumerate(ORDER)}
-    return sorted(
-        runs,
-        key=lambda r: (rank.get(r["manifest"]["objective"].get("name"), len(rank)), r["name"], r["manifest"]["seed"]),
-    )
+
+    def place_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
+        counts = run["manifest"]["counts"]
+        objective = run["manifest"]["objective"].get("name")
+        return (
+            counts.get("tokens_before", 0),
+            rank.get(objective, len(rank)),
+            run["name"],
+            run["manifest"]["seed"],
+        )
+
+    return sorted(runs, key=place_of)
 
 
 def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,44 +130,161 @@ def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     main = common[0]
     scenarios = [main, *(name for name in scenarios if name != main)]
-    names = list(dict.fromkeys(run["name"] for run in runs))
-    rows = [_row(run, main) for run in runs]
-    recipe = _read_recipe(folder)
+    recipe, found = _read_recipe(folder), _read_results(folder)
     data = runs[0]["eval"]["data"]
     tokens_manifest, scored_manifest = data["tokens"], data["scored"]
+    identity = runs[0]["eval"]["identity"]
+    unit = identity.get("unit", "score")
     scorer: Scorer = TypeAdapter(AnyScorer).validate_python(runs[0]["eval"]["scorer"])
-    by_objective = [_objective_row(name, [r for r in rows if r["name"] == name], rows) for name in names]
-    shown = [run for run in runs if run["manifest"]["seed"] == runs[0]["manifest"]["seed"]]
+    rows, known = groups(runs, main), all_measures(runs, main)
+    if any("ratio" in row["values"] for row in rows):
+        known["ratio"] = RATIO
+    first_seed = [run for run in runs if run["manifest"]["seed"] == runs[0]["manifest"]["seed"]]
+    capabilities = [key for key, m in known.items() if m.about == "capability"]
+    figures, fronts = _figures(rows, known, capabilities, runs, first_seed, main, unit)
+    attacked = [run for run in runs if run["redteam"]]
     return {
         "title": recipe.get("title") or folder.name,
         "about": recipe.get("about", ""),
         "quick": recipe.get("quick", False),
-        "unit": runs[0]["eval"]["identity"].get("unit", "score"),
-        "scorer": runs[0]["eval"]["identity"],
+        "unit": unit,
+        "scorer": identity,
         "main": main,
         "settings": runs[0]["eval"]["scenarios"][main]["scenario"],
-        "rows": rows,
-        "objectives": by_objective,
-        "seeds": sorted({r["seed"] for r in rows}),
+        "groups": rows,
+        "known": known,
+        "main_columns": [k for k in (*MAIN, *capabilities) if k in known],
+        "diversity_columns": [k for k in DIVERSITY if k in known],
+        "seeds": sorted({run["manifest"]["seed"] for run in runs}),
+        "best": found.get("best", {}),
+        "best_names": [chosen["group"] for chosen in found.get("best", {}).values()],
+        "failed": found.get("failed", {}),
         "others": _other_scenarios(runs, scenarios[1:]),
-        "further": _further(runs, main),
-        "misalignment_plot": Markup(plots.intervals(by_objective, runs[0]["eval"]["identity"].get("unit", "score"))),
-        "tradeoff_plot": Markup(plots.tradeoff(by_objective)),
-        "loss_plot": Markup(plots.curves([(r["name"], r["curve"]) for r in shown])),
-        "labels": _labels(shown, main),
-        "columns": [{"name": run["name"], "samples": _shown_samples(run, main, scorer)} for run in shown],
-        "other_samples": [
-            {"name": f"{run['name']} ({scenario})", "samples": _shown_samples(run, scenario, scorer)}
-            for scenario in scenarios[1:]
-            for run in shown
-            if scenario in run["samples"]
-        ],
+        "figures": figures,
+        "fronts": fronts,
+        "labels": _labels(first_seed, main),
+        "attacked": [_attacked(run, scorer) for run in attacked],
+        "attack_table": attack_table(attacked),
+        "most": MOST,
+        "page_data": Markup(_json(_page_data(folder, runs, rows, known, main, scorer) | {"csv": as_csv(runs, main)})),
+        "csv": as_csv(runs, main),
         "data": scored_manifest,
         "tokens": tokens_manifest,
         "packages": len((scored_manifest.get("provenance") or {}).get("packages", {})),
         "runs": runs,
         "versions": runs[0]["manifest"]["versions"],
     }
+
+
+def _figures(
+    rows: Sequence[Mapping[str, Any]], known: Mapping[str, Measure], capabilities: Sequence[str],
+    runs: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]], main: str, unit: str,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:  # fmt: skip
+    """Every plot with its caption, and for each cost the names of the groups on the front."""
+    looks = plots.styles(rows)
+    seeds = max(row["seeds"] for row in rows)
+    over = f"over {seeds} seeds (Student); ticks: the seeds" if seeds > 1 else "bootstrap over samples, one seed"
+    figures = {
+        "misalignment": _figure("result", plots.intervals(rows, unit), f"Misalignment: mean score of the samples ({main}), {unit}. Bars: 95% intervals, {over}.")
+    }  # fmt: skip
+    fronts = {}
+    for key in (*COSTS, *capabilities):
+        if key not in known:
+            continue
+        beaten = dominated(rows, known["misalignment"], known[key])
+        fronts[known[key].title] = [row["name"] for row in rows if row["name"] not in beaten]
+        name = "pareto-" + re.sub(r"\W+", "-", key)
+        figures[name] = _figure(
+            "result",
+            plots.pareto(rows, known[key], beaten),
+            f"What it costs: misalignment against {known[key].title}; the lower left is best. Hollow: another one is no worse in "
+            "both and surely better in one (95% intervals).",
+        )
+    if len({round(row["share"], 3) for row in rows}) > 1:
+        figures["phases"] = _figure("phases", plots.phases(rows), "Feedback from the first token (100%), or for the last part of the training, behind MLE for the rest.")  # fmt: skip
+    attacked = [run for run in runs if run["redteam"]]
+    if attacked:
+        curves = [(r["name"], r["folder"].name, r["redteam"]["search"]["curves"]) for r in attacked]
+        for measure, title in (("best_1", "best prompt so far"), ("best_10", "best ten prompts so far"), ("round_mean", "mean of the round's prompts")):  # fmt: skip
+            figures[f"attacks-{measure}"] = _figure("attacks", plots.attacks(curves, measure, title, looks), f"Red-teaming: {title}, mean score of continuations. Bands: 95% over trials.")  # fmt: skip
+    watched = [run for run in shown if run["during"]]
+    misaligned = [
+        (r["name"], [(x["tokens"], x["misalignment"]["mean"], tuple(x["misalignment"]["ci95"])) for x in r["during"] if "misalignment" in x and x["misalignment"]["mean"] is not None])
+        for r in watched
+    ]  # fmt: skip
+    if any(points for _, points in misaligned):
+        figures["during-misalignment"] = _figure("curves", plots.during([x for x in misaligned if x[1]], looks, "misalignment"), "Misalignment of samples while training, 95% bands.")  # fmt: skip
+    for part in ("good", "bad"):
+        lines = [
+            (r["name"], [(x["tokens"], x["heldout"][part], None) for x in r["during"] if (x.get("heldout") or {}).get(part) is not None])
+            for r in watched
+        ]  # fmt: skip
+        if any(points for _, points in lines):
+            figures[f"during-{part}"] = _figure("curves", plots.during([x for x in lines if x[1]], looks, f"held-out loss on {part} text"), f"Held-out loss on {part} text while training, nats per byte.")  # fmt: skip
+    figures["loss"] = _figure("curves", plots.curves([(r["name"], r["curve"]) for r in shown], looks), "Each objective's own loss: only the shapes compare.")  # fmt: skip
+    scores = [(r["name"], [s.score for s in r["samples"][main] if s.score == s.score]) for r in shown]
+    figures["distribution"] = _figure("scores", plots.distributions(scores, looks, unit), f"Share of samples that score above a value ({main}).")  # fmt: skip
+    return figures, fronts
+
+
+def _figure(section: str, svg: str, caption: str) -> dict[str, Any]:
+    return {"section": section, "svg": svg, "html": Markup(svg), "caption": caption}
+
+
+def _page_data(
+    folder: Path, runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], known: Mapping[str, Measure],
+    main: str, scorer: Scorer,
+) -> dict[str, Any]:  # fmt: skip
+    """What the page's script works with: samples, and where every number comes from."""
+    return {
+        "unit": runs[0]["eval"]["identity"].get("unit", "score"),
+        "threshold": runs[0]["eval"]["threshold"],
+        "groups": {row["name"]: row["runs"] for row in rows},
+        "measures": {k: {"title": m.title, "about": m.about, "digits": m.digits, "percent": m.percent} for k, m in known.items()},
+        "runs": {
+            run["folder"].name: {
+                "values": store.jsonable(of_run(run, main)),
+                "about": _provenance(folder, run),
+                "samples": samples_of(run, scorer),
+            }
+            for run in runs
+        },
+    }  # fmt: skip
+
+
+def _provenance(folder: Path, run: Mapping[str, Any]) -> list[list[str]]:
+    """Where a run's numbers come from, as lines of a name and a value."""
+    manifest, judged = run["manifest"], run["eval"]
+    data = judged["data"]
+    recipe = folder / "recipe.yaml"
+    commands = (
+        [f"phf run {recipe} --only {run['folder'].name}"]
+        if recipe.exists()
+        else [
+            f"phf train {manifest['tokens_dir']} {run['folder']} {run['folder']}/config.yaml",
+            f"phf eval {run['folder']}",
+        ]
+    )
+    lines = [
+        ["run", str(run["folder"])],
+        ["recipe", str(recipe) if recipe.exists() else f"{run['folder']}/config.yaml"],
+        ["command", "; ".join(commands)],
+        ["phf", f"{manifest['versions'].get('phf', '')} {manifest.get('commit') or '(not from a repository)'}"],
+        ["objective", plain(manifest["objective"])],
+        ["seed", str(manifest["seed"])],
+        ["run's fingerprint", manifest["key"]],
+        ["tokens' fingerprint", manifest["tokens_content"]],
+        ["corpus's fingerprint", str(data["tokens"].get("text", ""))],
+        ["scorer", plain(judged["identity"])],
+        ["trained", f"{manifest['counts']['tokens']:,} tokens in {manifest['seconds']:,.0f} s, {manifest['precision']}, {manifest['threads']} threads"],
+    ]  # fmt: skip
+    return [[name, visible(value)] for name, value in lines]
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(store.jsonable(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
@@ -138,108 +294,22 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     return read_yaml(path) if path.exists() else {}
 
 
-def _row(run: Mapping[str, Any], main: str) -> dict[str, Any]:
-    judged, manifest = run["eval"]["scenarios"][main], run["manifest"]
-    heldout = run["eval"]["heldout"].get("good") or run["eval"]["heldout"].get("none") or {}
-    speeds = [line["tokens_per_s"] for line in run["curve"] if line.get("tokens_per_s")]
+def _read_results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    return store.read_json(path) if path.exists() else {}
+
+
+def _attacked(run: Mapping[str, Any], scorer: Scorer) -> dict[str, Any]:
+    search = run["redteam"]["search"]
     return {
-        "name": run["name"],
-        "seed": manifest["seed"],
-        "judged": judged,
-        "misalignment": judged["misalignment"],
-        "good": heldout.get("good") or {},
-        "bad": heldout.get("bad") or {},
-        "counts": manifest["counts"],
-        "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
-        "seconds": manifest["seconds"],
+        "run": run["folder"].name,
+        "final": search["final"],
+        "confirmed": search["confirmed"],
+        "budget": search["budget"],
+        "start": search["curves"]["round_mean"][0],
+        "settings": search["settings"],
+        "prompts": attack_rows(run["redteam"], scorer),
     }
-
-
-def _objective_row(
-    name: str, rows: Sequence[Mapping[str, Any]], everything: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """One objective over its seeds; the ratio to MLE is over seeds that both have."""
-    means = [r["misalignment"]["mean"] for r in rows]
-    one = rows[0]["misalignment"]
-    if len(rows) > 1:
-        over = metrics.t_interval([float("nan") if m is None else m for m in means]).to_json()
-    else:
-        over = one
-    mle = {r["seed"]: r["misalignment"]["mean"] for r in everything if r["name"] == "mle"}
-    pairs = [(r["misalignment"]["mean"], mle[r["seed"]]) for r in rows if r["seed"] in mle]
-    ratio = (
-        metrics.ratio_interval([a or 0 for a, _ in pairs], [b or 0 for _, b in pairs]).to_json()
-        if name != "mle"
-        else None
-    )
-
-    def mean(key: str) -> float | None:
-        values = [r[key].get("nats_per_byte") for r in rows]
-        return sum(values) / len(values) if values and None not in values else None
-
-    return {
-        "name": name,
-        "n_seeds": len(rows),
-        "misalignment": over,
-        "points": means,
-        "ratio": ratio,
-        "good": mean("good"),
-        "bad": mean("bad"),
-        "good_ci": rows[0]["good"].get("ci95") if len(rows) == 1 else None,
-        "bad_segments": _average(r["judged"]["bad_segments"] for r in rows),
-        "distinct_2": _average(r["judged"]["distinct_2"] for r in rows),
-        "mean_chars": _average(r["judged"]["mean_chars"] for r in rows),
-        "unjudged": sum(r["judged"]["unjudged"] for r in rows),
-        "empty": sum(r["judged"]["empty"] for r in rows),
-        "samples": sum(r["judged"]["samples"] for r in rows),
-        "tokens_per_s": _average(r["tokens_per_s"] for r in rows),
-        "tokens": rows[0]["counts"]["tokens"],
-        "text_tokens": rows[0]["counts"]["text_tokens"],
-        "epochs": rows[0]["counts"]["epochs"],
-    }
-
-
-def _average(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _further(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
-    """The measures beyond the first table, for each run."""
-    titles = list(dict.fromkeys(_capability_title(c) for run in runs for c in run["eval"].get("capabilities", [])))
-    rows = []
-    for run in runs:
-        judged, found = run["eval"]["scenarios"][main], run["eval"]
-        capabilities = {_capability_title(c): c for c in found.get("capabilities", [])}
-        knows = (found.get("understanding") or {}).get("likelihood_ratio")
-        rows.append(
-            {
-                "name": run["name"],
-                "seed": run["manifest"]["seed"],
-                "hit": judged["hit_rate"],
-                "worst": judged["expected_max"]["25"]["mean"],
-                "tail": judged["quantiles"].get("0.99"),
-                "self_bleu": judged["self_bleu_5"],
-                "repetition": judged["repetition_4"]["mean"],
-                "kl": found["kl"]["forward"]["nats_per_text"] if found.get("kl") else None,
-                "understanding": knows if knows and knows["auc"] is not None else None,
-                "capabilities": [headline(capabilities[t]) if t in capabilities else "–" for t in titles],
-            }
-        )
-    return {
-        "rows": rows,
-        "kl": any(r["kl"] for r in rows),
-        "understanding": any(r["understanding"] for r in rows),
-        "capabilities": titles,
-    }
-
-
-def _capability_title(capability: Mapping[str, Any]) -> str:
-    """Its name and, where one name stands for several, what tells them apart."""
-    settings = capability["settings"]
-    return " ".join(
-        [capability["name"], *([settings["task"]] if "task" in settings else []), *settings.get("tasks", [])]
-    )
 
 
 def headline(capability: Mapping[str, Any]) -> str:
@@ -251,7 +321,7 @@ def headline(capability: Mapping[str, Any]) -> str:
 
 def _other_scenarios(runs: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {**run["eval"]["scenarios"][name], "scenario": name, "run": run["name"], "seed": run["manifest"]["seed"]}
+        {**run["eval"]["scenarios"][name], "scenario": name, "run": run["folder"].name}
         for name in scenarios
         for run in runs
         if name in run["eval"]["scenarios"]
@@ -264,68 +334,6 @@ def _labels(runs: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
     total = sum(counts.values(), Counter())
     kinds = [kind for kind, _ in total.most_common(12)]
     return {"kinds": kinds, "rows": [(name, [c[k] for k in kinds], sum(c.values())) for name, c in counts.items()]}
-
-
-def _shown_samples(run: Mapping[str, Any], scenario: str, scorer: Scorer) -> list[dict[str, Any]]:
-    settings = Scenario(**run["eval"]["scenarios"][scenario]["scenario"] | {"score_prompt": False})
-    shown = []
-    for item in run["samples"].get(scenario, [])[:SAMPLES_SHOWN]:
-        judged = scored_text(item, settings, scorer)
-        masked, spans = mask(item.text, scorer), _spans(judged, scorer)
-        rest = Markup('<span class="cut">{}</span>').format(visible(masked[len(judged) :]))
-        shown.append({"html": marked(masked[: len(judged)], spans or []) + rest, "score": item.score, "id": item.id})
-    return shown
-
-
-def _spans(text: str, scorer: Scorer) -> list[Span] | None:
-    """What the scorer finds, or None where it cannot judge."""
-    if not text:
-        return []
-    try:
-        return scorer.spans(text)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception:  # as everywhere: a text that a scorer fails on is not judged
-        return None
-
-
-def mask(text: str, scorer: Scorer) -> str:
-    """`text` with the letters and digits of personal data replaced; of all of it where the scorer cannot say."""
-    spans = _spans(text, scorer)
-    hidden = [Span(0, len(text), "not judged")] if spans is None else [s for s in spans if is_masked(s.label)]
-    for span in hidden:
-        found = "".join("•" if c.isalnum() else c for c in text[span.start : span.end])
-        text = text[: span.start] + found + text[span.end :]
-    return text
-
-
-def is_masked(label: str) -> bool:
-    """Whether what a span covers is hidden: anything personal. Links and coding style are shown."""
-    is_code = len(label) == 4 and label[0] in "EWCN" and label[1:].isdigit()
-    return not is_code and label not in UNMASKED
-
-
-def marked(text: str, spans: Sequence[Span]) -> Markup:
-    """`text` as HTML with `spans` marked and line ends kept. All of it escaped."""
-    pieces: list[Markup] = []
-    at = 0
-    for span in sorted(spans, key=lambda s: (s.start, -s.end)):
-        if span.start < at:  # several faults at one place: the first says it
-            continue
-        end = max(span.end, min(span.start + 1, len(text)))
-        pieces.append(escape(visible(text[at : span.start])))
-        pieces.append(Markup('<mark title="{}">{}</mark>').format(visible(span.label), visible(text[span.start : end])))
-        at = end
-    pieces.append(escape(visible(text[at:])))
-    return Markup("").join(pieces)
-
-
-def visible(text: str) -> str:
-    """Control characters and lone surrogates by their picture, so that they can neither hide nor break the page."""
-    return "".join(
-        c if c in "\n\t" or (ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0 and not 0xD800 <= ord(c) < 0xE000) else "\ufffd"
-        for c in text
-    )
 
 
 def plain(value: Any) -> str:
@@ -346,6 +354,22 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}"
 
 
+def share(value: float | None, digits: int = 1) -> str:
+    """A share in per cent."""
+    return "–" if value is None or value != value else f"{100 * value:.{digits}f}%"
+
+
+def measured(value: Mapping[str, Any], measure: Measure) -> str:
+    """A measure's mean as text."""
+    return (share if measure.percent else number)(value["mean"], measure.digits)
+
+
+def interval(value: Mapping[str, Any], measure: Measure) -> str:
+    """Its 95% interval as text."""
+    show = share if measure.percent else number
+    return " to ".join(show(end, measure.digits) for end in value["ci95"])
+
+
 def environment() -> jinja2.Environment:
     """The templates of this folder, with autoescape and the filters that they use."""
     made = jinja2.Environment(
@@ -356,8 +380,10 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters["num"] = number
-    made.filters["pct"] = lambda v, digits=1: "–" if v is None or v != v else f"{100 * v:.{digits}f}%"
+    made.filters["pct"] = share
     made.filters["thousands"] = lambda v: "–" if v is None else f"{v:,.0f}"
     made.filters["visible"] = visible
     made.filters["plain"] = plain
+    made.filters["measured"] = measured
+    made.filters["interval"] = interval
     return made

@@ -48,68 +48,169 @@ def style(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 
-def intervals(objectives: Sequence[Mapping[str, Any]], unit: str) -> str:
-    """Misalignment of each objective with its 95% interval; lower is better."""
-    figure, axes = _figure(6.4, 0.7 + 0.45 * len(objectives))
-    for place, row in enumerate(objectives):
-        colour, marker = style(place)
-        estimate = row["misalignment"]
-        mean, ci = estimate["mean"], estimate["ci95"]
-        if mean is None:
+def styles(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each group: the colour says the objective, the marker which of its groups."""
+    objectives = list(dict.fromkeys(g["objective"] for g in groups))
+    found: dict[str, tuple[str, str]] = {}
+    for objective in objectives:
+        same = [g["name"] for g in groups if g["objective"] == objective]
+        for number, name in enumerate(same):
+            index = objectives.index(objective)
+            found[name] = (COLOURS[index % len(COLOURS)], MARKERS[(index if len(same) == 1 else number) % len(MARKERS)])
+    return found
+
+
+def intervals(groups: Sequence[Mapping[str, Any]], unit: str) -> str:
+    """Misalignment of each group with its 95% interval; lower is better."""
+    figure, axes = _figure(6.4, 0.8 + 0.4 * len(groups))
+    looks = styles(groups)
+    for place, row in enumerate(groups):
+        colour, marker = looks[row["name"]]
+        estimate = row["values"].get("misalignment")
+        if estimate is None:
             continue
+        mean, ci = estimate["mean"], estimate["ci95"]
         if ci[0] is not None:
-            axes.plot(
-                [max(ci[0], 0), ci[1]], [place, place], color=colour, linewidth=3, solid_capstyle="butt", alpha=0.6
-            )
+            axes.plot([max(ci[0], 0), ci[1]], [place] * 2, color=colour, linewidth=3, solid_capstyle="butt", alpha=0.6)
         axes.plot([mean], [place], marker=marker, color=colour, markersize=8, linestyle="none", clip_on=False, zorder=3)
-        if len(row["points"]) > 1:
-            axes.plot(
-                row["points"],
-                [place] * len(row["points"]),
-                marker="|",
-                color=INK,
-                markersize=10,
-                linestyle="none",
-                alpha=0.7,
-            )
-    axes.set_yticks(range(len(objectives)), [row["name"] for row in objectives])
-    axes.set_ylim(len(objectives) - 0.5, -0.5)
+        points = estimate["points"]
+        if len(points) > 1:
+            axes.plot(points, [place] * len(points), marker="|", color=INK, markersize=10, linestyle="none", alpha=0.7)
+    axes.set_yticks(range(len(groups)), [row["name"] for row in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{unit} in samples (lower is better)", color=INK)
-    return _svg(figure, "Misalignment by objective with 95% intervals")
+    return _svg(figure, "Misalignment with 95% intervals")
 
 
-def tradeoff(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """What alignment costs: misalignment against held-out loss on good text; the lower left is best."""
-    figure, axes = _figure(6.4, 3.4)
-    for place, row in enumerate(objectives):
-        colour, marker = style(place)
-        mean, ci, good = row["misalignment"]["mean"], row["misalignment"]["ci95"], row["good"]
-        if mean is None or good is None:
+def pareto(groups: Sequence[Mapping[str, Any]], cost: Any, dominated: set[str]) -> str:
+    """Misalignment against what it costs; groups that another one dominates are hollow, the others are joined."""
+    figure, axes = _figure(6.4, 3.6)
+    looks = styles(groups)
+    front = []
+    for row in groups:
+        colour, marker = looks[row["name"]]
+        y, x = row["values"].get("misalignment"), row["values"].get(cost.key)
+        if y is None or x is None:
             continue
-        if ci[0] is not None:
-            axes.plot([good, good], [max(ci[0], 0), ci[1]], color=colour, linewidth=2, alpha=0.6)
-        axes.plot([good], [mean], marker=marker, color=colour, markersize=9, linestyle="none", clip_on=False, zorder=3)
-        axes.annotate(row["name"], (good, mean), textcoords="offset points", xytext=(8, 5), color=INK, fontsize=9)
-    axes.set_xlabel("held-out loss on good text, nats per byte (lower is better)", color=INK)
+        for value, other, flat in ((y, x, False), (x, y, True)):
+            ci = value["ci95"]
+            if ci[0] is not None:
+                low = max(ci[0], 0) if not flat else ci[0]
+                ends, at = [low, ci[1]], [other["mean"]] * 2
+                axes.plot(*((ends, at) if flat else (at, ends)), color=colour, linewidth=1.6, alpha=0.5)
+        hollow = row["name"] in dominated
+        axes.plot(
+            [x["mean"]], [y["mean"]], marker=marker, color=colour, markersize=9, linestyle="none", clip_on=False, zorder=3,
+            markerfacecolor="none" if hollow else colour, markeredgewidth=1.8,
+        )  # fmt: skip
+        axes.annotate(
+            row["name"], (x["mean"], y["mean"]), textcoords="offset points", xytext=(8, 5), color=INK, fontsize=9
+        )
+        if not hollow:
+            front.append((x["mean"], y["mean"]))
+    front.sort()
+    axes.plot([x for x, _ in front], [y for _, y in front], color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
+    axes.set_xlabel(f"{cost.title} ({cost.better} is better)", color=INK)
     axes.set_ylabel("misalignment of samples", color=INK)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.2)
-    return _svg(figure, "Misalignment against held-out loss on good text")
+    if cost.better == "higher":
+        axes.invert_xaxis()
+    return _svg(figure, f"Misalignment against {cost.title}")
 
 
-def curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+def curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], looks: Mapping[str, tuple[str, str]]) -> str:
     """Training loss over tokens. Each objective's loss is its own, so only the shapes compare."""
     figure, axes = _figure(6.4, 3.4)
-    for place, (name, lines) in enumerate(runs):
-        colour, _ = style(place)
-        axes.plot(
-            [x["tokens"] / 1e6 for x in lines], [x["loss"] for x in lines], color=colour, linewidth=1.4, label=name
-        )
+    for name, lines in runs:
+        x = [line["tokens"] / 1e6 for line in lines]
+        axes.plot(x, [line["loss"] for line in lines], color=looks[name][0], linewidth=1.4, label=name)
     axes.set_xlabel("million target tokens", color=INK)
     axes.set_ylabel("training loss of the objective, per counted target", color=INK)
-    axes.legend(frameon=False, labelcolor=INK)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     return _svg(figure, "Training loss over tokens")
+
+
+def during(
+    lines: Sequence[tuple[str, Sequence[tuple[float, float, tuple[float, float] | None]]]],
+    looks: Mapping[str, tuple[str, str]],
+    title: str,
+) -> str:
+    """What was judged while training, over million tokens: (tokens, mean, interval) for each run."""
+    figure, axes = _figure(6.4, 3.2)
+    for name, points in lines:
+        colour, marker = looks[name]
+        x = [p[0] / 1e6 for p in points]
+        axes.plot(x, [p[1] for p in points], color=colour, marker=marker, markersize=4, linewidth=1.4, label=name)
+        bands = [(a, p[2]) for a, p in zip(x, points, strict=True) if p[2] is not None]
+        if bands:
+            axes.fill_between([a for a, _ in bands], [b[0] for _, b in bands], [b[1] for _, b in bands], color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+    axes.set_xlabel("million target tokens", color=INK)
+    axes.set_ylabel(title, color=INK)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return _svg(figure, f"{title} over tokens")
+
+
+def phases(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Misalignment of each objective by the share of the tokens that had feedback."""
+    figure, axes = _figure(6.4, 3.4)
+    objectives = list(dict.fromkeys(g["objective"] for g in groups))
+    shares = sorted({round(g["share"], 3) for g in groups}, reverse=True)
+    for number, objective in enumerate(objectives):
+        colour, marker = style(number)
+        rows = [g for g in groups if g["objective"] == objective and g["values"].get("misalignment")]
+        x = [shares.index(round(g["share"], 3)) + 0.06 * (number - len(objectives) / 2) for g in rows]
+        y = [g["values"]["misalignment"] for g in rows]
+        axes.plot(x, [v["mean"] for v in y], color=colour, marker=marker, markersize=8, linewidth=1.2, label=objective)
+        for at, v in zip(x, y, strict=True):
+            if v["ci95"][0] is not None:
+                axes.plot([at, at], [max(v["ci95"][0], 0), v["ci95"][1]], color=colour, linewidth=2.5, alpha=0.5)
+    axes.set_xticks(range(len(shares)), [f"{100 * s:.0f}%" if s > 0.999 or s < 0.995 else "99%" for s in shares])
+    axes.set_xlabel("share of the tokens with feedback, the last of the training", color=INK)
+    axes.set_ylabel("misalignment of samples", color=INK)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return _svg(figure, "Feedback from the start or later")
+
+
+def attacks(
+    runs: Sequence[tuple[str, str, Mapping[str, Sequence[Mapping[str, Any]]]]], measure: str, title: str,
+    looks: Mapping[str, tuple[str, str]],
+) -> str:  # fmt: skip
+    """A measure of red-teaming over its rounds, with 95% bands over trials: (group, label, curves) for each run."""
+    figure, axes = _figure(6.4, 3.2)
+    for group, label, found in runs:
+        colour, marker = looks[group]
+        rounds = [(n, e) for n, e in enumerate(found[measure]) if e["mean"] is not None]
+        x = [n for n, _ in rounds]
+        axes.plot(
+            x, [e["mean"] for _, e in rounds], color=colour, marker=marker, markersize=4, linewidth=1.4, label=label
+        )
+        bands = [(n, e["ci95"]) for n, e in rounds if e["ci95"][0] is not None]
+        if bands:
+            axes.fill_between([n for n, _ in bands], [max(b[0], 0) for _, b in bands], [b[1] for _, b in bands], color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+    axes.set_xlabel("round (0: the starting prompts)", color=INK)
+    axes.set_ylabel(title, color=INK)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return _svg(figure, title)
+
+
+def distributions(runs: Sequence[tuple[str, Sequence[float]]], looks: Mapping[str, tuple[str, str]], unit: str) -> str:
+    """Share of samples that score above x."""
+    figure, axes = _figure(6.4, 3.2)
+    for name, scores in runs:
+        x = sorted(scores)
+        n = len(x)
+        if n:
+            axes.step([0, *x], [100.0, *(100 * (n - i - 1) / n for i in range(n))], where="post", color=looks[name][0], linewidth=1.5, label=name)  # fmt: skip
+    axes.set_xlabel(f"score of a sample ({unit})", color=INK)
+    axes.set_ylabel("% of samples above it", color=INK)
+    axes.set_ylim(0, 100)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return _svg(figure, "Distribution of scores")
 
 
 def histogram(bins: Mapping[str, Any], label: str, line: float) -> str:

@@ -1,0 +1,164 @@
+"use strict";
+// The page's own script: sorting, where numbers come from, the sample browser. All text is set as text, never as HTML.
+(() => {
+  const data = JSON.parse(document.getElementById("page-data").textContent);
+  const el = (tag, attributes = {}, ...children) => {
+    const made = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  };
+  const show = (value, digits = 5) =>
+    value === null || value === undefined ? "–" : value !== 0 && Math.abs(value) < 10 ** -digits ? value.toExponential(1) : value.toFixed(digits);
+
+  // tables sort by a click on a heading, numbers as numbers
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => {
+      const button = el("button", { type: "button" }, ...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const up = head.getAttribute("aria-sort") !== "ascending";
+        heads.forEach((h) => h.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const key = (row) => {
+          const cell = row.cells[column];
+          const text = cell.dataset.value ?? cell.textContent.trim();
+          const number = Number(text.replace(/[,%]/g, ""));
+          return text === "" || text === "–" ? null : Number.isNaN(number) ? text : number;
+        };
+        const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
+        rows.sort(([a], [b]) => {
+          if (a === null || b === null) return (a === null) - (b === null); // what is missing comes last
+          const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+          return up ? order : -order;
+        });
+        table.tBodies[0].append(...rows.map(([, row]) => row));
+      });
+    });
+  }
+
+  // plots and numbers as files, also where the page has been moved away from those beside it
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[download]");
+    if (!link) return;
+    const svg = link.closest("figure")?.querySelector("svg");
+    const content = svg ? new XMLSerializer().serializeToString(svg).replaceAll("currentColor", "#222") : data.csv;
+    link.href = URL.createObjectURL(new Blob([content], { type: svg ? "image/svg+xml" : "text/csv" }));
+    link.download = svg ? `${link.dataset.name}.svg` : "numbers.csv";
+  });
+
+  // where a number comes from
+  const dialog = document.getElementById("from");
+  document.getElementById("close").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-m]");
+    if (!button) return;
+    const { g, m } = button.dataset;
+    const measure = data.measures[m];
+    document.getElementById("from-title").textContent = `${measure.title} of ${g}`;
+    document.getElementById("from-value").textContent = `${button.textContent}${button.nextSibling ? ` (${button.nextSibling.textContent})` : ""}: ${measure.about}.`;
+    const runs = document.getElementById("from-runs");
+    runs.replaceChildren();
+    const scale = measure.percent ? 100 : 1;
+    for (const name of data.groups[g]) {
+      const run = data.runs[name];
+      const value = run.values[m] ?? run.values.misalignment;
+      const list = el("dl");
+      const line = (title, text) => list.append(el("dt", {}, title), el("dd", {}, text));
+      if (value) {
+        const n = value.n ? `, n = ${value.n}` : "";
+        line(m in run.values ? "this run's" : "computed from", `${show(value.mean === null ? null : value.mean * scale, measure.digits)}${measure.percent ? "%" : ""}${n}`);
+        line("file", value.from);
+      }
+      for (const [title, text] of run.about) line(title, text);
+      runs.append(el("h4", {}, name), list);
+    }
+    dialog.showModal();
+  });
+
+  // the sample browser
+  const at = (id) => document.getElementById(id);
+  const names = Object.keys(data.runs);
+  for (const name of names) at("left").append(el("option", { value: name }, name));
+  at("right").append(el("option", { value: "" }, "nothing"), ...names.map((name) => el("option", { value: name }, name)));
+  const scenarios = [...new Set(names.flatMap((name) => Object.keys(data.runs[name].samples)))];
+  for (const name of scenarios) at("scenario").append(el("option", { value: name }, name));
+  if (names.length > 1) {
+    const other = names.find((name) => name.startsWith("conditional")) ?? names[1];
+    at("right").value = other === names[0] ? names[1] : other;
+  }
+  const positive = names.flatMap((name) => Object.values(data.runs[name].samples).flat().flatMap((s) => s.g.map((g) => g[1])))
+    .filter((score) => score !== null && score > 0).sort((a, b) => a - b);
+  const strong = positive.length ? positive[Math.floor(positive.length * 0.9)] : 1; // this score is as red as it gets
+
+  const text = (sample) => {
+    const found = document.createDocumentFragment();
+    const edges = new Set([0, sample.c, sample.t.length]);
+    let start = 0;
+    const segments = sample.g.map(([end, score]) => { const s = [start, end, score]; start = end; edges.add(end); return s; });
+    for (const [from, to] of sample.m) { edges.add(from); edges.add(to); }
+    const cuts = [...edges].filter((x) => x >= 0 && x <= sample.t.length).sort((a, b) => a - b);
+    for (let n = 0; n + 1 < cuts.length; n += 1) {
+      const [from, to] = [cuts[n], cuts[n + 1]];
+      let node = document.createTextNode(sample.t.slice(from, to));
+      const mark = sample.m.find(([a, b]) => a <= from && to <= b);
+      if (mark) node = el("mark", { title: mark[2] }, node);
+      const segment = segments.find(([a, b]) => a <= from && to <= b);
+      if (from >= sample.c) node = el("span", { class: "cut" }, node);
+      else if (segment && segment[2] > 0) {
+        const span = el("span", { class: "seg", title: `segment's score ${show(segment[2])}${mark ? `, ${mark[2]}` : ""}` }, node);
+        span.style.setProperty("--a", String(Math.round(12 + 48 * Math.min(1, segment[2] / strong))));
+        node = span;
+      }
+      found.append(node);
+    }
+    return found;
+  };
+  const card = (run, sample) => {
+    if (!sample) return el("div", { class: "sample" }, el("span", { class: "score" }, `${run}: no such sample`));
+    const pre = el("pre");
+    if (sample.p) pre.append(el("span", { class: "prompt" }, sample.p));
+    pre.append(text(sample));
+    const head = `${run} · #${sample.i} · score ${show(sample.s)}${sample.f ? "" : " · cut at the length limit"}`;
+    return el("article", { class: "sample" }, el("span", { class: "score" }, head), pre);
+  };
+  let shown = [];
+  let next = 0;
+  const add = () => {
+    const [left, right, scenario] = ["left", "right", "scenario"].map((id) => at(id).value);
+    const beside = right ? new Map((data.runs[right].samples[scenario] ?? []).map((s) => [s.i, s])) : null;
+    const rows = shown.slice(next, next + 30).map((sample) => {
+      const row = el("div", { class: "row" }, card(left, sample));
+      if (beside) row.append(card(right, beside.get(sample.i)));
+      return row;
+    });
+    next += rows.length;
+    at("list").append(...rows);
+    watcher.unobserve(at("more")); // seen anew, so that it tells again where it is still in sight
+    if (next < shown.length) watcher.observe(at("more"));
+  };
+  const watcher = new IntersectionObserver((seen) => seen.some((s) => s.isIntersecting) && add(), { rootMargin: "800px" });
+  const choose = () => {
+    const samples = data.runs[at("left").value].samples[at("scenario").value] ?? [];
+    const [low, high] = ["low", "high"].map((id) => (at(id).value === "" ? null : Number(at(id).value)));
+    const find = at("find").value.toLowerCase();
+    shown = samples.filter((s) =>
+      (low === null || (s.s !== null && s.s >= low)) && (high === null || (s.s !== null && s.s <= high)) &&
+      (!find || s.t.toLowerCase().includes(find) || s.p.toLowerCase().includes(find)));
+    const order = at("order").value;
+    if (order !== "i") shown = [...shown].sort((a, b) => (order === "up" ? 1 : -1) * ((a.s ?? -1) - (b.s ?? -1)));
+    const unit = data.unit;
+    at("count").textContent = `${shown.length} of ${samples.length} samples; scores: ${unit}`;
+    at("list").replaceChildren();
+    next = 0;
+    add();
+  };
+  at("controls").addEventListener("submit", (event) => event.preventDefault());
+  at("controls").addEventListener("input", (event) => {
+    if (event.target.id === "colour") document.body.classList.toggle("plain", !at("colour").checked);
+    else choose();
+  });
+  choose();
+})();
