@@ -27,6 +27,7 @@ FLOORS = [
         "attackers",
         "control_attacks",
         "redteam",
+        "release",
     },
     {"report", "recipe", "running", "plan", "cli", "__init__", "__main__"},
 ]

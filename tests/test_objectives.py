@@ -36,6 +36,9 @@ def by_hand(objective, p, score, mask, value):
                 total, counted = total + nll, counted + 1
             continue
         counted += 1
+        if name == "unlikelihood" and objective.by == "score":
+            total += (1 - s) * nll - objective.alpha * s * math.log(1 - p_t)
+            continue
         if name == "unlikelihood":
             total += nll if s <= objective.threshold else -objective.alpha * math.log(1 - p_t)
             continue
@@ -54,6 +57,7 @@ OBJECTIVES = [
     Conditional(0.5),
     Unlikelihood(0.0, alpha=1.0),
     Unlikelihood(0.5, alpha=0.01),
+    Unlikelihood(0.0, alpha=0.3, by="score"),
     Unlikelihood(0.0, alpha=0.0),
     Masking(0.0),
     RWR(10.0, rewards="raw"),

@@ -194,7 +194,7 @@ def hostile(folder, tmp_path_factory) -> Path:
     shutil.copytree(folder, copy)
     for path in copy.glob("*/samples/*.jsonl"):
         samples = [replace(s, text=HOSTILE + s.text, prompt=HOSTILE) for s in read_samples(path)]
-        write_samples(path, [replace(samples[n % len(samples)], id=n) for n in range(600)])
+        write_samples(path, [replace(samples[n % len(samples)], id=n, score=(n % 7) / 100) for n in range(600)])
     for path in copy.glob("*/redteam/redteam.json"):
         found = store.read_json(path)
         for row in found["search"]["prompts"]:

@@ -245,6 +245,33 @@ def push(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(help="A trained run; judged by `phf eval` before, so that the card has numbers.")
+    ],
+    out: Annotated[str, typer.Argument(help="Folder to write the release into.")],
+    push: Annotated[str | None, typer.Option(help="Also push it to this model on the Hub: owner/name.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new model public; it is private otherwise.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name on its card. Default: --push, or the run's.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="As the Hub names licences, for example mit.")] = None,
+) -> None:
+    """Write a model that plain transformers loads and that behaves: pipeline("text-generation", model=OUT).
+
+    The tokenizer begins texts with the good token, typed control tokens are text, the bad token is never written, and a
+    card says what was measured. The result is loaded and tried before it counts as finished.
+    """
+    from phf.release import export as write_release
+    from phf.release import push_release
+
+    folder = write_release(run, out, name or push, licence)
+    print(f"release: {folder}")
+    if push is not None:
+        print(f"pushed: {push_release(folder, push, private=not public)}")
+
+
+@app.command()
 def tokenize(
     scored: Annotated[
         str, typer.Argument(help="What `phf score` wrote, or a folder of Parquet files with texts and scores.")
@@ -580,7 +607,7 @@ def run(
 
     loaded = load_recipe(recipe)
     if dry_run:
-        print(dump_yaml(to_plain(loaded)), end="")
+        print(dump_yaml(to_plain(loaded) | {"presets": {}}), end="")
         return
     if list_commands:
         from phf.running import commands

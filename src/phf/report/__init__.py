@@ -42,7 +42,6 @@ from phf.trainer import read_metrics
 
 __all__ = ["environment", "headline", "is_masked", "load_runs", "mask", "number", "visible", "write_report"]
 
-ORDER = ("mle", "filtering", "conditional", "unlikelihood", "masking", "rwr", "awr")
 COSTS = ("kl", "good")
 """What alignment may cost: misalignment is drawn against each, and against every capability."""
 
@@ -105,7 +104,7 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
             raise store.StoreError(
                 f"the runs below {folder} differ in {what}, so their numbers do not compare; give one page to each group"
             )
-    rank = {name: i for i, name in enumerate(ORDER)}
+    rank = {name: i for i, name in enumerate(plots.ORDER)}
 
     def place_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
         counts = run["manifest"]["counts"]

@@ -12,6 +12,8 @@ from markupsafe import escape
 COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#997700")
 """Paul Tol's bright scheme: told apart with any colour vision. A run's marker shape differs too."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+ORDER = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr", "masking")
+"""The objectives as they are told of everywhere."""
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 
@@ -50,14 +52,18 @@ def style(index: int) -> tuple[str, str]:
 
 def styles(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each group: the colour says the objective, the marker which of its groups."""
-    objectives = list(dict.fromkeys(g["objective"] for g in groups))
+    objectives = _known_first(groups)
     found: dict[str, tuple[str, str]] = {}
-    for objective in objectives:
+    for index, objective in enumerate(objectives):
         same = [g["name"] for g in groups if g["objective"] == objective]
         for number, name in enumerate(same):
-            index = objectives.index(objective)
             found[name] = (COLOURS[index % len(COLOURS)], MARKERS[(index if len(same) == 1 else number) % len(MARKERS)])
     return found
+
+
+def _known_first(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Objectives in an order that gives each its own colour on every page."""
+    return list(dict.fromkeys([*ORDER, *(g["objective"] for g in groups)]))
 
 
 def intervals(groups: Sequence[Mapping[str, Any]], unit: str) -> str:
@@ -155,12 +161,14 @@ def during(
 def phases(groups: Sequence[Mapping[str, Any]]) -> str:
     """Misalignment of each objective by the share of the tokens that had feedback."""
     figure, axes = _figure(6.4, 3.4)
-    objectives = list(dict.fromkeys(g["objective"] for g in groups))
+    objectives = _known_first(groups)
     shares = sorted({round(g["share"], 3) for g in groups}, reverse=True)
     for number, objective in enumerate(objectives):
         colour, marker = style(number)
         rows = [g for g in groups if g["objective"] == objective and g["values"].get("misalignment")]
-        x = [shares.index(round(g["share"], 3)) + 0.06 * (number - len(objectives) / 2) for g in rows]
+        if not rows:
+            continue
+        x = [shares.index(round(g["share"], 3)) + 0.04 * (number - len(ORDER) / 2) for g in rows]
         y = [g["values"]["misalignment"] for g in rows]
         axes.plot(x, [v["mean"] for v in y], color=colour, marker=marker, markersize=8, linewidth=1.2, label=objective)
         for at, v in zip(x, y, strict=True):
