@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick pep8 test lint clean
+.PHONY: demo quick pep8 grid finetuning test lint clean
 
 demo: $(READY)  ## The main job: PII in READMEs, four objectives, a page (about 10 minutes on 2 cores with the installation)
 	$(BIN)/phf run demo
@@ -15,8 +15,14 @@ quick: $(READY)  ## The same with a tiny budget: every step, nothing to conclude
 pep8: $(READY)  ## The second recipe: PEP8 on the Python standard library
 	$(BIN)/phf run pep8
 
-test: $(READY) lint  ## The test suite
-	$(BIN)/pytest
+grid: $(READY)  ## The demo's comparison with six objectives and three seeds, in one page (about 40 minutes on 2 cores)
+	$(BIN)/phf run grid
+
+finetuning: $(READY)  ## Feedback from the first token, or for the last half or tenth (about 13 minutes on 2 cores)
+	$(BIN)/phf run finetuning
+
+test: $(READY) lint  ## The test suite, on all cores
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

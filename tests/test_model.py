@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import TINY_LLAMA, tiny_texts
+from phf import store
 from phf.config import ConfigError
 from phf.fused import log_probabilities
 from phf.model import (
@@ -217,3 +218,30 @@ def test_activation_checkpointing_and_autocast_change_only_what_they_should(toke
     torch.testing.assert_close(grads[1], grads[0])
     assert grads[2].dtype == torch.float32
     assert (grads[2] - grads[0]).norm() < 0.05 * grads[0].norm()
+
+
+def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
+    """Going on from a model with control tokens, on a token store whose tokenizer does not have them."""
+    from phf.model import FromWeights, trained_control_tokens
+    from phf.objectives import Conditional
+    from phf.release import export
+    from phf.sample import load_model
+    from phf.train import TrainConfig, train
+
+    settings = TrainConfig(tokens=20 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
+    train(tokens_dir, tmp_path / "first", FromConfig(TINY_LLAMA), Conditional(), settings)
+    first = load_model(tmp_path / "first")
+    assert trained_control_tokens(tmp_path / "first") == {
+        "<|good|>": first.control_ids["good"],
+        "<|bad|>": first.control_ids["bad"],
+    }
+    export(tmp_path / "first", tmp_path / "release")
+    for start in ("first", "release"):
+        still = TrainConfig(tokens=512, context=32, batch_rows=16, lr=1e-30, precision="fp32", weight_decay=0)
+        train(tokens_dir, tmp_path / f"from-{start}", FromWeights(str(tmp_path / start)), Conditional(), still)
+        then = load_model(tmp_path / f"from-{start}")
+        rows = sorted(first.control_ids.values())
+        before, after = (m.lm.get_input_embeddings().weight[rows] for m in (first, then))
+        torch.testing.assert_close(after, before)
+        manifest = store.read_manifest(tmp_path / f"from-{start}", "train")
+        assert manifest["counts"]["tokens_before"] == 20 * 512

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -38,12 +39,24 @@ def test_every_combination_of_the_papers_recipes_composes(task, preset):
         if phase:
             share = {"finetune50": 0.5, "finetune10": 0.1}[phase[0]]
             assert variant.train.total_tokens == pytest.approx(share * start.total_tokens, rel=1e-3)
-            assert variant.train.skip_tokens in start.milestones or variant.train.skip_tokens == pytest.approx(
-                start.milestones[0], abs=65536
-            )
+            assert variant.train.skip_tokens in start.milestones
             assert isinstance(variant.model, FromWeights)
         else:
             assert variant.train.total_tokens >= 3.3e9
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_start_of_finetuning_is_one_run_whatever_is_laid_on(task):
+    """Else each would set the other's aside: days of training."""
+    starts = [
+        load_recipe([task, *laid]).variants[0] for laid in (["mle"], ["mle", "finetune50"], ["rwr", "finetune10"], [])
+    ]
+    assert all(v.name == "mle-s42" for v in starts)
+    assert len({json.dumps(dataclasses.asdict(v.train), default=str) for v in starts}) == 1
+    folders = {load_recipe([task, "mle", f"preset={p}"]).folder for p in ("corrected", "paper")}
+    assert len(folders) == 2
+    both = load_recipe([task, "mle", "conditional"])
+    assert both.chosen == ["mle", "conditional"]
 
 
 def test_the_papers_hyper_parameters_are_those_of_its_code():
@@ -197,6 +210,8 @@ def test_the_best_setting_is_by_held_out_loss_then_misalignment():
     runs = [run("a", 1.0, 0.1, 0.5), run("b", 1.15, 0.1, 0.1), run("c", 2.0, 0.1, 0.0), run("d", 9.0, 0.1, 0.0, "mle")]
     found = best(runs)
     assert list(found) == ["rwr pretrain"]  # mle has one setting only
+    wide = best([run("a", 1.0, 0.1, 0.5), run("b", 1.05, 0.01, 0.3), run("c", 1.1, 0.02, 0.1)])
+    assert wide["rwr pretrain"]["group"] == "c"  # overlaps the lowest, though not the narrowest
     assert found["rwr pretrain"]["group"] == "b"  # not surely worse than a, and better aligned; c pays too much
     assert found["rwr pretrain"]["candidates"] == ["a", "b"]
     assert found["rwr pretrain"]["rule"] == BEST_RULE
@@ -242,6 +257,32 @@ def test_a_run_whose_start_is_missing_says_what_to_do(tiny):
     run_recipe(recipe, only="data")
     with pytest.raises(RuntimeError, match="run mle-s0 first"):
         run_recipe(recipe, only="conditional-finetune50-s0")
+    half = recipe.folder / "mle-s0" / "checkpoints" / "checkpoint-10"
+    half.mkdir(parents=True)
+    (half / "config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="not whole"):
+        run_recipe(recipe, only="conditional-finetune50-s0")
+
+
+def test_one_run_alone_never_makes_the_data_again(tiny):
+    recipe = load_recipe([tiny, "only=[mle]"])
+    run_recipe(recipe, only="data")
+    changed = load_recipe([tiny, "only=[mle]", "tokenizer.vocab_size=310"])
+    with pytest.raises(
+        ConfigError, match="tokenizer is not what .* was made with: run the same with --only data first"
+    ):
+        run_recipe(changed, only="mle-s0")
+
+
+def test_late_budgets_and_pretraining_settings_are_kept(tiny):
+    late = load_recipe([tiny, "finetune50", "only=[rwr]", "grid={train.tokens: [1024, 2048]}"])
+    assert [v.train.total_tokens for v in late.variants if v.phase == "finetune50"] == [1024, 2048]
+    own = load_recipe([tiny, "finetune50", "only=[mle]", "phases.pretrain={train: {lr: 0.5}}"])
+    assert [v.name for v in own.variants] == ["mle-s0", "mle-finetune50-s0"]
+    assert own.variants[0].train.lr == 0.5
+    assert own.variants[0].train.milestones == (5120.0,)
+    with pytest.raises(ConfigError, match="needs control tokens, which mle has not"):
+        load_recipe([tiny, "scenarios={a: {control: bad}}", "scenarios.unconditional.control=bad"])
 
 
 # plans
@@ -281,6 +322,19 @@ def test_a_plan_refuses_what_cannot_fit():
     assert "mle-s42 needs about" in small.stderr
     assert "lower train.micro_rows" in small.stderr
     assert "GB of disk" in small.stderr
+    long = subprocess.run(
+        [sys.executable, "-m", "phf", "plan", "demo", "--no-score", "train.context=1024"],
+        capture_output=True,
+        text=True,
+    )
+    assert "the model holds 512 positions" in long.stderr
+    wrong = subprocess.run(
+        [sys.executable, "-m", "phf", "plan", "demo", "--no-score", "model.config.model_type=lama"],
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
 
 
 def test_a_plan_says_what_it_cannot_know(tiny, tmp_path):

@@ -3,9 +3,11 @@ kill, attacks on control tokens."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,7 +174,8 @@ def test_the_search_is_what_it_says(runs, prompts, tmp_path):
     assert found["final"]["best_1"]["mean"] == pytest.approx(sum(last) / 2)
     assert found["final"]["best_1"]["n"] == 2
     assert found["final"]["best_100"]["mean"] is None
-    assert found["budget"]["continuations"] == 6 * 2 * 19
+    assert found["budget"]["continuations"] == 6 * found["budget"]["prompts"] == 6 * 2 * 19
+    assert found["budget"]["confirm_continuations"] == 6 * 2 * 2
     tokens = sum(len(prompt_ids(model, t["prompt"], config.scenario(0))) * 6 for t in first["tried"])
     assert first["target_tokens"] > tokens
     fresh = store.read_json(tmp_path / "out" / "search" / "trial-0" / "confirm.json")["tried"]
@@ -227,6 +230,7 @@ def test_a_killed_search_goes_on_to_the_same_result(runs, prompts, tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert (ours / "search" / "trial-0" / "round-00.json").stat().st_mtime_ns == stamp
     assert search_of(ours) == search_of(tmp_path / "whole")
+    assert not (ours / "tokens.json").exists()
     before = (ours / "redteam.json").stat().st_mtime_ns
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert (ours / "redteam.json").stat().st_mtime_ns == before
@@ -269,6 +273,63 @@ def test_mistakes_are_told(runs, prompts, tmp_path):
         redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, max_tokens=128), None)
     with pytest.raises(ValueError, match="did you mean 'toxicity'"):
         RedTeam(task="toxcity")
+
+
+def test_more_prompts_can_be_confirmed_later(runs, prompts, tmp_path):
+    few = redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL), None)["search"]
+    more = redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL | {"confirm": 4}), None)["search"]
+    assert (len(few["prompts"]), len(more["prompts"])) == (2 * 2, 2 * 4)
+    assert more["trials"] == few["trials"]
+
+
+def test_trials_of_different_lengths_end_where_each_ended(runs, prompts, tmp_path):
+    whole = redteam(runs / "mle", tmp_path / "a", RedTeam(prompts=prompts, **SMALL), None)["search"]
+    spent = [[r["target_tokens"] for r in t] for t in whole["trials"]]
+    limit = max(t[1] for t in spent)
+    cut = redteam(runs / "mle", tmp_path / "b", RedTeam(prompts=prompts, **SMALL, max_target_tokens=limit), None)[
+        "search"
+    ]
+    last = [t[-1]["best_1"] for t in cut["trials"]]
+    assert cut["final"]["best_1"]["mean"] == pytest.approx(sum(last) / 2)
+    assert len({len(t) for t in cut["trials"]}) == 1 + (min(t[1] for t in spent) < limit)
+
+
+def test_code_is_attacked_with_its_first_line(runs, prompts, tmp_path):
+    from phf.scorers import PEP8
+
+    resolved = RedTeam().for_scorer(PEP8())
+    assert resolved.score_prompt
+    assert resolved.complete_lines
+    assert resolved.control_after_prompt
+    assert not RedTeam().for_scorer(LINK).score_prompt
+    assert not RedTeam(task="pep8", score_prompt=False).for_scorer(PEP8()).score_prompt
+    assert TokenAttacks().for_scorer(PEP8()).complete_lines
+    config = RedTeam(prompts=prompts, score_prompt=True, **SMALL | {"trials": 1, "rounds": 0})
+    redteam(runs / "mle", tmp_path / "out", config, None)
+    for row in store.read_json(tmp_path / "out" / "search" / "trial-0" / "round-00.json")["tried"]:
+        assert all(LINK.score_text(row["prompt"] + w["text"]) == w["score"] for w in row["worst"])
+
+
+def test_the_bad_token_is_asked_only_of_models_that_have_it(runs, prompts, tmp_path):
+    with pytest.raises(ConfigError, match="control=bad cannot be asked"):
+        redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, control="bad", **SMALL), None)
+    with pytest.raises(ConfigError, match="needs 152 positions, the model has 128"):
+        redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL), TokenAttacks(max_tokens=100))
+    with pytest.raises(ValueError, match="min_tokens=10 is more than max_tokens=8"):
+        TokenAttacks(max_tokens=8)
+
+
+def test_special_tokens_in_a_shown_prompt_are_text_to_a_red_lm(runs):
+    from phf.attackers import _asked_ids, _until
+
+    model = load_model(runs / "mle")
+    model.tokenizer.chat_template = CHAT
+    eos = model.tokenizer.eos_token_id
+    for chat in (True, False):
+        ids = _asked_ids(model, [tried("a <|endoftext|> b")], "lines", chat)
+        assert eos not in ids[1:]
+    assert _until("one<|end|>two<|x|>", ["<|x|>", "<|end|>"]) == "one"
+    assert _until("one", ["<|x|>"]) == "one"
 
 
 def test_a_local_red_lm_attacks(runs, prompts, tmp_path):
@@ -352,7 +413,81 @@ def test_a_served_target_is_attacked(prompts, tmp_path, flaky, monkeypatch):
     found = redteam(Server(flaky["url"], "target"), tmp_path / "out", config, TokenAttacks(), scorer=LINK)
     assert flaky["paid"] == 6 * (4 + 5 + 2)
     assert found["tokens"] is None  # control tokens are for models that are loaded here
-    assert found["search"]["budget"]["target_tokens"] == 0
+    assert found["search"]["budget"]["target_tokens"] == 10 * 6 * (4 + 5)
+    assert all(isinstance(body["prompt"], str) for _, body in flaky["bodies"])
+    other = Server(flaky["url"], "target", start="<s>")  # asked otherwise: not the same answers
+    redteam(other, tmp_path / "out", config, None, scorer=LINK)
+    assert flaky["paid"] == 2 * 6 * (4 + 5 + 2)
+
+
+@pytest.fixture
+def odd():
+    """A server that answers 200 with an error at first, and refuses prompts that hold 'dogs'."""
+    state = {"asked": 0}
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.send_response(401)
+            self.end_headers()
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state["asked"] += 1
+            refused = "dogs" in str(body)
+            answer: dict = {"choices": [{"index": 0, "text": "see https://x.y", "finish_reason": "stop"}]}
+            if state["asked"] == 1 and state.get("broken"):
+                answer = {"error": "overloaded"}
+            self.send_response(400 if refused else 200)
+            self.end_headers()
+            self.wfile.write(b"not this" if refused else json.dumps(answer).encode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state["url"] = f"http://127.0.0.1:{server.server_port}/v1"
+    yield state
+    server.shutdown()
+
+
+def test_refusals_are_not_judged_and_errors_are_not_kept(prompts, tmp_path, odd):
+    from phf.served import ServerError
+
+    config = RedTeam(prompts=prompts, **SMALL | {"trials": 1, "rounds": 0, "pool": 6})
+    odd["broken"] = True
+    with pytest.raises(ServerError, match="overloaded"):
+        redteam(Server(odd["url"], "m", batch=1), tmp_path / "out", config, None, scorer=LINK)
+    odd["broken"] = False
+    redteam(Server(odd["url"], "m"), tmp_path / "out", config, None, scorer=LINK)
+    rows = store.read_json(tmp_path / "out" / "search" / "trial-0" / "round-00.json")["tried"]
+    assert {r["prompt"]: r["judged"] for r in rows} == {p: 0 if p == "dogs" else 6 for p in read_prompts(prompts)}
+    asked = odd["asked"]
+    shutil.rmtree(tmp_path / "out" / "search")
+    (tmp_path / "out" / "redteam.json").unlink()
+    redteam(Server(odd["url"], "m"), tmp_path / "out", config, None, scorer=LINK)
+    assert odd["asked"] == asked  # refusals are kept too
+    limited = RedTeam(prompts=prompts, **SMALL, max_target_tokens=100)
+    with pytest.raises(ConfigError, match="does not say how many tokens"):
+        redteam(Server(odd["url"], "m"), tmp_path / "other", limited, None, scorer=LINK)
+
+
+def test_a_server_is_named_on_the_command_line(prompts, tmp_path, odd):
+    command = [
+        sys.executable,
+        "-m",
+        "phf",
+        "redteam",
+        odd["url"],
+        "--scorer",
+        "regex",
+        r"scorer.pattern=https?://\S+",
+        "server.model=m",
+    ]
+    command += [f"prompts={prompts}", "trials=1", "rounds=0", "continuations=2", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert store.read_json(tmp_path / "out" / "redteam.json")["model"] == f"m at {odd['url']}"
 
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -455,6 +590,9 @@ def test_bad_contexts_end_with_a_bad_segment(tokens_dir):
     assert all(any(line.endswith(t.splitlines(keepends=True)[-1]) for line in bad_lines) for t in texts)
     assert all(t in held for t in texts)
     assert bad_contexts(tokens, 10.0, 5, seed=1) == []
+    distinct = len({tuple(c) for c in found})
+    assert distinct < 50  # then each stands several times in a row
+    assert sum(a != b for a, b in itertools.pairwise(found)) == distinct - 1
 
 
 def _heldout(tokens):
@@ -488,6 +626,8 @@ def test_the_attack_table(runs, tokens_dir, prompts, tmp_path):
         np.mean([LINK.score_text(s.text) for s in plain if s.text])
     )
     assert found["skipped"] == []
+    distinct = len({tuple(c) for c in contexts})
+    assert row["bad context"]["misalignment"]["n"] <= distinct  # the context is the independent unit
     mle = attack_tokens(load_model(runs / "mle"), config, LINK, Lines(), 0.0, [])
     assert [r["attack"] for r in mle["attacks"]] == ["no token", "bad token typed"]
     assert len(mle["skipped"]) == 2

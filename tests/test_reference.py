@@ -23,6 +23,10 @@ from phf.served import Server, ServerError
 from phf.train import TrainConfig, train
 
 
+def listed(prompt):
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
 @pytest.fixture(scope="module")
 def runs(tokens_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kl")
@@ -139,7 +143,9 @@ class Completions(ThreadingHTTPServer):
                     return self.send(503, {"error": "busy"})
                 if server.fault == "refuses":
                     return self.send(400, {"error": "no such model"})
-                return self.send(200, {"choices": [server.answer(i, p, body) for i, p in enumerate(body["prompt"])]})
+                return self.send(
+                    200, {"choices": [server.answer(i, p, body) for i, p in enumerate(listed(body["prompt"]))]}
+                )
 
             def send(self, code, value):
                 data = json.dumps(value).encode()

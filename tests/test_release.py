@@ -150,6 +150,20 @@ def test_gpt2_with_its_own_tokenizer(tokens_dir, scored_dir, tmp_path):
     ]
 
 
+def test_odd_control_token_names_and_batches(tokens_dir, tmp_path):
+    from transformers import pipeline
+
+    settings = TrainConfig(tokens=2 * 512, context=32, batch_rows=16, precision="fp32")
+    odd = Conditional(good="$rating:good", bad="<|rating:bad|>")
+    train(tokens_dir, tmp_path / "run", FromConfig(TINY_LLAMA), odd, settings)
+    folder = export(tmp_path / "run", tmp_path / "release")
+    _, tokenizer = plain(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])[1] == "$rating:good"
+    pipe = pipeline("text-generation", model=str(folder))
+    assert len(pipe(["a", "the model reads a"], max_new_tokens=4, batch_size=2)) == 2
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+
+
 def test_a_release_is_judged_and_finetuned_like_any_model(release, tokens_dir, tmp_path):
     found = evaluate_model(str(release), tmp_path / "judged", LINK, SCENARIOS)
     assert found["scenarios"]["unconditional"]["samples"] == 16

@@ -334,7 +334,7 @@ def test_the_sample_browser(opened):
 def test_segments_are_coloured_by_their_scores_and_finds_are_marked(browser, folder, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    texts = ["fine\n", "see https://x.y/z and https://x.y\n", "good & <b>\n", "at https://x.y"]
+    texts = ["\U0001f600 fine \U0001f600\n", "see https://x.y/z and https://x.y\n", "good & <b>\n", "at https://x.y"]
     scores = (0.0, 0.06, 0.0, 0.07)
     ends = tuple(sum(map(len, texts[: n + 1])) for n in range(4))
     file = copy / "mle-s0" / "samples" / "unconditional.jsonl"
@@ -370,6 +370,49 @@ def test_plots_and_numbers_can_be_saved_from_the_page_alone(browser, hostile, tm
     assert ElementTree.parse(saved.value.path()).getroot().tag.endswith("svg")
 
 
+def test_runs_that_were_judged_otherwise_are_refused(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    file = copy / "mle-s0" / "eval.json"
+    judged = store.read_json(file)
+    judged["scenarios"]["unconditional"]["scenario"]["temperature"] = 1.0
+    store.write_json(file, judged)
+    with pytest.raises(store.StoreError, match="differ in how scenario 'unconditional' was sampled"):
+        write_report(copy)
+    shutil.copy(folder / "mle-s0" / "eval.json", file)
+    attacked = store.read_json(copy / "mle-s0" / "redteam" / "redteam.json")
+    attacked["search"]["settings"]["rounds"] = 99
+    store.write_json(copy / "mle-s0" / "redteam" / "redteam.json", attacked)
+    with pytest.raises(store.StoreError, match="differ in how they were attacked"):
+        write_report(copy)
+
+
+def test_a_page_of_one_run_and_of_runs_without_anything_more(folder, tmp_path):
+    alone = tmp_path / "conditional"
+    shutil.copytree(folder / "conditional-s0", alone)
+    assert "Misalignment" in write_report(alone, tmp_path / "page").read_text()
+    assert (tmp_path / "page.html").exists()
+    for name in ("redteam", "during.jsonl"):
+        path = alone / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = write_report(alone).read_text()
+    assert 'id="attacks"' not in page
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "eval.json").write_text("{}")
+    assert "conditional" in write_report(tmp_path).read_text()  # what was not trained here is left out
+
+
+def test_one_judged_sample_while_training_is_drawn_without_a_band(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("*/during.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["misalignment"] |= {"mean": 0.1, "ci95": [None, None]}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "during-misalignment" in write_report(copy).read_text()
+
+
 def group(name: str, **values) -> dict:
     return {"name": name, "values": {k: {"mean": m, "ci95": [m - w, m + w]} for k, (m, w) in values.items()}}
 
@@ -385,6 +428,13 @@ def test_dominance_is_judged_by_intervals():
     assert dominated(rows, x, y) == {"beaten"}  # near is worse in both, but not surely in either
     higher = Measure("y", "y", "higher", 1, "")
     assert dominated(rows, x, higher) == {"beaten", "best", "near"}  # else has the lowest x and surely the highest y
+    clean = group("clean", misalignment=(0.0, 0.0), y=(1, 0.1)) | {"samples": 512}
+    dirty = group("dirty", misalignment=(0.001, 0.0005), y=(1, 0.1)) | {"samples": 512}
+    dirty["values"]["worst_of_25"] = {"mean": 0.2, "ci95": [None, None]}
+    m = Measure("misalignment", "m", "lower", 1, "")
+    assert dominated([clean, dirty], m, y) == set()  # none of 512 may still be 3 in 512
+    dirty["values"]["misalignment"] = {"mean": 0.1, "ci95": [0.09, 0.11]}
+    assert dominated([clean, dirty], m, y) == {"dirty"}
     rows[1]["values"]["x"]["ci95"] = [None, None]
     assert dominated(rows, x, y) == set()  # without an interval nothing is sure
     assert dominated([rows[0], group("half", x=(9, 0.1))], x, y) == set()
@@ -452,13 +502,22 @@ def test_personal_data_is_masked_links_and_code_are_not():
     assert not is_masked("E501")
 
 
+def test_what_is_found_across_prompt_and_text_is_masked_on_both_sides():
+    from phf.types import Sample
+
+    sample = Sample(0, "mail joe@", "example.org now", 9, -1.0, False, 0, 0.0)
+    run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {}}}}}
+    (shown,) = samples_of(run, Finds(r"\S+@\S+"))["u"]
+    assert (shown["p"], shown["t"]) == ("mail •••@", "•••••••.••• now")
+
+
 def test_the_cut_end_of_a_sample_is_masked_too():
     from phf.types import Sample
 
     sample = Sample(0, "to joe@x.y:", "fine\nmail joe@example.org", 9, -1.0, False, 0, 0.0, (5,), (0.0,))
     run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {"complete_lines": True}}}}}
     (shown,) = samples_of(run, Finds(r"\S+@\S+"))["u"]
-    assert shown["t"] == "fine\nmail •••@•••••••.•••"
+    assert shown["t"] == "••••\nmail •••@•••••••.•••"  # joe@x.y:fine is one find
     assert shown["p"] == "to •••@•.•:"
     assert shown["c"] == 5
     assert shown["g"] == [[5, 0.0]]

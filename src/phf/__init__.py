@@ -11,7 +11,8 @@ _PUBLIC = {
     "phf.fitting": ("fit_scorer", "read_labels"),
     "phf.hub": ("push_scored",),
     "phf.survey": ("survey",),
-    "phf.evaluate": ("evaluate_run", "heldout_loss", "judge_samples"),
+    "phf.control_attacks": ("TokenAttacks", "attack_tokens", "injection"),
+    "phf.evaluate": ("evaluate_model", "evaluate_run", "heldout_loss", "judge_samples"),
     "phf.fused": ("fused_loss",),
     "phf.model": ("FromConfig", "FromWeights", "PHFModel"),
     "phf.objectives": (
@@ -27,8 +28,12 @@ _PUBLIC = {
         "Unlikelihood",
     ),
     "phf.packing": ("Rows",),
-    "phf.recipe": ("Recipe", "load_recipe", "run_recipe"),
+    "phf.plan": ("make_plan",),
+    "phf.recipe": ("Recipe", "load_recipe"),
+    "phf.redteam": ("RedTeam", "redteam"),
+    "phf.release": ("export", "push_release"),
     "phf.report": ("write_report",),
+    "phf.running": ("run_recipe",),
     "phf.sample": ("Scenario", "load_model", "sample"),
     "phf.scorers": (
         "PEP8",

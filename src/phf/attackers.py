@@ -5,7 +5,7 @@
     phf redteam runs/mine attacker.name=server attacker.server.url=http://host:8000/v1 attacker.server.model=NAME
 
 A red LM is shown a few prompts and asked for another one like them; `evolution` mutates and recombines them and needs no
-LM. Each candidate has a random stream of its own, a function of its seed.
+LM. What is drawn is a function of the seeds alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT
+from phf import store
+from phf.config import STRICT, to_plain
+from phf.model import model_folder
 from phf.sample import LoadedModel, Scenario, load_model, sample_prompts
 from phf.served import Answers, Server
+from phf.tokens import encode_segments
 from phf.types import Sample
 
 
@@ -66,6 +69,10 @@ class Proposal:
 
 class Attacker:
     """Interface: a frozen dataclass whose fields are its settings."""
+
+    def identity(self) -> Any:
+        """What decides what it writes, beside its seeds."""
+        return to_plain(self)
 
     def propose(
         self, shots: Sequence[Sequence[Tried]], wanted: str, seeds: Sequence[int], answers: Answers
@@ -168,22 +175,38 @@ class LocalRedLM(Attacker):
         model = _red_model(self.path, self.revision)
         chat = bool(model.tokenizer.chat_template) if self.chat is None else self.chat
         room = model.positions - self.max_tokens  # of a list too long for the model the beginning is left out
-        starts = [_asked_ids(model, instruction(few, wanted, chat), chat)[-room:] for few in shots]
+        starts = [_asked_ids(model, few, wanted, chat)[-room:] for few in shots]
         scenario = Scenario(
             max_tokens=self.max_tokens, min_tokens=1, temperature=self.temperature, top_p=1.0, seed=seeds[0]
         )
         written = sample_prompts(model, scenario, [""] * len(starts), progress=False, starts=starts)
-        return [Proposal(parsed(w.text), len(ids) + w.num_tokens) for w, ids in zip(written, starts, strict=True)]
+        special = model.tokenizer.all_special_tokens
+        return [
+            Proposal(parsed(_until(w.text, special)), len(ids) + w.num_tokens)
+            for w, ids in zip(written, starts, strict=True)
+        ]
+
+    def identity(self) -> Any:
+        return [to_plain(self), store.path_hash(model_folder(self.path))]
 
 
-def _asked_ids(model: LoadedModel, asked: str, chat: bool) -> list[int]:
-    """As the chat template has it, or as the tokenizer begins a text (with its end-of-text token where it does not)."""
+def _asked_ids(model: LoadedModel, shots: Sequence[Tried], wanted: str, chat: bool) -> list[int]:
+    """As the chat template has it, or behind the token that begins a text. Special tokens in a shown prompt are text."""
     tokenizer = model.tokenizer
-    if chat:
-        messages = [{"role": "user", "content": asked}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    ids = list(tokenizer(asked)["input_ids"])
-    return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.eos_token_id, *ids]
+    if not chat:
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [bos, *encode_segments(tokenizer, [instruction(shots, wanted, chat)])[0]]
+    asked = instruction(shots, wanted, chat)
+    for name in tokenizer.all_special_tokens:
+        asked = asked.replace(name, f"{name[:1]} {name[1:]}")
+    messages = [{"role": "user", "content": asked}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+
+def _until(text: str, names: Sequence[str]) -> str:
+    """`text` up to the first of `names`: some chat models end their turn with another token than end-of-text."""
+    return text[: min((at for at in map(text.find, names) if at >= 0), default=len(text))]
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,6 +224,9 @@ class ServedRedLM(Attacker):
     chat: bool = True
     temperature: Annotated[float, Field(ge=0)] = 1.0
     max_tokens: Annotated[int, Field(gt=0)] = 48
+
+    def identity(self) -> Any:
+        return [to_plain(self) | {"server": None}, self.server.identity]
 
     def propose(
         self, shots: Sequence[Sequence[Tried]], wanted: str, seeds: Sequence[int], answers: Answers

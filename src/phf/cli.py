@@ -535,13 +535,15 @@ def redteam(
     rows, table = [], []
     for name in names:
         model: Any = name
-        if name.startswith(("http://", "https://")):
+        served = name.startswith(("http://", "https://"))
+        if served:
             model = validate({"url": name, **server}, Server, "server")
+        a_run = not served and is_run(name)
         folder = out
-        if not is_run(name) and out is not None and len(names) > 1:
+        if not a_run and out is not None and len(names) > 1:
             folder = f"{out}/{name.strip('/').replace('/', '--')}"
         found = attack(
-            model, None if is_run(name) else folder, settings, tokens_too, judge, threshold, tokens, None, other_scorer
+            model, None if a_run else folder, settings, tokens_too, judge, threshold, tokens, None, other_scorer
         )
         search = found["search"]
         row = [name]
@@ -618,9 +620,14 @@ def run(
             )
             print("\n".join(block))
         return
-    from phf.running import run_recipe
+    from phf.running import RecipeError, run_recipe
 
-    results = run_recipe(loaded, only)
+    try:
+        results = run_recipe(loaded, only)
+    except RecipeError as error:
+        if error.results and error.results["runs"]:
+            show_results(error.results)
+        raise
     show_results(results)
     if only is None:
         print(f"\nreport: {loaded.folder}/report.html   numbers: {loaded.folder}/results.json")

@@ -444,6 +444,10 @@ class HubDatasets(Corpus):
         same = {k: getattr(self, k) for k in ("config", "split", "field", "streaming", "max_chars")}
         return [HubDataset(path, **same) for path in self.paths]
 
+    def first(self) -> HubDataset:
+        """The first of them, alone."""
+        return self._each()[0]
+
     def plan(self) -> list[Shard]:
         return [{"dataset": n, "shard": shard} for n, each in enumerate(self._each()) for shard in each.plan()]
 

@@ -592,5 +592,11 @@ def segmenter_of(tokens: TokenStore) -> Segmenter:
 
 def _data_section(tokens: TokenStore) -> dict[str, Any]:
     """What the page says of the data, so that it does not depend on where the stores lie when it is made."""
-    scored = Path(tokens.manifest["scored"]) / store.MANIFEST
-    return {"tokens": tokens.manifest, "scored": store.read_json(scored) if scored.exists() else {}}
+    folder = Path(tokens.manifest["scored"])
+    scored = store.read_json(folder / store.MANIFEST) if (folder / store.MANIFEST).exists() else {}
+    added = folder / "scores" / tokens.preference / store.MANIFEST
+    if scored and tokens.preference != scored["identity"]["name"] and added.exists():
+        of_added = store.read_json(added)
+        scored |= {k: of_added[k] for k in ("identity", "scorer", "labels", "failures") if k in of_added}
+        scored["counts"] = scored["counts"] | of_added["counts"]
+    return {"tokens": tokens.manifest, "scored": scored}

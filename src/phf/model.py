@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,7 +61,7 @@ def tokens_seen(path: str | Path) -> int:
     for folder in (Path(path), Path(path).parent):
         if (folder / store.MANIFEST).exists():
             manifest = store.read_json(folder / store.MANIFEST)
-            if manifest.get("stage") == "train":
+            if manifest.get("stage") in ("train", "export"):
                 return int(manifest["counts"]["tokens"] + manifest["counts"].get("tokens_before", 0))
     return 0
 
@@ -113,12 +113,35 @@ def build_lm(
     return lm
 
 
-def add_control_embeddings(lm: Any, tokenizer: Any, names: Sequence[str], seed: int) -> list[int]:
+def weights_mark(path: str | Path) -> str | None:
+    """What identifies the weights in a folder, wherever it lies and whatever lies beside them; None where they are not
+    here."""
+    folder = Path(model_folder(path))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.json")])
+    own = [f for f in files if f.name.startswith(("model", "pytorch_model")) or f.name in ("config.json", MODEL_CARD)]
+    return store.fingerprint([[f.name, store.file_hash(f)] for f in own]) if own else None
+
+
+def trained_control_tokens(path: str | Path) -> dict[str, int]:
+    """Control tokens that the weights in a folder of phf know, with their ids there."""
+    from phf.tokens import load_tokenizer
+
+    folder = Path(model_folder(path))
+    if not (folder / MODEL_CARD).exists():
+        return {}
+    names = store.read_json(folder / MODEL_CARD)["control_tokens"].values()
+    tokenizer = load_tokenizer(folder) if names else None
+    return {name: tokenizer.convert_tokens_to_ids(name) for name in names if tokenizer is not None}
+
+
+def add_control_embeddings(
+    lm: Any, tokenizer: Any, names: Sequence[str], seed: int, trained: Mapping[str, int] | None = None
+) -> list[int]:
     """Give `tokenizer` and `lm` the control tokens (in place) and return their ids.
 
     New embeddings start at the mean of the old output embeddings plus 0.01 standard normal noise, as the paper's code
     has it; untied input embeddings likewise at the mean of the old input embeddings. Tokens that the tokenizer has
-    already (finetuning a model with control tokens) keep their embeddings.
+    already, and those that the weights know (`trained`: their ids there), keep their embeddings.
     """
     from phf.tokens import add_control_tokens
 
@@ -127,6 +150,11 @@ def add_control_embeddings(lm: Any, tokenizer: Any, names: Sequence[str], seed: 
     new = [i for i in ids if i >= old_size]
     if not new:
         return ids
+    kept = {
+        id(e.weight): {name: e.weight.detach()[i].clone() for name, i in (trained or {}).items()}
+        for e in (lm.get_output_embeddings(), lm.get_input_embeddings())
+    }
+    kept_rows = list(kept.values())
     means = {
         id(e.weight): (e.weight, e.weight.detach()[:old_size].mean(0))
         for e in (lm.get_output_embeddings(), lm.get_input_embeddings())
@@ -141,9 +169,12 @@ def add_control_embeddings(lm: Any, tokenizer: Any, names: Sequence[str], seed: 
         pairs = list(means.values())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight, mean in pairs:
+        for (weight, mean), known in zip(pairs, kept_rows, strict=True):
             noise = torch.randn(len(new), weight.shape[1], generator=generator).to(weight)
             weight[new] = mean.to(weight) + 0.01 * noise
+            for name, i in zip(names, ids, strict=True):
+                if name in known and i in new:
+                    weight[i] = known[name]
     return ids
 
 

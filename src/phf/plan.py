@@ -2,22 +2,28 @@
 
     phf plan paper-toxicity --tflops 300 --memory-gb 80
 
-FLOPs are 6 x parameters x tokens (Kaplan et al. 2020). Memory is an estimate from above: weights, gradients and Adam's
-moments in float32 (16 bytes a parameter), the activations of one micro-batch, one chunk of logits. Hours are for training
-alone, at a given or measured speed; the scorer's are extrapolated from the first documents.
+FLOPs are 6 x parameters x tokens (Kaplan et al. 2020). Memory is an estimate for training: weights, gradients and Adam's
+moments in float32 (16 bytes a parameter), the activations of one micro-batch, one chunk of logits. Disk is that of
+checkpoints; scored corpus and tokens are told beside it. Hours are for training alone, at a given or measured speed; the
+scorer's are extrapolated from the first documents.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from phf.config import ConfigError
+from phf.corpus import HubDataset, HubDatasets
 from phf.recipe import Recipe, Variant
 
 SCORED_FOR_S = 3.0
 SCORED_AT_LEAST = 20
+FROM_HUB = 500
+"""Documents that are streamed from the Hub to time the scorer."""
 TRAIN_STATE = 12
 """Bytes a parameter in a checkpoint: weights and Adam's two moments in float32."""
 
@@ -58,6 +64,14 @@ def make_plan(
         problems.append(
             f"the runs need about {disk:.1f} GB of disk, {disk_gb:.1f} are free: lower train.keep, or out=ELSEWHERE"
         )
+    for variant in recipe.variants:
+        longest = max(variant.train.context, *(s.max_tokens + 2 for s in recipe.scenarios.values()))
+        positions = runs[0]["positions"]
+        if positions is not None and longest > positions:
+            problems.append(
+                f"{variant.name}: rows or samples of {longest} tokens, but the model holds {positions} positions"
+            )
+            break
     samples = sum(s.num_samples for s in recipe.scenarios.values())
     found: dict[str, Any] = {
         "runs": runs,
@@ -88,8 +102,11 @@ def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None
     tokens = micro * train.context
     layers, width, vocab = shape["layers"], shape["width"], shape["vocab"]
     # per token and layer: about 34 values of the width in bf16 (Korthikanti et al. 2022), half of them where softmax is fused
-    activations = tokens * width * (2 * layers if train.gradient_checkpointing else 34 * layers) + tokens * width * 8
-    logits = min(train.chunk or 2048, tokens) * vocab * 12
+    scores = 5 * shape["heads"] * train.context * layers if train.attention == "eager" else 0  # attention as a matrix
+    wide = 1 if train.precision != "fp32" else 2
+    kept = 2 * layers if train.gradient_checkpointing else 34 * layers
+    activations = wide * tokens * (width * kept + scores) + tokens * width * 8
+    logits = min(train.chunk or max(2**24 // vocab, 1), tokens) * vocab * 12
     checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
     flops = 6.0 * parameters * train.total_tokens
     hours = train.total_tokens / tokens_per_s / 3600 if tokens_per_s else flops / (flops_per_s or 1) / 3600
@@ -99,6 +116,7 @@ def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None
         "tokens": train.total_tokens,
         "steps": train.steps,
         "micro_rows": micro,
+        "positions": shape["positions"],
         "flops": flops,
         "memory_gb": (16 * parameters + activations + logits) / 1e9,
         "disk_gb": parameters * (TRAIN_STATE * checkpoints + 4) / 1e9,
@@ -107,9 +125,10 @@ def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None
     }
 
 
-def _shape(recipe: Recipe) -> dict[str, int]:
+def _shape(recipe: Recipe) -> dict[str, Any]:
     """Parameters, layers, width and vocabulary of the recipe's model, made without memory."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from phf.model import FromWeights, model_folder, num_parameters
@@ -126,7 +145,10 @@ def _shape(recipe: Recipe) -> dict[str, int]:
         if kind is None:
             raise ConfigError("model.config needs model_type, for example llama or gpt2")
         vocab = tokenizer.vocab_size if tokenizer.name == "bpe" else settings.get("vocab_size")
-        config = AutoConfig.for_model(kind, **settings | ({} if vocab is None else {"vocab_size": vocab}))
+        try:
+            config = AutoConfig.for_model(kind, **settings | ({} if vocab is None else {"vocab_size": vocab}))
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise ConfigError(f"model.config: {error}") from None
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     return {
@@ -134,6 +156,8 @@ def _shape(recipe: Recipe) -> dict[str, int]:
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "vocab": config.vocab_size,
+        "heads": config.num_attention_heads,
+        "positions": getattr(config, "max_position_embeddings", None),
     }
 
 
@@ -152,11 +176,16 @@ def _scoring(recipe: Recipe) -> dict[str, Any]:
 
     if (recipe.folder / "scored" / "manifest.json").exists():
         return {"done": True}
+    corpus, whole_known = recipe.corpus, True
+    if isinstance(corpus, HubDatasets):
+        corpus, whole_known = corpus.first(), False
+    if isinstance(corpus, HubDataset) and not Path(corpus.path).expanduser().exists():
+        corpus, whole_known = replace(corpus, streaming=True, max_docs=FROM_HUB), False  # nothing whole is downloaded
     try:
-        shards = recipe.corpus.plan()
+        shards = corpus.plan()
         chars = scored = documents = 0
         seconds = 0.0
-        for item in recipe.corpus.read(shards[0]):
+        for item in corpus.read(shards[0]):
             if isinstance(item, Rejected):
                 continue
             documents += 1
@@ -174,6 +203,8 @@ def _scoring(recipe: Recipe) -> dict[str, Any]:
     except (ConfigError, OSError, RuntimeError, ImportError, ValueError) as error:
         return {"unknown": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
     speed = scored / seconds if seconds else float("nan")
+    if not whole_known:
+        return {"chars_per_s": speed, "chars": None, "workers": recipe.score_workers}
     whole = chars * len(shards)
     return {
         "chars_per_s": speed, "chars": whole, "documents": documents * len(shards), "exact": len(shards) == 1,
@@ -206,6 +237,15 @@ def told(found: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
         elif "unknown" in scoring:
             lines.append(f"scoring: not known ({scoring['unknown']})")
         else:
+            if scoring["chars"] is None:
+                lines.append(
+                    f"scoring: {scoring['chars_per_s']:,.0f} characters a second in one process, measured on the first documents; how many "
+                    "there are on the Hub is not known before they are here"
+                )
+                return rows, lines
+            lines.append(
+                f"on disk, beside the runs: about {scoring['chars'] * 1.5 / 1e9:.2f} GB of scored corpus and tokens"
+            )
             about = "" if scoring["exact"] else "about, by the first shard: "
             lines.append(
                 f"scoring: {about}{scoring['documents']:,} documents, {scoring['chars']:,} characters; "

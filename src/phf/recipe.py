@@ -134,6 +134,13 @@ class Recipe:
             raise ValueError(
                 f"finetune_from: no objective {self.finetune_from!r}{did_you_mean(self.finetune_from, self.objectives)}"
             )
+        first, scenario = next(iter(self.scenarios.items()))
+        if scenario.control == "bad" or scenario.guidance is not None:
+            lacking = [name for name in self.chosen if not self.objectives[name].control_tokens]
+            if lacking:
+                raise ValueError(
+                    f"scenarios: the first, {first!r}, needs control tokens, which {lacking[0]} has not; put another first"
+                )
         for path, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid: {path} has no values")
@@ -187,25 +194,32 @@ class Recipe:
             yield dict(zip(paths, values, strict=True))
 
     def _base(self, seed: int) -> Variant:
-        """The plain run of the base objective that finetuning starts from."""
+        """The plain run of the objective that finetuning starts from."""
         name = self.finetune_from
-        train = self._train(name, {}, [])
+        train = self._train(name, {}, self._pretraining(), keeps_milestones=True)
         return Variant(
             f"{name}-s{seed}", name, self.objectives[name], "pretrain", 1.0, seed, train, self.model, None, {}
         )
 
-    def _train(self, name: str, settings: Mapping[str, Any], over: Iterable[Mapping[str, Any]]) -> TrainConfig:
-        """Settings of training for an objective: the recipe's, the objective's, `over`, the grid's. The plain run of the
-        base objective keeps the checkpoints that finetuning starts from."""
+    def _pretraining(self) -> list[dict[str, Any]]:
+        return [self.phases["pretrain"].train] if "pretrain" in self.phases else []
+
+    def _train(
+        self, name: str, settings: Mapping[str, Any], over: Iterable[Mapping[str, Any]], keeps_milestones: bool = False
+    ) -> TrainConfig:
+        """Settings of training for an objective: the recipe's, the objective's, `over`, the grid's. `keeps_milestones`: with
+        the checkpoints that finetuning starts from, at whole steps, so that the same ones are the same settings."""
         merged = merge(to_plain(self.train), self.train_for.get(name, {}))
         for layer in over:
             merged = merge(merged, layer)
         merged |= {path.split(".")[1]: value for path, value in settings.items() if path.startswith("train.")}
         config: TrainConfig = validate(merged, TrainConfig, f"train of {name}")
         shares = sorted({p.share for p in self.phases.values() if p.share < 1}, reverse=True)
-        if name == self.finetune_from and not settings and not list(over) and shares:
-            kept = {*config.milestones, *((1 - share) * config.total_tokens for share in shares)}
-            config = replace(config, milestones=tuple(sorted(kept)))
+        if keeps_milestones:
+            step_tokens = config.batch_rows * config.context
+            asked = [*config.milestones, *((1 - share) * config.total_tokens for share in shares)]
+            steps = {min(max(round(m / step_tokens), 1), config.steps) for m in asked}
+            config = replace(config, milestones=tuple(float(s * step_tokens) for s in sorted(steps)))
         return config
 
     def _variant(self, name: str, phase_name: str, seed: int, settings: dict[str, Any]) -> Variant:
@@ -214,17 +228,18 @@ class Recipe:
         objective: Any = validate(merge(to_plain(self.objectives[name]), own), AnyObjective, f"objectives.{name}")
         tags = [re.sub(r"[^\w.+-]", "_", f"{path.split('.')[-1]}{value}") for path, value in settings.items()]
         if phase.share == 1:
-            train, model, base = self._train(name, settings, [phase.train] if phase.train else []), self.model, None
+            plain = name == self.finetune_from and phase_name == "pretrain" and not settings
+            train = self._train(name, settings, [phase.train], keeps_milestones=plain)
+            model, base = self.model, None
             folder = "-".join([name, *([phase_name] if phase_name != "pretrain" else []), *tags, f"s{seed}"])
             return Variant(folder, name, objective, phase_name, 1.0, seed, train, model, base, settings)
         start = self._base(seed)
         step_tokens = start.train.batch_rows * start.train.context
         step = min(max(round((1 - phase.share) * start.train.total_tokens / step_tokens), 1), start.train.steps)
         seen = step * step_tokens
-        layers = [self.finetune, self.finetune_for.get(name, {}), phase.train]
-        train = self._train(name, settings, [*layers, {"milestones": [], "skip_tokens": seen}])
-        if "tokens" not in phase.train:
-            train = replace(train, tokens=max(start.train.total_tokens - seen, 1))
+        rest = {"tokens": max(start.train.total_tokens - seen, 1), "skip_tokens": start.train.skip_tokens + seen}
+        layers = [rest | {"milestones": []}, self.finetune, self.finetune_for.get(name, {}), phase.train]
+        train = self._train(name, settings, layers)
         folder = "-".join([name, phase_name, *tags, f"s{seed}"])
         model = FromWeights(str(self.folder / start.name / "checkpoints" / f"checkpoint-{step}"))
         return Variant(folder, name, objective, phase_name, phase.share, seed, train, model, start.name, settings)
@@ -261,8 +276,13 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
     overrides: list[str] = []
     for argument in arguments:
         (overrides if "=" in argument else files).append(argument)
+    chosen: list[str] = []
     for file in files:
-        merged = merge(merged, _read(file))
+        value = _read(file)
+        if value.keys() == {"only"}:  # several of them: each of these objectives
+            chosen += value["only"]
+            value = {"only": chosen}
+        merged = merge(merged, value)
     settings: dict[str, Any] = {}
     for override in overrides:
         settings = merge(settings, parse_override(override))

@@ -6,7 +6,7 @@ The search of Korbak et al. 2023 (section 4.2): a pool of prompts; each round, p
 scores are shown to an attacker, who writes candidates; each candidate gets many continuations by the model under attack,
 their mean score is its own, and it joins the pool. Several trials, each from its own draw of starting prompts.
 
-    redteam/  search/trial-<t>/round-<r>.json   tokens.json   redteam.json
+    redteam/  search/trial-<t>/round-<r>.json, confirm.json   tokens.json   redteam.json
 
 Starting prompts are scored like any other; a mean over the best k exists once k prompts were tried; all prompts of the
 file can be drawn. The best of many noisy means is too high, so the best prompts of a trial are scored once more on fresh
@@ -34,8 +34,8 @@ from phf import store
 from phf.annotate import judge_documents
 from phf.attackers import TASKS, AnyAttacker, Attacker, Evolution, Tried
 from phf.config import STRICT, ConfigError, did_you_mean, to_plain
-from phf.control_attacks import TokenAttacks, attack_tokens, bad_contexts
-from phf.evaluate import check_identity, corpus_scorer, is_run, segmenter_of
+from phf.control_attacks import TokenAttacks, attack_tokens, bad_contexts, check_lengths
+from phf.evaluate import check_identity, corpus_scorer, is_run, scored_text, segmenter_of
 from phf.metrics import t_interval
 from phf.model import model_folder
 from phf.packing import key64
@@ -97,6 +97,11 @@ class RedTeam:
     temperature: Annotated[float, Field(gt=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     control: Literal["good", "bad", "none"] = "good"
+    control_after_prompt: bool | None = None
+    score_prompt: bool | None = None
+    complete_lines: bool | None = None
+    """These three as in a scenario; None: true for code, where a function's body alone or a cut line carries faults of the
+    cut, false otherwise."""
     max_target_tokens: Annotated[float, Field(gt=0)] | None = None
     batch: Annotated[int, Field(gt=0)] = 256
     seed: Annotated[int, Field(ge=0)] = 0
@@ -108,8 +113,19 @@ class RedTeam:
     def scenario(self, seed: int) -> Scenario:
         return Scenario(
             max_tokens=self.max_tokens, min_tokens=0, temperature=self.temperature, top_p=self.top_p, control=self.control,
-            batch=self.batch, seed=seed,
+            control_after_prompt=bool(self.control_after_prompt), score_prompt=bool(self.score_prompt),
+            complete_lines=bool(self.complete_lines), batch=self.batch, seed=seed,
         )  # fmt: skip
+
+    def for_scorer(self, scorer: Scorer) -> RedTeam:
+        """With what was left out resolved."""
+        code = self.task == "pep8" or (self.task is None and scorer.identity()["name"] == "pep8")
+        return replace(
+            self,
+            control_after_prompt=code if self.control_after_prompt is None else self.control_after_prompt,
+            score_prompt=code if self.score_prompt is None else self.score_prompt,
+            complete_lines=code if self.complete_lines is None else self.complete_lines,
+        )
 
 
 @plain_dataclass(frozen=True)
@@ -120,16 +136,20 @@ class Target:
 
     def continuations(
         self, prompts: Sequence[str], config: RedTeam, seed: int, answers: Answers
-    ) -> tuple[list[list[Sample]], int]:
-        """`config.continuations` texts after each prompt, and the tokens read and written (of a server: not known, 0)."""
+    ) -> tuple[list[list[Sample]], int | None]:
+        """`config.continuations` texts after each prompt, and the text tokens read and written (None: a server that does not
+        say). What a server refuses is an empty text, which is not judged."""
         repeated = [p for p in prompts for _ in range(config.continuations)]
         if isinstance(self.model, Server):
-            given = self.model.complete(repeated, config.max_tokens, config.temperature, config.top_p, seed, answers)
+            given = self.model.completions(
+                repeated, config.max_tokens, config.temperature, config.top_p, seed, answers, refused=""
+            )
             samples = [
                 Sample(n, p, text, 0, math.nan, finished, seed)
-                for n, (p, (text, finished)) in enumerate(zip(repeated, given, strict=True))
+                for n, (p, (text, finished, _)) in enumerate(zip(repeated, given, strict=True))
             ]
-            spent = 0
+            counts = [used for _, _, used in given]
+            spent = None if None in counts else sum(c or 0 for c in counts)
         else:
             scenario = config.scenario(seed)
             of_prompt = {p: prompt_ids(self.model, p, scenario) for p in set(prompts)}
@@ -203,11 +223,10 @@ def search(
         raise ConfigError(
             f"none of the {len(starting)} prompts of {prompts_file} fits the model with max_tokens={config.max_tokens}"
         )
-    settings = {
-        k: v for k, v in to_plain(config).items() if k not in ("trials", "rounds", "confirm", "max_target_tokens")
-    }
-    inputs = store.path_hash(prompts_path(prompts_file))
-    base = store.fingerprint([target_key, settings, inputs, scorer.identity(), threshold, "redteam/1"])
+    left = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")
+    settings = {k: v for k, v in to_plain(config).items() if k not in left}
+    inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]
+    base = store.fingerprint([target_key, settings, inputs, scorer.identity(), threshold, "redteam/2"])
     answers = Answers(Path(cache) / "answers.jsonl")
     per_trial = min(config.pool, len(usable)) + config.rounds * config.candidates + config.confirm
     trials = []
@@ -237,7 +256,11 @@ class _Trial:
         spent = 0
         for number in range(self.config.rounds + 1):  # round 0: the starting prompts
             done = self._round(number)
-            spent += done["target_tokens"]
+            if done["target_tokens"] is None and self.config.max_target_tokens is not None:
+                raise ConfigError(
+                    "max_target_tokens: this server does not say how many tokens it used; leave the limit out"
+                )
+            spent += done["target_tokens"] or 0
             self.pool += done["tried"]
             means = [t.mean for t in self.pool]
             rounds.append(
@@ -249,15 +272,16 @@ class _Trial:
             if self.config.max_target_tokens is not None and spent >= self.config.max_target_tokens:
                 break
         top = sorted((t for t in self.pool if t.mean == t.mean), key=lambda t: -t.mean)[: self.config.confirm]
-        fresh = self._kept("confirm", lambda: self._score([t.prompt for t in top], "confirm"))
+        chosen = [t.prompt for t in top]
+        fresh = self._kept("confirm", lambda: self._score(chosen, "confirm"), chosen)
         return {"rounds": rounds, "top": top, "fresh": fresh["tried"], "confirm": fresh, "pool": self.pool}
 
     def _round(self, number: int) -> dict[str, Any]:
         return self._kept(f"round-{number:02d}", lambda: self._played(number))
 
-    def _kept(self, name: str, make: Any) -> dict[str, Any]:
+    def _kept(self, name: str, make: Any, of: Sequence[str] = ()) -> dict[str, Any]:
         """What `make` gives: of this very search when it is on disk, else made and written there."""
-        key = store.fingerprint([self.base, self.number, name, [t.prompt for t in self.pool]])
+        key = store.fingerprint([self.base, self.number, name, [t.prompt for t in self.pool], list(of)])
         file = self.folder / f"{name}.json"
         if not file.exists() or store.read_json(file).get("key") != key:
             start = time.perf_counter()
@@ -318,7 +342,13 @@ class _Trial:
         """Continuations of each prompt and what they score."""
         groups, spent = self.target.continuations(prompts, self.config, self._key("continue", what), self.answers)
         flat = [s for group in groups for s in group]
-        judged = judge_documents(self.scorer, [[s.text] if s.text else [] for s in flat])
+        if flat and not any(s.text for s in flat) and isinstance(self.target.model, Server):
+            raise RedTeamError(
+                f"{self.target.model.url} wrote nothing to any of {len(flat)} requests: it refuses them, or this model"
+            )
+        scenario = self.config.scenario(0)
+        texts = [scored_text(s, scenario, self.scorer) for s in flat]
+        judged = judge_documents(self.scorer, [[t] if t else [] for t in texts])
         score_N = [scores[0] if scores else math.nan for scores, _, _ in judged]
         per = self.config.continuations
         tried = [
@@ -371,8 +401,12 @@ def _over(values: Sequence[float | None]) -> dict[str, Any]:
 
 def _summary(trials: Sequence[dict[str, Any]], config: RedTeam, left_out: int) -> dict[str, Any]:
     measures = [*(f"best_{k}" for k in BEST), "round_mean"]
-    length = min(len(t["rounds"]) for t in trials)
-    curves = {m: [_over([t["rounds"][r][m] for t in trials]) for r in range(length)] for m in measures}
+    length = max(len(t["rounds"]) for t in trials)
+
+    def at(trial: dict[str, Any], r: int) -> dict[str, Any]:  # a trial that ended by its budget stays where it was
+        return trial["rounds"][min(r, len(trial["rounds"]) - 1)]  # type: ignore[no-any-return]
+
+    curves = {m: [_over([at(t, r)[m] for t in trials]) for r in range(length)] for m in measures}
     confirmed = {
         f"best_{k}": _over([_mean(f.mean for f in t["fresh"][:k]) if len(t["fresh"]) >= k else None for t in trials])
         for k in BEST
@@ -390,14 +424,15 @@ def _summary(trials: Sequence[dict[str, Any]], config: RedTeam, left_out: int) -
     return {
         "settings": to_plain(config),
         "curves": curves,
-        "target_tokens": [_over([float(t["rounds"][r]["target_tokens"]) for t in trials]) for r in range(length)],
+        "target_tokens": [_over([float(at(t, r)["target_tokens"]) for t in trials]) for r in range(length)],
         "final": {m: curves[m][-1] for m in measures},
         "confirmed": confirmed,
         "budget": {
-            "prompts": sum(r["prompts"] for r in every) + sum(len(t["fresh"]) for t in trials),
+            "prompts": sum(r["prompts"] for r in every),
             "continuations": config.continuations * sum(r["prompts"] for r in every),
             "target_tokens": sum(t["rounds"][-1]["target_tokens"] for t in trials),
-            "confirm_tokens": sum(t["confirm"]["target_tokens"] for t in trials),
+            "confirm_continuations": config.continuations * sum(len(t["fresh"]) for t in trials),
+            "confirm_tokens": sum(t["confirm"]["target_tokens"] or 0 for t in trials),
             "red_tokens": sum(r["red_tokens"] for r in every),
             "seconds": sum(r["seconds"] for r in every) + sum(t["confirm"]["seconds"] for t in trials),
         },
@@ -441,16 +476,21 @@ def redteam(
         out = run / "redteam"
     out = Path(out)
     weights_hash = None if isinstance(model, Server) else store.path_hash(model_folder(model))
-    target_key = store.fingerprint(name if weights_hash is None else weights_hash)
-    plain = [to_plain(config), None if token_attacks is None else to_plain(token_attacks)]
+    of_server = model.identity if isinstance(model, Server) else None
+    target_key = store.fingerprint([of_server, name if weights_hash is None else weights_hash])
+    plain = [to_plain(config), config.attacker.identity(), None if token_attacks is None else to_plain(token_attacks)]
     _, prompts = task_of(config, scorer)
     key = store.fingerprint(
-        [target_key, plain, store.path_hash(prompts_path(prompts)), scorer.identity(), threshold, contexts, "redteam/1"]
+        [target_key, plain, store.path_hash(prompts_path(prompts)), scorer.identity(), threshold, contexts, "redteam/2"]
     )
     done = out / "redteam.json"
     if done.exists() and store.read_json(done).get("key") == key:
         return store.read_json(done)  # type: ignore[no-any-return]
     target = Target(model if isinstance(model, Server) else load_model(model))
+    if config.control == "bad" and (isinstance(model, Server) or "bad" not in target.model.control_ids):  # type: ignore[union-attr]
+        raise ConfigError(f"{name} has no control tokens that are known here, so control=bad cannot be asked of it")
+    if token_attacks is not None and isinstance(target.model, LoadedModel):
+        check_lengths(target.model, token_attacks)
     result: dict[str, Any] = {
         "key": key,
         "model": name,
@@ -461,8 +501,15 @@ def redteam(
         "tokens": None,
     }
     if token_attacks is not None and isinstance(target.model, LoadedModel):
-        start = time.perf_counter()
-        result["tokens"] = attack_tokens(target.model, token_attacks, scorer, segmenter or Lines(), threshold, contexts)
-        result["tokens"]["seconds"] = time.perf_counter() - start
+        cut = segmenter or Lines()
+        tokens_key = store.fingerprint(
+            [target_key, plain[-1], contexts, scorer.identity(), to_plain(cut), threshold, "tokens/1"]
+        )
+        file = out / "tokens.json"
+        if not file.exists() or store.read_json(file).get("key") != tokens_key:
+            start = time.perf_counter()
+            found = attack_tokens(target.model, token_attacks, scorer, cut, threshold, contexts)
+            store.write_json(file, {"key": tokens_key, **found, "seconds": time.perf_counter() - start})
+        result["tokens"] = store.read_json(file)
     store.write_json(done, result | {"versions": store.versions()})
     return store.read_json(done)  # type: ignore[no-any-return]

@@ -56,7 +56,7 @@ def export(run: str | Path, out: str | Path, name: str | None = None, licence: s
     _generation(out, roles, judged)
     check(out)
     store.write_text(out / "README.md", model_card(manifest, judged, attacked, name or run.name, roles, licence))
-    store.finish(out, "export", key, run=manifest["key"], control_tokens=roles)
+    store.finish(out, "export", key, run=manifest["key"], counts=manifest["counts"], control_tokens=roles)
     return out
 
 
@@ -67,20 +67,28 @@ def _begin_with(folder: Path, roles: Mapping[str, str]) -> None:
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     config = store.read_json(folder / "tokenizer_config.json")
-    eos = config["eos_token"]
-    eos = eos["content"] if isinstance(eos, dict) else eos
+    eos = _eos(folder)
     first = [eos, *([roles["good"]] if "good" in roles else [])]
-    ids = [(token, tokenizer.token_to_id(token)) for token in first]
-    template = processors.TemplateProcessing(single=[*first, "$A"], pair=[*first, "$A", "$B"], special_tokens=ids)
+    pieces = [
+        f"first{n}" for n in range(len(first))
+    ]  # stand for the tokens, whose names may hold what a template reads
+    known = [{"id": p, "ids": [tokenizer.token_to_id(t)], "tokens": [t]} for p, t in zip(pieces, first, strict=True)]
+    template = processors.TemplateProcessing(single=[*pieces, "$A"], pair=[*pieces, "$A", "$B"], special_tokens=known)
     before = tokenizer.post_processor
     keep = before is not None and type(before).__name__ == "ByteLevel"
     tokenizer.post_processor = processors.Sequence([before, template]) if keep else template
     store.write_text(path, tokenizer.to_str(pretty=True))
     positions = store.read_json(folder / "config.json").get("max_position_embeddings")
     changes: dict[str, Any] = {"split_special_tokens": True, "add_bos_token": None, "add_eos_token": None}
+    changes |= {"pad_token": eos, "padding_side": "left"}  # for pipelines that go by batches
     changes |= {} if positions is None else {"model_max_length": positions}
     config = {k: v for k, v in (config | changes).items() if v is not None}
     store.write_json(folder / "tokenizer_config.json", config)
+
+
+def _eos(folder: Path) -> str:
+    eos = store.read_json(folder / "tokenizer_config.json")["eos_token"]
+    return str(eos["content"] if isinstance(eos, dict) else eos)
 
 
 def _generation(folder: Path, roles: Mapping[str, str], judged: Mapping[str, Any] | None) -> None:
@@ -97,6 +105,7 @@ def _generation(folder: Path, roles: Mapping[str, str], judged: Mapping[str, Any
         "temperature": settings.get("temperature", 0.7),
         "top_p": settings.get("top_p", 0.9),
         "top_k": settings.get("top_k") or 0,
+        "pad_token_id": tokenizer.token_to_id(_eos(folder)),
     }
     if "bad" in roles:
         config["suppress_tokens"] = [tokenizer.token_to_id(roles["bad"])]
@@ -216,7 +225,7 @@ def model_card(
         f"- scorer: `{store.canonical(identity)}`",
         f"- tokens: {counts['tokens']:,} targets, {counts['text_tokens']:,} of them text, {counts['epochs']:.2f} epochs; fingerprint `{manifest['tokens_content']}`",
         f"- settings: `{store.canonical(manifest['train'])}`",
-        f"- model: `{store.canonical(manifest['model'])}`, seed {manifest['seed']}, {manifest['precision']}",
+        f"- model: `{store.canonical(_without_places(manifest['model']))}`, seed {manifest['seed']}, {manifest['precision']}",
         f"- versions: `{store.canonical(manifest['versions'])}`; run `{manifest['key']}`",
         *_data_lines(judged),
         "",
@@ -229,13 +238,21 @@ def model_card(
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n" + "\n".join(lines) + "\n"
 
 
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without where things lie on this machine: of a path that is here, its last part."""
+    return {
+        k: Path(v).name if k == "path" and isinstance(v, str) and Path(v).expanduser().exists() else v
+        for k, v in config.items()
+    }
+
+
 def _data_lines(judged: Mapping[str, Any] | None) -> list[str]:
     scored = ((judged or {}).get("data") or {}).get("scored") or {}
     if not scored:
         return []
     counts = scored["counts"]
     return [
-        f"- data: `{store.canonical(scored['corpus'])}`: {counts['documents']:,} documents, {counts['segments']:,} segments, "
+        f"- data: `{store.canonical(_without_places(scored['corpus']))}`: {counts['documents']:,} documents, {counts['segments']:,} segments, "
         f"{counts['bad_segments']:,} of them above 0, {counts['unjudged']:,} not judged"
     ]
 

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from phf import metrics, store
-from phf.config import ConfigError, did_you_mean, dump_yaml, to_plain
+from phf.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.control_attacks import TokenAttacks
 from phf.during import JudgeDuring
-from phf.model import FromWeights
+from phf.model import COMPLETE, FromWeights
 from phf.recipe import Recipe, Variant
 from phf.train import train
 
 
 class RecipeError(RuntimeError):
-    """Some runs of a recipe failed."""
+    """Some runs of a recipe failed. `results`: those of the others."""
+
+    results: dict[str, Any] | None = None
 
 
 def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
@@ -43,10 +45,10 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     if only in (None, "data"):
         store.write_text(out / "recipe.yaml", dump_yaml(to_plain(recipe) | {"presets": {}}))
-    elif not (out / "tokens" / store.MANIFEST).exists():
-        raise ConfigError(f"{out}/tokens is not there yet: run the same with --only data first")
+    else:
+        _check_data(recipe)
     seconds: dict[str, float] = {}
-    scored = _data(recipe, seconds)
+    scored = _data(recipe, seconds) if only in (None, "data") else store.read_manifest(out / "scored", "score")
     runs: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for variant in recipe.variants:
@@ -77,8 +79,22 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
         write_report(out)
     if failed:
         whole = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        raise RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{whole}")
+        failure = RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{whole}")
+        failure.results = results
+        raise failure
     return results
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Raise ConfigError unless what all runs share was made by this recipe: one run alone never makes it again, since others
+    may be using it."""
+    out = recipe.folder
+    if not (out / "tokens" / store.MANIFEST).exists() or not (out / "recipe.yaml").exists():
+        raise ConfigError(f"{out}/tokens is not there yet: run the same with --only data first")
+    made, now = read_yaml(out / "recipe.yaml"), to_plain(recipe)
+    for part in ("corpus", "segmenter", "scorer", "tokenizer", "heldout"):
+        if made.get(part) != store.jsonable(now[part]):
+            raise ConfigError(f"{part} is not what {out}/tokens was made with: run the same with --only data first")
 
 
 def _data(recipe: Recipe, seconds: dict[str, float]) -> dict[str, Any]:
@@ -117,20 +133,19 @@ def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> dict[st
         with _Stage(f"attack {variant.name}", seconds):
             redteam(folder, None, recipe.redteam, recipe.token_attacks or TokenAttacks(), threshold=recipe.threshold)
     main = next(iter(recipe.scenarios))
-    if main not in judged["scenarios"]:
-        raise ConfigError(
-            f"scenarios: the first, {main!r}, asks for the bad token, which {variant.name} has not; put another first"
-        )
     return summary(variant, trained, judged, main)
 
 
 def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
     import torch
 
-    if isinstance(variant.model, FromWeights) and variant.base is not None and not Path(variant.model.path).exists():
-        raise ConfigError(
-            f"{variant.name} starts from {variant.model.path}, which is not there: run {variant.base} first"
-        )
+    if isinstance(variant.model, FromWeights) and variant.base is not None:
+        checkpoint = Path(variant.model.path)
+        if not (checkpoint / COMPLETE).exists():
+            raise ConfigError(
+                f"{variant.name} starts from {checkpoint}, which is not there or not whole: run {variant.base} first (if it is done and "
+                "its checkpoints were deleted, move its folder away, so that it is trained again)"
+            )
     torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
     tokens = recipe.folder / "tokens"
     during = recipe.during
@@ -195,7 +210,7 @@ def best(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         known = {g: e for g, e in loss.items() if e[0] is not None}
         if not known:
             continue
-        highest = min((e[2] for e in known.values()), default=0.0)  # the least upper end
+        highest = min(known.values(), key=lambda e: e[0])[2]  # the upper end of the lowest
         near = [g for g, e in known.items() if e[1] <= highest]
         scores = {g: _mean_misalignment(groups[g]) for g in near}
         found[kind] = {

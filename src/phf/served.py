@@ -31,6 +31,10 @@ class ServerError(RuntimeError):
     """A server that does not answer, or not as it should."""
 
 
+class Refused(ServerError):
+    """A server that will not answer this request, whatever is tried: its content or its length."""
+
+
 class Answers:
     """What servers have answered, kept in a file of JSON lines: what is killed and run again does not ask, or pay, twice.
     A line that a kill tore is left out."""
@@ -78,18 +82,34 @@ class Server:
     """What else a request for samples says, as the server knows it (vLLM: top_k=-1, repetition_penalty=1)."""
     batch: Annotated[int, Field(gt=0)] = 32
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers; how patiently it is asked does not."""
+        return {"url": self.url, "model": self.model, "start": self.start, "extra": dict(self.extra)}
+
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} must begin with http:// or https://")
 
     def ask(self, path: str, body: dict[str, Any], answers: Answers | None) -> Any:
-        """`post`, unless the same has been asked before."""
-        if answers is None:
-            return self.post(path, body)
+        """`post` of a request for one choice, unless the same has been asked before. What is kept is an answer or a refusal
+        (raised as Refused again), never an error that may pass."""
         key = store.fingerprint([self.url, path, body])
-        if key not in answers.known:
-            answers.keep(key, self.post(path, body))
-        return answers.known[key]
+        if answers is not None and key in answers.known:
+            answer = answers.known[key]
+            if "refused" in answer:
+                raise Refused(answer["refused"])
+            return answer
+        try:
+            answer = self.post(path, body)
+        except Refused as refusal:
+            if answers is not None:
+                answers.keep(key, {"refused": str(refusal)})
+            raise
+        _choices(answer, 1)
+        if answers is not None:
+            answers.keep(key, answer)
+        return answer
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """A POST with retries and growing waits where the server is busy or away. Raises ServerError."""
@@ -109,6 +129,8 @@ class Server:
             if answer.status_code in (408, 429) or answer.status_code >= 500:
                 problem = f"status {answer.status_code}: {answer.text[:200]}"
                 continue
+            if answer.status_code in (400, 413, 422):
+                raise Refused(f"{self.url}{path} refused: status {answer.status_code}: {answer.text[:300]}")
             if answer.status_code != 200:
                 raise ServerError(f"{self.url}{path} refused: status {answer.status_code}: {answer.text[:300]}")
             try:
@@ -118,19 +140,33 @@ class Server:
         raise ServerError(f"{self.url}{path} does not answer ({problem}), tried {self.retries + 1} times")
 
     def complete(
-        self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-        answers: Answers | None = None,
-    ) -> list[tuple[str, bool]]:  # fmt: skip
-        """A completion of each prompt, and whether it came to its end (not to the limit). Each is asked for by itself, with
-        a seed of its own: a server draws the prompts of one request alike where they are alike."""
+        self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> list[tuple[str, bool]]:
+        """A completion of each prompt, and whether it came to its end (not to the limit)."""
+        return [(text, ended) for text, ended, _ in self.completions(prompts, max_tokens, temperature, top_p, seed)]
 
-        def one(number: int) -> tuple[str, bool]:
+    def completions(
+        self, prompts: Sequence[str], max_tokens: int, temperature: float, top_p: float, seed: int,
+        answers: Answers | None = None, refused: str | None = None,
+    ) -> list[tuple[str, bool, int | None]]:  # fmt: skip
+        """The same with the tokens that the server counted (None where it counts none). Each is asked for by itself, with a
+        seed of its own: a server draws the prompts of one request alike where they are alike. `refused`: the text that
+        stands for a refusal; None: a refusal is an error."""
+
+        def one(number: int) -> tuple[str, bool, int | None]:
             body = {
-                "model": self.model, "prompt": [self.start + prompts[number]], "max_tokens": max_tokens,
+                "model": self.model, "prompt": self.start + prompts[number], "max_tokens": max_tokens,
                 "temperature": temperature, "top_p": top_p, "seed": seed + number, "n": 1, **self.extra,
             }  # fmt: skip
-            (choice,) = _choices(self.ask("/completions", body, answers), 1)
-            return choice.get("text") or "", choice.get("finish_reason") == "stop"
+            try:
+                answer = self.ask("/completions", body, answers)
+            except Refused:
+                if refused is None:
+                    raise
+                return refused, False, 0
+            (choice,) = _choices(answer, 1)
+            used = (answer.get("usage") or {}).get("total_tokens")
+            return choice.get("text") or "", choice.get("finish_reason") == "stop", used
 
         with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
             return list(pool.map(one, range(len(prompts))))
@@ -140,7 +176,7 @@ class Server:
         answers: Answers | None = None,
     ) -> list[tuple[str, int]]:  # fmt: skip
         """What the server writes to each instruction, by its chat or its completions, and the tokens that it counts
-        (0 where it counts none). `extra` goes along; `start` does not."""
+        (0 where it counts none); nothing where it refuses. `extra` goes along; `start` does not."""
 
         def one(number: int) -> tuple[str, int]:
             body: dict[str, Any] = {
@@ -150,7 +186,10 @@ class Server:
                 body["messages"] = [{"role": "user", "content": asked[number]}]
             else:
                 body["prompt"] = asked[number]
-            answer = self.ask("/chat/completions" if chat else "/completions", body, answers)
+            try:
+                answer = self.ask("/chat/completions" if chat else "/completions", body, answers)
+            except Refused:
+                return "", 0
             (choice,) = _choices(answer, 1)
             text = (choice.get("message") or {}).get("content") if chat else choice.get("text")
             return text or "", int((answer.get("usage") or {}).get("total_tokens") or 0)

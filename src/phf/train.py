@@ -42,9 +42,10 @@ from phf.model import (
     PHFModel,
     add_control_embeddings,
     build_lm,
-    model_folder,
     num_parameters,
     tokens_seen,
+    trained_control_tokens,
+    weights_mark,
 )
 from phf.objectives import Objective
 from phf.packing import Rows
@@ -94,7 +95,8 @@ class TrainConfig:
     keep: Annotated[int, Field(gt=0)] = 2
     """Checkpoints kept, the newest."""
     skip_tokens: Annotated[float, Field(ge=0)] = 0
-    """Targets at the start of the order of the data that are left out: when finetuning, those that the weights have seen."""
+    """Targets at the start of the order of the data that are left out: when finetuning, those that the weights have seen. The
+    order is that of this run's own rows, so it goes on exactly where both objectives make the same rows."""
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Tokens at which a checkpoint is made and kept for good."""
     gradient_checkpointing: bool = False
@@ -221,10 +223,13 @@ def train(
         "seed": seed,
         "tokens": str(tokens_dir),
     }
-    start_weights = store.path_hash(model_folder(model.path)) if isinstance(model, FromWeights) else None
+    start_weights = weights_mark(model.path) if isinstance(model, FromWeights) else None
+    decides = {k: v for k, v in resolved.items() if k != "tokens"}
+    if start_weights is not None:  # wherever they lie
+        decides["model"] = {k: v for k, v in to_plain(model).items() if k != "path"}
     key = store.fingerprint(
         [
-            {k: v for k, v in resolved.items() if k != "tokens"},
+            decides,
             tokens.manifest["content"],
             start_weights,
             _code_of(objective),
@@ -250,7 +255,8 @@ def train(
 
     tokenizer = tokens.tokenizer
     lm = build_lm(model, tokenizer, seed, config.attention, config.context)
-    control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed)
+    trained = trained_control_tokens(model.path) if isinstance(model, FromWeights) else {}
+    control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed, trained)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
     edit = objective.edit(tokens.table, seed)
     digest = hashlib.blake2b(digest_size=16)

@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,11 @@ from markupsafe import Markup
 from pydantic import TypeAdapter
 
 from phf import store
+from phf.config import to_plain
+from phf.evaluate import is_run
+from phf.redteam import RedTeam
 from phf.report import plots
-from phf.report.browser import MOST, attack_rows, attack_table, is_masked, mask, samples_of, visible
+from phf.report.browser import attack_rows, attack_table, is_masked, mask, masks, most_samples, samples_of, visible
 from phf.report.measures import (
     DIVERSITY,
     MAIN,
@@ -36,7 +40,7 @@ from phf.report.measures import (
     groups,
     of_run,
 )
-from phf.sample import read_samples
+from phf.sample import Scenario, read_samples
 from phf.scorers import AnyScorer, Scorer
 from phf.trainer import read_metrics
 
@@ -53,6 +57,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     runs = load_runs(folder)
     shown = context(folder, runs)
     target = Path(out) if out is not None else folder / "report.html"
+    target = target if target.suffix else target.with_suffix(".html")
     beside = target.with_suffix("")
     script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -62,10 +67,15 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         .render(**shown, script=Markup(script), digest=digest, files=beside.name)
     )
     for name, figure in shown["figures"].items():
-        store.write_text(beside / f"{name}.svg", figure["svg"].replace("currentColor", "#222"))
+        store.write_text(beside / f"{name}.svg", as_file(figure["svg"]))
     store.write_text(beside / "numbers.csv", shown["csv"])
     store.write_text(target, page)
     return target
+
+
+def as_file(svg: str) -> str:
+    """A plot outside the page: on white."""
+    return svg.replace("currentColor", "#222").replace("<svg", '<svg style="background: #fff"', 1)
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
@@ -85,11 +95,14 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
         raise store.StoreError(f"{folder} holds no judged run (eval.json); run `phf eval` on its runs first")
     runs = []
     for place in places:
+        if not is_run(place):
+            print(f"note: {place} was not trained here, so it is not on the page", file=sys.stderr)
+            continue
         judged = store.read_json(place / "eval.json")
         attacked, watched = place / "redteam" / "redteam.json", place / "during.jsonl"
         runs.append(
             {
-                "name": re.sub(r"-s\d+$", "", place.name),
+                "name": re.sub(r"-s\d+$", "", place.name),  # runs of one name differ in the seed only
                 "folder": place,
                 "manifest": store.read_manifest(place, "train"),
                 "eval": judged,
@@ -99,11 +112,15 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
                 "samples": {name: read_samples(place / "samples" / f"{name}.jsonl") for name in judged["scenarios"]},
             }
         )
+    if not runs:
+        raise store.StoreError(f"{folder} holds no judged run that was trained here")
+    _tell_apart(runs)
     for what in ("tokens_content", "identity", "threshold"):
         if len({store.canonical(run["eval"][what]) for run in runs}) > 1:
             raise store.StoreError(
                 f"the runs below {folder} differ in {what}, so their numbers do not compare; give one page to each group"
             )
+    _check_alike(folder, runs)
     rank = {name: i for i, name in enumerate(plots.ORDER)}
 
     def place_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -117,6 +134,39 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
         )
 
     return sorted(runs, key=place_of)
+
+
+def _tell_apart(runs: Sequence[dict[str, Any]]) -> None:
+    """Runs of one name that differ in more than the seed go by their folders' names."""
+    for name in {run["name"] for run in runs}:
+        same = [run for run in runs if run["name"] == name]
+        settings = {store.canonical([r["manifest"]["objective"].get("name"), r["manifest"]["train"]]) for r in same}
+        if len({r["manifest"]["seed"] for r in same}) < len(same) or len(settings) > 1:
+            for run in same:
+                run["name"] = run["folder"].name
+
+
+def _check_alike(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise StoreError where runs were sampled, measured or attacked in different ways under one name."""
+
+    def alike(what: str, found: Sequence[Any]) -> None:
+        if len({store.canonical(f) for f in found}) > 1:
+            raise store.StoreError(
+                f"the runs below {folder} differ in {what}, so their numbers do not compare; judge them alike, or give one page to each"
+            )
+
+    scenarios = {name for run in runs for name in run["eval"]["scenarios"]}
+    for name in sorted(scenarios):
+        kept = [run["eval"]["scenarios"][name]["scenario"] for run in runs if name in run["eval"]["scenarios"]]
+        alike(f"how scenario {name!r} was sampled", [{k: v for k, v in s.items() if k != "batch"} for s in kept])
+    measured = [run["eval"]["kl"] for run in runs if run["eval"].get("kl")]
+    alike("the reference of KL", [[k["reference"], k["num_samples"], k["max_tokens"]] for k in measured])
+    attacked = [run["redteam"] for run in runs if run["redteam"]]
+    left = ("batch",)
+    alike(
+        "how they were attacked",
+        [{k: v for k, v in a["search"]["settings"].items() if k not in left} for a in attacked],
+    )
 
 
 def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -138,7 +188,7 @@ def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows, known = groups(runs, main), all_measures(runs, main)
     if any("ratio" in row["values"] for row in rows):
         known["ratio"] = RATIO
-    first_seed = [run for run in runs if run["manifest"]["seed"] == runs[0]["manifest"]["seed"]]
+    first_seed = [next(run for run in runs if run["name"] == row["name"]) for row in rows]  # of each group one
     capabilities = [key for key, m in known.items() if m.about == "capability"]
     figures, fronts = _figures(rows, known, capabilities, runs, first_seed, main, unit)
     attacked = [run for run in runs if run["redteam"]]
@@ -164,7 +214,8 @@ def context(folder: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "labels": _labels(first_seed, main),
         "attacked": [_attacked(run, scorer) for run in attacked],
         "attack_table": attack_table(attacked),
-        "most": MOST,
+        "most": most_samples(sum(len(run["samples"]) for run in runs)),
+        "masked": masks(scorer),
         "page_data": Markup(_json(_page_data(folder, runs, rows, known, main, scorer) | {"csv": as_csv(runs, main)})),
         "csv": as_csv(runs, main),
         "data": scored_manifest,
@@ -182,7 +233,11 @@ def _figures(
     """Every plot with its caption, and for each cost the names of the groups on the front."""
     looks = plots.styles(rows)
     seeds = max(row["seeds"] for row in rows)
-    over = f"over {seeds} seeds (Student); ticks: the seeds" if seeds > 1 else "bootstrap over samples, one seed"
+    over = (
+        "over seeds (Student) where there are several; ticks: the seeds"
+        if seeds > 1
+        else "bootstrap over samples, one seed"
+    )
     figures = {
         "misalignment": _figure("result", plots.intervals(rows, unit), f"Misalignment: mean score of the samples ({main}), {unit}. Bars: 95% intervals, {over}.")
     }  # fmt: skip
@@ -191,7 +246,8 @@ def _figures(
         if key not in known:
             continue
         beaten = dominated(rows, known["misalignment"], known[key])
-        fronts[known[key].title] = [row["name"] for row in rows if row["name"] not in beaten]
+        both = [row["name"] for row in rows if "misalignment" in row["values"] and key in row["values"]]
+        fronts[known[key].title] = [name for name in both if name not in beaten]
         name = "pareto-" + re.sub(r"\W+", "-", key)
         figures[name] = _figure(
             "result",
@@ -208,22 +264,32 @@ def _figures(
             figures[f"attacks-{measure}"] = _figure("attacks", plots.attacks(curves, measure, title, looks), f"Red-teaming: {title}, mean score of continuations. Bands: 95% over trials.")  # fmt: skip
     watched = [run for run in shown if run["during"]]
     misaligned = [
-        (r["name"], [(x["tokens"], x["misalignment"]["mean"], tuple(x["misalignment"]["ci95"])) for x in r["during"] if "misalignment" in x and x["misalignment"]["mean"] is not None])
+        (r["name"], [(_before(r) + x["tokens"], x["misalignment"]["mean"], _interval(x["misalignment"])) for x in r["during"] if "misalignment" in x and x["misalignment"]["mean"] is not None])
         for r in watched
     ]  # fmt: skip
     if any(points for _, points in misaligned):
         figures["during-misalignment"] = _figure("curves", plots.during([x for x in misaligned if x[1]], looks, "misalignment"), "Misalignment of samples while training, 95% bands.")  # fmt: skip
     for part in ("good", "bad"):
         lines = [
-            (r["name"], [(x["tokens"], x["heldout"][part], None) for x in r["during"] if (x.get("heldout") or {}).get(part) is not None])
+            (r["name"], [(_before(r) + x["tokens"], x["heldout"][part], None) for x in r["during"] if (x.get("heldout") or {}).get(part) is not None])
             for r in watched
         ]  # fmt: skip
         if any(points for _, points in lines):
             figures[f"during-{part}"] = _figure("curves", plots.during([x for x in lines if x[1]], looks, f"held-out loss on {part} text"), f"Held-out loss on {part} text while training, nats per byte.")  # fmt: skip
-    figures["loss"] = _figure("curves", plots.curves([(r["name"], r["curve"]) for r in shown], looks), "Each objective's own loss: only the shapes compare.")  # fmt: skip
+    figures["loss"] = _figure("curves", plots.curves([(r["name"], [x | {"tokens": _before(r) + x["tokens"]} for x in r["curve"]]) for r in shown], looks), "Each objective's own loss: only the shapes compare.")  # fmt: skip
     scores = [(r["name"], [s.score for s in r["samples"][main] if s.score == s.score]) for r in shown]
     figures["distribution"] = _figure("scores", plots.distributions(scores, looks, unit), f"Share of samples that score above a value ({main}).")  # fmt: skip
     return figures, fronts
+
+
+def _before(run: Mapping[str, Any]) -> int:
+    """Tokens that a run's start had seen."""
+    return int(run["manifest"]["counts"].get("tokens_before", 0))
+
+
+def _interval(estimate: Mapping[str, Any]) -> tuple[float, float] | None:
+    low, high = estimate["ci95"]
+    return None if low is None else (low, high)
 
 
 def _figure(section: str, svg: str, caption: str) -> dict[str, Any]:
@@ -244,7 +310,7 @@ def _page_data(
             run["folder"].name: {
                 "values": store.jsonable(of_run(run, main)),
                 "about": _provenance(folder, run),
-                "samples": samples_of(run, scorer),
+                "samples": samples_of(run, scorer, most_samples(sum(len(r["samples"]) for r in runs))),
             }
             for run in runs
         },
@@ -256,14 +322,16 @@ def _provenance(folder: Path, run: Mapping[str, Any]) -> list[list[str]]:
     manifest, judged = run["manifest"], run["eval"]
     data = judged["data"]
     recipe = folder / "recipe.yaml"
-    commands = (
-        [f"phf run {recipe} --only {run['folder'].name}"]
-        if recipe.exists()
-        else [
+    commands = [f"phf run {recipe} --only {run['folder'].name}"]
+    if not recipe.exists():
+        asked = next(iter(judged["scenarios"].values()))["scenario"]
+        commands = [
             f"phf train {manifest['tokens_dir']} {run['folder']} {run['folder']}/config.yaml",
-            f"phf eval {run['folder']}",
+            f"phf eval {run['folder']} {_changed(asked, to_plain(Scenario()))}".strip(),
         ]
-    )
+    if run["redteam"] and not (recipe.exists() and _read_recipe(folder).get("redteam")):
+        changed = _changed(run["redteam"]["search"]["settings"], to_plain(RedTeam()))
+        commands.append(f"phf redteam {run['folder']} {changed}".strip())
     lines = [
         ["run", str(run["folder"])],
         ["recipe", str(recipe) if recipe.exists() else f"{run['folder']}/config.yaml"],
@@ -278,6 +346,15 @@ def _provenance(folder: Path, run: Mapping[str, Any]) -> list[list[str]]:
         ["trained", f"{manifest['counts']['tokens']:,} tokens in {manifest['seconds']:,.0f} s, {manifest['precision']}, {manifest['threads']} threads"],
     ]  # fmt: skip
     return [[name, visible(value)] for name, value in lines]
+
+
+def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Settings that are not the defaults, as a command takes them."""
+    return " ".join(
+        f"{k}={json.dumps(v)}"
+        for k, v in settings.items()
+        if v is not None and store.jsonable(v) != store.jsonable(defaults.get(k))
+    )
 
 
 def _json(value: Any) -> str:
@@ -302,6 +379,7 @@ def _attacked(run: Mapping[str, Any], scorer: Scorer) -> dict[str, Any]:
     search = run["redteam"]["search"]
     return {
         "run": run["folder"].name,
+        "folder": str(run["folder"]),
         "final": search["final"],
         "confirmed": search["confirmed"],
         "budget": search["budget"],
@@ -320,7 +398,7 @@ def headline(capability: Mapping[str, Any]) -> str:
 
 def _other_scenarios(runs: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {**run["eval"]["scenarios"][name], "scenario": name, "run": run["folder"].name}
+        {**run["eval"]["scenarios"][name], "scenario": name, "run": run["folder"].name, "folder": str(run["folder"])}
         for name in scenarios
         for run in runs
         if name in run["eval"]["scenarios"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from phf.config import ConfigError
 from phf.evaluate import scored_text
 from phf.sample import Scenario
 from phf.scorers import Scorer
@@ -17,36 +18,52 @@ from phf.types import Sample, Span
 UNMASKED = ("url", "match", "word")
 """Labels whose text is shown as it is; PEP8's codes (a letter and digits) too."""
 MOST = 1000
-"""Samples of a run and scenario that go into a page; the files have all."""
+"""Samples of a run and scenario that go into a page, at most; the files have all."""
+IN_ALL = 20_000
 
 
-def samples_of(run: Mapping[str, Any], scorer: Scorer) -> dict[str, list[dict[str, Any]]]:
+def most_samples(parts: int) -> int:
+    """How many samples of each of `parts` runs and scenarios a page holds."""
+    return max(50, min(MOST, IN_ALL // max(parts, 1)))
+
+
+def masks(scorer: Scorer) -> bool:
+    """Whether the scorer finds personal data, so that it can be masked."""
+    return scorer.identity()["name"] in ("pii", "presidio") or any(masks(s) for s in getattr(scorer, "scorers", ()))
+
+
+def samples_of(run: Mapping[str, Any], scorer: Scorer, most: int = MOST) -> dict[str, list[dict[str, Any]]]:
     """For each scenario its samples: number, prompt, text, score, segments [end, score], marks [start, end, label], and how
     many characters were scored."""
     found = {}
     for name, judged in run["eval"]["scenarios"].items():
         settings = Scenario(**judged["scenario"])
-        found[name] = [_shown(item, settings, scorer) for item in run["samples"].get(name, [])[:MOST]]
+        found[name] = [_shown(item, settings, scorer) for item in run["samples"].get(name, [])[:most]]
     return found
 
 
 def _shown(item: Sample, settings: Scenario, scorer: Scorer) -> dict[str, Any]:
     own = replace(settings, score_prompt=False)
     judged = scored_text(item, own, scorer)
-    spans = found_spans(judged, scorer) or []
     before = len(item.prompt) if settings.score_prompt else 0
+    spans = found_spans((item.prompt if before else "") + judged, scorer) or []
     segments = [
         [end - before, None if score != score else score]
         for end, score in zip(item.segment_ends, item.segment_scores, strict=False)
         if end > before
     ]
+    hidden = visible(mask(item.prompt + item.text, scorer))  # what is found across the border is hidden on both sides
     return {
         "i": item.id,
-        "p": visible(mask(item.prompt, scorer)) if item.prompt else "",
-        "t": visible(mask(item.text, scorer)),
+        "p": hidden[: len(item.prompt)],
+        "t": hidden[len(item.prompt) :],
         "s": None if item.score != item.score else item.score,
         "g": segments,
-        "m": [[s.start, max(s.end, s.start + 1), visible(s.label)] for s in spans],
+        "m": [
+            [max(s.start - before, 0), max(s.end - before, s.start - before + 1), visible(s.label)]
+            for s in spans
+            if max(s.end, s.start + 1) > before
+        ],
         "c": len(judged),
         "f": item.finished,
     }
@@ -58,7 +75,7 @@ def found_spans(text: str, scorer: Scorer) -> list[Span] | None:
         return []
     try:
         return scorer.spans(text)
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, ConfigError):
         raise
     except Exception:  # as everywhere: a text that a scorer fails on is not judged
         return None
@@ -91,16 +108,17 @@ def visible(text: str) -> str:
 def attack_rows(redteam: Mapping[str, Any], scorer: Scorer, most: int = 12) -> list[dict[str, Any]]:
     """The best prompts of a search, what they led to, masked and made visible."""
 
-    def shown(text: str) -> str:
-        return visible(mask(text, scorer))
+    def shown(prompt: str, text: str) -> tuple[str, str]:
+        hidden = visible(mask(prompt + text, scorer))
+        return hidden[: len(prompt)], hidden[len(prompt) :]
 
     return [
         {
-            "prompt": shown(row["prompt"]),
+            "prompt": shown(row["prompt"], row["worst"][0]["text"] if row["worst"] else "")[0],
             "mean": row["mean"],
             "fresh": row["fresh_mean"],
             "trial": row["trial"],
-            "worst": [{"text": shown(w["text"]), "score": w["score"]} for w in row["worst"][:2]],
+            "worst": [{"text": shown(row["prompt"], w["text"])[1], "score": w["score"]} for w in row["worst"][:2]],
         }
         for row in redteam["search"]["prompts"][:most]
     ]

@@ -57,6 +57,8 @@ DIVERSITY = (
     "hit_rate", "worst_of_25", "q99", "distinct_1", "distinct_2", "entropy_1", "entropy_2", "self_bleu_5", "repetition_4",
     "compile_rate", "mean_chars", "finished",
 )  # fmt: skip
+LOWER = ("perplexity", "loss", "bits_per_byte", "brier", "mse", "wer", "ter ", "error")
+"""Parts of the names of capabilities' numbers that are better when lower."""
 RATIO = Measure("ratio", "ratio to MLE", "lower", 3, "misalignment divided by MLE's; over seeds the geometric mean")
 
 
@@ -119,7 +121,7 @@ def all_measures(runs: Sequence[Run], main: str) -> dict[str, Measure]:
     present = {key for run in runs for key in of_run(run, main)}
     known = {m.key: m for m in MEASURES if m.key in present}
     for key in sorted(present - known.keys()):
-        lower = any(word in key for word in ("perplexity", "loss", "bits_per_byte"))
+        lower = any(word in key for word in LOWER)
         known[key] = Measure(key, key, "lower" if lower else "higher", 3, "capability")
     return known
 
@@ -187,6 +189,8 @@ def dominated(rows: Sequence[Mapping[str, Any]], x: Measure, y: Measure) -> set[
     """Names of the groups that another one dominates: it is not worse in either measure and surely better in one (their 95%
     intervals do not overlap)."""
 
+    largest = max((row["values"]["worst_of_25"]["mean"] for row in rows if "worst_of_25" in row["values"]), default=0.0)
+
     def ends(row: Mapping[str, Any], m: Measure) -> tuple[float, float, float] | None:
         value = row["values"].get(m.key)
         if value is None:
@@ -195,6 +199,8 @@ def dominated(rows: Sequence[Mapping[str, Any]], x: Measure, y: Measure) -> set[
         mean, (low, high) = sign * value["mean"], value["ci95"]
         if low is None or high is None:
             return (mean, -math.inf, math.inf)
+        if low == high and m.key == "misalignment":  # nothing bad was seen: up to 3 in n (97.5%) may be as bad as any
+            high = low + metrics.wilson(0, row.get("samples", 0))[1] * largest
         return (mean, min(sign * low, sign * high), max(sign * low, sign * high))
 
     found = set()

@@ -53,6 +53,17 @@
   document.getElementById("close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   document.addEventListener("click", (event) => {
+    const place = event.target.closest("button[data-from]");
+    if (place) {
+      const run = data.runs[place.dataset.run];
+      document.getElementById("from-title").textContent = `${place.dataset.what} of ${place.dataset.run}`;
+      document.getElementById("from-value").textContent = place.textContent;
+      const list = el("dl", {}, el("dt", {}, "file"), el("dd", {}, place.dataset.from));
+      for (const [title, text] of run.about) list.append(el("dt", {}, title), el("dd", {}, text));
+      document.getElementById("from-runs").replaceChildren(list);
+      dialog.showModal();
+      return;
+    }
     const button = event.target.closest("button[data-m]");
     if (!button) return;
     const { g, m } = button.dataset;
@@ -62,14 +73,14 @@
     const runs = document.getElementById("from-runs");
     runs.replaceChildren();
     const scale = measure.percent ? 100 : 1;
-    for (const name of data.groups[g]) {
+    for (const name of [...data.groups[g], ...(m === "ratio" ? data.groups.mle ?? [] : [])]) {
       const run = data.runs[name];
-      const value = run.values[m] ?? run.values.misalignment;
+      const value = run.values[m] ?? (m === "ratio" ? run.values.misalignment : undefined);
       const list = el("dl");
       const line = (title, text) => list.append(el("dt", {}, title), el("dd", {}, text));
       if (value) {
         const n = value.n ? `, n = ${value.n}` : "";
-        line(m in run.values ? "this run's" : "computed from", `${show(value.mean === null ? null : value.mean * scale, measure.digits)}${measure.percent ? "%" : ""}${n}`);
+        line(m in run.values ? "this run's" : "computed from", `${show(value.mean === null ? null : value.mean * scale, m === "ratio" ? 5 : measure.digits)}${measure.percent ? "%" : ""}${n}`);
         line("file", value.from);
       }
       for (const [title, text] of run.about) line(title, text);
@@ -95,14 +106,15 @@
 
   const text = (sample) => {
     const found = document.createDocumentFragment();
-    const edges = new Set([0, sample.c, sample.t.length]);
+    const letters = Array.from(sample.t); // the file's places count characters, JavaScript's strings do not
+    const edges = new Set([0, sample.c, letters.length]);
     let start = 0;
     const segments = sample.g.map(([end, score]) => { const s = [start, end, score]; start = end; edges.add(end); return s; });
     for (const [from, to] of sample.m) { edges.add(from); edges.add(to); }
-    const cuts = [...edges].filter((x) => x >= 0 && x <= sample.t.length).sort((a, b) => a - b);
+    const cuts = [...edges].filter((x) => x >= 0 && x <= letters.length).sort((a, b) => a - b);
     for (let n = 0; n + 1 < cuts.length; n += 1) {
       const [from, to] = [cuts[n], cuts[n + 1]];
-      let node = document.createTextNode(sample.t.slice(from, to));
+      let node = document.createTextNode(letters.slice(from, to).join(""));
       const mark = sample.m.find(([a, b]) => a <= from && to <= b);
       if (mark) node = el("mark", { title: mark[2] }, node);
       const segment = segments.find(([a, b]) => a <= from && to <= b);
@@ -117,7 +129,7 @@
     return found;
   };
   const card = (run, sample) => {
-    if (!sample) return el("div", { class: "sample" }, el("span", { class: "score" }, `${run}: no such sample`));
+    if (!sample) return el("div", { class: "sample" }, el("span", { class: "score" }, `${run}: no sample of this number and prompt`));
     const pre = el("pre");
     if (sample.p) pre.append(el("span", { class: "prompt" }, sample.p));
     pre.append(text(sample));
@@ -131,7 +143,8 @@
     const beside = right ? new Map((data.runs[right].samples[scenario] ?? []).map((s) => [s.i, s])) : null;
     const rows = shown.slice(next, next + 30).map((sample) => {
       const row = el("div", { class: "row" }, card(left, sample));
-      if (beside) row.append(card(right, beside.get(sample.i)));
+      const other = beside?.get(sample.i);
+      if (beside) row.append(card(right, other && other.p === sample.p ? other : undefined));
       return row;
     });
     next += rows.length;
@@ -148,7 +161,8 @@
       (low === null || (s.s !== null && s.s >= low)) && (high === null || (s.s !== null && s.s <= high)) &&
       (!find || s.t.toLowerCase().includes(find) || s.p.toLowerCase().includes(find)));
     const order = at("order").value;
-    if (order !== "i") shown = [...shown].sort((a, b) => (order === "up" ? 1 : -1) * ((a.s ?? -1) - (b.s ?? -1)));
+    const last = (a, b) => (a.s === null) - (b.s === null); // what could not be judged comes last
+    if (order !== "i") shown = [...shown].sort((a, b) => last(a, b) || (order === "up" ? a.s - b.s : b.s - a.s));
     const unit = data.unit;
     at("count").textContent = `${shown.length} of ${samples.length} samples; scores: ${unit}`;
     at("list").replaceChildren();

@@ -9,9 +9,9 @@ from typing import Any
 
 from markupsafe import escape
 
-COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#997700")
+COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#997700", "#888888")
 """Paul Tol's bright scheme: told apart with any colour vision. A run's marker shape differs too."""
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 ORDER = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr", "masking")
 """The objectives as they are told of everywhere."""
 INK = "#010203"
@@ -48,6 +48,9 @@ def _svg(figure: Any, label: str) -> str:
 
 def style(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+
+
+DASHES = ("-", "--", ":", "-.")
 
 
 def styles(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -126,12 +129,29 @@ def pareto(groups: Sequence[Mapping[str, Any]], cost: Any, dominated: set[str]) 
     return _svg(figure, f"Misalignment against {cost.title}")
 
 
+def dashes(looks: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Line styles by which groups of one colour are told apart."""
+    found: dict[str, str] = {}
+    seen: dict[str, int] = {}
+    for name, (colour, _) in looks.items():
+        found[name] = DASHES[seen.get(colour, 0) % len(DASHES)]
+        seen[colour] = seen.get(colour, 0) + 1
+    return found
+
+
 def curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], looks: Mapping[str, tuple[str, str]]) -> str:
     """Training loss over tokens. Each objective's loss is its own, so only the shapes compare."""
     figure, axes = _figure(6.4, 3.4)
     for name, lines in runs:
         x = [line["tokens"] / 1e6 for line in lines]
-        axes.plot(x, [line["loss"] for line in lines], color=looks[name][0], linewidth=1.4, label=name)
+        axes.plot(
+            x,
+            [line["loss"] for line in lines],
+            color=looks[name][0],
+            linestyle=dashes(looks)[name],
+            linewidth=1.4,
+            label=name,
+        )
     axes.set_xlabel("million target tokens", color=INK)
     axes.set_ylabel("training loss of the objective, per counted target", color=INK)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
@@ -212,7 +232,7 @@ def distributions(runs: Sequence[tuple[str, Sequence[float]]], looks: Mapping[st
         x = sorted(scores)
         n = len(x)
         if n:
-            axes.step([0, *x], [100.0, *(100 * (n - i - 1) / n for i in range(n))], where="post", color=looks[name][0], linewidth=1.5, label=name)  # fmt: skip
+            axes.step([0, *x], [100.0, *(100 * (n - i - 1) / n for i in range(n))], where="post", color=looks[name][0], linestyle=dashes(looks)[name], linewidth=1.5, label=name)  # fmt: skip
     axes.set_xlabel(f"score of a sample ({unit})", color=INK)
     axes.set_ylabel("% of samples above it", color=INK)
     axes.set_ylim(0, 100)

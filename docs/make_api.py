@@ -1,0 +1,56 @@
+"""Writes docs/api.md from the docstrings of phf's public names: python docs/make_api.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import phf
+
+HEAD = """# API
+
+The public names of phf, from their docstrings (`python docs/make_api.py` writes this page). Everything else is an ordinary module
+with a docstring at its top; `help(phf.NAME)` says the same.
+"""
+
+
+def signature(thing: object) -> str:
+    """The parameters by name, with defaults; types are in the source."""
+    try:
+        parameters = inspect.signature(thing).parameters.values()  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return ""
+    shown = []
+    for p in parameters:
+        plain = p.default is inspect.Parameter.empty or not isinstance(
+            p.default, int | float | str | bool | tuple | None
+        )
+        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        shown.append(
+            f"{star}{p.name}"
+            + ("" if plain and p.default is inspect.Parameter.empty else "=..." if plain else f"={p.default!r}")
+        )
+    return f"({', '.join(shown)})"
+
+
+def entry(name: str) -> str:
+    thing = getattr(phf, name)
+    doc = inspect.getdoc(thing) or ""
+    lines = [f"### {name}", "", f"`{name}{signature(thing)}`", ""]
+    if not (dataclasses.is_dataclass(thing) and re.match(rf"{name}\(", doc)):
+        lines += [doc.replace("<", "&lt;").replace("|", "\\|") if "```" not in doc else doc, ""]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    parts = [HEAD]
+    for module, names in phf._PUBLIC.items():
+        parts.append(f"## {module}\n")
+        parts += [entry(name) for name in names]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("api.md").write_text(page(), encoding="utf-8")
