@@ -370,6 +370,29 @@ def test_plots_and_numbers_can_be_saved_from_the_page_alone(browser, hostile, tm
     assert ElementTree.parse(saved.value.path()).getroot().tag.endswith("svg")
 
 
+def test_kl_and_capabilities_are_drawn_and_tabled(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for n, path in enumerate(sorted(copy.glob("*/eval.json"))):
+        judged = store.read_json(path)
+        nats = {"mean": 10.0 + n, "stderr": 0.1, "n": 64, "ci95": [9.8 + n, 10.2 + n]}
+        judged["kl"] = {
+            "reference": {"path": "x"},
+            "num_samples": 64,
+            "max_tokens": 8,
+            "forward": {"nats_per_text": nats},
+        }
+        accuracy = {"mean": 0.1 * n, "stderr": 0.01, "n": 100, "ci95": [0.1 * n - 0.02, 0.1 * n + 0.02]}
+        judged["capabilities"] = [{"name": "lambada", "settings": {"name": "lambada"}, "accuracy": accuracy}]
+        store.write_json(path, judged)
+    page = write_report(copy).read_text()
+    figures = {p.stem for p in (copy / "report").glob("*.svg")}
+    assert {"pareto-kl", "pareto-good", "pareto-lambada-accuracy"} <= figures
+    assert "KL from reference" in page
+    assert "lambada accuracy (higher is better)" in page
+    assert "Not dominated in misalignment and KL from reference" in page
+
+
 def test_runs_that_were_judged_otherwise_are_refused(folder, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
