@@ -64,8 +64,10 @@ def test_floors_0_to_3_import_without_torch():
 
 
 def test_the_public_names_are_there():
+    modules = {p.stem for p in SOURCE.iterdir()}
     for name in phf.__all__:
-        assert getattr(phf, name) is not None
+        assert getattr(phf, name).__module__.startswith("phf.")
+        assert name not in modules, f"phf.{name} would be the function or the module, by what was imported before"
 
 
 def test_no_pickle_eval_or_remote_code():

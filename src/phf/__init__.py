@@ -1,4 +1,8 @@
-"""phf: pretraining language models with human feedback. The public names; see the modules for what they do."""
+"""phf: pretraining language models with human feedback. The public names; see the modules for what they do.
+
+Functions named as their modules are imported from there, since `phf.train` is the module: `from phf.train import train`,
+`from phf.sample import sample`, `from phf.redteam import redteam`, `from phf.survey import survey`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ _PUBLIC = {
     "phf.during": ("During", "JudgeDuring"),
     "phf.fitting": ("fit_scorer", "read_labels"),
     "phf.hub": ("push_scored",),
-    "phf.survey": ("survey",),
     "phf.control_attacks": ("TokenAttacks", "attack_tokens", "injection"),
     "phf.evaluate": ("evaluate_model", "evaluate_run", "heldout_loss", "judge_samples"),
     "phf.fused": ("fused_loss",),
@@ -30,11 +33,11 @@ _PUBLIC = {
     "phf.packing": ("Rows",),
     "phf.plan": ("make_plan",),
     "phf.recipe": ("Recipe", "load_recipe"),
-    "phf.redteam": ("RedTeam", "redteam"),
+    "phf.redteam": ("RedTeam",),
     "phf.release": ("export", "push_release"),
     "phf.report": ("write_report",),
     "phf.running": ("run_recipe",),
-    "phf.sample": ("Scenario", "load_model", "sample"),
+    "phf.sample": ("Scenario", "load_model"),
     "phf.scorers": (
         "PEP8",
         "PII",
@@ -48,7 +51,7 @@ _PUBLIC = {
         "Toxicity",
     ),
     "phf.tokens": ("PretrainedTokenizer", "TokenStore", "TrainBPE", "tokenize_corpus"),
-    "phf.train": ("TrainConfig", "train"),
+    "phf.train": ("TrainConfig",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -59,6 +59,11 @@ DIVERSITY = (
 )  # fmt: skip
 LOWER = ("perplexity", "loss", "bits_per_byte", "brier", "mse", "wer", "ter ", "error")
 """Parts of the names of capabilities' numbers that are better when lower."""
+SHARES_AND_SCORES = (
+    "misalignment", "bad_segments", "hit_rate", "worst_of_25", "q99", "repetition_4", "compile_rate", "finished", "attacked_1",
+    "attacked_10",
+)  # fmt: skip
+"""Never below 0."""
 RATIO = Measure("ratio", "ratio to MLE", "lower", 3, "misalignment divided by MLE's; over seeds the geometric mean")
 
 
@@ -137,7 +142,12 @@ def groups(runs: Sequence[Run], main: str) -> list[dict[str, Any]]:
         for key in dict.fromkeys(k for e in each for k in e):
             points = [e[key]["mean"] for e in each if key in e]
             one = next(e[key] for e in each if key in e)
-            values[key] = (metrics.t_interval(points).to_json() if len(points) > 1 else one) | {"points": points}
+            over = metrics.t_interval(points).to_json() if len(points) > 1 else dict(one)
+            if (
+                key in SHARES_AND_SCORES and over["ci95"][0] is not None
+            ):  # Student's interval does not know where they end
+                over["ci95"] = [max(over["ci95"][0], 0.0), over["ci95"][1]]
+            values[key] = over | {"points": points}
         if name != "mle":
             pairs = [
                 (e["misalignment"]["mean"], mle[m["manifest"]["seed"]])
