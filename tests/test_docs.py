@@ -141,12 +141,14 @@ def run_command(command: str) -> None:
         files = [a for a in arguments if "=" not in a]
         for file in files:  # what the page's own file says of the run's size gives way
             assert Path(file).exists() or file in ("demo", "finetuning", "grid", "pep8", "quick", "demo"), file
-    for step in [[name, *arguments, *([] if {"--list", "--dry-run"} & set(arguments) else CUTS.get(name, []))]]:
-        try:
-            result = app(step, standalone_mode=False)
-        except SystemExit as error:
-            result = error.code
-        assert not result, f"{command}: {result}"
+    cuts = [] if {"--list", "--dry-run"} & set(arguments) else CUTS.get(name, [])
+    if "during.scenario" in command:
+        cuts = [*cuts, "during.scenario.num_samples=4", "during.scenario.max_tokens=8", "during.scenario.min_tokens=1"]
+    try:
+        result = app([name, *arguments, *cuts], standalone_mode=False)
+    except SystemExit as error:
+        result = error.code
+    assert not result, f"{command}: {result}"
 
 
 @pytest.mark.parametrize(
