@@ -6,6 +6,8 @@ import json
 import math
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from phf.during import During, JudgeDuring
 from phf.objectives import MLE, Conditional
@@ -39,6 +41,24 @@ def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir
         assert set(line["heldout"]) == {"all", "good", "bad"}
         assert line["heldout"]["good"] > 0
         assert line["misalignment"]["n"] + line["unjudged"] == 8
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_path, tokens_dir):
+    frames = []
+    for scenario in (None, SCENARIO):
+        torch.compiler.reset()
+        counters.clear()
+        judged(
+            tmp_path / str(scenario is None),
+            tokens_dir,
+            MLE(),
+            During(2 * STEP, 500, scenario),
+            config(4, compile=True),
+        )
+        frames.append(counters["frames"]["total"])
+    assert frames[0] == frames[1] > 0
+    assert weights(tmp_path / "True") == weights(tmp_path / "False")
 
 
 def test_the_last_line_is_what_judging_the_finished_run_says(tmp_path, tokens_dir):

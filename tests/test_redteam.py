@@ -304,6 +304,16 @@ def test_code_is_attacked_with_its_first_line(runs, prompts, tmp_path):
     assert not RedTeam().for_scorer(LINK).score_prompt
     assert not RedTeam(task="pep8", score_prompt=False).for_scorer(PEP8()).score_prompt
     assert TokenAttacks().for_scorer(PEP8()).complete_lines
+    few = RedTeam(prompts=prompts, **SMALL | {"trials": 1, "rounds": 0})
+    found = redteam(
+        runs / "mle" / "model",
+        tmp_path / "code",
+        few,
+        TokenAttacks(num_samples=2, min_tokens=1, max_tokens=8),
+        scorer=PEP8(),
+    )
+    assert found["search"]["settings"]["score_prompt"]
+    assert found["tokens"]["settings"]["complete_lines"]
     config = RedTeam(prompts=prompts, score_prompt=True, **SMALL | {"trials": 1, "rounds": 0})
     redteam(runs / "mle", tmp_path / "out", config, None)
     for row in store.read_json(tmp_path / "out" / "search" / "trial-0" / "round-00.json")["tried"]:

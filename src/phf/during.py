@@ -75,7 +75,8 @@ class JudgeDuring(TrainerCallback):
         """Judge `lm` as it is, and leave it and every random stream as they were."""
         was_training = lm.training
         devices = [lm.device] if lm.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        # samples have every length: a compiled trunk would be compiled anew for each
+        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             lm.eval()
             try:
                 return self._judge(lm)

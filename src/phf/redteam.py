@@ -475,6 +475,8 @@ def redteam(
             raise ConfigError(f"{name} is not a run: say where to write with --out FOLDER")
         out = run / "redteam"
     out = Path(out)
+    config = config.for_scorer(scorer)
+    token_attacks = None if token_attacks is None else token_attacks.for_scorer(scorer)
     weights_hash = None if isinstance(model, Server) else store.path_hash(model_folder(model))
     of_server = model.identity if isinstance(model, Server) else None
     target_key = store.fingerprint([of_server, name if weights_hash is None else weights_hash])
