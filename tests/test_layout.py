@@ -18,6 +18,7 @@ FLOORS = [
     {"objectives", "fused", "model", "trainer", "train"},
     {
         "served",
+        "decoding",
         "sample",
         "reference",
         "capabilities",

@@ -2,9 +2,8 @@
 
     phf sample runs/conditional/model samples.jsonl num_samples=512
 
-Every model that is compared is sampled by this one loop. Nucleus sampling is by rejection (draw from p, keep the word
-if the mass of likelier words is below top_p): the same distribution as sorting the vocabulary, without the sort, which
-is most of the time of `generate` on a CPU. Each sample has its own counter-based random stream (seed, sample, step).
+Every model that is compared is sampled by this one loop. Each sample has its own counter-based random stream (seed,
+sample, step).
 
 Control tokens never reach a reader: the unwanted one is banned, the other may be written and is stripped, and neither
 counts towards a length or a log-probability.
@@ -15,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,13 +24,13 @@ import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
+from phf.decoding import GrowingLayer, draw, guide, twin
+from phf.device import has_quick_bf16, tune_allocator
 from phf.model import MODEL_CARD, check_head, model_folder
 from phf.packing import key64, mix64
 from phf.served import Server
@@ -40,8 +39,6 @@ from phf.types import Sample
 
 COMPACT_BELOW = 0.75
 """Share of a batch that must be left to write for the batch to stay as it is."""
-REJECTIONS = 24
-"""Draws before the exact sort takes over; with top_p 0.9 a word is refused at most one time in ten."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,6 +66,8 @@ class Scenario:
     complete_lines: bool = False
     batch: Annotated[int, Field(gt=0)] = 128
     seed: int = 0
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of the weights while sampling; auto: bfloat16 where the processor has it, as in training. Losses are float32's."""
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
@@ -213,89 +212,12 @@ def scenario_prompts(scenario: Scenario) -> list[str]:
     return [p for p in prompts[:needed] for _ in range(scenario.samples_per_prompt)][: scenario.num_samples]
 
 
-def uniform(seed_key: int, id_N: np.ndarray, step: int, attempt: int) -> np.ndarray:
-    """A uniform in [0, 1) for each sample, a function of (seed, sample, step, attempt) alone."""
+def uniform(seed_key: int, id_N: np.ndarray, step: int, attempts: Sequence[int]) -> np.ndarray:
+    """Uniforms in [0, 1), [N, attempts]: functions of (seed, sample, step, attempt) alone."""
     stream_N = mix64(id_N.astype(np.uint64), seed_key)
-    bits_N = mix64(stream_N, (step << 16) + attempt + 1)
-    return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None, uniforms: Any) -> Tensor:
-    """One word for each row, by temperature, then top-k, then nucleus sampling with `top_p`.
-
-    The nucleus is every word whose likelier words together have mass below `top_p`. `uniforms(attempt)` gives float64
-    [N] in [0, 1). Exact: a refused word is drawn again; rows still refused after 24 draws are sorted.
-    """
-    p_NV = torch.softmax(logits_NV.float() / temperature, -1)
-    if top_k is not None and top_k < p_NV.shape[1]:
-        kth_N1 = p_NV.topk(top_k, -1).values[:, -1:]
-        p_NV = torch.where(p_NV >= kth_N1, p_NV, 0.0)
-        p_NV = p_NV / p_NV.sum(-1, keepdim=True)
-    cdf_NV = p_NV.double().cumsum(-1)
-    chosen_N, accepted_N = _attempt(p_NV, cdf_NV, top_p, torch.from_numpy(uniforms(0)).to(p_NV.device))
-    open_N = torch.nonzero(~accepted_N).squeeze(1)
-    for attempt in range(1, REJECTIONS):
-        if len(open_N) == 0:
-            return chosen_N
-        u_N = torch.from_numpy(uniforms(attempt)).to(p_NV.device)[open_N]
-        word_N, accepted_N = _attempt(p_NV[open_N], cdf_NV[open_N], top_p, u_N)
-        chosen_N[open_N[accepted_N]] = word_N[accepted_N]
-        open_N = open_N[~accepted_N]
-    if len(open_N):
-        u_N = torch.from_numpy(uniforms(REJECTIONS)).to(p_NV.device)[open_N]
-        chosen_N[open_N] = _draw_sorted(p_NV[open_N], top_p, u_N)
-    return chosen_N
-
-
-def _attempt(p_NV: Tensor, cdf_NV: Tensor, top_p: float, u_N: Tensor) -> tuple[Tensor, Tensor]:
-    """A word drawn from p for each row, and whether it lies in the nucleus."""
-    word_N1 = torch.searchsorted(cdf_NV, u_N.unsqueeze(1) * cdf_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
-    if top_p >= 1:
-        return word_N1.squeeze(1), torch.ones_like(u_N, dtype=torch.bool)
-    likelier_N = torch.where(p_NV > p_NV.gather(1, word_N1), p_NV, 0.0).sum(1)
-    return word_N1.squeeze(1), likelier_N < top_p
-
-
-def _draw_sorted(p_NV: Tensor, top_p: float, u_N: Tensor) -> Tensor:
-    """Nucleus sampling by sorting: the same distribution, for the rows that rejection does not settle."""
-    sorted_NV, order_NV = torch.sort(p_NV, dim=-1, descending=True, stable=True)
-    before_NV = sorted_NV.cumsum(-1) - sorted_NV
-    kept_NV = torch.where(before_NV < top_p, sorted_NV, 0.0).double().cumsum(-1)
-    rank_N1 = torch.searchsorted(kept_NV, u_N.unsqueeze(1) * kept_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
-    return order_NV.gather(1, rank_N1).squeeze(1)
-
-
-def guide(good_NV: Tensor, bad_NV: Tensor, strength: float, good_id: int, bad_id: int) -> Tensor:
-    """Logits l_bad + g (l_good - l_bad). In the bad context the two control tokens stand for each other."""
-    swapped_NV = bad_NV.clone()
-    swapped_NV[:, [good_id, bad_id]] = bad_NV[:, [bad_id, good_id]]
-    return swapped_NV + strength * (good_NV - swapped_NV)
-
-
-class GuidedDecoding(LogitsProcessor):
-    """Guidance for plain `generate`: give it 2N prompts, the second half the first with the bad token in place of the
-    good one, `do_sample=False` and this processor. It draws the words itself, so that both halves go on alike (by
-    temperature and nucleus; temperature 0 takes the likeliest). The first N outputs are the samples."""
-
-    def __init__(
-        self, good_id: int, bad_id: int, strength: float, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0
-    ) -> None:
-        self.good_id, self.bad_id, self.strength = good_id, bad_id, strength
-        self.temperature, self.top_p = temperature, top_p
-        self.generator = np.random.Generator(np.random.Philox(seed))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        good_NV, bad_NV = scores.float().chunk(2)
-        guided_NV = guide(good_NV, bad_NV, self.strength, self.good_id, self.bad_id)
-        guided_NV[:, [self.good_id, self.bad_id]] = float("-inf")
-        if self.temperature == 0:
-            word_N = guided_NV.argmax(-1)
-        else:
-            word_N = draw(
-                guided_NV, self.temperature, self.top_p, None, lambda attempt: self.generator.random(len(guided_NV))
-            )
-        chosen = torch.full_like(scores, float("-inf"))
-        return chosen.scatter_(1, torch.cat([word_N, word_N]).unsqueeze(1), 0.0)
+    count_K = np.asarray(attempts, np.uint64) + np.uint64((step << 16) + 1)
+    bits_NK = mix64(stream_N[:, None] + count_K, 0)
+    return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
@@ -337,9 +259,13 @@ def sample_prompts(
     """
     starts = [prompt_ids(model, p, scenario) for p in prompts] if starts is None else starts
     banned = other_token(model, scenario) if banned is None else banned
+    tune_allocator()
     samples: list[Sample] = []
+    half = scenario.precision == "bf16" or (scenario.precision == "auto" and has_quick_bf16(model.lm.device.type))
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
     with bar, torch.inference_mode():
+        if half:
+            model = replace(model, lm=twin(model.lm, torch.bfloat16))
         for start in range(0, len(prompts), scenario.batch):
             part = prompts[start : start + scenario.batch]
             samples += _sample_batch(model, scenario, part, starts[start : start + len(part)], banned, start)
@@ -389,8 +315,8 @@ def _sample_batch(
         )
 
     banned = [*ban, *range(len(model.tokenizer), lm.get_output_embeddings().weight.shape[0])]  # and the padding
-    silent = set(model.control_ids.values())
-    silent_T = torch.tensor(sorted(silent), dtype=torch.long, device=device)
+    banned_T = torch.tensor(banned, dtype=torch.long, device=device)
+    silent = np.array(sorted(model.control_ids.values()), dtype=np.int64)
     key = key64(scenario.seed, "sample")
     sample_id_N = np.arange(first_id, first_id + count)
 
@@ -419,22 +345,22 @@ def _sample_batch(
             logits_NV = guide(plain_NV, bad_NV, scenario.guidance or 0.0, good_id, bad_id)
         else:
             plain_NV = logits_NV  # banning touches only words that are not chosen
-        lse_N = plain_NV.logsumexp(-1)  # before anything is banned
-        logits_NV[:, banned] = float("-inf")
-        short = torch.from_numpy(num_text[alive] < scenario.min_tokens).to(device)
-        logits_NV[short, eos] = float("-inf")
+        logp_NV = plain_NV.log_softmax(-1)  # before anything is banned
+        logits_NV.index_fill_(1, banned_T, float("-inf"))
+        short_N = num_text[alive] < scenario.min_tokens
+        if short_N.any():
+            logits_NV[torch.from_numpy(short_N).to(device), eos] = float("-inf")
         word_N = draw(
             logits_NV,
             scenario.temperature,
             scenario.top_p,
             scenario.top_k,
-            lambda attempt: uniform(key, sample_id_N[alive], step, attempt),  # noqa: B023
+            lambda attempts: uniform(key, sample_id_N[alive], step, attempts),  # noqa: B023
         )
-        is_silent_N = torch.isin(word_N, silent_T).cpu().numpy()
-        gained_N = (plain_NV.gather(1, word_N.unsqueeze(1)).squeeze(1) - lse_N).double().cpu().numpy()
+        gained_N = logp_NV.gather(1, word_N.unsqueeze(1)).squeeze(1).double().cpu().numpy()
         words = word_N.cpu().numpy()
         live_N = ~done[alive]
-        text_N = live_N & ~is_silent_N
+        text_N = live_N & ~np.isin(words, silent) if len(silent) else live_N
         logp[alive] += np.where(text_N, gained_N, 0.0)
         ended_N = words == eos
         kept_N = text_N & ~ended_N
@@ -453,7 +379,8 @@ def _sample_batch(
         if guided:  # where the text goes on under the good token, its twin goes on under the bad one
             word_N = torch.cat([word_N, torch.where(word_N == good_id, bad_id, word_N)])
         ids_NT = word_N.unsqueeze(1)
-        attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(attend_NT), 1)], 1)
+        if padded:
+            attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(attend_NT), 1)], 1)
         position_NT = position_NT[:, -1:] + 1
         step += 1
     texts = model.tokenizer.batch_decode(
@@ -471,34 +398,6 @@ def _by_sample(written: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> 
     words = np.concatenate([words for _, words in written]) if written else np.zeros(0, np.int64)
     order = np.argsort(owner, kind="stable")
     return [part.tolist() for part in np.split(words[order], np.bincount(owner, minlength=count).cumsum()[:-1])]
-
-
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of the key-value cache with room to grow: a step writes its own keys and values, and does not copy all those
-    before, which for small models is most of the time of a step."""
-
-    length = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [torch.empty(0)] * 2
-        end = self.length + key_states.shape[-2]
-        for n, states in enumerate((key_states, value_states)):
-            if self.room[n].dim() != 4 or self.room[n].shape[-2] < end:
-                size = max(64, 2 * end)
-                grown = states.new_empty(*states.shape[:2], size, states.shape[-1])
-                if self.length:
-                    grown[:, :, : self.length] = self.room[n][:, :, : self.length]
-                self.room[n] = grown
-            self.room[n][:, :, self.length : end] = states
-        self.length = end
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.room = [room[indices] for room in self.room]
-        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:

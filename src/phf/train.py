@@ -33,7 +33,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
-from phf.device import has_quick_bf16, peak_flops, pick_device
+from phf.device import has_quick_bf16, peak_flops, pick_device, tune_allocator
 from phf.fused import check_objective
 from phf.model import (
     COMPLETE,
@@ -120,24 +120,6 @@ class TrainConfig:
     @property
     def total_tokens(self) -> int:
         return self.steps * self.batch_rows * self.context
-
-
-def tune_allocator() -> None:
-    """Keep freed memory instead of giving every large tensor back to the kernel (glibc on Linux; elsewhere nothing).
-
-    Page faults otherwise cost a quarter to a third of a CPU training step.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    m_trim_threshold, m_mmap_max = -1, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def pick_precision(precision: str) -> torch.dtype | None:
