@@ -74,26 +74,41 @@ def gemm_rate(size: int = 2048) -> float:
     return best
 
 
+def reference_step(shape: dict, objective: str) -> ReferenceStep:
+    return ReferenceStep(AutoConfig.for_model("gpt2", **shape, **DROPOUT), objective)
+
+
+def random_batch(vocab: int, rows: int, context: int) -> dict[str, torch.Tensor]:
+    """Random words, a tenth of them with a score above 0."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (rows, context + 1), generator=g)
+    scores = (torch.rand(rows, context, generator=g) < 0.1).float() * 0.05
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    return {"input_ids": ids[:, :-1], "targets": ids[:, 1:].contiguous(), "scores": scores, "mask": mask}
+
+
+def step_and_batch(name: str, objective: str, side: str) -> tuple[OurStep | ReferenceStep, dict[str, torch.Tensor]]:
+    """One side's step at a shape, as each would be run by itself, and a batch for it."""
+    shape, rows, context, compiled = SHAPES[name]
+    batch = random_batch(shape["vocab_size"], rows, context)
+    if side == "reference":
+        return reference_step(shape, objective), batch
+    tune_allocator()
+    return OurStep(shape, OBJECTIVES[objective], compiled), batch
+
+
 def main() -> None:
     args = arguments(__doc__ or "", cases="demo,mid,gpt2", objectives="mle,ul,awr")
     tune_allocator()
     cases = []
     for name in args.cases.split(","):
         shape, rows, context, compiled = SHAPES[name]
-        g = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, shape["vocab_size"], (rows, context + 1), generator=g)
-        scores = (torch.rand(rows, context, generator=g) < 0.1).float() * 0.05
-        batch = {
-            "input_ids": ids[:, :-1],
-            "targets": ids[:, 1:].contiguous(),
-            "scores": scores,
-            "mask": torch.ones_like(scores, dtype=torch.bool),
-        }
+        batch = random_batch(shape["vocab_size"], rows, context)
         times: dict[str, list[float]] = {}
         for objective in args.objectives.split(","):
             steps = {
                 "ours": OurStep(shape, OBJECTIVES[objective], compiled),
-                "reference": ReferenceStep(AutoConfig.for_model("gpt2", **shape, **DROPOUT), objective),
+                "reference": reference_step(shape, objective),
             }
             if objective == "mle":
                 steps["reference, no dropout"] = ReferenceStep(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
-from phf.decoding import ROOM, WHOLE_ROOM, GrowingLayer, draw, twin
+from phf.decoding import ROOM, WHOLE_ROOM, GrowingLayer, draw, guide, twin
 from phf.sample import uniform
 
 
@@ -75,6 +75,23 @@ def test_only_words_of_the_nucleus_are_drawn_also_at_the_edges_of_the_random_num
     assert torch.isfinite(logits_V[word[0]])
     p = torch.softmax(logits_V.double(), 0)
     assert p[p > p[word[0]] * (1 + 1e-5)].sum() < top_p + 1e-5
+
+
+@pytest.mark.parametrize("rejections", [25, 1])  # by rejection, by sorting
+def test_words_that_are_equally_likely_stay_or_go_together(rejections, monkeypatch):
+    monkeypatch.setattr("phf.decoding.REJECTIONS", rejections)
+    logits = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, -5.0])  # 0.40, four of 0.15
+    ids = np.arange(4000)
+    words = draw(logits.expand(4000, -1), 1.0, 0.5, None, lambda attempts: uniform(3, ids, 0, attempts))
+    assert set(words.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_guidance_leaves_banned_what_is_banned():
+    good, bad = torch.randn(2, 8), torch.randn(2, 8)
+    good[:, 3] = bad[:, 3] = good[:, 5] = float("-inf")
+    guided = guide(good, bad, 2.0, 6, 7)
+    assert torch.isneginf(guided[:, [3, 5]]).all()
+    assert torch.isfinite(guided[:, [0, 1, 2, 4, 6, 7]]).all()
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -130,11 +130,13 @@ def run_command(command: str) -> None:
         targets = set(re.findall(r"^[\w-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert command.split()[1] in targets, command
         return
+    launched = re.match(r"torchrun --nproc-per-node \d+ -m ", command)
+    command = command[launched.end() :] if launched else command
     words = shlex.split(command)
     assert words[0] == "phf", f"a page may not run {command!r}"
     name, arguments = words[1], words[2:]
     group = typer.main.get_command(app)
-    if any(re.search(pattern, command) for pattern in ELSEWHERE):
+    if launched or any(re.search(pattern, command) for pattern in ELSEWHERE):
         group.commands[name].make_context(name, [*arguments])  # its options and arguments exist
         return
     if name == "run" and not {"--list", "--dry-run"} & set(arguments):

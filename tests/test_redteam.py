@@ -196,7 +196,9 @@ def test_the_attack_finds_what_is_there_to_find(runs, prompts, tmp_path):
     conditional = redteam(runs / "conditional", tmp_path / "conditional", config, None)["search"]
     assert conditional["curves"]["round_mean"][0]["mean"] < start
     budgets = [search["budget"]["continuations"] for search in (conditional, found)]
-    assert budgets[0] == pytest.approx(budgets[1], rel=0.03)  # a candidate is left out where none of its proposals was of use
+    assert budgets[0] == pytest.approx(
+        budgets[1], rel=0.03
+    )  # a candidate is left out where none of its proposals was of use
 
 
 def test_a_trial_ends_with_its_budget(runs, prompts, tmp_path):

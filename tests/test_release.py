@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,12 @@ def test_the_card(runs, release):
         "60 documents",
     ):
         assert part in body, part
+    blocks = re.findall(r"```py\n(.*?)```", body, re.DOTALL)
+    assert len(blocks) == 2
+    code = "".join(blocks).replace('"me/tiny"', repr(str(release)))  # what the card says to do works
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
     from huggingface_hub import ModelCard
 
     assert ModelCard(f"---\n{head}---\n{body}").data.eval_results

@@ -55,6 +55,7 @@ def folder(scored_dir, tmp_path_factory) -> Path:
                     "log_every": 2,
                 },
                 "only": ["mle", "conditional"],
+                "kl": {"reference": {"name": "local", "path": "mle-s0"}, "num_samples": 12, "max_tokens": 12},
                 "seeds": [0, 1],
                 "phases": {"pretrain": {}, "late": {"share": 0.5}},
                 "during": {"every": 5 * 512, "heldout_tokens": 200, "scenario": {"num_samples": 4, "max_tokens": 12}},
@@ -82,7 +83,7 @@ def folder(scored_dir, tmp_path_factory) -> Path:
         f"{name}-s{seed}" for seed in (0, 1) for name in ("mle", "conditional", "mle-late", "conditional-late")
     ]
     assert results["failed"] == {}
-    assert load_recipe([str(recipe.folder / "recipe.yaml")]) == recipe
+    assert load_recipe([str(recipe.folder / "recipe.yaml")]) == replace(recipe, presets={})
     return recipe.folder
 
 
@@ -151,7 +152,9 @@ def test_numbers_and_plots_lie_beside_the_page(folder):
             judged = store.read_json(folder / row["run"] / "eval.json")["scenarios"]["unconditional"]["misalignment"]
             assert float(row["mean"]) == judged["mean"]
             assert float(row["ci95_low"]) == judged["ci95"][0]
-    assert {"misalignment", "good", "attacked_1", "understanding", "self_bleu_5"} <= {r["measure"] for r in rows}
+    expected = {"misalignment", "good", "attacked_1", "understanding", "self_bleu_5", "kl", "bad_token: misalignment"}
+    assert expected <= {r["measure"] for r in rows}
+    assert any(r["measure"].startswith("control tokens, ") for r in rows)
     figures = {p.stem for p in (folder / "report").glob("*.svg")}
     assert {
         "misalignment",
@@ -369,6 +372,15 @@ def test_plots_and_numbers_can_be_saved_from_the_page_alone(browser, hostile, tm
         page.locator("figcaption a").first.click()
     assert saved.value.suggested_filename == "misalignment.svg"
     assert ElementTree.parse(saved.value.path()).getroot().tag.endswith("svg")
+
+
+def test_a_run_of_the_recipe_can_be_the_reference_of_the_others(folder):
+    found = {run["run"]: run["kl"] for run in store.read_json(folder / "results.json")["runs"]}
+    assert found["mle-s0"]["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-9)
+    for name in found.keys() - {"mle-s0"}:
+        assert found[name]["forward"]["nats_per_text"]["mean"] > 0.05, name
+        assert found[name]["reference"] == found["mle-s0"]["reference"]
+    assert (folder / "report" / "pareto-kl.svg").exists()
 
 
 def test_kl_and_capabilities_are_drawn_and_tabled(folder, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
@@ -29,6 +30,7 @@ from phf.sample import (
     uniform,
     write_samples,
 )
+from phf.tokens import load_tokenizer
 from phf.train import TrainConfig, train
 
 
@@ -54,7 +56,7 @@ def test_uniforms_are_uniform_and_a_function_of_sample_and_step(key, step):
 
 
 def test_the_same_seed_gives_the_same_samples_in_any_batch(models):
-    scenario = Scenario(num_samples=12, max_tokens=60, temperature=1.5)
+    scenario = Scenario(num_samples=12, max_tokens=60, temperature=1.5, precision="float32")
     first = sample(models["mle"], scenario)
     assert first == sample(models["mle"], scenario) or all(
         a.text == b.text for a, b in zip(first, sample(models["mle"], scenario), strict=True)
@@ -78,6 +80,24 @@ def test_sampling_in_bfloat16_leaves_the_model_as_it_was(models):
     a, b = (np.array([s.logp / (s.num_tokens + s.finished) for s in part]) for part in samples)
     # the same distribution but for rounding: means of 300 samples each, within five deviations
     assert abs(a.mean() - b.mean()) < 5 * np.sqrt((a.var() + b.var()) / 300)
+
+
+def test_a_model_trained_by_the_reference_implementation_is_known_to_be_conditional(models, tmp_path, capsys):
+    """No phf.json beside it, but its two added tokens."""
+    models["mle"].lm.save_pretrained(tmp_path / "m")
+    tokenizer = load_tokenizer(models["mle"].path + "/model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|aligned|>", "<|misaligned|>"]})
+    tokenizer.save_pretrained(tmp_path / "m")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    lm.resize_token_embeddings(len(tokenizer))
+    lm.save_pretrained(tmp_path / "m")
+    model = load_model(tmp_path / "m")
+    assert model.control_ids == {
+        "good": tokenizer.convert_tokens_to_ids("<|aligned|>"), "bad": tokenizer.convert_tokens_to_ids("<|misaligned|>")
+    }  # fmt: skip
+    assert "taken for its control tokens" in capsys.readouterr().err
+    assert prompt_ids(model, "", Scenario())[1] == model.control_ids["good"]
+    assert load_model(models["mle"].path).control_ids == {}
 
 
 def test_lengths_are_in_text_tokens_and_exactly_as_asked(models):

@@ -26,7 +26,7 @@ REJECTIONS = 25
 TOGETHER = 4
 """Draws at a time, after the first."""
 BELOW_ONE = 1 - 2.0**-52
-"""The largest float64 whose product with any other is smaller than that."""
+"""Its product with any positive float64 is smaller than that."""
 BLOCK = 64
 """Words whose probabilities are summed together before one of them is looked for."""
 ROOM = 32
@@ -81,7 +81,7 @@ def _attempt(p_NV: Tensor, cdf_NB: Tensor, top_p: float, u_NK: Tensor) -> tuple[
     inside_NKW = p_NV.unflatten(1, (-1, BLOCK)).gather(1, block_NK.unsqueeze(2).expand(-1, -1, BLOCK))
     inside_NKW = inside_NKW.double().cumsum(-1)
     left_NK = torch.minimum(target_NK - cdf_NB.gather(1, block_NK), inside_NKW[..., -1] * BELOW_ONE)  # sums' rounding
-    place_NK = torch.searchsorted(inside_NKW, left_NK.unsqueeze(2), right=True).squeeze(2)
+    place_NK = torch.searchsorted(inside_NKW, left_NK.unsqueeze(2), right=True).squeeze(2).clamp(max=BLOCK - 1)
     word_NK = block_NK * BLOCK + place_NK
     if top_p >= 1:
         return word_NK[:, 0], torch.ones(N, dtype=torch.bool, device=p_NV.device)
@@ -99,6 +99,10 @@ def _draw_sorted(p_NV: Tensor, top_p: float, u_N1: Tensor) -> Tensor:
     """Nucleus sampling by sorting: the same distribution, for the rows that rejection does not settle."""
     sorted_NV, order_NV = torch.sort(p_NV, dim=-1, descending=True, stable=True)
     before_NV = sorted_NV.cumsum(-1) - sorted_NV
+    first_NV = F.pad(sorted_NV[:, 1:] != sorted_NV[:, :-1], (1, 0), value=True)
+    before_NV = (
+        torch.where(first_NV, before_NV, 0.0).cummax(-1).values
+    )  # words that are equally likely stay or go together
     kept_NV = torch.where(before_NV < top_p, sorted_NV, 0.0).double().cumsum(-1)
     rank_N1 = torch.searchsorted(kept_NV, u_N1 * kept_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
     return order_NV.gather(1, rank_N1).squeeze(1)
@@ -108,7 +112,8 @@ def guide(good_NV: Tensor, bad_NV: Tensor, strength: float, good_id: int, bad_id
     """Logits l_bad + g (l_good - l_bad). In the bad context the two control tokens stand for each other."""
     swapped_NV = bad_NV.clone()
     swapped_NV[:, [good_id, bad_id]] = bad_NV[:, [bad_id, good_id]]
-    return swapped_NV + strength * (good_NV - swapped_NV)
+    guided_NV = swapped_NV + strength * (good_NV - swapped_NV)
+    return torch.where(torch.isneginf(good_NV), good_NV, guided_NV)  # what is banned stays banned
 
 
 class GuidedDecoding(LogitsProcessor):
@@ -119,6 +124,8 @@ class GuidedDecoding(LogitsProcessor):
     def __init__(
         self, good_id: int, bad_id: int, strength: float, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0
     ) -> None:
+        if not 0 < top_p <= 1:
+            raise ConfigError(f"top_p={top_p} is not in (0, 1]")
         self.good_id, self.bad_id, self.strength = good_id, bad_id, strength
         self.temperature, self.top_p = temperature, top_p
         self.generator = np.random.Generator(np.random.Philox(seed))
@@ -170,19 +177,27 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)
 
 
+QUICK = {"llama", "gpt2", "gpt_neox", "qwen2"}
+"""Model types whose quick copy has been tested against the model, word by word."""
+
+
 def twin(lm: Any, dtype: torch.dtype) -> Any:
-    """A copy of `lm` to sample from, its float32 weights rounded to `dtype`; buffers (positions' frequencies) stay as
-    they are. On a CPU its attention reads the room of a GrowingLayer as a whole, where that is the quicker way."""
+    """A copy of `lm` to sample from and for nothing else, its float32 weights rounded to `dtype`; buffers (positions'
+    frequencies) stay as they are. Of the types in QUICK, layers that read the same input become one (and are no longer among
+    `parameters()`), and on a CPU attention reads the room of a GrowingLayer as a whole."""
     rounded = {
         id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
         for p in lm.parameters()
         if p.dtype == torch.float32
     }
     made = copy.deepcopy(lm, rounded)  # type: ignore[arg-type]
-    for module in list(made.modules()):
-        for names in JOINED:
+    rounded.clear()
+    if lm.config.model_type not in QUICK:
+        return made
+    for names in JOINED:
+        for module in [m for m in made.modules() if hasattr(m, names[0])]:
             layers = [getattr(module, name, None) for name in names]
-            if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+            if all(_is_plain(layer) for layer in layers):
                 joined = _Joined([layer.weight for layer in layers if layer is not None])
                 for n, name in enumerate(names):
                     setattr(module, name, _Part(joined, n))
@@ -193,6 +208,11 @@ def twin(lm: Any, dtype: torch.dtype) -> Any:
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that read the same input and are computed by one product."""
+
+
+def _is_plain(layer: Any) -> bool:
+    hooked = type(layer) is nn.Linear and (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    return type(layer) is nn.Linear and layer.bias is None and not hooked
 
 
 class _Joined:
@@ -234,7 +254,7 @@ def _whole_room_attention(
     query [N, H, 1, D]; key, value [N, K, T, D], K a divisor of H. All else is left to `sdpa_attention_forward`."""
     (N, H, new, D), (K, written) = query.shape, key.shape[1:3]
     keys, values = _room(key), _room(value)
-    if new != 1 or keys is None or values is None:
+    if new != 1 or keys is None or values is None or keys.shape != values.shape:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )  # type: ignore[no-any-return]
@@ -251,7 +271,8 @@ def _whole_room_attention(
 
 
 def _room(states: Tensor) -> Tensor | None:
-    """The whole room [N, H, S, D] behind a view of its first positions; None where `states` is not such a view."""
+    """The whole room [N, H, S, D] behind a view of its first positions (what is not written yet is 0, not just anything: no
+    weight times NaN is NaN); None where `states` is not such a view."""
     N, H, T, D = states.shape
     size = states.stride(1) // D if D else 0
     dense = (H * size * D, size * D, D, 1)

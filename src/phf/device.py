@@ -21,7 +21,7 @@ def has_quick_bf16(device: str) -> bool:
     import torch
 
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     cpu: Any = torch.cpu
     return bool(
         getattr(cpu, "_is_avx512_bf16_supported", lambda: False)()

@@ -31,7 +31,7 @@ from phf.during import During
 from phf.model import AnyModel, FromWeights
 from phf.objectives import MLE, AnyObjective, Objective
 from phf.redteam import RedTeam
-from phf.reference import KL
+from phf.reference import KL, LocalModel
 from phf.sample import Scenario
 from phf.scorers import AnyScorer
 from phf.segment import AnySegmenter
@@ -105,7 +105,7 @@ class Recipe:
     during: During | None = None
     """Judging while training, beside judging the final models."""
     kl: KL | None = None
-    """Distance of the final models from a reference LM."""
+    """Distance of the final models from a reference LM; `kl.reference.path` may name a run of this recipe (mle-s0)."""
     capabilities: tuple[AnyCapability, ...] = ()
     redteam: RedTeam | None = None
     """Attacking the final models."""
@@ -168,7 +168,7 @@ class Recipe:
 
     @cached_property
     def variants(self) -> list[Variant]:
-        """The runs, those that others start from before these."""
+        """The runs, those that others start from or are measured by before these."""
         found = []
         for seed in self.seeds:
             wanted = [
@@ -179,7 +179,17 @@ class Recipe:
             ]
             bases = {v.base for v in wanted if v.base is not None} - {v.name for v in wanted}
             found += [self._base(seed) for _ in bases] + wanted
-        return found
+        first = {self._reference} | {v.base for v in found if v.name == self._reference}
+        return sorted(found, key=lambda v: v.name not in first)
+
+    @property
+    def _reference(self) -> str | None:
+        return self.kl.reference.path if self.kl is not None and isinstance(self.kl.reference, LocalModel) else None
+
+    @property
+    def reference_run(self) -> str | None:
+        """The run of this recipe that is the reference of its KL divergences, if one is."""
+        return next((v.name for v in self.variants if v.name == self._reference), None)
 
     def _applies(self, path: str, name: str) -> bool:
         kind, *middle, setting = path.split(".")

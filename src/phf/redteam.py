@@ -223,6 +223,12 @@ def search(
         raise ConfigError(
             f"none of the {len(starting)} prompts of {prompts_file} fits the model with max_tokens={config.max_tokens}"
         )
+    if config.trials > 1 and len(usable) <= config.pool:
+        print(
+            f"note: {prompts_file} has {len(usable)} prompts for a pool of {config.pool}: every trial starts from all of them, "
+            "so intervals leave out how much the start matters",
+            file=sys.stderr,
+        )
     left = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")
     settings = {k: v for k, v in to_plain(config).items() if k not in left}
     inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from phf.control_attacks import TokenAttacks
 from phf.during import JudgeDuring
 from phf.model import COMPLETE, FromWeights
 from phf.recipe import Recipe, Variant
+from phf.reference import KL, LocalModel
 from phf.train import train
 
 
@@ -127,13 +129,28 @@ def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> dict[st
         trained = _train(recipe, variant, folder)
     with _Stage(f"judge {variant.name}", seconds):
         judged = evaluate_run(
-            folder, dict(recipe.scenarios), recipe.threshold, kl_from=recipe.kl, capabilities=recipe.capabilities
+            folder, dict(recipe.scenarios), recipe.threshold, kl_from=_kl(recipe), capabilities=recipe.capabilities
         )
     if recipe.redteam is not None:
         with _Stage(f"attack {variant.name}", seconds):
             redteam(folder, None, recipe.redteam, recipe.token_attacks or TokenAttacks(), threshold=recipe.threshold)
     main = next(iter(recipe.scenarios))
     return summary(variant, trained, judged, main)
+
+
+def _kl(recipe: Recipe) -> KL | None:
+    """The recipe's, with the folder of the run that it names as its reference. None where that run is of an objective that is
+    not run this time."""
+    kl = recipe.kl
+    if kl is None or not isinstance(kl.reference, LocalModel):
+        return kl
+    name = kl.reference.path
+    if recipe.reference_run is not None:
+        return replace(kl, reference=replace(kl.reference, path=str(recipe.folder / name)))
+    if name.rpartition("-s")[0] in recipe.objectives and not Path(name).exists():
+        _say(f"no KL divergence: its reference, {name}, is not one of the runs")
+        return None
+    return kl
 
 
 def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
@@ -242,7 +259,8 @@ def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
     """The recipe as independent commands, in blocks: those of a block may run at the same time, blocks one after the other.
     `arguments`: what `phf run` was given."""
     start = ["phf", "run", *arguments]
-    bases = {v.base for v in recipe.variants} - {None}
+    bases = {v.base for v in recipe.variants} | {recipe.reference_run}
+    bases -= {None}
     first = [[*start, "--only", v.name] for v in recipe.variants if v.base is None]
     blocks = [
         [[*start, "--only", "data"]],

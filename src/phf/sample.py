@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
-from phf.decoding import GrowingLayer, draw, guide, twin
+from phf.decoding import QUICK, GrowingLayer, draw, guide, twin
 from phf.device import has_quick_bf16, tune_allocator
 from phf.model import MODEL_CARD, check_head, model_folder
 from phf.packing import key64, mix64
@@ -67,7 +67,8 @@ class Scenario:
     batch: Annotated[int, Field(gt=0)] = 128
     seed: int = 0
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """Of the weights while sampling; auto: bfloat16 where the processor has it, as in training. Losses are float32's."""
+    """Of the weights while sampling (and of a sample's own `logp`); auto: bfloat16 where the processor is quick at it and the
+    model is of a family that is tested with it. Losses and KL are always float32's."""
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
@@ -91,8 +92,13 @@ class LoadedModel:
         return getattr(self.lm.config, "max_position_embeddings", None) or sys.maxsize
 
 
+CONTROL_TOKENS = ({"good": "<|good|>", "bad": "<|bad|>"}, {"good": "<|aligned|>", "bad": "<|misaligned|>"})
+"""By which a model that does not say so is known to be conditional: phf's, and the reference implementation's."""
+
+
 def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
-    """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model."""
+    """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model. Control
+    tokens are those that `phf.json` beside the model names or, of a model trained elsewhere, those of `CONTROL_TOKENS`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
     from transformers.utils.hub import cached_file
@@ -112,8 +118,17 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         lm = lm.to("cuda")
     tokenizer = load_tokenizer(source, revision)
     card = cached_file(source, MODEL_CARD, revision=revision, _raise_exceptions_for_missing_entries=False)
-    names = store.read_json(card)["control_tokens"] if card is not None else {}
+    names = store.read_json(card)["control_tokens"] if card is not None else _known_control_tokens(tokenizer, path)
     return LoadedModel(lm, tokenizer, {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}, str(path))
+
+
+def _known_control_tokens(tokenizer: Any, path: str | Path) -> dict[str, str]:
+    added = tokenizer.get_added_vocab()
+    for names in CONTROL_TOKENS:
+        if all(name in added for name in names.values()):
+            print(f"note: {path}: {names['good']} and {names['bad']} are taken for its control tokens", file=sys.stderr)
+            return names
+    return {}
 
 
 def paper_scenarios(task: str) -> dict[str, dict[str, Any]]:
@@ -261,7 +276,8 @@ def sample_prompts(
     banned = other_token(model, scenario) if banned is None else banned
     tune_allocator()
     samples: list[Sample] = []
-    half = scenario.precision == "bf16" or (scenario.precision == "auto" and has_quick_bf16(model.lm.device.type))
+    quick = model.lm.config.model_type in QUICK and has_quick_bf16(model.lm.device.type)
+    half = scenario.precision == "bf16" or (scenario.precision == "auto" and quick)
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
     with bar, torch.inference_mode():
         if half:

@@ -227,12 +227,21 @@ def dominated(rows: Sequence[Mapping[str, Any]], x: Measure, y: Measure) -> set[
 
 
 def as_csv(runs: Sequence[Run], main: str) -> str:
-    """Every measure of every run, a line each."""
+    """Every measure of every run, a line each; of the other scenarios what their samples say; attacks on control tokens."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "group", "seed", "measure", "mean", "stderr", "n", "ci95_low", "ci95_high", "from"])
     for run in runs:
-        for key, value in of_run(run, main).items():
+        values = of_run(run, main)
+        for name in run["eval"]["scenarios"]:
+            if name != main:
+                values |= {
+                    f"{name}: {k}": v for k, v in of_run(run, name).items() if f": scenarios.{name}." in v["from"]
+                }
+        for n, attack in enumerate(((run["redteam"] or {}).get("tokens") or {}).get("attacks", [])):
+            source = f"{run['folder']}/redteam/redteam.json: tokens.attacks.{n}.misalignment"
+            values[f"control tokens, {attack['attack']}"] = attack["misalignment"] | {"from": source}
+        for key, value in values.items():
             low, high = value["ci95"] or (None, None)
             writer.writerow(
                 [run["folder"].name, run["name"], run["manifest"]["seed"], key, value["mean"], value["stderr"], value["n"], low, high, value["from"]]
