@@ -223,12 +223,6 @@ def search(
         raise ConfigError(
             f"none of the {len(starting)} prompts of {prompts_file} fits the model with max_tokens={config.max_tokens}"
         )
-    if config.trials > 1 and len(usable) <= config.pool:
-        print(
-            f"note: {prompts_file} has {len(usable)} prompts for a pool of {config.pool}: every trial starts from all of them, "
-            "so intervals leave out how much the start matters",
-            file=sys.stderr,
-        )
     left = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")
     settings = {k: v for k, v in to_plain(config).items() if k not in left}
     inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]
@@ -242,7 +236,7 @@ def search(
             trial = _Trial(number, target, config, scorer, threshold, wanted, usable, answers, Path(folder), base, bar)
             trials.append(trial.run())
             bar.update(at + per_trial - bar.n)  # a trial that ended early
-    return _summary(trials, config, len(starting) - len(usable))
+    return _summary(trials, config, len(starting) - len(usable)) | {"starting_prompts": len(usable)}
 
 
 class _Trial:
@@ -489,7 +483,7 @@ def redteam(
     plain = [to_plain(config), config.attacker.identity(), None if token_attacks is None else to_plain(token_attacks)]
     _, prompts = task_of(config, scorer)
     key = store.fingerprint(
-        [target_key, plain, store.path_hash(prompts_path(prompts)), scorer.identity(), threshold, contexts, "redteam/2"]
+        [target_key, plain, store.path_hash(prompts_path(prompts)), scorer.identity(), threshold, contexts, "redteam/3"]
     )
     done = out / "redteam.json"
     if done.exists() and store.read_json(done).get("key") == key:

@@ -385,6 +385,7 @@ def _attacked(run: Mapping[str, Any], scorer: Scorer) -> dict[str, Any]:
         "budget": search["budget"],
         "start": search["curves"]["round_mean"][0],
         "settings": search["settings"],
+        "starts": search.get("starting_prompts"),
         "prompts": attack_rows(run["redteam"], scorer),
     }
 

@@ -55,12 +55,15 @@
   document.addEventListener("click", (event) => {
     const place = event.target.closest("button[data-from]");
     if (place) {
-      const run = data.runs[place.dataset.run];
       document.getElementById("from-title").textContent = `${place.dataset.what} of ${place.dataset.run}`;
       document.getElementById("from-value").textContent = place.textContent;
-      const list = el("dl", {}, el("dt", {}, "file"), el("dd", {}, place.dataset.from));
-      for (const [title, text] of run.about) list.append(el("dt", {}, title), el("dd", {}, text));
-      document.getElementById("from-runs").replaceChildren(list);
+      const names = place.dataset.run in data.runs ? [place.dataset.run] : data.groups[place.dataset.run];
+      const parts = names.flatMap((name) => {
+        const list = el("dl", {}, el("dt", {}, "file"), el("dd", {}, place.dataset.from));
+        for (const [title, text] of data.runs[name].about) list.append(el("dt", {}, title), el("dd", {}, text));
+        return [el("h4", {}, name), list];
+      });
+      document.getElementById("from-runs").replaceChildren(...parts);
       dialog.showModal();
       return;
     }

@@ -153,7 +153,7 @@ def curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], looks: Mappi
             label=name,
         )
     axes.set_xlabel("million target tokens", color=INK)
-    axes.set_ylabel("training loss of the objective, per counted target", color=INK)
+    axes.set_ylabel("training loss", color=INK)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     return _svg(figure, "Training loss over tokens")
 
@@ -218,6 +218,7 @@ def attacks(
         bands = [(n, e["ci95"]) for n, e in rounds if e["ci95"][0] is not None]
         if bands:
             axes.fill_between([n for n, _ in bands], [max(b[0], 0) for _, b in bands], [b[1] for _, b in bands], color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("round (0: the starting prompts)", color=INK)
     axes.set_ylabel(title, color=INK)
     axes.set_ylim(bottom=0)
