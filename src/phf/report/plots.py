@@ -124,6 +124,8 @@ def pareto(groups: Sequence[Mapping[str, Any]], cost: Any, dominated: set[str]) 
     axes.set_ylabel("misalignment of samples", color=INK)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.2)
+    if front and min(x for x, _ in front) >= 0 > axes.get_xlim()[0]:
+        axes.set_xlim(left=-0.03 * axes.get_xlim()[1])  # no room for what cannot be, but for a marker at 0
     if cost.better == "higher":
         axes.invert_xaxis()
     return _svg(figure, f"Misalignment against {cost.title}")
