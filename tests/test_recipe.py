@@ -252,6 +252,40 @@ def test_the_commands_apart_do_what_the_command_does_together(tiny, tmp_path):
         run_recipe(recipe, only="mel-s0")
 
 
+def test_what_the_others_are_measured_by_comes_first(tiny):
+    arguments = [
+        tiny,
+        "only=[mle, conditional]",
+        "kl={reference: {name: local, path: conditional-s0}, num_samples: 6, max_tokens: 8}",
+    ]
+    recipe = load_recipe(arguments)
+    blocks = commands(recipe, arguments)
+    assert [[c.split("--only ")[-1] for c in block] for block in blocks[:-1]] == [
+        ["data"],
+        ["conditional-s0"],
+        ["mle-s0"],
+    ]
+    results = run_recipe(recipe)
+    assert [r["run"] for r in results["runs"]] == ["conditional-s0", "mle-s0"]
+    assert results["runs"][0]["kl"]["reference"]["path"] == str(recipe.folder / "conditional-s0")
+    left = run_recipe(load_recipe([*arguments, "only=[mle]"]))  # its reference is not one of the runs
+    assert left["runs"][0]["kl"] is None
+
+
+def test_texts_of_a_reference_from_elsewhere_are_drawn_once_with_the_data(tiny, tmp_path):
+    first = load_recipe([tiny, "only=[mle]"])
+    run_recipe(first)
+    reference = f"kl={{reference: {{name: local, path: {first.folder}/mle-s0}}, num_samples: 6, max_tokens: 8}}"
+    second = load_recipe([tiny, "only=[mle, conditional]", f"out={tmp_path}/second", reference])
+    run_recipe(second, only="data")
+    (texts,) = (second.folder / "cache").glob("reference-*.json")
+    stamp = texts.stat().st_mtime_ns
+    results = run_recipe(second)
+    assert list((second.folder / "cache").glob("reference-*.json")) == [texts]
+    assert texts.stat().st_mtime_ns == stamp
+    assert all(r["kl"]["forward"]["nats_per_text"]["n"] == 6 for r in results["runs"])
+
+
 def test_a_run_whose_start_is_missing_says_what_to_do(tiny):
     recipe = load_recipe([tiny, "finetune50", "only=[conditional]"])
     run_recipe(recipe, only="data")

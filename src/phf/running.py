@@ -51,6 +51,8 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
         _check_data(recipe)
     seconds: dict[str, float] = {}
     scored = _data(recipe, seconds) if only in (None, "data") else store.read_manifest(out / "scored", "score")
+    if only == "data":  # runs that go on at the same time then do not each draw the reference's texts
+        _reference_texts(recipe, seconds)
     runs: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for variant in recipe.variants:
@@ -151,6 +153,15 @@ def _kl(recipe: Recipe) -> KL | None:
         _say(f"no KL divergence: its reference, {name}, is not one of the runs")
         return None
     return kl
+
+
+def _reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
+    from phf.reference import reference_texts
+
+    kl = _kl(recipe)
+    if kl is not None and recipe.reference_run is None:
+        with _Stage("texts of the reference", seconds):
+            reference_texts(kl, recipe.folder / "cache")
 
 
 def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
