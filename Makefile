@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo quick pep8 grid finetuning test lint clean
 
-demo: $(READY)  ## The main job: PII in READMEs, four objectives, a page (about 13 minutes on 2 cores with the installation)
+demo: $(READY)  ## The main job: PII in READMEs, four objectives, a page (about 12 minutes on 2 cores with the installation)
 	$(BIN)/phf run demo
 
 quick: $(READY)  ## The same with a tiny budget: every step, nothing to conclude
