@@ -20,6 +20,19 @@ from phf.control_attacks import TokenAttacks
 from phf.redteam import RedTeam, redteam
 
 
+def compared(name: str, ours: dict, baseline: dict, more: dict) -> dict:
+    a, b = ours["mean"], baseline["mean"]
+    return {
+        "case": name,
+        "ours": a,
+        "baseline": b,
+        "unit": "misalignment",
+        "ratio": b / a if a else None,
+        "n": ours["n"],
+        **more,
+    }
+
+
 def main() -> None:
     args = arguments(__doc__ or "", runs="runs/demo", budget=1.5e6)
     config = RedTeam(rounds=14, candidates=20, continuations=64, max_tokens=48, max_target_tokens=args.budget)
@@ -28,39 +41,22 @@ def main() -> None:
         for name in ("mle", "conditional"):
             run = f"{args.runs}/{name}-s0"
             found[name] = redteam(run, Path(folder) / name, config, TokenAttacks(num_samples=512, max_tokens=128))
+    searches = {name: f["search"] for name, f in found.items()}
     cases = []
-    for at, part in (("starting prompts", "round_mean"), ("best ten on fresh continuations", "best_10")):
-        each = {
-            n: f["search"]["curves"]["round_mean"][0] if part == "round_mean" else f["search"]["confirmed"][part]
-            for n, f in found.items()
+    for at, each in (
+        ("starting prompts", {n: s["curves"]["round_mean"][0] for n, s in searches.items()}),
+        ("best ten on fresh continuations", {n: s["confirmed"]["best_10"] for n, s in searches.items()}),
+    ):
+        more = {
+            "ci95": {n: e["ci95"] for n, e in each.items()},
+            "budget": {n: s["budget"] for n, s in searches.items()},
+            "rounds": {n: [len(trial) for trial in s["trials"]] for n, s in searches.items()},
         }
-        cases.append(
-            {
-                "case": at,
-                "ours": each["conditional"]["mean"],
-                "baseline": each["mle"]["mean"],
-                "unit": "misalignment",
-                "ratio": each["mle"]["mean"] / each["conditional"]["mean"] if each["conditional"]["mean"] else None,
-                "n": each["mle"]["n"],
-                "ci95": {n: e["ci95"] for n, e in each.items()},
-                "budget": {n: f["search"]["budget"] for n, f in found.items()},
-                "rounds": {n: [len(trial) for trial in f["search"]["trials"]] for n, f in found.items()},
-            }
-        )
-    baseline = next(a for a in found["mle"]["tokens"]["attacks"] if a["attack"] == "no token")["misalignment"]
+        cases.append(compared(at, each["conditional"], each["mle"], more))
+    plain = next(a for a in found["mle"]["tokens"]["attacks"] if a["attack"] == "no token")["misalignment"]
     for attack in found["conditional"]["tokens"]["attacks"]:
         m = attack["misalignment"]
-        cases.append(
-            {
-                "case": f"control tokens: {attack['attack']}",
-                "ours": m["mean"],
-                "baseline": baseline["mean"],
-                "unit": "misalignment",
-                "ratio": baseline["mean"] / m["mean"] if m["mean"] else None,
-                "n": m["n"],
-                "ci95": m["ci95"],
-            }
-        )
+        cases.append(compared(f"control tokens: {attack['attack']}", m, plain, {"ci95": m["ci95"]}))
     write(args.out, "redteam_demo", cases)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
-from phf.decoding import ROOM, WHOLE_ROOM, GrowingLayer, draw, guide, twin
+from phf.decoding import QUICK, ROOM, WHOLE_ROOM, GrowingLayer, draw, guide, twin
 from phf.sample import uniform
 
 
@@ -112,6 +112,10 @@ FAMILIES = {
     },
     "qwen2": TINY_LLAMA | {"model_type": "qwen2"},
 }  # fmt: skip
+
+
+def test_every_family_with_a_quick_copy_is_tested():
+    assert {config["model_type"] for config in FAMILIES.values()} == QUICK
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -354,8 +354,7 @@ def test_segments_are_coloured_by_their_scores_and_finds_are_marked(browser, fol
     titles = row.locator(".seg").evaluate_all("all => all.map((e) => e.title)")
     assert titles[0] == "segment's score 0.06000"
     assert titles[-1] == "segment's score 0.07000, match"
-    page.locator("#colour").press("Space")  # by keyboard
-    assert not page.is_checked("#colour")
+    page.uncheck("#colour")
     assert row.locator(".seg").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
 
 

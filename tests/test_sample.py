@@ -56,7 +56,7 @@ def test_uniforms_are_uniform_and_a_function_of_sample_and_step(key, step):
 
 
 def test_the_same_seed_gives_the_same_samples_in_any_batch(models):
-    scenario = Scenario(num_samples=12, max_tokens=60, temperature=1.5, precision="float32")
+    scenario = Scenario(num_samples=12, max_tokens=60, temperature=1.5, precision="fp32")
     first = sample(models["mle"], scenario)
     assert first == sample(models["mle"], scenario) or all(
         a.text == b.text for a, b in zip(first, sample(models["mle"], scenario), strict=True)
@@ -70,9 +70,7 @@ def test_sampling_in_bfloat16_leaves_the_model_as_it_was(models):
     lm = models["mle"].lm
     before = {k: v.clone() for k, v in lm.state_dict().items()}
     attention = lm.config._attn_implementation
-    samples = [
-        sample(models["mle"], Scenario(num_samples=300, max_tokens=30, precision=p)) for p in ("bf16", "float32")
-    ]
+    samples = [sample(models["mle"], Scenario(num_samples=300, max_tokens=30, precision=p)) for p in ("bf16", "fp32")]
     assert lm.config._attn_implementation == attention
     for name, value in lm.state_dict().items():
         assert value.dtype == torch.float32
@@ -139,7 +137,7 @@ def test_prompts_start_with_end_of_text_and_the_control_token_where_asked(models
     assert good not in prompt_ids(model, "<|good|>", Scenario(control="none"))
 
 
-@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-3), ("bf16", 0.5)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.5)])
 def test_log_probabilities_are_the_models_own(models, precision, tolerance):
     model = models["mle"]
     for s in sample(model, Scenario(num_samples=4, max_tokens=15, precision=precision)):

@@ -48,7 +48,6 @@ def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None,
     if p_NV.shape[1] % BLOCK:
         p_NV = F.pad(p_NV, (0, -p_NV.shape[1] % BLOCK))
     cdf_NB = F.pad(p_NV.unflatten(1, (-1, BLOCK)).sum(-1).double().cumsum(-1), (1, 0))
-
     if not torch.isfinite(cdf_NB[:, -1]).all():
         raise ConfigError("the model's logits are not numbers (NaN or infinite): its weights are broken")
 
@@ -100,9 +99,8 @@ def _draw_sorted(p_NV: Tensor, top_p: float, u_N1: Tensor) -> Tensor:
     sorted_NV, order_NV = torch.sort(p_NV, dim=-1, descending=True, stable=True)
     before_NV = sorted_NV.cumsum(-1) - sorted_NV
     first_NV = F.pad(sorted_NV[:, 1:] != sorted_NV[:, :-1], (1, 0), value=True)
-    before_NV = (
-        torch.where(first_NV, before_NV, 0.0).cummax(-1).values
-    )  # words that are equally likely stay or go together
+    # words that are equally likely stay or go together
+    before_NV = torch.where(first_NV, before_NV, 0.0).cummax(-1).values
     kept_NV = torch.where(before_NV < top_p, sorted_NV, 0.0).double().cumsum(-1)
     rank_N1 = torch.searchsorted(kept_NV, u_N1 * kept_NV[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
     return order_NV.gather(1, rank_N1).squeeze(1)
@@ -181,6 +179,12 @@ QUICK = {"llama", "gpt2", "gpt_neox", "qwen2"}
 """Model types whose quick copy has been tested against the model, word by word."""
 
 
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same input and are computed by one product."""
+WHOLE_ROOM = "phf_whole_room"
+"""Name of the attention that reads the whole room of the cache."""
+
+
 def twin(lm: Any, dtype: torch.dtype) -> Any:
     """A copy of `lm` to sample from and for nothing else, its float32 weights rounded to `dtype`; buffers (positions'
     frequencies) stay as they are. Of the types in QUICK, layers that read the same input become one (and are no longer among
@@ -206,13 +210,10 @@ def twin(lm: Any, dtype: torch.dtype) -> Any:
     return made
 
 
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that read the same input and are computed by one product."""
-
-
 def _is_plain(layer: Any) -> bool:
-    hooked = type(layer) is nn.Linear and (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-    return type(layer) is nn.Linear and layer.bias is None and not hooked
+    if type(layer) is not nn.Linear or layer.bias is not None:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 class _Joined:
@@ -240,9 +241,6 @@ class _Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.joined.part(x, self.n)
-
-
-WHOLE_ROOM = "phf_whole_room"
 
 
 def _whole_room_attention(

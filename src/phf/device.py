@@ -29,6 +29,7 @@ def has_quick_bf16(device: str) -> bool:
     )
 
 
+@functools.cache
 def tune_allocator() -> None:
     """Keep freed memory instead of giving every large tensor back to the kernel (glibc on Linux; elsewhere nothing).
 

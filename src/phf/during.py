@@ -2,8 +2,8 @@
 
     phf train tokens/ runs/mine recipe.yaml during.every=1e6 during.scenario.num_samples=64
 
-Writes `during.jsonl` beside `metrics.jsonl`: a line every `every` tokens and one for the final model (for both where they are near). The trainer does
-not know of it: it is a callback that is handed in, and the run's bytes are the same with and without it.
+Writes `during.jsonl` beside `metrics.jsonl`: a line every `every` tokens and one for the final model
+(one for both where they are near). The trainer does not know of it: it is a callback that is handed in, and the run's bytes are the same with and without it.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ class JudgeDuring(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
         left = state.max_steps - step
-        due = left == 0 or (
-            step % self.every_steps == 0 and left >= self.every_steps / 10
-        )  # the end comes soon: wait for it
+        near_the_end = left < self.every_steps / 10  # the judgement of the final model comes at once
+        due = left == 0 or (step % self.every_steps == 0 and not near_the_end)
         if not state.is_world_process_zero or not due:
             return
         start = time.perf_counter()

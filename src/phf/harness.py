@@ -62,7 +62,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             sampled = settings.get("do_sample", False) and settings.get("temperature", 0) > 0
             scenario = Scenario(
                 num_samples=1, max_tokens=longest, min_tokens=0, temperature=float(settings["temperature"]) if sampled else 1e-4,
-                top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0, seed=(self.seed << 32) + number, precision="float32",
+                top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0, seed=(self.seed << 32) + number, precision="fp32",
             )  # fmt: skip
             (item,) = sample_prompts(self.model, scenario, [self.model.tokenizer.decode(ids)], progress=False)
             text = item.text

@@ -143,7 +143,7 @@ def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
     """Untruncated texts at temperature 1."""
     scenario = Scenario(
         num_samples=config.num_samples, max_tokens=min(config.max_tokens, model.positions - 2), min_tokens=0, temperature=1.0,
-        top_p=1.0, seed=config.seed, batch=config.batch, precision="float32",
+        top_p=1.0, seed=config.seed, batch=config.batch, precision="fp32",
     )  # fmt: skip
     samples = sample(model, scenario, progress=False)
     return [s.text for s in samples], [s.finished for s in samples]

@@ -270,8 +270,7 @@ def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
     """The recipe as independent commands, in blocks: those of a block may run at the same time, blocks one after the other.
     `arguments`: what `phf run` was given."""
     start = ["phf", "run", *arguments]
-    bases = {v.base for v in recipe.variants} | {recipe.reference_run}
-    bases -= {None}
+    bases = ({v.base for v in recipe.variants} | {recipe.reference_run}) - {None}
     first = [[*start, "--only", v.name] for v in recipe.variants if v.base is None]
     blocks = [
         [[*start, "--only", "data"]],

@@ -66,7 +66,7 @@ class Scenario:
     complete_lines: bool = False
     batch: Annotated[int, Field(gt=0)] = 128
     seed: int = 0
-    precision: Literal["auto", "bf16", "float32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the weights while sampling (and of a sample's own `logp`); auto: bfloat16 where the processor is quick at it and the
     model is of a family that is tested with it. Losses and KL are always float32's."""
 
@@ -376,7 +376,7 @@ def _sample_batch(
         gained_N = logp_NV.gather(1, word_N.unsqueeze(1)).squeeze(1).double().cpu().numpy()
         words = word_N.cpu().numpy()
         live_N = ~done[alive]
-        text_N = live_N & ~np.isin(words, silent) if len(silent) else live_N
+        text_N = live_N & ~np.isin(words, silent)
         logp[alive] += np.where(text_N, gained_N, 0.0)
         ended_N = words == eos
         kept_N = text_N & ~ended_N

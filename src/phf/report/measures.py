@@ -143,9 +143,7 @@ def groups(runs: Sequence[Run], main: str) -> list[dict[str, Any]]:
             points = [e[key]["mean"] for e in each if key in e]
             one = next(e[key] for e in each if key in e)
             over = metrics.t_interval(points).to_json() if len(points) > 1 else dict(one)
-            if (
-                key in SHARES_AND_SCORES and over["ci95"][0] is not None
-            ):  # Student's interval does not know where they end
+            if key in SHARES_AND_SCORES and over["ci95"][0] is not None:  # Student's interval knows no end
                 over["ci95"] = [max(over["ci95"][0], 0.0), over["ci95"][1]]
             values[key] = over | {"points": points}
         if name != "mle":

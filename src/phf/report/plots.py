@@ -80,7 +80,7 @@ def intervals(groups: Sequence[Mapping[str, Any]], unit: str) -> str:
             continue
         mean, ci = estimate["mean"], estimate["ci95"]
         if ci[0] is not None:
-            axes.plot([max(ci[0], 0), ci[1]], [place] * 2, color=colour, linewidth=3, solid_capstyle="butt", alpha=0.6)
+            axes.plot(ci, [place] * 2, color=colour, linewidth=3, solid_capstyle="butt", alpha=0.6)
         axes.plot([mean], [place], marker=marker, color=colour, markersize=8, linestyle="none", clip_on=False, zorder=3)
         points = estimate["points"]
         if len(points) > 1:
@@ -105,8 +105,7 @@ def pareto(groups: Sequence[Mapping[str, Any]], cost: Any, dominated: set[str]) 
         for value, other, flat in ((y, x, False), (x, y, True)):
             ci = value["ci95"]
             if ci[0] is not None:
-                low = max(ci[0], 0) if not flat else ci[0]
-                ends, at = [low, ci[1]], [other["mean"]] * 2
+                ends, at = ci, [other["mean"]] * 2
                 axes.plot(*((ends, at) if flat else (at, ends)), color=colour, linewidth=1.6, alpha=0.5)
         hollow = row["name"] in dominated
         axes.plot(
