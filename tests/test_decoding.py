@@ -135,7 +135,9 @@ def test_the_copy_that_writes_computes_what_the_model_does(name, dtype, toleranc
     position_NT = (attend_NT.cumsum(1) - 1).clamp(min=0)
     kept = torch.tensor([0, 1, 3])
     cache = DynamicCache(config=lm.config)
-    cache.layers = [GrowingLayer() for _ in cache.layers]
+    heads = getattr(lm.config, "num_key_value_heads", lm.config.num_attention_heads)
+    wide = len(ids_NT) * heads * ROOM * (lm.config.hidden_size // lm.config.num_attention_heads) * 4  # one room's bytes
+    cache.layers = [GrowingLayer(wide) for _ in cache.layers]
     with torch.inference_mode():
         whole_NTV = lm(input_ids=ids_NT, attention_mask=attend_NT, position_ids=position_NT).logits
         begin = 4
@@ -152,6 +154,7 @@ def test_the_copy_that_writes_computes_what_the_model_does(name, dtype, toleranc
             )  # fmt: skip
             difference = (out.logits[:, -1].float() - whole_NTV[:, end - 1]).abs().max()
             assert difference < tolerance * whole_NTV.abs().max(), end
+            assert cache.layers[0].keys.dtype == (torch.float32 if end <= ROOM else dtype)
 
 
 def test_tied_weights_stay_tied_and_nothing_else_is_shared_with_training():

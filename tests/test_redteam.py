@@ -365,8 +365,9 @@ def test_a_local_red_lm_attacks(runs, prompts, tmp_path):
 
 @pytest.fixture
 def flaky():
-    """A server that refuses every third request at first, counts them, and answers with numbered prompts."""
+    """A server that refuses every third request once, counts them, and answers with numbered prompts."""
     state = {"asked": 0, "paid": 0, "bodies": []}
+    told_to_wait = set()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -376,8 +377,10 @@ def flaky():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 state["asked"] += 1
-                refused = state["asked"] % 3 == 0
-                if not refused:
+                refused = state["asked"] % 3 == 0 and str(body) not in told_to_wait
+                if refused:
+                    told_to_wait.add(str(body))
+                else:
                     state["paid"] += 1
                     state["bodies"].append((self.path, body))
                 number = state["paid"]

@@ -7,7 +7,9 @@ distribution as sorting the vocabulary, without the sort, which is most of the t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ BLOCK = 64
 """Words whose probabilities are summed together before one of them is looked for."""
 ROOM = 32
 """Positions by which the key-value cache grows."""
+WIDE = 4 << 20
+"""Bytes of a layer's keys in float32 up to which attention over them is quicker than over half as many in bfloat16."""
 
 
 def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None, uniforms: Any) -> Tensor:
@@ -48,18 +52,19 @@ def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None,
     if p_NV.shape[1] % BLOCK:
         p_NV = F.pad(p_NV, (0, -p_NV.shape[1] % BLOCK))
     cdf_NB = F.pad(p_NV.unflatten(1, (-1, BLOCK)).sum(-1).double().cumsum(-1), (1, 0))
-    if not torch.isfinite(cdf_NB[:, -1]).all():
+    if not math.isfinite(cdf_NB[:, -1].sum()):
         raise ConfigError("the model's logits are not numbers (NaN or infinite): its weights are broken")
 
     def uniforms_of(attempts: Sequence[int]) -> Tensor:
         return torch.from_numpy(uniforms(attempts)).to(p_NV.device)
 
-    chosen_N, accepted_N = _attempt(p_NV, cdf_NB, top_p, uniforms_of([0]))
+    u_NK = uniforms_of(range(1 + TOGETHER))
+    chosen_N, accepted_N = _attempt(p_NV, cdf_NB, top_p, u_NK[:, :1])
     open_N = torch.nonzero(~accepted_N).squeeze(1)
     for first in range(1, REJECTIONS, TOGETHER):
         if len(open_N) == 0:
             return chosen_N
-        u_NK = uniforms_of(range(first, first + TOGETHER))[open_N]
+        u_NK = (u_NK[:, 1:] if first == 1 else uniforms_of(range(first, first + TOGETHER)))[open_N]
         word_N, accepted_N = _attempt(p_NV[open_N], cdf_NB[open_N], top_p, u_NK)
         chosen_N[open_N[accepted_N]] = word_N[accepted_N]
         open_N = open_N[~accepted_N]
@@ -149,9 +154,14 @@ class GuidedDecoding(LogitsProcessor):
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of the key-value cache with room to grow: a step writes its own keys and values, and does not copy all those
-    before, which for small models is most of the time of a step. Keys and values are views into the room."""
+    before, which for small models is most of the time of a step. Keys and values are views into the room, in float32 while
+    that takes at most `wide` bytes of either."""
 
     length = 0
+
+    def __init__(self, wide: int = 0) -> None:
+        super().__init__()
+        self.wide = wide
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -161,7 +171,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         for n, states in enumerate((key_states, value_states)):
             if self.room[n].dim() != 4 or self.room[n].shape[-2] < end:
                 size = -(-(end + 1) // ROOM) * ROOM
-                grown = states.new_zeros(*states.shape[:2], size, states.shape[-1])
+                shape = (*states.shape[:2], size, states.shape[-1])
+                dtype = torch.float32 if math.prod(shape) * 4 <= self.wide else states.dtype
+                grown = states.new_zeros(shape, dtype=dtype)
                 if self.length:
                     grown[:, :, : self.length] = self.room[n][:, :, : self.length]
                 self.room[n] = grown
@@ -187,8 +199,8 @@ WHOLE_ROOM = "phf_whole_room"
 
 def twin(lm: Any, dtype: torch.dtype) -> Any:
     """A copy of `lm` to sample from and for nothing else, its float32 weights rounded to `dtype`; buffers (positions'
-    frequencies) stay as they are. Of the types in QUICK, layers that read the same input become one (and are no longer among
-    `parameters()`), and on a CPU attention reads the room of a GrowingLayer as a whole."""
+    frequencies) stay as they are. Of the types in QUICK, layers that read the same input become one, most layers are no
+    longer among `modules()` and `parameters()`, and on a CPU attention reads the room of a GrowingLayer as a whole."""
     rounded = {
         id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
         for p in lm.parameters()
@@ -198,22 +210,45 @@ def twin(lm: Any, dtype: torch.dtype) -> Any:
     rounded.clear()
     if lm.config.model_type not in QUICK:
         return made
-    for names in JOINED:
-        for module in [m for m in made.modules() if hasattr(m, names[0])]:
+    for module in list(made.modules()):
+        for names in JOINED:
             layers = [getattr(module, name, None) for name in names]
-            if all(_is_plain(layer) for layer in layers):
+            if all(type(layer) is nn.Linear and layer.bias is None and _is_plain(layer) for layer in layers):
                 joined = _Joined([layer.weight for layer in layers if layer is not None])
                 for n, name in enumerate(names):
-                    setattr(module, name, _Part(joined, n))
+                    _put(module, name, partial(joined.part, n))
+        for name, layer in list(module.named_children()):
+            if type(layer).__name__.endswith("RMSNorm") and _is_plain(layer):
+                _put(module, name, _RMSNorm(layer.weight, layer.variance_epsilon))
+            elif type(layer) is nn.ModuleList:  # to take a slice of one is to make another
+                _put(module, name, list(layer))
     if lm.device.type == "cpu" and made.config._attn_implementation == "sdpa":
         made.config._attn_implementation = WHOLE_ROOM
     return made
 
 
-def _is_plain(layer: Any) -> bool:
-    if type(layer) is not nn.Linear or layer.bias is not None:
-        return False
+def _is_plain(layer: nn.Module) -> bool:
     return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+def _put(module: nn.Module, name: str, function: Any) -> None:
+    """Something that is not a module in the place of one."""
+    delattr(module, name)
+    setattr(module, name, function)
+
+
+class _RMSNorm:
+    """x / sqrt(mean(x^2) + e) * w in half the steps, rounded once: |x|^2 is D times the mean, and hypot(a, b)^2 = a^2 + b^2."""
+
+    def __init__(self, weight_D: Tensor, epsilon: float) -> None:
+        D = len(weight_D)
+        self.weight_D = weight_D.float() * D**0.5
+        self.epsilon = torch.tensor((D * epsilon) ** 0.5, device=weight_D.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        y: Tensor = x / torch.hypot(norm, self.epsilon) * self.weight_D
+        return y.to(x.dtype)
 
 
 class _Joined:
@@ -225,22 +260,13 @@ class _Joined:
         self.read: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
 
-    def part(self, x: Tensor, n: int) -> Tensor:
+    def part(self, n: int, x: Tensor) -> Tensor:
         if self.read is not x:
-            self.read, self.parts = x, F.linear(x, self.weight).split(self.sizes, -1)
+            self.read, self.parts = x, F.linear(x, self.weight).split_with_sizes(self.sizes, -1)
         part = self.parts[n]
         if n == len(self.sizes) - 1:
             self.read, self.parts = None, ()
         return part
-
-
-class _Part(nn.Module):
-    def __init__(self, joined: _Joined, n: int) -> None:
-        super().__init__()
-        self.joined, self.n = joined, n
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.joined.part(x, self.n)
 
 
 def _whole_room_attention(
@@ -253,10 +279,12 @@ def _whole_room_attention(
     (N, H, new, D), (K, written) = query.shape, key.shape[1:3]
     keys, values = _room(key), _room(value)
     if new != 1 or keys is None or values is None or keys.shape != values.shape:
+        key, value = key.to(query.dtype), value.to(query.dtype)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )  # type: ignore[no-any-return]
-    query = (query * (D**-0.5 if scaling is None else scaling)).view(N, K, H // K, D)
+    dtype = query.dtype
+    query = (query.to(keys.dtype) * (D**-0.5 if scaling is None else scaling)).view(N, K, H // K, D)
     weight_NKGT = torch.matmul(query, keys.transpose(2, 3))
     if attention_mask is not None:
         mask = attention_mask[..., :written]
@@ -265,7 +293,7 @@ def _whole_room_attention(
         else:
             weight_NKGT[..., :written] += mask
     weight_NKGT[..., written:] = float("-inf")
-    return torch.matmul(torch.softmax(weight_NKGT, -1), values).view(N, 1, H, D), None
+    return torch.matmul(torch.softmax(weight_NKGT, -1), values).view(N, 1, H, D).to(dtype), None
 
 
 def _room(states: Tensor) -> Tensor | None:

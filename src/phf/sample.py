@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
-from phf.decoding import QUICK, GrowingLayer, draw, guide, twin
+from phf.decoding import QUICK, WHOLE_ROOM, WIDE, GrowingLayer, draw, guide, twin
 from phf.device import has_quick_bf16, tune_allocator
 from phf.model import MODEL_CARD, check_head, model_folder
 from phf.packing import key64, mix64
@@ -332,7 +332,8 @@ def _sample_batch(
 
     banned = [*ban, *range(len(model.tokenizer), lm.get_output_embeddings().weight.shape[0])]  # and the padding
     banned_T = torch.tensor(banned, dtype=torch.long, device=device)
-    silent = np.array(sorted(model.control_ids.values()), dtype=np.int64)
+    silent_V = np.zeros(lm.get_output_embeddings().weight.shape[0], bool)
+    silent_V[list(model.control_ids.values())] = True
     key = key64(scenario.seed, "sample")
     sample_id_N = np.arange(first_id, first_id + count)
 
@@ -343,7 +344,8 @@ def _sample_batch(
     alive = np.arange(count)  # the samples in the batch; those that are done leave it together, for that copies it all
     done = np.zeros(count, bool)
     cache = DynamicCache(config=lm.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    wide = WIDE if lm.config._attn_implementation == WHOLE_ROOM else 0
+    cache.layers = [GrowingLayer(wide) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = 0
     padded = bool((attend_NT == 0).any())
     most = 2 * scenario.max_tokens + 8  # steps: at most a control token before every word
@@ -376,7 +378,7 @@ def _sample_batch(
         gained_N = logp_NV.gather(1, word_N.unsqueeze(1)).squeeze(1).double().cpu().numpy()
         words = word_N.cpu().numpy()
         live_N = ~done[alive]
-        text_N = live_N & ~np.isin(words, silent)
+        text_N = live_N & ~silent_V[words]
         logp[alive] += np.where(text_N, gained_N, 0.0)
         ended_N = words == eos
         kept_N = text_N & ~ended_N
