@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from phf.config import ConfigError
 from phf.fused import check_objective, fused_loss, unfused_loss
-from phf.objectives import MLE, LossInputs, LossOutputs, Objective, Unlikelihood
+from phf.objectives import MLE, LossInputs, LossOutputs, Masking, Objective, Unlikelihood
 from test_objectives import OBJECTIVES
 
 NAN = float("nan")
@@ -82,16 +82,17 @@ def test_chunking_changes_nothing(n, v, chunk, seed):
     torch.testing.assert_close(whole.loss_sum, parts.loss_sum, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}")
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("scale", [1.0, 12.0, 40.0])
-def test_gradients_are_right_for_p_near_zero_and_one_in_low_precision(dtype, rtol, scale):
+def test_gradients_are_right_for_p_near_zero_and_one_in_low_precision(objective, dtype, rtol, scale):
     """Confident logits, where log(1 - p) from a rounded log p breaks; against float64 of the same rounded numbers."""
     low = inputs(64, 17, 8, dtype, scale)
     high = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in low]
     high[4] = low[4]
-    objective = Unlikelihood(0.0)
-    fast = fused_loss(low[0], low[1], None, low[3], low[4], low[5], None, objective, 16)
-    slow = unfused_loss(high[0], high[1], None, high[3], high[4], high[5], None, objective)
+    value = (low[6].float(), high[6].float().double()) if objective.value else (None, None)
+    fast = fused_loss(low[0], low[1], None, low[3], low[4], low[5], value[0], objective, 16)
+    slow = unfused_loss(high[0], high[1], None, high[3], high[4], high[5], value[1], objective)
     got = torch.autograd.grad(fast.loss_sum, [low[0], low[1]])
     want = torch.autograd.grad(slow.loss_sum, [high[0], high[1]])
     for a, b in zip(got, want, strict=True):
@@ -99,12 +100,38 @@ def test_gradients_are_right_for_p_near_zero_and_one_in_low_precision(dtype, rto
         assert (a.double() - b).norm() <= rtol * max(1.0, scale / 10) * b.norm()
 
 
-def test_gradcheck():
-    hidden, weight, bias, target, score, mask, _ = inputs(6, 5, 3)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}")
+def test_gradcheck(objective):
+    hidden, weight, bias, target, score, mask, value = inputs(6, 5, 3)
+    value = value.detach() if objective.value else None  # whose gradient AWR stops on purpose
     assert torch.autograd.gradcheck(
-        lambda h, w, b: fused_loss(h, w, b, target, score, mask, None, Unlikelihood(0.0, alpha=0.3), 4).loss_sum,
-        (hidden, weight, bias),
+        lambda h, w, b: fused_loss(h, w, b, target, score, mask, value, objective, 4).loss_sum, (hidden, weight, bias)
     )
+
+
+def test_sums_over_many_chunks_are_kept_in_float32():
+    """512 chunks in bfloat16: a sum of them in bfloat16 would be off by percents."""
+    hidden, weight, bias, target, score, mask, _ = inputs(4096, 9, 4, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    got = fused_loss(hidden, weight, bias, target, score, mask, None, MLE(), chunk=8).loss_sum
+    want = unfused_loss(*exact, target, score, mask, None, MLE()).loss_sum
+    assert abs(got.item() / want.item() - 1) < 2e-3
+    for a, b in zip(torch.autograd.grad(got, [weight, bias]), torch.autograd.grad(want, exact[1:]), strict=True):
+        assert (a.double() - b).norm() < 6e-3 * b.norm()
+
+
+@pytest.mark.parametrize("objective, above", [(MLE(), 0.0), (Masking(0.25), 0.25), (Unlikelihood(0.5), 0.5)])
+def test_the_push_of_bad_segments_is_that_on_their_targets(objective, above):
+    """Their share of sum |dL/dlogit_target|, bad by the objective's own threshold."""
+    hidden, weight, bias, target, score, mask, _ = inputs(40, 7, 3)
+    logits = (hidden @ weight.T + bias).detach().requires_grad_()
+    eye = torch.eye(7, dtype=torch.float64)
+    loss = unfused_loss(logits, eye, None, target, score, mask, None, objective).loss_sum
+    push = torch.autograd.grad(loss, logits)[0].gather(1, target[:, None]).squeeze(1).abs()
+    metrics = fused_loss(hidden, weight, bias, target, score, mask, None, objective, 16).metrics
+    torch.testing.assert_close(metrics["push"], push.sum())
+    torch.testing.assert_close(metrics["push_bad"], push[score > above].sum())
+    assert isinstance(objective, Masking) or metrics["push_bad"] > 0
 
 
 def test_autocast_outside_changes_nothing():

@@ -220,6 +220,17 @@ def test_activation_checkpointing_and_autocast_change_only_what_they_should(toke
     assert (grads[2] - grads[0]).norm() < 0.05 * grads[0].norm()
 
 
+def test_autocast_around_the_wrapper_is_autocast_in_it(tokenizer):
+    """As a Trainer's bf16 or a loop of somebody's own asks for it."""
+    ids, scores, mask = torch.arange(18).reshape(2, 9), torch.rand(2, 9).round(), torch.ones(2, 9, dtype=torch.bool)
+    losses = []
+    for inner, outer in ((torch.bfloat16, False), (None, True), (None, False)):
+        wrapper = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), Unlikelihood(0.0), autocast=inner)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+            losses.append(wrapper(ids, ids, scores, mask)["loss"].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
     """Going on from a model with control tokens, on a token store whose tokenizer does not have them."""
     from phf.model import FromWeights, trained_control_tokens

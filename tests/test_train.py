@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Trainer
 
 from conftest import TINY_LLAMA
 from phf import store
@@ -18,7 +21,7 @@ from phf.config import ConfigError
 from phf.model import FromConfig, FromWeights
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 from phf.train import TrainConfig, micro_batch, pick_precision, train
-from phf.trainer import COMPLETE, TrainingError, chinchilla_loss, complete_checkpoints
+from phf.trainer import COMPLETE, PHFTrainer, TrainingError, chinchilla_loss, complete_checkpoints
 
 MODEL = FromConfig(TINY_LLAMA)
 STEP = 16 * 32
@@ -116,10 +119,26 @@ def test_resuming_with_dropout_gives_the_same_bytes(tokens_dir, tmp_path):
 
 
 def test_accumulation_is_one_batch(tokens_dir, tmp_path):
-    """Denominators are those of the whole batch, so unlikelihood's uneven counts do not matter."""
-    train(tokens_dir, tmp_path / "a", MODEL, Unlikelihood(), config())
-    train(tokens_dir, tmp_path / "b", MODEL, Unlikelihood(), config(micro_rows=4))
+    """Denominators are those of the whole batch: masking counts another number of targets in every part of one."""
+    train(tokens_dir, tmp_path / "a", MODEL, Masking(), config())
+    train(tokens_dir, tmp_path / "b", MODEL, Masking(), config(micro_rows=1))
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-4)
+    one, sixteen = (
+        [json.loads(line)["counted_share"] for line in (tmp_path / r / "metrics.jsonl").read_text().splitlines()]
+        for r in "ab"
+    )
+    assert one == sixteen
+    assert max(one) - min(one) > 0.01  # uneven indeed
+
+
+def test_a_run_goes_on_under_settings_that_decide_nothing(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "whole", MODEL, MLE(), config())
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(), stop_after=10)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(micro_rows=4, keep=5, save_every=5 * STEP))
+    assert not (tmp_path / "r.old-1").exists()
+    assert losses(tmp_path / "r")[:10] == losses(tmp_path / "whole")[:10]
+    assert losses(tmp_path / "r") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert store.read_json(tmp_path / "r" / "manifest.json")["train"]["micro_rows"] == 4
 
 
 def test_done_is_not_done_again_and_other_settings_set_the_run_aside(tokens_dir, tmp_path):
@@ -173,16 +192,60 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(tokens_dir, tmp_path)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tokens_dir, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_the_update(tokens_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(PHFTrainer, "_get_grad_norm", Trainer._get_grad_norm)  # which would stop one step earlier
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+"):
         train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(lr=1e30))
     assert not (tmp_path / "r" / "manifest.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tokens_dir, tmp_path, monkeypatch):
+    """It comes with a finite loss where a sum of squares overflows; no checkpoint is made of what it would leave."""
+
+    def huge(model, *args, **kwargs):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e30)
+
+    real = PHFTrainer._get_grad_norm
+
+    def norm(trainer, model, grad_norm=None):
+        if trainer.state.global_step == 4:
+            huge(model)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return real(trainer, model, grad_norm)
+
+    monkeypatch.setattr(PHFTrainer, "_get_grad_norm", norm)
+    with pytest.raises(TrainingError, match="norm of the gradient is inf at step 5 "):
+        train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(save_every=STEP))
+    assert _newest(tmp_path / "r") == "checkpoint-4"
+
+
+def _newest(run):
+    return complete_checkpoints(run / "checkpoints")[-1].name
+
+
+def test_finetuning_goes_on_with_the_value_head_it_was_given(tokens_dir, tmp_path, trained):
+    run, _ = trained["awr"]
+    kept = load_file(run / "model" / "value_head.safetensors")
+    train(tokens_dir, tmp_path / "r", FromWeights(str(run)), AWR(), config(1, lr=1e-12))
+    head = load_file(tmp_path / "r" / "model" / "value_head.safetensors")
+    assert kept["weight"].abs().max() > 1e-3
+    torch.testing.assert_close(head, kept, atol=1e-6, rtol=1e-6)
+    train(tokens_dir, tmp_path / "plain", FromWeights(str(run)), MLE(), config(1))  # which needs none
+
+
+def test_fsdp_through_accelerate_is_refused(tokens_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="FSDP"):
+        train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(1))
 
 
 def test_finetuning_starts_from_the_weights(tokens_dir, tmp_path, trained):
     run, _ = trained["mle"]
     manifest = train(tokens_dir, tmp_path / "r", FromWeights(str(run)), Conditional(), config(5))
     assert manifest["counts"]["tokens_before"] == 20 * STEP
+    line = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["expected_loss"] == chinchilla_loss(manifest["parameters"], 25 * STEP)
     assert losses(tmp_path / "r")[0] < losses(run)[0] - 0.3
     assert manifest["control_tokens"] == ["<|good|>", "<|bad|>"]
 
@@ -224,9 +287,15 @@ def test_a_corpus_shorter_than_a_row_is_an_error(tokens_dir, tmp_path):
 def test_schedules_warm_up_and_decay(tokens_dir, tmp_path, schedule):
     train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(20, schedule=schedule, warmup=0.2))
     lr = [json.loads(line)["lr"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert lr[0] < 1e-2
-    assert max(lr) == pytest.approx(1e-2)
-    assert (lr[-1] < 2e-3) == (schedule != "constant")
+    rising = [1e-2 * n / 4 for n in range(4)]
+    share = np.arange(16) / 16  # of the steps after the warm-up that are done
+    falling = {
+        "linear": 1 - share,
+        "cosine": (1 + np.cos(np.pi * share)) / 2,
+        "constant": np.ones(16),
+        "wsd": np.where(share < 0.75, 1, (1 + np.cos(np.pi * (share - 0.75) / 0.25)) / 2),
+    }[schedule]
+    assert lr == pytest.approx([*rising, *(1e-2 * falling)])
 
 
 def test_expected_loss_is_hoffmanns():

@@ -107,6 +107,8 @@ class _Fused(torch.autograd.Function):
         )
         grad_value = torch.zeros_like(value_N) if value_N is not None and needs[3] else None
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        threshold = getattr(objective, "threshold", 0.0)
+        bad_above = score_N.new_tensor(0.0 if isinstance(threshold, str) else threshold)
         for start in range(0, len(target_N), chunk):
             part = slice(start, start + chunk)
             hidden, target_C = hidden_ND[part].detach().to(dtype), target_N[part]
@@ -130,7 +132,7 @@ class _Fused(torch.autograd.Function):
             d = a * log1mp.detach().exp() - b * logp.detach().exp()
             push = d.abs()
             sums["push"] = sums.get("push", 0) + push.sum()
-            sums["push_bad"] = sums.get("push_bad", 0) + torch.where(score_N[part] > 0, push, 0.0).sum()
+            sums["push_bad"] = sums.get("push_bad", 0) + torch.where(score_N[part] > bad_above, push, 0.0).sum()
             grad_logits = logits_grad(e_CV, sum_C, d, target_C, dtype)
             del e_CV
             if grad_hidden is not None:
@@ -171,7 +173,8 @@ def fused_loss(
 ) -> LossOutputs:
     """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
     embeddings, bias and value. Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
-    |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above 0.
+    |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
+    where it has none).
 
     `chunk`: targets at a time (default: about 2**24 logits). `dtype`: of the matrix products (default: that of the
     hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts.

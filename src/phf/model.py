@@ -134,6 +134,14 @@ def trained_control_tokens(path: str | Path) -> dict[str, int]:
     return {name: tokenizer.convert_tokens_to_ids(name) for name in names if tokenizer is not None}
 
 
+def trained_value_head(path: str | Path, objective: Objective) -> Path | None:
+    """The file of the value head that was trained with the weights in a folder, where `objective` needs one of that kind."""
+    file = Path(model_folder(path)) / VALUE_HEAD_FILE
+    if objective.value is None or not file.exists():
+        return None
+    return file if set(load_file(file)) == set(ValueHead(1, objective.value).state_dict()) else None
+
+
 def add_control_embeddings(
     lm: Any, tokenizer: Any, names: Sequence[str], seed: int, trained: Mapping[str, int] | None = None
 ) -> list[int]:
@@ -237,7 +245,8 @@ class ValueHead(nn.Module):
 class PHFModel(nn.Module):
     """An LM, the value head its objective needs (or none) and the objective. `forward` returns the loss.
 
-    `autocast`: bfloat16 for mixed precision, None for the weights' own type. `compile`: compile the LM's trunk and the
+    `autocast`: bfloat16 for mixed precision, None for what surrounds the call (`torch.autocast`, a Trainer's `bf16`), else
+    the weights' own type. GPT-2's Conv1D layers become linear ones in place: save such an LM with `save_lm`. `compile`: compile the LM's trunk and the
     elementwise parts of the loss (never this wrapper).
     """
 
@@ -272,7 +281,10 @@ class PHFModel(nn.Module):
     ) -> dict[str, Any]:
         """Ids, targets, scores and mask [B, T]. `loss` is the sum over counted targets divided by `denominator`
         (default: the number of counted targets here); `metrics` are sums."""
-        with torch.autocast(input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        device, dtype = input_ids.device.type, self.autocast_dtype
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.lm.get_output_embeddings()
         value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
@@ -286,7 +298,7 @@ class PHFModel(nn.Module):
             value_N,
             self.objective,
             chunk=self.chunk,
-            dtype=self.autocast_dtype or hidden_BTD.dtype,
+            dtype=dtype or hidden_BTD.dtype,
             compiled=self.compiled,
         )
         counted = self.objective.counted(scores, mask).sum()

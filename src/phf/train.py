@@ -45,6 +45,7 @@ from phf.model import (
     num_parameters,
     tokens_seen,
     trained_control_tokens,
+    trained_value_head,
     weights_mark,
 )
 from phf.objectives import Objective
@@ -120,6 +121,10 @@ class TrainConfig:
     @property
     def total_tokens(self) -> int:
         return self.steps * self.batch_rows * self.context
+
+
+FREE = ("micro_rows", "save_every", "keep", "log_every", "workers", "report_to")
+"""Settings that may change when a run goes on: the objective, the rows and their order do not depend on them."""
 
 
 def pick_precision(precision: str) -> torch.dtype | None:
@@ -206,7 +211,9 @@ def train(
         "tokens": str(tokens_dir),
     }
     start_weights = weights_mark(model.path) if isinstance(model, FromWeights) else None
+    value_head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
     decides = {k: v for k, v in resolved.items() if k != "tokens"}
+    decides["train"] = {k: v for k, v in to_plain(config).items() if k not in FREE}
     if start_weights is not None:  # wherever they lie
         decides["model"] = {k: v for k, v in to_plain(model).items() if k != "path"}
     key = store.fingerprint(
@@ -214,6 +221,7 @@ def train(
             decides,
             tokens.manifest["content"],
             start_weights,
+            value_head and store.file_hash(value_head),
             _code_of(objective),
             "train/1",
         ]
@@ -228,6 +236,11 @@ def train(
             raise ConfigError(
                 f"train.report_to: {tracker!r} is not installed or not known here{did_you_mean(tracker, known)}"
             )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ConfigError(
+            "accelerate asks for FSDP, which phf train does not save and resume; ask for plain data-parallel training (torchrun, or accelerate "
+            "launch --multi_gpu), or apply FSDP2 to PHFModel in a loop of your own (docs/scaling.md)"
+        )
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulate = micro_batch(config, world)
     tune_allocator()
@@ -250,6 +263,8 @@ def train(
         lm.activation_checkpointing_enable()
     compiled = config.compile and can_compile()
     wrapper = PHFModel(lm, objective, pick_precision(config.precision), compiled, config.chunk)
+    if value_head is not None:
+        wrapper.load_value_head(value_head.parent)
     params = num_parameters(lm)
 
     if rank == 0:
@@ -304,6 +319,7 @@ def train(
     if arguments.n_gpu > 1:
         print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
         arguments._n_gpu = 1
+    tokens_before = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     record = Record(
         out / "metrics.jsonl",
         config.steps,
@@ -311,12 +327,12 @@ def train(
         params,
         peak_flops(wrapper.autocast_dtype, world) if rank == 0 else None,
         rank == 0,
+        tokens_before,
     )
     sampler = RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
     data = TrainingRows(
         rows, seed, config.steps * config.batch_rows, first=math.ceil(config.skip_tokens / config.context)
     )
-    tokens_before = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     trainer = PHFTrainer(
         wrapper,
         data,

@@ -123,12 +123,21 @@ class PHFTrainer(Trainer):
         for name, value in out["metrics"].items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
         loss = out["loss"]
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (lr {self._get_learning_rate():.3g}); the weights were not "
-                "updated. Lower train.lr, look at the scores with extreme values, or use train.precision=fp32"
-            )
+        self._check_finite("loss", loss.item())
         return loss * self.args.world_size  # DDP averages gradients over processes; the denominator is global already
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._check_finite("norm of the gradient", norm)
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            process = f", process {self.args.process_index}" if self.args.world_size > 1 else ""
+            raise TrainingError(
+                f"the {what} is {value} at step {self.state.global_step + 1}{process} (lr {self._get_learning_rate():.3g}); the weights were "
+                "not updated. Lower train.lr, look at the scores with extreme values, or use train.precision=fp32"
+            )
 
     def take_sums(self) -> dict[str, float]:
         """Metric sums since the last call, over all processes."""
@@ -226,10 +235,10 @@ class Record(TrainerCallback):
     """metrics.jsonl and the progress bar."""
 
     def __init__(
-        self, path: Path, steps: int, step_tokens: int, params: int, peak_flops: float | None, writer: bool
-    ) -> None:
+        self, path: Path, steps: int, step_tokens: int, params: int, peak_flops: float | None, writer: bool, tokens_before: int
+    ) -> None:  # fmt: skip
         self.path, self.steps, self.step_tokens, self.params, self.writer = path, steps, step_tokens, params, writer
-        self.peak_flops = peak_flops
+        self.peak_flops, self.tokens_before = peak_flops, tokens_before
         self.trainer: PHFTrainer | None = None
         self.bar: Any = None
         self.last_step = 0
@@ -281,7 +290,7 @@ class Record(TrainerCallback):
             line["weight_mean"] = weight / counted
             line["effective_sample_share"] = weight**2 / (counted * weight_sq)
         line |= {name: value / counted for name, value in sums.items() if counted}
-        line["expected_loss"] = chinchilla_loss(self.params, max(line["tokens"], 1))
+        line["expected_loss"] = chinchilla_loss(self.params, max(self.tokens_before + line["tokens"], 1))
         flops = 6 * self.params * steps * self.step_tokens / seconds if seconds > 0 else None
         line["model_tflops"] = flops / 1e12 if flops is not None else None
         line["mfu"] = flops / self.peak_flops if flops is not None and self.peak_flops else None
