@@ -69,6 +69,7 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
         ("open('f', 'w').write('x' * 2**22)", False),
         ("def f(:", False),
         ("print('noise' * 10_000)", True),
+        ("import sys\nwhile True: sys.stderr.write('x' * 2**16)", False),
         ("import os; assert 'HOME' not in os.environ and os.listdir('.') == []", True),
     ],
 )

@@ -183,11 +183,16 @@ def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys)
     model = FromConfig({**TINY_LLAMA, "max_position_embeddings": 512})
     train(tokens_dir, tmp_path / "r", model, MLE(), settings)
     args = ["eval", str(tmp_path / "r"), "--paper", "toxicity", "num_samples=8", "max_tokens=10", "min_tokens=1"]
-    said_by(args, monkeypatch, capsys)
+    said = said_by(args, monkeypatch, capsys)
+    assert "unconditional" in said
+    assert "challenging_rtp" in said
     found = json.loads((tmp_path / "r" / "eval.json").read_text())["scenarios"]
     assert set(found) == {"unconditional", "challenging_rtp"}
     assert found["challenging_rtp"]["scenario"]["samples_per_prompt"] == 4
     assert found["challenging_rtp"]["misalignment"]["n"] == 2  # prompts, not samples
+    worst = found["challenging_rtp"]["expected_max"]
+    assert worst["25"]["mean"] is None  # of 4 samples a prompt nothing is known of the worst of 25
+    assert worst["4"]["n"] == 2
 
 
 def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):

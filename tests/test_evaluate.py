@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import LINK, TINY_LLAMA
-from phf import store
+from phf import metrics, store
 from phf.config import ConfigError
 from phf.evaluate import (
     by_prompt,
@@ -177,6 +177,14 @@ def test_scores_from_elsewhere_need_a_scorer_named():
 def test_the_bad_token_of_a_model_without_one_is_an_error(runs):
     with pytest.raises(ConfigError, match="has no control tokens"):
         evaluate_run(runs / "mle", {"u": Scenario(num_samples=2, max_tokens=12, control="bad")})
+
+
+@pytest.mark.parametrize("text, share", [("nothing\n", 0.0), ("http://x.y\n", 1.0)])
+def test_where_no_or_every_sample_hits_the_interval_is_wilsons_over_prompts(text, share):
+    scenario = Scenario(num_samples=12, samples_per_prompt=3, prompts="some.jsonl")
+    _, result = judge_samples([made(text, i) for i in range(12)], scenario, LINK, Lines(), 0.0)
+    assert result["hit_rate"]["mean"] == share
+    assert result["hit_rate"]["ci95"] == list(metrics.wilson(int(4 * share), 4))
 
 
 def test_hits_of_one_prompt_are_one_unit():

@@ -160,7 +160,7 @@ class Completions(ThreadingHTTPServer):
 
     def ids(self, prompt: str) -> list[int]:
         """Special tokens as themselves, the text between them as text."""
-        start, ids = "<|endoftext|>", []
+        start, ids = "<|endoftext|>", [self.model.tokenizer.eos_token_id] * (self.fault == "puts a token before")
         for n, piece in enumerate(prompt.split(start)):
             ids += [self.model.tokenizer.eos_token_id] * (n > 0)
             ids += self.model.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
@@ -185,6 +185,8 @@ class Completions(ThreadingHTTPServer):
                 word = int(torch.multinomial(torch.softmax(logits / body["temperature"], -1), 1, generator=generator))
             finished = word == self.model.tokenizer.eos_token_id
             written.append(word)
+        if self.fault == "stops at once" and body["max_tokens"] and body["temperature"] == 0:
+            written, finished = [self.model.tokenizer.eos_token_id], True
         text = self.model.tokenizer.decode(written[:-1] if finished else written)
         choice = {"index": index, "text": text, "finish_reason": "stop" if finished else "length", "logprobs": None}
         if body.get("logprobs"):
@@ -250,6 +252,32 @@ def test_servers_that_cannot_be_trusted_are_refused_with_the_reason(served, faul
 def test_a_wrong_start_token_is_said(served):
     with pytest.raises(ServerError, match="say which token begins a text"):
         Server(served().url, "tiny", start="<s>", retries=0).text_logp(["a"], [False])
+
+
+def test_a_server_that_begins_texts_by_itself_is_told_so(served, runs, tmp_path):
+    """As vLLM does with Llama's tokenizers."""
+    server = served(fault="puts a token before")
+    with pytest.raises(ServerError, match=r"say start= \(nothing\)"):
+        Server(server.url, "tiny", retries=0).verify()
+    told = Server(server.url, "tiny", start="", retries=0)
+    told.verify()
+    texts, finished = ["the model reads\n", "cats and dogs"], [True, False]
+    expected = text_logp(load_model(runs / "a"), texts, finished, Lines())
+    np.testing.assert_allclose(told.text_logp(texts, finished), expected, rtol=1e-4)
+    with pytest.raises(ServerError, match="puts no token of its own before a text"):
+        Server(served().url, "tiny", start="", retries=0).verify()
+
+
+def test_a_server_whose_completion_is_empty_is_not_refused_for_it(served):
+    Server(served(fault="stops at once").url, "tiny", retries=0).verify()
+
+
+def test_seeds_of_a_server_share_no_samples(served):
+    """What seed 1 draws is not what seed 0 drew, one place on."""
+    server = Server(served().url, "tiny")
+    first, second = ([t for t, _ in server.complete([""] * 8, 12, seed=seed)] for seed in (0, 1))
+    assert first == [t for t, _ in server.complete([""] * 8, 12, seed=0)]
+    assert len(set(first) & set(second)) < 3  # short ones coincide
 
 
 def test_a_busy_server_is_asked_again_and_one_that_is_away_is_said(served, monkeypatch):

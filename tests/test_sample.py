@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import phf.sample
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
-from phf.decoding import GuidedDecoding
+from phf.decoding import GuidedDecoding, draw
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
 from phf.sample import (
@@ -78,6 +80,42 @@ def test_sampling_in_bfloat16_leaves_the_model_as_it_was(models):
     a, b = (np.array([s.logp / (s.num_tokens + s.finished) for s in part]) for part in samples)
     # the same distribution but for rounding: means of 300 samples each, within five deviations
     assert abs(a.mean() - b.mean()) < 5 * np.sqrt((a.var() + b.var()) / 300)
+
+
+def test_large_logits_are_not_rounded(models, monkeypatch):
+    """All logits of GPT-2 lie around -60, where bfloat16 has steps of 1/4; a common offset changes no distribution."""
+    model = copy.deepcopy(models["mle"])
+    seen = []
+
+    def watch(logits_NV, *args):
+        seen.append(logits_NV.clone())
+        return draw(logits_NV, *args)
+
+    monkeypatch.setattr(phf.sample, "draw", watch)
+    scenario = Scenario(num_samples=4, max_tokens=1, min_tokens=0, precision="bf16")
+    sample(model, scenario)
+    hidden = model.lm.base_model(torch.tensor([prompt_ids(model, "", scenario)])).last_hidden_state[0, -1].detach()
+    offset = torch.nn.Parameter(model.lm.get_output_embeddings().weight - 60 * hidden / (hidden @ hidden))
+    model.lm.get_output_embeddings().weight = offset
+    sample(model, scenario)
+    assert seen[1].max() < -40
+    torch.testing.assert_close(seen[1].log_softmax(-1), seen[0].log_softmax(-1), atol=2e-2, rtol=0)
+
+
+def test_texts_of_a_model_from_elsewhere_begin_as_its_own_do(models, tmp_path):
+    run = load_model(models["mle"].path)
+    assert run.start_id == run.tokenizer.eos_token_id
+    run.lm.save_pretrained(tmp_path)
+    run.tokenizer.bos_token = run.tokenizer.convert_ids_to_tokens(5)
+    run.tokenizer.save_pretrained(tmp_path)
+    assert prompt_ids(load_model(tmp_path), "", Scenario()) == [5]
+
+
+def test_a_model_without_a_key_value_cache_is_refused(models):
+    config = AutoConfig.for_model("mamba", vocab_size=len(models["mle"].tokenizer), hidden_size=16, num_hidden_layers=1)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ConfigError, match=r"\(mamba\) has no key-value cache"):
+        sample(dataclasses.replace(models["mle"], lm=lm), Scenario(num_samples=2))
 
 
 def test_a_model_trained_by_the_reference_implementation_is_known_to_be_conditional(models, tmp_path, capsys):

@@ -62,8 +62,8 @@ def _jsonl(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def prefix_ids(model: LoadedModel) -> list[int]:
-    """What a text begins with: the end-of-text token and, for models that know it, the good one."""
-    return [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+    """What a text begins with: the model's start token and, for models that know it, the good one."""
+    return [model.start_id, *([model.control_ids["good"]] if model.control_ids else [])]
 
 
 @torch.inference_mode()
@@ -146,8 +146,8 @@ class HumanEval(Capability):
     """Writing functions that pass their tests (Chen et al. 2021): pass@k. `path`: HumanEval.jsonl or .jsonl.gz.
 
     **This runs what the model wrote.** Each sample runs in a process of its own with limits on time, memory, files
-    and processes, in an empty folder, with an empty environment and, where the kernel lets it, without network. That
-    protects from accidents, not from malice: the process is still the user's and can read the user's files. Run models
+    and processes, in an empty folder, with an empty environment and, where the kernel lets it, without network (the result
+    says which: `network`). That protects from accidents, not from malice: the process is still the user's and can read the user's files. Run models
     that you do not trust in a virtual machine. `run_untrusted_code` must be set.
     """
 
@@ -194,6 +194,7 @@ class HumanEval(Capability):
         } | {
             "problems": len(problems),
             "samples_per_problem": n,
+            "network": "cut off" if _can_unshare() else "open",
         }
 
 
@@ -233,18 +234,20 @@ def run_sandboxed(program: str, timeout_s: float) -> bool:
     command = [sys.executable, "-I", "-c", code]
     if _can_unshare():
         command = ["unshare", "--net", "--map-root-user", *command]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:  # a file: its size has a limit
         process = subprocess.Popen(
             command, cwd=folder, env={"PATH": os.environ.get("PATH", "")}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said,
         )  # fmt: skip
         try:
-            _, said = process.communicate(program.encode("utf-8", "replace"), timeout=timeout_s + 1)
+            process.communicate(program.encode("utf-8", "replace"), timeout=timeout_s + 1)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return False
-    return process.returncode == 0 and said.endswith(token.encode())
+        said.seek(0, os.SEEK_END)
+        said.seek(max(said.tell() - len(token), 0))
+        return process.returncode == 0 and said.read() == token.encode()
 
 
 def _can_unshare() -> bool:

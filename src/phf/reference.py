@@ -68,13 +68,13 @@ def text_logp(
 
     Raises ConfigError for a text longer than the model reads.
     """
-    lm, eos = model.lm, model.tokenizer.eos_token_id
+    lm, eos, first = model.lm, model.tokenizer.eos_token_id, model.start_id
     good = [model.control_ids["good"]] if "good" in model.control_ids else []
     silent = sorted(model.control_ids.values())
     rows: list[list[int]] = []
     for text, ends in zip(texts, finished, strict=True):
         segments = segmenter.split(text) if good else ([text] if text else [])
-        ids = [eos]
+        ids = [first]
         for segment in encode_segments(model.tokenizer, segments):
             ids += good + segment
         rows.append(ids + good * (not segments) + [eos] * ends)
@@ -119,9 +119,15 @@ def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
         loaded = None
     else:
         loaded = load_model(config.reference.path, config.reference.revision)
-        identity = {"path": config.reference.path, "weights": weights_hash(loaded.lm)}
+        identity = {
+            "path": config.reference.path,
+            "weights": weights_hash(loaded.lm),
+            "vocabulary": store.fingerprint(loaded.tokenizer.get_vocab()),
+            "control_tokens": loaded.control_ids,
+            "start": loaded.start_id,
+        }
     key = store.fingerprint(
-        [identity, to_plain(config.reference), config.num_samples, config.max_tokens, config.seed, "reference/1"]
+        [identity, to_plain(config.reference), config.num_samples, config.max_tokens, config.seed, "reference/2"]
     )
     file = Path(cache) / f"reference-{key}.json"
     if file.exists():

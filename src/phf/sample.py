@@ -11,6 +11,7 @@ counts towards a length or a log-probability.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -85,6 +86,12 @@ class LoadedModel:
     tokenizer: Any
     control_ids: dict[str, int]
     path: str
+    start: int | None = None
+    """What a text begins with; None: the end-of-text token, as in phf's own models."""
+
+    @property
+    def start_id(self) -> int:
+        return int(self.tokenizer.eos_token_id if self.start is None else self.start)
 
     @property
     def positions(self) -> int:
@@ -98,7 +105,8 @@ CONTROL_TOKENS = ({"good": "<|good|>", "bad": "<|bad|>"}, {"good": "<|aligned|>"
 
 def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model. Control
-    tokens are those that `phf.json` beside the model names or, of a model trained elsewhere, those of `CONTROL_TOKENS`."""
+    tokens are those that `phf.json` beside the model names or, of a model trained elsewhere, those of `CONTROL_TOKENS`;
+    such a model's texts begin with its own beginning-of-text token, where it has one."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
     from transformers.utils.hub import cached_file
@@ -119,7 +127,8 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     tokenizer = load_tokenizer(source, revision)
     card = cached_file(source, MODEL_CARD, revision=revision, _raise_exceptions_for_missing_entries=False)
     names = store.read_json(card)["control_tokens"] if card is not None else _known_control_tokens(tokenizer, path)
-    return LoadedModel(lm, tokenizer, {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}, str(path))
+    control_ids = {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
+    return LoadedModel(lm, tokenizer, control_ids, str(path), None if card is not None else tokenizer.bos_token_id)
 
 
 def _known_control_tokens(tokenizer: Any, path: str | Path) -> dict[str, str]:
@@ -279,22 +288,26 @@ def sample_prompts(
     quick = model.lm.config.model_type in QUICK and has_quick_bf16(model.lm.device.type)
     half = scenario.precision == "bf16" or (scenario.precision == "auto" and quick)
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
+    head = model.lm.get_output_embeddings()
+    """Never the rounded copy's: bfloat16 has steps of 1/4 among logits of 32 to 64, where GPT-2's lie."""
+    if "past_key_values" not in inspect.signature(model.lm.base_model.forward).parameters:
+        raise ConfigError(f"{model.path} ({model.lm.config.model_type}) has no key-value cache, with which phf samples")
     with bar, torch.inference_mode():
         if half:
             model = replace(model, lm=twin(model.lm, torch.bfloat16))
         for start in range(0, len(prompts), scenario.batch):
             part = prompts[start : start + scenario.batch]
-            samples += _sample_batch(model, scenario, part, starts[start : start + len(part)], banned, start)
+            samples += _sample_batch(model, head, scenario, part, starts[start : start + len(part)], banned, start)
             bar.update(len(part))
     return samples
 
 
 def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]:
-    """End-of-text, the control token, the prompt as text (or the control token after it)."""
+    """What a text begins with, the control token, the prompt as text (or the control token after it)."""
     control = [model.control_ids[scenario.control]] if scenario.control in model.control_ids else []
     text = encode_segments(model.tokenizer, [prompt])[0] if prompt else []
     middle = [*text, *control] if scenario.control_after_prompt else [*control, *text]
-    return [model.tokenizer.eos_token_id, *middle]
+    return [model.start_id, *middle]
 
 
 def other_token(model: LoadedModel, scenario: Scenario) -> list[int]:
@@ -304,8 +317,8 @@ def other_token(model: LoadedModel, scenario: Scenario) -> list[int]:
 
 
 def _sample_batch(
-    model: LoadedModel, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]], ban: Sequence[int],
-    first_id: int,
+    model: LoadedModel, head: torch.nn.Module, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]],
+    ban: Sequence[int], first_id: int,
 ) -> list[Sample]:  # fmt: skip
     from transformers import DynamicCache
 
@@ -357,7 +370,7 @@ def _sample_batch(
             past_key_values=cache,
             use_cache=True,
         )
-        logits_NV = lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
+        logits_NV = head(out.last_hidden_state[:, -1].to(head.weight.dtype)).float()
         if guided:
             plain_NV, bad_NV = logits_NV.chunk(2)
             logits_NV = guide(plain_NV, bad_NV, scenario.guidance or 0.0, good_id, bad_id)

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from phf import store
 from phf.config import STRICT
+from phf.packing import key64
 
 TOLERANCE = 0.02
 """Largest difference, in nats a token, between the log-probabilities of a completion as given and as echoed."""
@@ -150,13 +151,13 @@ class Server:
         answers: Answers | None = None, refused: str | None = None,
     ) -> list[tuple[str, bool, int | None]]:  # fmt: skip
         """The same with the tokens that the server counted (None where it counts none). Each is asked for by itself, with a
-        seed of its own: a server draws the prompts of one request alike where they are alike. `refused`: the text that
+        seed (of 31 bits) of its own that no other `seed` shares: a server draws the prompts of one request alike where they are alike. `refused`: the text that
         stands for a refusal; None: a refusal is an error."""
 
         def one(number: int) -> tuple[str, bool, int | None]:
             body = {
                 "model": self.model, "prompt": self.start + prompts[number], "max_tokens": max_tokens,
-                "temperature": temperature, "top_p": top_p, "seed": seed + number, "n": 1, **self.extra,
+                "temperature": temperature, "top_p": top_p, "seed": key64(seed, number) >> 33, "n": 1, **self.extra,
             }  # fmt: skip
             try:
                 answer = self.ask("/completions", body, answers)
@@ -229,7 +230,7 @@ class Server:
                 raise ServerError(
                     f"{self.url} leaves out log-probabilities of echoed tokens, so it cannot be a reference"
                 )
-            if logprobs["tokens"][0] != self.start:
+            if self.start and logprobs["tokens"][0] != self.start:
                 raise ServerError(
                     f"{self.url} reads the start {self.start!r} as {logprobs['tokens'][0]!r}: say which token begins a text "
                     "there (start=...)"
@@ -240,11 +241,16 @@ class Server:
     def verify(self) -> None:
         """Raise ServerError unless a completion that the server has just given with its log-probabilities is echoed with
         the same ones."""
-        (start,) = self._echo([self.start])
+        try:
+            (start,) = self._echo([self.start])
+        except ServerError as error:
+            if self.start:
+                raise
+            raise ServerError(f"{self.url} puts no token of its own before a text, so say which begins one (start=...): {error}") from None  # fmt: skip
         if len(start["tokens"]) != 1:
             raise ServerError(
-                f"{self.url} reads the start {self.start!r} as {start['tokens']}: it puts a token of its own before a text, so "
-                "leave the start empty or choose another"
+                f"{self.url} reads the start {self.start!r} as {start['tokens']}: if it puts a token of its own before a text, say "
+                "start= (nothing)"
             )
         body = {
             "model": self.model, "prompt": [self.start + "The"], "max_tokens": 8, "temperature": 0, "logprobs": 1,
@@ -259,8 +265,9 @@ class Server:
         if given.get("finish_reason") == "stop":  # the end itself is not part of the text that is echoed
             tokens, values = tokens[:-1], values[:-1]
         (echoed,) = self._echo([self.start + "The" + "".join(tokens)])
-        tail = echoed["token_logprobs"][-len(values) :] if values else []
-        if echoed["tokens"][-len(tokens) :] != tokens:
+        begin = len(echoed["tokens"]) - len(tokens)
+        tail = echoed["token_logprobs"][begin:]
+        if echoed["tokens"][begin:] != tokens:
             raise ServerError(f"{self.url} reads its own completion as other tokens; its numbers cannot be checked")
         worst = max((abs(a - b) for a, b in zip(tail, values, strict=True)), default=0.0)
         if worst > TOLERANCE:
