@@ -18,7 +18,7 @@ COMMIT = "a" * 40
 
 
 class FakeHub:
-    """Repositories are `repos[(type, "owner/name")][path] = bytes`; `log` holds every request."""
+    """Repositories are `repos[(type, "owner/name")][path] = bytes`, type models or datasets; `log` holds every request."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {}

@@ -10,6 +10,9 @@ import sys
 import pytest
 
 from conftest import TINY_LLAMA
+from phf.model import FromConfig
+from phf.objectives import Masking
+from phf.train import TrainConfig, train
 
 LAUNCH = [
     sys.executable,
@@ -58,6 +61,25 @@ def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, t
     assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
     assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
     assert [x["grad_norm"] for x in two] == pytest.approx([x["grad_norm"] for x in one], rel=1e-2)
+
+
+def test_a_run_of_one_process_goes_on_with_two(tokens_dir, tmp_path):
+    """The same rows in the same order, from the middle of the run on: the curve of a run that one process does."""
+    settings = {"tokens": 20480, "context": 32, "batch_rows": 16, "lr": 1e-2, "precision": "fp32", "log_every": 1}
+    model, objective = FromConfig(TINY_LLAMA), Masking()
+    train(tokens_dir, tmp_path / "one", model, objective, TrainConfig(**settings))
+    train(tokens_dir, tmp_path / "two", model, objective, TrainConfig(**settings), stop_after=17)
+    (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
+    asked = ["objective.name=masking", *(f"train.{k}={v}" for k, v in settings.items())]
+    subprocess.run(
+        [*LAUNCH, "-m", "phf", "train", str(tokens_dir), str(tmp_path / "two"), str(tmp_path / "m.yaml"), *asked],
+        check=True, env=ONE_THREAD,
+    )  # fmt: skip
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert not (tmp_path / "two.old-1").exists()
+    assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
+    assert [x["loss"] for x in two[:17]] == [x["loss"] for x in one[:17]]
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
 
 
 FSDP = """

@@ -3,10 +3,13 @@ runs in processes of its own, because it reads its address when it is imported."
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -95,6 +98,34 @@ def test_one_file_of_a_data_set_is_a_corpus(hub, scored, tmp_path):
     assert phf(hub, "push", str(scored), "me/tiny-scored").returncode == 0
     path = "hf://datasets/me/tiny-scored/part-00000.parquet"
     done = phf(hub, "score", path, str(tmp_path / "s"), "--scorer", "pep8", "corpus.field=texts")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_capability_reads_files_of_the_hub(hub, tmp_path):
+    rows = [{"text": "the model reads a line"}, {"text": "cats and dogs"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "l.parquet")
+    files = {
+        "data/l.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode(),
+        "l.parquet": (tmp_path / "l.parquet").read_bytes(),
+    }
+    hub.repos["datasets", "me/lambada"] = files
+    code = """
+import sys
+from phf.capabilities import Glue, HumanEval, Lambada, _rows_of, local_file
+from phf.config import ConfigError
+at = "hf://datasets/me/lambada/"
+one, two = (_rows_of(at + name, ["text"]) for name in ("data/l.jsonl", "l.parquet"))
+assert one == two and [r["text"] for r in one][1] == "cats and dogs", (one, two)
+assert len({*Lambada(at + "data/l.jsonl").inputs(), *Lambada(at + "l.parquet").inputs()}) == 2
+for wrong in (at + "no.jsonl", "hf://datasets/me"):
+    try:
+        local_file(wrong)
+    except ConfigError as error:
+        assert wrong in str(error)
+    else:
+        raise AssertionError(wrong)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=hub.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

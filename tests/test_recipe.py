@@ -255,19 +255,19 @@ def test_the_commands_apart_do_what_the_command_does_together(tiny, tmp_path):
 def test_what_the_others_are_measured_by_comes_first(tiny):
     arguments = [
         tiny,
-        "only=[mle, conditional]",
-        "kl={reference: {name: local, path: conditional-s0}, num_samples: 6, max_tokens: 8}",
+        "only=[mle, unlikelihood]",
+        "kl={reference: {name: local, path: unlikelihood-s0}, num_samples: 6, max_tokens: 8}",
     ]
     recipe = load_recipe(arguments)
     blocks = commands(recipe, arguments)
     assert [[c.split("--only ")[-1] for c in block] for block in blocks[:-1]] == [
         ["data"],
-        ["conditional-s0"],
+        ["unlikelihood-s0"],
         ["mle-s0"],
     ]
     results = run_recipe(recipe)
-    assert [r["run"] for r in results["runs"]] == ["conditional-s0", "mle-s0"]
-    assert results["runs"][0]["kl"]["reference"]["path"] == str(recipe.folder / "conditional-s0")
+    assert [r["run"] for r in results["runs"]] == ["unlikelihood-s0", "mle-s0"]
+    assert results["runs"][0]["kl"]["reference"]["path"] == str(recipe.folder / "unlikelihood-s0")
     left = run_recipe(load_recipe([*arguments, "only=[mle]"]))  # its reference is not one of the runs
     assert left["runs"][0]["kl"] is None
 

@@ -309,6 +309,11 @@ def test_samples_of_a_server_are_drawn_apart_though_it_draws_alike_prompts_alike
     assert len(set(texts)) > 4
 
 
+def test_a_reference_with_control_tokens_is_refused(runs, tmp_path):
+    with pytest.raises(ConfigError, match="a reference is a plain LM"):
+        reference_texts(KL(LocalModel(str(runs / "conditional")), num_samples=4, max_tokens=4), tmp_path)
+
+
 def test_reverse_kl_of_a_model_with_control_tokens_is_refused(runs, tmp_path):
     config = KL(LocalModel(str(runs / "a")), num_samples=4, max_tokens=4, reverse=True)
     with pytest.raises(ConfigError, match="only KL from the reference is defined"):

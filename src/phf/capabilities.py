@@ -28,6 +28,7 @@ from pydantic.dataclasses import dataclass
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
+from phf.fitting import read_rows
 from phf.metrics import Z95, mean_estimate, share_estimate
 from phf.sample import LoadedModel, Scenario, sample_prompts
 from phf.tokens import encode_segments
@@ -44,14 +45,37 @@ class Capability:
         raise NotImplementedError
 
 
-def _jsonl(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    file = Path(path).expanduser()
-    opener = gzip.open if file.suffix == ".gz" else open
+HUB = "hf://datasets/"
+
+
+def local_file(path: str) -> Path:
+    """A file here or, as `hf://datasets/OWNER/NAME/FILE`, of the Hub: fetched once, into its cache."""
+    if not path.startswith(HUB):
+        return Path(path).expanduser()
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    parts = path.removeprefix(HUB).split("/", 2)
+    if len(parts) < 3:
+        raise ConfigError(f"{path}: expected {HUB}OWNER/NAME/FILE")
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON lines: {error}") from None
+        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
+    except (OSError, ValueError, HFValidationError) as error:  # what the Hub says, and that it does not answer
+        raise ConfigError(f"{path} cannot be fetched: {error}") from None
+
+
+def _rows_of(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of JSON lines (also .gz) or Parquet, in which every one of `fields` is a string."""
+    file = local_file(path)
+    if file.suffix == ".parquet":
+        rows = read_rows(file)
+    else:
+        opener = gzip.open if file.suffix == ".gz" else open
+        try:
+            with opener(file, "rt", encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read as JSON lines: {error}") from None
     for number, row in enumerate(rows):
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -107,7 +131,8 @@ def continuations(
 @dataclass(frozen=True, config=STRICT)
 class Lambada(Capability):
     """Predicting the last word of a passage (Paperno et al. 2016): accuracy (every token of the word is the likeliest)
-    and perplexity of the word. `path`: JSON lines with `text`, as OpenAI prepared it."""
+    and perplexity of the word. `path`: JSON lines or Parquet with `text`, as OpenAI prepared it, here or on
+    the Hub (hf://datasets/EleutherAI/lambada_openai/data/lambada_test_en.jsonl)."""
 
     path: str
     name: Literal["lambada"] = "lambada"
@@ -115,10 +140,10 @@ class Lambada(Capability):
     batch: Annotated[int, Field(gt=0)] = 32
 
     def inputs(self) -> list[str | None]:
-        return [store.path_hash(Path(self.path).expanduser())]
+        return [store.path_hash(local_file(self.path))]
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
-        texts = [row["text"].rstrip() for row in _jsonl(self.path, ["text"])][: self.max_passages]
+        texts = [row["text"].rstrip() for row in _rows_of(self.path, ["text"])][: self.max_passages]
         split = [text.rpartition(" ") for text in texts]
         contexts = encode_segments(model.tokenizer, [c for c, _, _ in split])
         words = encode_segments(model.tokenizer, [" " + w for _, _, w in split])
@@ -143,7 +168,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 @dataclass(frozen=True, config=STRICT)
 class HumanEval(Capability):
-    """Writing functions that pass their tests (Chen et al. 2021): pass@k. `path`: HumanEval.jsonl or .jsonl.gz.
+    """Writing functions that pass their tests (Chen et al. 2021): pass@k. `path`: HumanEval.jsonl, .jsonl.gz
+    or the Parquet file of the Hub (hf://datasets/OWNER/NAME/FILE).
 
     **This runs what the model wrote.** Each sample runs in a process of its own with limits on time, memory, files
     and processes, in an empty folder, with an empty environment and, where the kernel lets it, without network (the result
@@ -164,14 +190,14 @@ class HumanEval(Capability):
     run_untrusted_code: bool = False
 
     def inputs(self) -> list[str | None]:
-        return [store.path_hash(Path(self.path).expanduser())]
+        return [store.path_hash(local_file(self.path))]
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         if not self.run_untrusted_code:
             raise ConfigError(
                 "humaneval runs code that the model wrote, with limits but as you; say run_untrusted_code=true if you want that"
             )
-        problems = _jsonl(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        problems = _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
         n = self.samples_per_problem
         if max(self.k) > n:
             raise ConfigError(f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {n}")
@@ -268,7 +294,7 @@ _unshare: bool | None = None
 @dataclass(frozen=True, config=STRICT)
 class Glue(Capability):
     """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping early.
-    `train` and `dev`: .tsv or .jsonl files of yours with `text` and `label` columns (and `text2` for pairs); the score is
+    `train` and `dev`: .tsv, .jsonl or .parquet files (here or hf://datasets/...) with `text` and `label` columns (and `text2` for pairs); the score is
     accuracy, or Matthews correlation for `metric: matthews` (CoLA). Finetunes a copy; the model itself is not changed."""
 
     train: str
@@ -287,7 +313,7 @@ class Glue(Capability):
     seed: int = 0
 
     def inputs(self) -> list[str | None]:
-        return [store.path_hash(Path(p).expanduser()) for p in (self.train, self.dev)]
+        return [store.path_hash(local_file(p)) for p in (self.train, self.dev)]
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         devices = [model.lm.device] if model.lm.device.type == "cuda" else []
@@ -351,9 +377,7 @@ class Glue(Capability):
         }
 
     def _rows(self, path: str) -> list[tuple[str, str]]:
-        from phf.fitting import read_rows
-
-        rows = read_rows(Path(path).expanduser())
+        rows = read_rows(local_file(path))
         columns = [self.text, *([self.text2] if self.text2 else []), self.label]
         for column in columns:
             if not rows or column not in rows[0]:

@@ -119,6 +119,10 @@ def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
         loaded = None
     else:
         loaded = load_model(config.reference.path, config.reference.revision)
+        if loaded.control_ids:
+            raise ConfigError(
+                f"{config.reference.path} has control tokens, so its texts have no one probability: a reference is a plain LM"
+            )
         identity = {
             "path": config.reference.path,
             "weights": weights_hash(loaded.lm),
