@@ -26,6 +26,8 @@ from phf.objectives import LossInputs, LossOutputs, Objective
 
 CHUNK_NUMBERS = 2**24
 """Default size of a chunk: C x V numbers (64 MiB in float32). Measured best within a factor of 4 either way."""
+CHUNK_TARGETS = 1024
+"""And at most so many targets, however small the vocabulary: a whole small batch at once would cost memory and gain nothing."""
 
 
 def log_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,14 +178,14 @@ def fused_loss(
     |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
     where it has none).
 
-    `chunk`: targets at a time (default: about 2**24 logits). `dtype`: of the matrix products (default: that of the
+    `chunk`: targets at a time (default: about 2**24 logits, at most 1,024 targets). `dtype`: of the matrix products (default: that of the
     hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts.
     """
     vocab_size = weight_VD.shape[0]
     if vocab_size < 2:
         raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
     if chunk is None:
-        chunk = max(CHUNK_NUMBERS // vocab_size, 1)
+        chunk = min(max(CHUNK_NUMBERS // vocab_size, 1), CHUNK_TARGETS)
     sums: dict[str, Tensor] = {}
     split, logits_grad = (_compiled_split(), _compiled_grad()) if compiled else (_split, _logits_grad)
     with torch.autocast(hidden_ND.device.type, enabled=False):
