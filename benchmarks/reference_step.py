@@ -39,7 +39,7 @@ class ReferenceStep:
         objective: str,
         precision: str = "fp32",
         fused: bool = False,
-        own_loss_too: bool = True,
+        only_own_loss: bool = False,
         attention: str = "eager",
     ) -> None:
         from transformers import AutoModelForCausalLM
@@ -52,21 +52,23 @@ class ReferenceStep:
         self.optimizer = torch.optim.AdamW(
             parameters, lr=5e-4, weight_decay=0.1, fused=fused, foreach=False if not fused else None
         )
-        self.objective, self.precision, self.own_loss_too = objective, precision, own_loss_too
+        self.objective, self.precision, self.only_own_loss = objective, precision, only_own_loss
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            labels = batch["input_ids"] if self.own_loss_too else None
             out = self.lm(
                 input_ids=batch["input_ids"],
-                labels=labels,
+                labels=batch["input_ids"],
                 output_hidden_states=self.value_head is not None,
                 use_cache=False,
             )
             values = (
                 None if self.value_head is None else -torch.sigmoid(self.value_head(out.hidden_states[-1]).squeeze(-1))
             )
-        loss = losses(self.objective, out.logits.float(), values, batch["targets"], batch["scores"])
+        if self.only_own_loss:  # as plain transformers is trained
+            loss = out.loss
+        else:
+            loss = losses(self.objective, out.logits.float(), values, batch["targets"], batch["scores"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
         self.optimizer.step()

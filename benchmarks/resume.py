@@ -1,12 +1,16 @@
-"""Time to the first batch after skipping ahead: ours by index, against drawing and throwing away the rows before it.
+"""Time to the first batch after skipping ahead, and to the first step of a run that is resumed: ours by index, against drawing
+and throwing away the rows before it.
 
 python benchmarks/resume.py --out benchmarks/results/resume.json
 """
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, case, interleaved, write
 from phf import store
+from phf.annotate import score_corpus
+from phf.corpus import Folder
+from phf.model import COMPLETE, FromConfig
+from phf.objectives import MLE
 from phf.packing import Order, Rows
-from phf.tokens import TokenStore
+from phf.scorers import Regex
+from phf.segment import Lines
+from phf.tokens import TokenStore, TrainBPE, tokenize_corpus
+from phf.train import TrainConfig, train
 from phf.types import Edit
 
 CONTEXT, BATCH, REPLAYED = 256, 16, 2000
@@ -37,6 +48,37 @@ def synthetic(folder: Path, documents: int) -> TokenStore:
         {"stage": "tokenize", "identity": {"name": "given"}, "dtype": "uint16", "end_of_text_id": 0},
     )
     return TokenStore.open(folder)
+
+
+DEMO = {
+    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 344, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+
+
+def stopped_run(folder: Path) -> Path:
+    """A run of the demo's shape on a part of this Python's library, stopped after one step."""
+    score_corpus(Folder(str(Path(asyncio.__file__).parent)), Lines(), Regex("TODO"), folder / "scored")
+    tokenize_corpus(folder / "scored", TrainBPE(2048), folder / "tokens")
+    step_on(folder / "run", folder / "tokens", 1)
+    return folder / "run"
+
+
+def step_on(run: Path, tokens: Path, step: int) -> None:
+    """Build, resume from the newest checkpoint, train to `step` and save."""
+    settings = TrainConfig(tokens=70_000 * BATCH * CONTEXT, context=CONTEXT, batch_rows=BATCH)
+    train(tokens, run, FromConfig(DEMO), MLE(), settings, stop_after=step)
+
+
+def at_step(run: Path, step: int, out: Path) -> Path:
+    """A copy of a stopped run that says it has done `step` steps."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(run, out)
+    (checkpoint,) = (out / "checkpoints").glob("checkpoint-*")
+    checkpoint = checkpoint.rename(checkpoint.with_name(f"checkpoint-{step}"))
+    for name, key in ((COMPLETE, "step"), ("trainer_state.json", "global_step")):
+        store.write_json(checkpoint / name, store.read_json(checkpoint / name) | {key: step})
+    return out
 
 
 def main() -> None:
@@ -69,6 +111,16 @@ def main() -> None:
                     extrapolated=scale > 1,
                 )
             )
+        run, baseline = stopped_run(Path(name)), {c["case"]: c["baseline"] for c in cases}
+        for skip in (1, 1000, 1_000_000):
+            step, seconds = max(skip // BATCH, 1), []
+            for _ in range(args.repeats):
+                copy = at_step(run, step, Path(name) / "copy")
+                start = time.perf_counter()
+                step_on(copy, Path(name) / "tokens", step + 1)
+                seconds.append(time.perf_counter() - start)
+            with_replay = [s + baseline[f"first batch after {skip} rows"] for s in seconds]
+            cases.append(case(f"train resumed after {skip} rows, to its next checkpoint", seconds, with_replay))
     write(args.out, "resume", cases)
 
 

@@ -134,7 +134,7 @@ def main() -> None:
                     "mle",
                     "bf16",
                     fused=True,
-                    own_loss_too=False,
+                    only_own_loss=True,
                     attention="sdpa",
                 )
             seconds = interleaved({k: (lambda s=s, b=batch: s(b)) for k, s in steps.items()}, args.repeats, warmup=2)

@@ -131,6 +131,7 @@ def test_heldout_loss_equals_the_definition(runs, tokens, name, control):
         num_bytes = tokens.seg_bytes[use & chosen].sum()
         assert result[part]["bytes"] == num_bytes
         assert result[part]["nats_per_byte"] == pytest.approx(expected[part] / num_bytes, rel=1e-4)
+        assert result[part]["bits_per_byte"] == pytest.approx(expected[part] / np.log(2) / num_bytes, rel=1e-4)
     assert result["all"]["bytes"] == tokens.seg_bytes[use].sum()
 
 

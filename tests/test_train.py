@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from conftest import TINY_LLAMA
 from phf import store
@@ -232,6 +232,26 @@ def test_finetuning_goes_on_with_the_value_head_it_was_given(tokens_dir, tmp_pat
     assert kept["weight"].abs().max() > 1e-3
     torch.testing.assert_close(head, kept, atol=1e-6, rtol=1e-6)
     train(tokens_dir, tmp_path / "plain", FromWeights(str(run)), MLE(), config(1))  # which needs none
+
+
+def test_trackers_see_what_metrics_jsonl_says(tokens_dir, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    seen = []
+
+    class Spy(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "spy", Spy)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["spy"])
+    train(tokens_dir, tmp_path / "r", MODEL, AWR(), config(3, report_to=("spy",)))
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    steps = [s for s in seen if "loss" in s]
+    assert len(steps) == len(lines) == 3
+    for logs, line in zip(steps, lines, strict=True):
+        assert {k: logs[k] for k in line if line[k] is not None} == {k: v for k, v in line.items() if v is not None}
+        assert "effective_sample_share" in logs
 
 
 def test_fsdp_through_accelerate_is_refused(tokens_dir, tmp_path, monkeypatch):

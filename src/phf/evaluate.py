@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -382,12 +383,13 @@ def _per_byte(
     """Ratio of sums with a bootstrap interval over documents."""
     docs, index = np.unique(doc_S[use_S], return_inverse=True)
     if len(docs) == 0:
-        return {"nats_per_byte": None, "bytes": 0, "tokens": 0, "documents": 0, "ci95": None}
+        return {"nats_per_byte": None, "bits_per_byte": None, "bytes": 0, "tokens": 0, "documents": 0, "ci95": None}
     nats_D = np.bincount(index, weights=nats_S[use_S])
     bytes_D = np.bincount(index, weights=bytes_S[use_S].astype(np.float64))
     ratio = metrics.ratio_of_sums(nats_D, bytes_D)
     return {
         "nats_per_byte": ratio.mean,
+        "bits_per_byte": ratio.mean / math.log(2),
         "bytes": int(bytes_D.sum()),
         "tokens": int(tokens_S[use_S].sum()),
         "documents": len(docs),

@@ -345,6 +345,8 @@ def train(
         callbacks=[record, *callbacks, Resume(record)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(record)
+    trainer.callback_handler.callbacks.insert(0, record)
     record.trainer = trainer
     if config.milestones:
         trainer.add_callback(SaveAt(config.milestone_steps))

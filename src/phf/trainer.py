@@ -232,7 +232,7 @@ def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
 
 
 class Record(TrainerCallback):
-    """metrics.jsonl and the progress bar."""
+    """metrics.jsonl, what trackers see, and the progress bar. Stands before all other callbacks."""
 
     def __init__(
         self, path: Path, steps: int, step_tokens: int, params: int, peak_flops: float | None, writer: bool, tokens_before: int
@@ -297,6 +297,9 @@ class Record(TrainerCallback):
         line["tokens_per_s"] = steps * self.step_tokens / seconds if seconds > 0 else None
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        logs.update(
+            {k: v for k, v in line.items() if isinstance(v, int | float)}
+        )  # for the trackers, which come behind
         if self.writer:
             add_line(self.path, line)
 
