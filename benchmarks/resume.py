@@ -45,7 +45,16 @@ def synthetic(folder: Path, documents: int) -> TokenStore:
     rng.random(segments, dtype=np.float32).tofile(folder / "given.score.bin")
     store.write_json(
         folder / store.MANIFEST,
-        {"stage": "tokenize", "identity": {"name": "given"}, "dtype": "uint16", "end_of_text_id": 0},
+        {
+            "stage": "tokenize",
+            "identity": {"name": "given"},
+            "dtype": "uint16",
+            "end_of_text_id": 0,
+            "content": "x",
+            "main": "given",
+            "scores": {"given": {}},
+            "counts": {"train_documents": documents},
+        },
     )
     return TokenStore.open(folder)
 
