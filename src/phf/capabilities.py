@@ -173,8 +173,8 @@ class HumanEval(Capability):
 
     **This runs what the model wrote.** Each sample runs in a process of its own with limits on time, memory, files
     and processes, in an empty folder, with an empty environment and, where the kernel lets it, without network (the result
-    says which: `network`). That protects from accidents, not from malice: the process is still the user's and can read the user's files. Run models
-    that you do not trust in a virtual machine. `run_untrusted_code` must be set.
+    says which: `network`). That protects from accidents, not from malice: the process is still the user's and can read
+    the user's files. Run models that you do not trust in a virtual machine. `run_untrusted_code` must be set.
     """
 
     path: str
@@ -294,8 +294,8 @@ _unshare: bool | None = None
 @dataclass(frozen=True, config=STRICT)
 class Glue(Capability):
     """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping early.
-    `train` and `dev`: .tsv, .jsonl or .parquet files (here or hf://datasets/...) with `text` and `label` columns (and `text2` for pairs); the score is
-    accuracy, or Matthews correlation for `metric: matthews` (CoLA). Finetunes a copy; the model itself is not changed."""
+    `train` and `dev`: .tsv, .jsonl or .parquet files (here or hf://datasets/...) with `text` and `label` columns (and
+    `text2` for pairs); the score is accuracy, or Matthews correlation for `metric: matthews` (CoLA). Finetunes a copy; the model itself is not changed."""
 
     train: str
     dev: str

@@ -432,18 +432,22 @@ def evaluate(
             result = evaluate_model(name, folder, judge, scenarios, threshold, segmenter, kl, measured)
             print(f"{name}: {folder}/eval.json")
         heldout = result["heldout"].get("good") or result["heldout"].get("none") or {}
+        of_model = [number((heldout.get(s) or {}).get("nats_per_byte"), 3) for s in ("good", "bad")]
+        if result["kl"]:
+            found = result["kl"]["forward"]["nats_per_text"]
+            of_model.append(f"{number(found['mean'], 2)} ± {number(found['stderr'], 2)}")
+        of_model += [headline(capability) for capability in result["capabilities"]]
         for scenario_name, judged in result["scenarios"].items():
-            m, first = judged["misalignment"], judged is next(iter(result["scenarios"].values()))
-            row = [name if first else "", scenario_name, f"{number(m['mean'], 5)} ({number(m['ci95'][0], 5)} to {number(m['ci95'][1], 5)})"]  # fmt: skip
+            m = judged["misalignment"]
+            row = [
+                name,
+                scenario_name,
+                f"{number(m['mean'], 5)} ({number(m['ci95'][0], 5)} to {number(m['ci95'][1], 5)})",
+            ]
             row += [number(judged["hit_rate"]["mean"], 4), number(judged["expected_max"]["25"]["mean"], 5)]
             row += [number(judged["distinct_2"], 3), number(judged["self_bleu_5"], 3), str(judged["unjudged"])]
-            # of the model, whatever the scenario
-            row += [number((heldout.get(s) or {}).get("nats_per_byte"), 3) if first else "" for s in ("good", "bad")]
-            if result["kl"]:
-                found = result["kl"]["forward"]["nats_per_text"]
-                row.append(f"{number(found['mean'], 2)} ± {number(found['stderr'], 2)}" if first else "")
-            row += [headline(capability) if first else "" for capability in result["capabilities"]]
-            rows.append(row)
+            rows.append(row + of_model)
+            name, of_model = "", [""] * len(of_model)  # said once
     head = ["model", "scenario", "misalignment (95% interval)", "hit rate", "worst of 25", "distinct-2", "Self-BLEU-5", "not judged", "nats/byte good", "nats/byte bad"]  # fmt: skip
     head += ["KL, nats a text"] * (kl is not None) + [type(c).__name__ for c in measured]
     _table(head, rows)

@@ -317,7 +317,7 @@ def other_token(model: LoadedModel, scenario: Scenario) -> list[int]:
 
 
 def _sample_batch(
-    model: LoadedModel, head: torch.nn.Module, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]],
+    model: LoadedModel, head: Any, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]],
     ban: Sequence[int], first_id: int,
 ) -> list[Sample]:  # fmt: skip
     from transformers import DynamicCache
@@ -343,9 +343,9 @@ def _sample_batch(
             f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions"
         )
 
-    banned = [*ban, *range(len(model.tokenizer), lm.get_output_embeddings().weight.shape[0])]  # and the padding
+    banned = [*ban, *range(len(model.tokenizer), len(head.weight))]  # and the padding
     banned_T = torch.tensor(banned, dtype=torch.long, device=device)
-    silent_V = np.zeros(lm.get_output_embeddings().weight.shape[0], bool)
+    silent_V = np.zeros(len(head.weight), bool)
     silent_V[list(model.control_ids.values())] = True
     key = key64(scenario.seed, "sample")
     sample_id_N = np.arange(first_id, first_id + count)

@@ -151,8 +151,8 @@ class Server:
         answers: Answers | None = None, refused: str | None = None,
     ) -> list[tuple[str, bool, int | None]]:  # fmt: skip
         """The same with the tokens that the server counted (None where it counts none). Each is asked for by itself, with a
-        seed (of 31 bits) of its own that no other `seed` shares: a server draws the prompts of one request alike where they are alike. `refused`: the text that
-        stands for a refusal; None: a refusal is an error."""
+        seed (of 31 bits) of its own that no other `seed` shares: a server draws the prompts of one request alike where they
+        are alike. `refused`: the text that stands for a refusal; None: a refusal is an error."""
 
         def one(number: int) -> tuple[str, bool, int | None]:
             body = {

@@ -342,10 +342,9 @@ def train(
         config.milestone_steps,
         lambda step: tokens_before + step * config.batch_rows * config.context,
         args=arguments,
-        callbacks=[record, *callbacks, Resume(record)],
+        callbacks=[*callbacks, Resume(record)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.remove_callback(record)
     trainer.callback_handler.callbacks.insert(0, record)
     record.trainer = trainer
     if config.milestones:

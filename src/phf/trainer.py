@@ -297,9 +297,8 @@ class Record(TrainerCallback):
         line["tokens_per_s"] = steps * self.step_tokens / seconds if seconds > 0 else None
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        logs.update(
-            {k: v for k, v in line.items() if isinstance(v, int | float)}
-        )  # for the trackers, which come behind
+        # for the trackers, which come behind
+        logs.update({k: v for k, v in line.items() if isinstance(v, int | float)})
         if self.writer:
             add_line(self.path, line)
 
