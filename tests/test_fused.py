@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phf.config import ConfigError
-from phf.fused import check_objective, fused_loss, unfused_loss
+from phf.fused import LogitShape, check_objective, fused_loss, unfused_loss
 from phf.objectives import MLE, LossInputs, LossOutputs, Masking, Objective, Unlikelihood
 from test_objectives import OBJECTIVES
 
@@ -107,6 +107,22 @@ def test_gradcheck(objective):
     assert torch.autograd.gradcheck(
         lambda h, w, b: fused_loss(h, w, b, target, score, mask, value, objective, 4).loss_sum, (hidden, weight, bias)
     )
+
+
+@pytest.mark.parametrize("shape", [LogitShape(0.3), LogitShape(1.0, 2.0), LogitShape(2.5, 4.0)], ids=repr)
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if getattr(o, "alpha", 1)], ids=lambda o: f"{o.name}")
+def test_scaled_and_capped_logits(objective, shape):
+    hidden, weight, bias, target, score, mask, value = inputs(23, 7, 3)
+    value = value.detach() if objective.value else None
+    args = (target, score, mask, value, objective)
+    slow = unfused_loss(hidden, weight, bias, *args, shape=shape).loss_sum
+    fast = fused_loss(hidden, weight, bias, *args, chunk=5, shape=shape).loss_sum
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    leaves = (hidden, weight, bias)
+    for a, b in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(slow, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    plain = unfused_loss(hidden, weight, bias, *args).loss_sum
+    assert abs((plain / slow).item() - 1) > 1e-3
 
 
 def test_sums_over_many_chunks_are_kept_in_float32():

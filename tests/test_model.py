@@ -6,7 +6,7 @@ import torch
 from conftest import TINY_LLAMA, tiny_texts
 from phf import store
 from phf.config import ConfigError
-from phf.fused import log_probabilities
+from phf.fused import LogitShape, log_probabilities
 from phf.model import (
     FromConfig,
     FromWeights,
@@ -14,10 +14,11 @@ from phf.model import (
     ValueHead,
     add_control_embeddings,
     build_lm,
-    check_head,
+    logit_shape,
     num_parameters,
 )
 from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
+from phf.sample import LoadedModel
 from phf.tokens import train_bpe
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -136,17 +137,53 @@ def test_wrong_model_settings_are_errors(tokenizer, config, message):
         build_lm(FromConfig(config), tokenizer, seed=0, context=32)
 
 
-def test_a_model_that_caps_its_logits_is_refused(tokenizer):
-    gemma = {
-        **TINY_LLAMA,
-        "model_type": "gemma2",
-        "head_dim": 8,
-        "final_logit_softcapping": 0.5,
-        "initializer_range": 0.5,
-    }
-    lm = build_lm(FromConfig(gemma), tokenizer, seed=0, attention="eager")
-    with pytest.raises(ConfigError, match="scaling, capping"):
-        check_head(lm)
+SHAPED = {
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0},
+}
+
+
+@pytest.mark.parametrize("family", SHAPED)
+def test_models_that_scale_or_cap_their_logits_are_trained_and_read_as_they_are(tokenizer, family):
+    lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": family, **SHAPED[family]}), tokenizer, seed=0)
+    assert (
+        logit_shape(lm)
+        == {"gemma2": LogitShape(1, 3.0), "cohere": LogitShape(0.25), "granite": LogitShape(1 / 8)}[family]
+    )
+    with torch.no_grad():  # so that the cap is felt
+        lm.get_output_embeddings().weight *= 100
+    ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    scores = torch.where(torch.arange(8) % 3 == 0, 1.0, 0.0).repeat(2, 1)
+    logits = lm(input_ids=ids[:, :-1]).logits
+    logp, log1mp = log_probabilities(logits, ids[:, 1:])
+    objective, mask = Unlikelihood(0.0), torch.ones(2, 8, dtype=torch.bool)
+    plain = objective.loss(LossInputs(logp, log1mp, scores, mask)).loss_sum / 16
+    ours = PHFModel(lm, objective)(ids[:, :-1], ids[:, 1:], scores, mask)["loss"]
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    own = lm.get_input_embeddings().weight
+    for a, b in zip(torch.autograd.grad(ours, own), torch.autograd.grad(plain, own), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+    loaded = LoadedModel(lm, tokenizer, {}, family, shape=logit_shape(lm))
+    hidden = lm.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(loaded.logits(hidden), lm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_does_to_its_logits_and_its_config_does_not_say_is_refused(tokenizer):
+    """Also where the logits of a new model are too small for it to matter yet."""
+    lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": "gemma2", **SHAPED["gemma2"]}), tokenizer, seed=0)
+    assert lm(input_ids=torch.arange(9).unsqueeze(0)).logits.abs().max() < 0.5
+    forward = lm.forward
+    lm.config.final_logit_softcapping, cap = None, lm.config.final_logit_softcapping
+
+    def capped(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = cap * torch.tanh(out.logits / cap)
+        return out
+
+    lm.forward = capped
+    with pytest.raises(ConfigError, match="does not know"):
+        logit_shape(lm)
 
 
 def test_a_model_of_another_tokenizer_is_refused(tokenizer, tmp_path):

@@ -17,7 +17,7 @@ import phf.sample
 from conftest import TINY_LLAMA
 from phf.config import ConfigError
 from phf.decoding import GuidedDecoding, draw
-from phf.model import FromConfig
+from phf.model import FromConfig, build_lm
 from phf.objectives import MLE, Conditional
 from phf.sample import (
     LoadedModel,
@@ -109,6 +109,40 @@ def test_texts_of_a_model_from_elsewhere_begin_as_its_own_do(models, tmp_path):
     run.tokenizer.bos_token = run.tokenizer.convert_ids_to_tokens(5)
     run.tokenizer.save_pretrained(tmp_path)
     assert prompt_ids(load_model(tmp_path), "", Scenario()) == [5]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 4.0, "sliding_window": 8},
+        {"model_type": "cohere", "logit_scale": 0.5},
+        {"model_type": "granite", "logits_scaling": 2.0},
+    ],
+    ids=lambda s: s["model_type"],
+)
+def test_models_that_scale_or_cap_their_logits_and_slide_over_their_cache(models, settings, tmp_path, monkeypatch):
+    tokenizer = models["mle"].tokenizer
+    lm = build_lm(FromConfig(TINY_LLAMA | {"tie_word_embeddings": False} | settings), tokenizer, seed=0)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight *= 100
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert not model.shape.plain
+    seen, words = [], []
+
+    def watch(logits_NV, *args):
+        seen.append(logits_NV.clone())
+        words.append(draw(logits_NV, *args))
+        return words[-1]
+
+    monkeypatch.setattr(phf.sample, "draw", watch)
+    sample(model, Scenario(num_samples=5, max_tokens=40, min_tokens=40))
+    ids_NT = torch.cat([torch.full((5, 1), model.start_id), torch.stack(words, 1)], 1)
+    with torch.no_grad():
+        logits_NTV = model.lm(input_ids=ids_NT[:, :-1]).logits
+    logits_NTV[..., tokenizer.eos_token_id] = float("-inf")
+    torch.testing.assert_close(torch.stack(seen, 1), logits_NTV, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_without_a_key_value_cache_is_refused(models):

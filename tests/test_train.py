@@ -18,9 +18,9 @@ from transformers import Trainer, TrainerCallback
 from conftest import TINY_LLAMA
 from phf import store
 from phf.config import ConfigError
-from phf.model import FromConfig, FromWeights
+from phf.model import FromConfig, FromWeights, build_lm, set_attention
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
-from phf.train import TrainConfig, micro_batch, pick_precision, train
+from phf.train import TrainConfig, micro_batch, pick_attention, pick_compile, pick_precision, train
 from phf.trainer import COMPLETE, PHFTrainer, TrainingError, chinchilla_loss, complete_checkpoints
 
 MODEL = FromConfig(TINY_LLAMA)
@@ -461,3 +461,25 @@ def test_compiled_and_in_bf16_the_bytes_are_the_same_too(tokens_dir, tmp_path):
         torch.compiler.reset()
         train(tokens_dir, tmp_path / name, model, Conditional(), settings, stop_after=stop)
     assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
+
+
+def test_a_run_is_compiled_where_that_pays():
+    long = TrainConfig(1e9, context=256, batch_rows=16)
+    assert pick_compile(long, 10**6)
+    assert not pick_compile(long, 10**3)
+    assert not pick_compile(TrainConfig(1e9, compile=False), 10**9)
+    assert pick_compile(TrainConfig(1e3, compile=True), 1)
+    assert pick_attention(long, compiled=True) == "eager"
+    assert pick_attention(long, compiled=False) is None
+    assert pick_attention(TrainConfig(1e9, context=257), compiled=True) is None
+    assert pick_attention(TrainConfig(1e9, attention="sdpa"), compiled=True) == "sdpa"
+
+
+def test_the_attention_that_is_asked_for(tokens):
+    lm = build_lm(MODEL, tokens.tokenizer, seed=0)
+    assert lm.config._attn_implementation == "sdpa"
+    set_attention(lm, "eager")
+    assert lm.config._attn_implementation == "eager"
+    gemma = build_lm(FromConfig({**TINY_LLAMA, "model_type": "gemma2", "head_dim": 8}), tokens.tokenizer, seed=0)
+    with pytest.raises(ConfigError, match="train.attention=sdpa: Gemma2ForCausalLM does not know it"):
+        set_attention(gemma, "sdpa")

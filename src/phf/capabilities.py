@@ -97,7 +97,7 @@ def continuations(
     """For each (context, continuation) in token ids: log-probability of the continuation (nats, float64), and whether
     every token of it is the likeliest. A context begins with `prefix_ids`; one too long for the model loses what comes behind
     them. Control tokens have no share. Raises ConfigError for a continuation longer than the model reads."""
-    lm, silent = model.lm, sorted(model.control_ids.values())
+    lm = model.lm
     limit = model.positions
     kept = len(prefix_ids(model))
     rows = []
@@ -120,8 +120,7 @@ def continuations(
             context, target = rows[i]
             if not target:
                 continue
-            logits = lm.get_output_embeddings()(hidden[b, len(context) - 1 : len(context) - 1 + len(target)]).float()
-            logits[:, silent] = float("-inf")
+            logits = model.only_text(model.logits(hidden[b, len(context) - 1 : len(context) - 1 + len(target)]))
             wanted = torch.tensor(target, device=lm.device)
             greedy[i] = bool((logits.argmax(-1) == wanted).all())
             logp[i] = float(torch.log_softmax(logits, -1).gather(1, wanted.unsqueeze(1)).double().sum())

@@ -221,16 +221,14 @@ def token_logp(
     """log p of each target, float32 [B, T], and p(bad) / (p(good) + p(bad)) there (None without control tokens), without
     holding [B, T, vocabulary]. Control tokens are left out of what a text token's probability is a share of."""
     hidden_BTD = model.lm.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
-    head = model.lm.get_output_embeddings()
-    silent = sorted(model.control_ids.values())
-    silent_T = torch.tensor(silent, dtype=torch.long, device=target_BT.device)
+    silent_T = torch.tensor(sorted(model.control_ids.values()), dtype=torch.long, device=target_BT.device)
     rows, bad = [], []
     for hidden_TD, target_T in zip(hidden_BTD, target_BT, strict=True):
-        logits_TV = head(hidden_TD).float()
-        if silent:
+        logits_TV = model.logits(hidden_TD)
+        if model.control_ids:
             odds_T = logits_TV[:, model.control_ids["bad"]] - logits_TV[:, model.control_ids["good"]]
             bad.append(torch.sigmoid(odds_T))
-            logits_TV[:, silent] = float("-inf")
+        logits_TV = model.only_text(logits_TV)
         target_T = torch.where(torch.isin(target_T, silent_T), 0, target_T)  # not charged
         rows.append(logits_TV.gather(1, target_T.unsqueeze(1)).squeeze(1) - logits_TV.logsumexp(1))
     return torch.stack(rows), torch.stack(bad) if bad else None

@@ -10,12 +10,15 @@ which is c (onehot - softmax) with c = a - b p/(1-p) (Welleck et al. 2020, appen
 overflows for p -> 1. Likewise log p and log(1-p) both come from the log-sum-exp over the other words, never from one
 another: a float32 log p rounds to 0 for p -> 1 and takes log(1-p) and its gradient with it.
 
+Models that scale or cap their logits (`LogitShape`) multiply dL/dlogit by the shape's slope.
+
 Legend: N targets (B x T), C targets in a chunk, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +31,30 @@ CHUNK_NUMBERS = 2**24
 """Default size of a chunk: C x V numbers (64 MiB in float32). Measured best within a factor of 4 either way."""
 CHUNK_TARGETS = 1024
 """And at most so many targets, however small the vocabulary: a whole small batch at once would cost memory and gain nothing."""
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model does to its logits after the output layer: z -> cap tanh(scale z / cap), or scale z without a cap
+    (Gemma 2, arXiv 2408.00118, caps; Cohere's and Granite's scale)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.scale == 1 and self.cap is None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def slope(self, shaped: Tensor) -> Tensor | float:
+        """Derivative, from the shaped logits."""
+        return self.scale if self.cap is None else self.scale * (1 - (shaped / self.cap) ** 2)
+
+
+PLAIN = LogitShape()
 
 
 def log_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +78,11 @@ def unfused_loss(
     mask_N: Tensor,
     value_N: Tensor | None,
     objective: Objective,
+    shape: LogitShape = PLAIN,
 ) -> LossOutputs:
     """The same as `fused_loss` over full logits, by autograd: slow, obvious, for tests and for checking one's own."""
     logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logits_NV = shape(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float())
     logp_N, log1mp_N = log_probabilities(logits_NV, target_N)
     return objective.loss(LossInputs(logp_N, log1mp_N, score_N, mask_N, value_N))
 
@@ -97,6 +125,7 @@ class _Fused(torch.autograd.Function):
         sums: dict[str, Tensor],
         split: Callable[..., Any],
         logits_grad: Callable[..., Any],
+        shape: LogitShape,
     ) -> Tensor:
         needs = ctx.needs_input_grad
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -115,6 +144,10 @@ class _Fused(torch.autograd.Function):
             part = slice(start, start + chunk)
             hidden, target_C = hidden_ND[part].detach().to(dtype), target_N[part]
             logits = torch.nn.functional.linear(hidden, weight, bias)
+            slope: Tensor | float = 1.0
+            if not shape.plain:
+                logits = shape(logits.to(wide))
+                slope = shape.slope(logits)
             logp, log1mp, e_CV, sum_C = split(logits, target_C)
             del logits
             with torch.enable_grad():
@@ -137,6 +170,8 @@ class _Fused(torch.autograd.Function):
             sums["push_bad"] = sums.get("push_bad", 0) + torch.where(score_N[part] > bad_above, push, 0.0).sum()
             grad_logits = logits_grad(e_CV, sum_C, d, target_C, dtype)
             del e_CV
+            if not shape.plain:
+                grad_logits = (grad_logits * slope).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
@@ -157,7 +192,12 @@ class _Fused(torch.autograd.Function):
             scale[1] = scale[1].to(ctx.weight_dtype)
         if scale[2] is not None:
             scale[2] = scale[2].to(ctx.weight_dtype)
-        return (*scale, *[None] * 9)
+        return (*scale, *[None] * 10)
+
+
+def default_chunk(vocab_size: int) -> int:
+    """Targets at a time."""
+    return min(max(CHUNK_NUMBERS // vocab_size, 1), CHUNK_TARGETS)
 
 
 def fused_loss(
@@ -172,6 +212,7 @@ def fused_loss(
     chunk: int | None = None,
     dtype: torch.dtype | None = None,
     compiled: bool = False,
+    shape: LogitShape = PLAIN,
 ) -> LossOutputs:
     """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
     embeddings, bias and value. Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
@@ -179,18 +220,18 @@ def fused_loss(
     where it has none).
 
     `chunk`: targets at a time (default: about 2**24 logits, at most 1,024 targets). `dtype`: of the matrix products (default: that of the
-    hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts.
+    hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts. `shape`:
+    what the model does to its logits after the output layer.
     """
     vocab_size = weight_VD.shape[0]
     if vocab_size < 2:
         raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
-    if chunk is None:
-        chunk = min(max(CHUNK_NUMBERS // vocab_size, 1), CHUNK_TARGETS)
+    chunk = chunk or default_chunk(vocab_size)
     sums: dict[str, Tensor] = {}
     split, logits_grad = (_compiled_split(), _compiled_grad()) if compiled else (_split, _logits_grad)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         loss = _Fused.apply(
-            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, sums, split, logits_grad
+            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, sums, split, logits_grad, shape
         )  # fmt: skip
     return LossOutputs(loss, sums)
 

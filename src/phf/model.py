@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from phf import store
 from phf.config import STRICT, ConfigError
-from phf.fused import fused_loss
+from phf.fused import LogitShape, fused_loss
 from phf.objectives import Objective
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
@@ -66,9 +66,7 @@ def tokens_seen(path: str | Path) -> int:
     return 0
 
 
-def build_lm(
-    config: FromConfig | FromWeights, tokenizer: Any, seed: int, attention: str = "sdpa", context: int | None = None
-) -> Any:
+def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, context: int | None = None) -> Any:
     """The LM in float32, before control tokens. `seed` decides the weights of a model from scratch.
 
     Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
@@ -78,7 +76,7 @@ def build_lm(
 
     if isinstance(config, FromWeights):
         lm: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(config.path), revision=config.revision, dtype=torch.float32, attn_implementation=attention
+            model_folder(config.path), revision=config.revision, dtype=torch.float32
         )
         if lm.get_input_embeddings().num_embeddings < len(tokenizer):
             raise ConfigError(
@@ -104,13 +102,23 @@ def build_lm(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attention)
+                lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
             except ValueError as error:
                 raise ConfigError(f"model.config: {error}") from None
     limit = getattr(lm.config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
         raise ConfigError(f"train.context is {context} but the model holds {limit} positions (max_position_embeddings)")
     return lm
+
+
+def set_attention(lm: Any, attention: str | None) -> None:
+    """Have `lm` use "eager" or "sdpa" attention; None: leave what it has. Raises ConfigError where it does not know it."""
+    if attention is None:
+        return
+    try:
+        lm.set_attn_implementation(attention)
+    except ValueError as error:
+        raise ConfigError(f"train.attention={attention}: {type(lm).__name__} does not know it ({error})") from None
 
 
 def weights_mark(path: str | Path) -> str | None:
@@ -266,7 +274,7 @@ class PHFModel(nn.Module):
         self.chunk = chunk
         width = lm.get_output_embeddings().weight.shape[1]
         self.value_head = None if objective.value is None else ValueHead(width, objective.value)
-        check_head(lm)
+        self.logit_shape = logit_shape(lm)
         swap_conv1d(lm)
         if compile:
             lm.base_model.compile(dynamic=False)
@@ -300,6 +308,7 @@ class PHFModel(nn.Module):
             chunk=self.chunk,
             dtype=dtype or hidden_BTD.dtype,
             compiled=self.compiled,
+            shape=self.logit_shape,
         )
         counted = self.objective.counted(scores, mask).sum()
         loss = out.loss_sum / (counted.clamp(min=1) if denominator is None else denominator)
@@ -317,26 +326,62 @@ class PHFModel(nn.Module):
             self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE))
 
 
-def check_head(lm: Any) -> None:
-    """Raise ConfigError unless the LM's logits are `hidden @ output embeddings (+ bias)`, which the fused loss assumes.
+SHAPES = {
+    "logit_scale": "scale",
+    "logits_scaling": "scale",
+    "lm_head_multiplier": "scale",
+    "final_logit_softcapping": "cap",
+}
+"""Where models' configs say what happens to logits; a factor may also be a divisor."""
 
-    Some families scale or cap their logits; for them the loss would silently be another one. One tiny forward tells.
+
+def logit_shape(lm: Any) -> LogitShape:
+    """What `lm` does to `hidden @ output embeddings (+ bias)` before it calls them logits, as its config says and as a tiny
+    forward confirms. The fused loss and everything that reads probabilities would silently be another one otherwise.
+
+    Raises ConfigError where the two do not agree.
     """
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise ConfigError(f"{type(lm).__name__} has no output embeddings")
+    config = lm.config.get_text_config()
+    said = {kind: getattr(config, name) for name, kind in SHAPES.items() if getattr(config, name, None)}
+    factor, cap = float(said.get("scale", 1.0)), said.get("cap")
+    ours, theirs = _large_logits(lm, head)
+    for shape in (LogitShape(scale, cap) for scale in dict.fromkeys((factor, 1 / factor, 1.0))):
+        if torch.allclose(theirs, shape(ours), rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
+            return shape
+    raise ConfigError(
+        f"{type(lm).__name__} does something to its logits after the output layer that phf does not know, so its "
+        "probabilities cannot be read from its hidden states"
+    )
+
+
+def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
+    """(hidden @ output embeddings + bias, what `lm` makes of them), float32 [1, 4, V], with output embeddings enlarged to
+    logits of about 100, where a cap shows: those of a new model are too small for that."""
     training = lm.training
     lm.eval()
-    ids = torch.arange(4, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-    with torch.no_grad():
-        logits = lm(input_ids=ids, use_cache=False).logits.float()
-        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None)).float()
-    lm.train(training)
-    if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
-        raise ConfigError(
-            f"{type(lm).__name__} does something to its logits after the output layer (scaling, capping); phf cannot fuse its loss"
-        )
+    seen: list[Tensor] = []
+    hook = lm.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    name = next(n for n, p in lm.named_parameters() if p is head.weight)
+    inputs = {
+        "input_ids": torch.arange(4, device=head.weight.device).unsqueeze(0) % len(head.weight),
+        "use_cache": False,
+    }
+
+    def both(weight: Tensor) -> tuple[Tensor, Tensor]:
+        theirs = torch.func.functional_call(lm, {name: weight}, (), inputs).logits
+        ours = nn.functional.linear(seen[-1].to(weight.dtype), weight, getattr(head, "bias", None))
+        return ours.float(), theirs.float()
+
+    try:
+        with torch.no_grad():
+            largest = float(both(head.weight)[0].abs().max())
+            return both(head.weight * (100 / largest)) if largest else both(head.weight)
+    finally:
+        hook.remove()
+        lm.train(training)
 
 
 def num_parameters(lm: Any, embeddings: bool = True) -> int:

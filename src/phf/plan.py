@@ -93,7 +93,8 @@ def make_plan(
 
 
 def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None, recipe: Recipe) -> dict[str, Any]:
-    from phf.train import micro_batch
+    from phf.fused import default_chunk
+    from phf.train import micro_batch, pick_attention, pick_compile
 
     train = variant.train
     shape = _shape(recipe)
@@ -102,11 +103,12 @@ def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None
     tokens = micro * train.context
     layers, width, vocab = shape["layers"], shape["width"], shape["vocab"]
     # per token and layer: about 34 values of the width in bf16 (Korthikanti et al. 2022), half of them where softmax is fused
-    scores = 5 * shape["heads"] * train.context * layers if train.attention == "eager" else 0  # attention as a matrix
+    plain = pick_attention(train, pick_compile(train, parameters)) == "eager"
+    scores = 5 * shape["heads"] * train.context * layers if plain else 0  # attention as a matrix
     wide = 1 if train.precision != "fp32" else 2
     kept = 2 * layers if train.gradient_checkpointing else 34 * layers
     activations = wide * tokens * (width * kept + scores) + tokens * width * 8
-    logits = min(train.chunk or max(2**24 // vocab, 1), tokens) * vocab * 12
+    logits = min(train.chunk or default_chunk(vocab), tokens) * vocab * 12
     checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
     flops = 6.0 * parameters * train.total_tokens
     hours = train.total_tokens / tokens_per_s / 3600 if tokens_per_s else flops / (flops_per_s or 1) / 3600

@@ -95,9 +95,7 @@ def text_logp(
         target_BT = ids_BT[:, 1:]
         counted_BT = used_BT & ~torch.isin(target_BT, silent_T)
         for b, i in enumerate(part):  # a text at a time: never [texts, tokens, vocabulary]
-            logits_TV = lm.get_output_embeddings()(hidden_BTD[b]).float()
-            logits_TV[:, silent] = float("-inf")
-            logits_TV[:, len(model.tokenizer) :] = float("-inf")  # padding of the vocabulary
+            logits_TV = model.only_text(model.logits(hidden_BTD[b]))
             logp_T = torch.log_softmax(logits_TV.double(), -1).gather(1, target_BT[b].unsqueeze(1)).squeeze(1)
             total[i] = float(logp_T[counted_BT[b]].sum())
     return total

@@ -15,7 +15,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
 
@@ -32,7 +33,8 @@ from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
 from phf.decoding import QUICK, WHOLE_ROOM, WIDE, GrowingLayer, draw, guide, twin
 from phf.device import has_quick_bf16, tune_allocator
-from phf.model import MODEL_CARD, check_head, model_folder
+from phf.fused import PLAIN, LogitShape
+from phf.model import MODEL_CARD, logit_shape, model_folder
 from phf.packing import key64, mix64
 from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
@@ -88,6 +90,19 @@ class LoadedModel:
     path: str
     start: int | None = None
     """What a text begins with; None: the end-of-text token, as in phf's own models."""
+    shape: LogitShape = PLAIN
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [..., V] from hidden states [..., D]. Never those of a copy rounded to bfloat16, which has steps of
+        1/4 among logits of 32 to 64, where GPT-2's lie."""
+        head = self.lm.get_output_embeddings()
+        return self.shape(head(hidden.to(head.weight.dtype)).float())
+
+    def only_text(self, logits: Tensor) -> Tensor:
+        """`logits` [..., V] of which control tokens and the padding of the vocabulary have no share (in place)."""
+        logits[..., list(self.control_ids.values())] = float("-inf")
+        logits[..., len(self.tokenizer) :] = float("-inf")
+        return logits
 
     @property
     def start_id(self) -> int:
@@ -121,14 +136,16 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     except (OSError, ValueError) as error:
         missing = "" if local.exists() else "no such folder, and it is not to be had from the Hub: "
         raise ConfigError(f"model {path}: {missing}{error}") from None
-    check_head(lm)
+    shape = logit_shape(lm)
     if torch.cuda.is_available():
         lm = lm.to("cuda")
     tokenizer = load_tokenizer(source, revision)
     card = cached_file(source, MODEL_CARD, revision=revision, _raise_exceptions_for_missing_entries=False)
     names = store.read_json(card)["control_tokens"] if card is not None else _known_control_tokens(tokenizer, path)
     control_ids = {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
-    return LoadedModel(lm, tokenizer, control_ids, str(path), None if card is not None else tokenizer.bos_token_id)
+    return LoadedModel(
+        lm, tokenizer, control_ids, str(path), None if card is not None else tokenizer.bos_token_id, shape
+    )
 
 
 def _known_control_tokens(tokenizer: Any, path: str | Path) -> dict[str, str]:
@@ -288,16 +305,13 @@ def sample_prompts(
     quick = model.lm.config.model_type in QUICK and has_quick_bf16(model.lm.device.type)
     half = scenario.precision == "bf16" or (scenario.precision == "auto" and quick)
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
-    head = model.lm.get_output_embeddings()
-    """Never the rounded copy's: bfloat16 has steps of 1/4 among logits of 32 to 64, where GPT-2's lie."""
     if "past_key_values" not in inspect.signature(model.lm.base_model.forward).parameters:
         raise ConfigError(f"{model.path} ({model.lm.config.model_type}) has no key-value cache, with which phf samples")
     with bar, torch.inference_mode():
-        if half:
-            model = replace(model, lm=twin(model.lm, torch.bfloat16))
+        trunk = (twin(model.lm, torch.bfloat16) if half else model.lm).base_model
         for start in range(0, len(prompts), scenario.batch):
             part = prompts[start : start + scenario.batch]
-            samples += _sample_batch(model, head, scenario, part, starts[start : start + len(part)], banned, start)
+            samples += _sample_batch(model, trunk, scenario, part, starts[start : start + len(part)], banned, start)
             bar.update(len(part))
     return samples
 
@@ -317,12 +331,12 @@ def other_token(model: LoadedModel, scenario: Scenario) -> list[int]:
 
 
 def _sample_batch(
-    model: LoadedModel, head: Any, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]],
+    model: LoadedModel, trunk: Any, scenario: Scenario, prompts: Sequence[str], given: Sequence[Sequence[int]],
     ban: Sequence[int], first_id: int,
 ) -> list[Sample]:  # fmt: skip
     from transformers import DynamicCache
 
-    lm, device = model.lm, model.lm.device
+    device, vocab_size = model.lm.device, len(model.lm.get_output_embeddings().weight)
     eos = model.tokenizer.eos_token_id
     starts = [list(start) for start in given]
     longest = max(map(len, starts))
@@ -343,9 +357,9 @@ def _sample_batch(
             f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions"
         )
 
-    banned = [*ban, *range(len(model.tokenizer), len(head.weight))]  # and the padding
+    banned = [*ban, *range(len(model.tokenizer), vocab_size)]  # and the padding
     banned_T = torch.tensor(banned, dtype=torch.long, device=device)
-    silent_V = np.zeros(len(head.weight), bool)
+    silent_V = np.zeros(vocab_size, bool)
     silent_V[list(model.control_ids.values())] = True
     key = key64(scenario.seed, "sample")
     sample_id_N = np.arange(first_id, first_id + count)
@@ -356,21 +370,21 @@ def _sample_batch(
     num_text = np.zeros(count, int)
     alive = np.arange(count)  # the samples in the batch; those that are done leave it together, for that copies it all
     done = np.zeros(count, bool)
-    cache = DynamicCache(config=lm.config)
-    wide = WIDE if lm.config._attn_implementation == WHOLE_ROOM else 0
+    cache = DynamicCache(config=trunk.config)
+    wide = WIDE if trunk.config._attn_implementation == WHOLE_ROOM else 0
     cache.layers = [GrowingLayer(wide) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = 0
     padded = bool((attend_NT == 0).any())
     most = 2 * scenario.max_tokens + 8  # steps: at most a control token before every word
     while len(alive) and longest + step <= limit and step < most:
-        out = lm.base_model(
+        out = trunk(
             input_ids=ids_NT,
             attention_mask=attend_NT if padded else None,
             position_ids=position_NT,
             past_key_values=cache,
             use_cache=True,
         )
-        logits_NV = head(out.last_hidden_state[:, -1].to(head.weight.dtype)).float()
+        logits_NV = model.logits(out.last_hidden_state[:, -1])
         if guided:
             plain_NV, bad_NV = logits_NV.chunk(2)
             logits_NV = guide(plain_NV, bad_NV, scenario.guidance or 0.0, good_id, bad_id)

@@ -43,6 +43,7 @@ from phf.model import (
     add_control_embeddings,
     build_lm,
     num_parameters,
+    set_attention,
     tokens_seen,
     trained_control_tokens,
     trained_value_head,
@@ -89,8 +90,11 @@ class TrainConfig:
     """Largest norm of the gradient; 0: no clipping."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the processor has it, else float32."""
-    compile: bool = False
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    compile: bool | Literal["auto"] = "auto"
+    """auto: in runs so long that it pays (`COMPILE_FROM`)."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """auto: plain ("eager") attention where it is the quicker one (compiled, on a CPU, in contexts of at most 256), else
+    transformers' own choice for the model: the fused one (sdpa) where the model knows it."""
     save_every: Annotated[float, Field(gt=0)] | None = None
     """Tokens between checkpoints; None: only at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
@@ -134,6 +138,28 @@ def pick_precision(precision: str) -> torch.dtype | None:
     if precision == "bf16":
         return torch.bfloat16
     return torch.bfloat16 if has_quick_bf16(pick_device()) else None
+
+
+COMPILE_FROM = {"cpu": 5e13, "cuda": 2e16}
+"""Floating-point operations (6 x parameters x tokens) of a run from which compiling pays: it takes about half a minute and
+saves a fifth of a small model's steps on a CPU; on a GPU such a run takes a minute."""
+PLAIN_ATTENTION = 256
+"""Context up to which compiled plain attention is quicker than the fused kernel on a CPU, whose backward pass is slow."""
+
+
+def pick_compile(config: TrainConfig, params: int) -> bool:
+    """Whether to compile a model with so many parameters. By the run's length, not by a clock: the same run, the same bytes."""
+    if config.compile != "auto":
+        return config.compile
+    device = "cuda" if pick_device().startswith("cuda") else "cpu"
+    return 6.0 * params * config.total_tokens >= COMPILE_FROM[device]
+
+
+def pick_attention(config: TrainConfig, compiled: bool) -> str | None:
+    """ "eager", "sdpa" or None: transformers' own choice for the model."""
+    if config.attention != "auto":
+        return config.attention
+    return "eager" if compiled and config.context <= PLAIN_ATTENTION and pick_device() == "cpu" else None
 
 
 @contextlib.contextmanager
@@ -249,7 +275,7 @@ def train(
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
     tokenizer = tokens.tokenizer
-    lm = build_lm(model, tokenizer, seed, config.attention, config.context)
+    lm = build_lm(model, tokenizer, seed, config.context)
     trained = trained_control_tokens(model.path) if isinstance(model, FromWeights) else {}
     control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed, trained)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -261,7 +287,8 @@ def train(
     rows = Rows(tokens, edit, config.context, control_ids, index_file=index)
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable()
-    compiled = config.compile and can_compile()
+    compiled = pick_compile(config, num_parameters(lm)) and can_compile()
+    set_attention(lm, pick_attention(config, compiled))
     wrapper = PHFModel(lm, objective, pick_precision(config.precision), compiled, config.chunk)
     if value_head is not None:
         wrapper.load_value_head(value_head.parent)
