@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from phf.capabilities import Glue, HumanEval, Lambada, function_body, pass_at_k, run_sandboxed
+from phf.capabilities import Glue, HumanEval, Lambada, function_body, glue_score, pass_at_k, run_sandboxed
 from phf.config import ConfigError
 from phf.sample import load_model
 from test_reference import runs  # noqa: F401
@@ -116,29 +116,78 @@ def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_pat
     assert real["problems"] == 2
 
 
-def test_glue_finetunes_a_copy_and_stops_early(runs, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def glue_files(tmp_path_factory):
+    """Lines about cats or rivers, with how many cats there are, told apart in an epoch or two."""
+    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    rows = [
+        (" ".join(["cats"] * n + ["rivers"] * (3 - n) + list(rng.choice(["the", "line", "of"], 3))), n)
+        for n in rng.integers(0, 4, 400)
+    ]
+    for name, part in (("train", rows[:320]), ("dev", rows[320:])):
+        lines = "".join(f"{t}\t{n > 1:d}\t{n}\n" for t, n in part)
+        (folder / f"{name}.tsv").write_text("text\tlabel\tcount\n" + lines)
+    return str(folder / "train.tsv"), str(folder / "dev.tsv")
+
+
+def test_glue_finetunes_a_copy(runs, glue_files):  # noqa: F811
     model = load_model(runs / "a")
     before = {k: v.clone() for k, v in model.lm.state_dict().items()}
-    rng = np.random.default_rng(0)
-    rows = [
-        (f"{'cats' if y else 'rivers'} {' '.join(rng.choice(['the', 'line', 'of'], 3))}", y)
-        for y in rng.integers(0, 2, 300)
-    ]
-    for name, part in (("train", rows[:240]), ("dev", rows[240:])):
-        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in part))
-    task = Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), lr=3e-3, epochs=6)
+    task = Glue(*glue_files, lr=3e-3)
     found = task.measure(model)
     assert found["accuracy"]["mean"] > 0.9
-    assert len(found["history"]) < 6 or found["history"][-1] > found["history"][0]
     assert found["history"][found["epoch"] - 1] == max(found["history"]) == found["accuracy"]["mean"]
     for name, value in model.lm.state_dict().items():
         assert torch.equal(value, before[name])
     assert task.measure(model) == found
-    matthews = Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), lr=3e-3, epochs=2, metric="matthews")
-    estimate = matthews.measure(model)["matthews"]
-    assert -1 <= estimate["ci95"][0] <= estimate["mean"] <= estimate["ci95"][1] <= 1
-    with pytest.raises(ConfigError, match="no column 'sentence', only text, label"):
-        Glue(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), text="sentence").measure(model)
+    with pytest.raises(ConfigError, match="no column 'sentence', only text, label, count"):
+        Glue(*glue_files, text="sentence").measure(model)
+    with pytest.raises(ConfigError, match="no column 'sentence1'"):
+        Glue(*glue_files, task="mrpc").measure(model)
+
+
+@pytest.mark.parametrize("history, epochs", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
+def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, epochs):
+    from phf import capabilities
+
+    model, given = load_model(runs / "a"), iter(history)
+    monkeypatch.setattr(capabilities, "glue_score", lambda *args: next(given))
+    found = Glue(*glue_files, max_train=32).measure(model)
+    assert found["history"] == history[:epochs]
+    assert found["epoch"] == 1 + int(np.argmax(history[:epochs]))
+
+
+@pytest.mark.parametrize("metric, label, least", [("matthews", "label", 0.8), ("f1", "label", 0.9), ("pearson", "count", 0.8)])  # fmt: skip
+def test_glue_metrics(runs, glue_files, metric, label, least):  # noqa: F811
+    found = Glue(*glue_files, lr=3e-3, metric=metric, label=label).measure(load_model(runs / "a"))
+    assert next(iter(found)) == metric  # what the page shows
+    low, high = found[metric]["ci95"]
+    assert least < found[metric]["mean"] <= 1
+    assert low < found[metric]["mean"] < high or found[metric]["mean"] == 1
+    assert ("accuracy" in found) == (metric != "pearson")
+
+
+def test_glue_scores_by_their_formulas():
+    truth, guess = np.array([0, 1, 1, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0])
+    tp, fp, fn, tn = 2, 1, 1, 2
+    assert glue_score("accuracy", truth, guess) == pytest.approx(4 / 6)
+    assert glue_score("f1", truth, guess) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert glue_score("matthews", truth, guess) == pytest.approx(mcc)
+    assert glue_score("pearson", np.array([1.0, 2, 3]), np.array([2.0, 4, 6])) == pytest.approx(1)
+    assert glue_score("pearson", np.array([1.0, 2, 3]), np.ones(3)) == 0
+    assert glue_score("f1", np.zeros(3), np.zeros(3)) == 0  # a resample without the class
+
+
+def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):  # noqa: F811
+    from phf import capabilities
+
+    monkeypatch.setattr(capabilities, "run_sandboxed", lambda program, timeout_s: False)
+    rows = [{"prompt": "def f():\n", "test": "def check(c): pass\n", "entry_point": "f"}] * 20
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = HumanEval(str(tmp_path / "h.jsonl"), max_tokens=4, run_untrusted_code=True).measure(load_model(runs / "a"))
+    assert found["pass@1"]["mean"] == 0
+    assert found["pass@1"]["ci95"] == pytest.approx([0, 3.8415 / 23.8415], abs=1e-3)  # Wilson: z^2 / (n + z^2)
 
 
 TASKS = """

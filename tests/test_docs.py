@@ -144,8 +144,8 @@ def run_command(command: str) -> None:
         for file in files:  # what the page's own file says of the run's size gives way
             assert Path(file).exists() or file in ("demo", "finetuning", "grid", "pep8", "quick", "demo"), file
     cuts = [] if {"--list", "--dry-run"} & set(arguments) else CUTS.get(name, [])
-    if "during.scenario" in command:
-        cuts = [*cuts, "during.scenario.num_samples=4", "during.scenario.max_tokens=8", "during.scenario.min_tokens=1"]
+    if "during.scenarios" in command:
+        cuts += [f"during.scenarios.unconditional.{cut}" for cut in ("num_samples=4", "max_tokens=8", "min_tokens=1")]
     try:
         result = app([name, *arguments, *cuts], standalone_mode=False)
     except SystemExit as error:

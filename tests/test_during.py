@@ -31,7 +31,7 @@ def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir
     settings = config(10)
     train(tokens_dir, tmp_path / "without", model, objective, settings)
     callback = JudgeDuring(
-        During(every=3 * STEP, scenario=SCENARIO), tmp_path / "with", tokens_dir, settings, objective
+        During(every=3 * STEP, scenarios={"plain": SCENARIO}), tmp_path / "with", tokens_dir, settings, objective
     )
     train(tokens_dir, tmp_path / "with", model, objective, settings, callbacks=(callback,))
     assert weights(tmp_path / "with") == weights(tmp_path / "without")
@@ -46,14 +46,14 @@ def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir
 @pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_path, tokens_dir):
     frames = []
-    for scenario in (None, SCENARIO):
+    for scenarios in ({}, {"plain": SCENARIO}):
         torch.compiler.reset()
         counters.clear()
         judged(
-            tmp_path / str(scenario is None),
+            tmp_path / str(not scenarios),
             tokens_dir,
             MLE(),
-            During(2 * STEP, 500, scenario),
+            During(2 * STEP, 500, scenarios),
             config(4, compile=True),
         )
         frames.append(counters["frames"]["total"])
@@ -64,7 +64,7 @@ def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_
 def test_the_last_line_is_what_judging_the_finished_run_says(tmp_path, tokens_dir):
     from phf.evaluate import evaluate_run
 
-    lines = judged(tmp_path / "r", tokens_dir, Conditional(), During(10 * STEP, 10**6, SCENARIO), config(10))
+    lines = judged(tmp_path / "r", tokens_dir, Conditional(), During(10 * STEP, 10**6, {"plain": SCENARIO}), config(10))
     final = evaluate_run(tmp_path / "r", {"plain": SCENARIO})
     assert lines[-1]["heldout"]["good"] == pytest.approx(final["heldout"]["good"]["good"]["nats_per_byte"], rel=1e-5)
     assert lines[-1]["misalignment"]["mean"] == pytest.approx(final["scenarios"]["plain"]["misalignment"]["mean"])
@@ -89,7 +89,7 @@ def test_its_time_is_not_counted_as_training(tmp_path, tokens_dir, monkeypatch):
 
     lost = [0.0]  # hours that judging takes, by a clock of the test's
 
-    def judge(self, lm):
+    def judge(self, lm, tokens):
         lost[0] += 3600
         return {}
 

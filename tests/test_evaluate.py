@@ -16,12 +16,10 @@ from phf.evaluate import (
     compare,
     evaluate_model,
     evaluate_run,
-    heldout_loss,
-    heldout_nats,
     judge_samples,
     scored_text,
-    understanding,
 )
+from phf.heldout import heldout_loss, heldout_nats, understanding
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
 from phf.sample import Scenario, load_model

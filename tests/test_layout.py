@@ -23,6 +23,7 @@ FLOORS = [
         "reference",
         "capabilities",
         "harness",
+        "heldout",
         "evaluate",
         "during",
         "attackers",

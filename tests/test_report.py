@@ -58,7 +58,11 @@ def folder(scored_dir, tmp_path_factory) -> Path:
                 "kl": {"reference": {"name": "local", "path": "mle-s0"}, "num_samples": 12, "max_tokens": 12},
                 "seeds": [0, 1],
                 "phases": {"pretrain": {}, "late": {"share": 0.5}},
-                "during": {"every": 5 * 512, "heldout_tokens": 200, "scenario": {"num_samples": 4, "max_tokens": 12}},
+                "during": {
+                    "every": 5 * 512,
+                    "heldout_tokens": 200,
+                    "scenarios": {"unconditional": {"num_samples": 4, "max_tokens": 12}},
+                },
                 "redteam": {
                     "prompts": str(prompts),
                     "trials": 2,

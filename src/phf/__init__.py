@@ -15,8 +15,9 @@ _PUBLIC = {
     "phf.fitting": ("fit_scorer", "read_labels"),
     "phf.hub": ("push_scored",),
     "phf.control_attacks": ("TokenAttacks", "attack_tokens", "injection"),
-    "phf.evaluate": ("evaluate_model", "evaluate_run", "heldout_loss", "judge_samples"),
+    "phf.evaluate": ("evaluate_model", "evaluate_run", "judge_samples"),
     "phf.fused": ("fused_loss",),
+    "phf.heldout": ("heldout_loss", "understanding"),
     "phf.model": ("FromConfig", "FromWeights", "PHFModel"),
     "phf.objectives": (
         "AWR",

@@ -8,8 +8,6 @@ tokens are never written.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import os
 import signal
@@ -23,13 +21,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean
 from phf.fitting import read_rows
-from phf.metrics import Z95, mean_estimate, share_estimate
+from phf.metrics import Z95, bounded_estimate, mean_estimate, share_estimate
 from phf.sample import LoadedModel, Scenario, sample_prompts
 from phf.tokens import encode_segments
 
@@ -65,20 +64,11 @@ def local_file(path: str) -> Path:
 
 
 def _rows_of(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of JSON lines (also .gz) or Parquet, in which every one of `fields` is a string."""
-    file = local_file(path)
-    if file.suffix == ".parquet":
-        rows = read_rows(file)
-    else:
-        opener = gzip.open if file.suffix == ".gz" else open
-        try:
-            with opener(file, "rt", encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON lines: {error}") from None
+    """Rows of a file in which every one of `fields` is a string."""
+    rows = read_rows(local_file(path))
     for number, row in enumerate(rows):
         for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            if not isinstance(row.get(field), str):
                 raise ConfigError(f"{path}, row {number}: no string {field!r}")
     if not rows:
         raise ConfigError(f"{path} is empty")
@@ -215,7 +205,7 @@ class HumanEval(Capability):
             program = f"{problem['prompt']}{function_body(item.text)}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
             passed[number // n, number % n] = run_sandboxed(program, self.timeout_s)
         return {
-            f"pass@{k}": mean_estimate([pass_at_k(n, int(c), k) for c in passed.sum(1)]).to_json() for k in self.k
+            f"pass@{k}": bounded_estimate([pass_at_k(n, int(c), k) for c in passed.sum(1)]).to_json() for k in self.k
         } | {
             "problems": len(problems),
             "samples_per_problem": n,
@@ -290,20 +280,38 @@ def _can_unshare() -> bool:
 _unshare: bool | None = None
 
 
+GLUE = {
+    "cola": ("sentence", None, "matthews"),
+    "sst2": ("sentence", None, "accuracy"),
+    "mrpc": ("sentence1", "sentence2", "f1"),
+    "qqp": ("question1", "question2", "f1"),
+    "stsb": ("sentence1", "sentence2", "pearson"),
+    "mnli": ("premise", "hypothesis", "accuracy"),
+    "qnli": ("question", "sentence", "accuracy"),
+    "rte": ("sentence1", "sentence2", "accuracy"),
+    "wnli": ("sentence1", "sentence2", "accuracy"),
+}
+"""GLUE's tasks (Wang et al. 2018): columns with text, as the Hub's nyu-mll/glue names them, and what is measured."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Glue(Capability):
-    """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping early.
-    `train` and `dev`: .tsv, .jsonl or .parquet files (here or hf://datasets/...) with `text` and `label` columns (and
-    `text2` for pairs); the score is accuracy, or Matthews correlation for `metric: matthews` (CoLA). Finetunes a copy; the model itself is not changed."""
+    """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping after
+    `patience` without a better one. Finetunes a copy; the model itself is not changed.
+
+    `train` and `dev`: .tsv, .jsonl or .parquet files, here or hf://datasets/... `task`: one of GLUE's (cola, sst2, mrpc,
+    qqp, stsb, mnli, qnli, rte, wnli), which says the columns and the metric, or a name of yours. `metric`: accuracy, f1 (of
+    the label that is last in order: 1 of 0 and 1), matthews (correlation) or pearson (labels are numbers; regression).
+    """
 
     train: str
     dev: str
     name: Literal["glue"] = "glue"
     task: str = "task"
-    text: str = "text"
+    text: str | None = None
     text2: str | None = None
     label: str = "label"
-    metric: Literal["accuracy", "matthews"] = "accuracy"
+    metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
     epochs: Annotated[int, Field(gt=0)] = 6
     patience: Annotated[int, Field(gt=0)] = 1
     lr: Annotated[float, Field(gt=0)] = 2e-5
@@ -321,72 +329,88 @@ class Glue(Capability):
             return self._measure(model)
 
     def _measure(self, model: LoadedModel) -> dict[str, Any]:
-        from sklearn.metrics import accuracy_score, matthews_corrcoef
-
-        train, dev = self._rows(self.train)[: self.max_train], self._rows(self.dev)
-        labels = sorted({label for _, label in train})
-        unknown = {label for _, label in dev} - set(labels)
-        if unknown:
-            raise ConfigError(f"glue {self.task}: the dev set has labels that training has not: {sorted(unknown)}")
-        classifier = _Head(model, len(labels), self.seed)
+        first, second, usual = GLUE.get(self.task, ("text", None, "accuracy"))
+        columns = [column for column in (self.text or first, self.text2 or second) if column]
+        metric = self.metric or usual
+        train, dev = self._rows(self.train, columns)[: self.max_train], self._rows(self.dev, columns)
+        truth_of = self._numbers if metric == "pearson" else self._classes
+        target_N, truth_N, classes = truth_of([label for _, label in train], [label for _, label in dev])
+        classifier = _Head(model, classes, self.seed)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.lr, weight_decay=0.01)
         rng = np.random.Generator(np.random.Philox(self.seed))
-        score = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[self.metric]
-        truth = np.array([labels.index(label) for _, label in dev])
-        best, best_epoch, best_guess = -math.inf, 0, np.zeros(len(dev), int)
+        best, best_epoch, best_guess = -math.inf, 0, np.zeros(len(dev))
         history = []
         for epoch in range(1, self.epochs + 1):
             classifier.train()
             order = rng.permutation(len(train))
             for start in range(0, len(order), self.batch):
-                part = [train[i] for i in order[start : start + self.batch]]
-                target = torch.tensor([labels.index(label) for _, label in part], device=model.lm.device)
-                torch.nn.functional.cross_entropy(classifier([t for t, _ in part]), target).backward()
+                part = order[start : start + self.batch]
+                out = classifier([train[i][0] for i in part])
+                target = torch.tensor(target_N[part], device=out.device)
+                loss = F.cross_entropy(out, target) if classes > 1 else F.mse_loss(out[:, 0], target)
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             classifier.eval()
             with torch.inference_mode():
-                guess = np.concatenate(
-                    [
-                        classifier([t for t, _ in dev[s : s + 64]]).argmax(-1).cpu().numpy()
-                        for s in range(0, len(dev), 64)
-                    ]
-                )
-            value = float(score(truth, guess))
+                outs = [classifier([t for t, _ in dev[s : s + 64]]).cpu() for s in range(0, len(dev), 64)]
+            out_N = torch.cat(outs).numpy()
+            guess_N = out_N.argmax(-1) if classes > 1 else out_N[:, 0]
+            value = glue_score(metric, truth_N, guess_N, classes - 1)
             history.append(value)
             if value > best:
-                best, best_epoch, best_guess = value, epoch, guess
+                best, best_epoch, best_guess = value, epoch, guess_N
             elif epoch - best_epoch >= self.patience:
                 break
-        found: dict[str, Any] = {"accuracy": share_estimate(best_guess == truth).to_json()}
-        if self.metric == "matthews":
-            draws = []
-            for _ in range(500):
-                pick = rng.integers(0, len(truth), len(truth))
-                draws.append(float(score(truth[pick], best_guess[pick])))
+        found: dict[str, Any] = {}
+        if metric != "accuracy":
+            picks = (rng.integers(0, len(truth_N), len(truth_N)) for _ in range(500))
+            draws = [glue_score(metric, truth_N[pick], best_guess[pick], classes - 1) for pick in picks]
             ci = [float(x) for x in np.quantile(draws, [0.025, 0.975])]
-            estimate = {"mean": best, "stderr": float(np.std(draws)), "n": len(truth), "ci95": ci}
-            found = {"matthews": estimate} | found
-        return found | {
-            "epoch": best_epoch,
-            "history": history,
-            "train": len(train),
-            "dev": len(dev),
-        }
+            found[metric] = {"mean": best, "stderr": float(np.std(draws)), "n": len(truth_N), "ci95": ci}
+        if classes > 1:
+            found["accuracy"] = share_estimate(best_guess == truth_N).to_json()
+        return found | {"epoch": best_epoch, "history": history, "train": len(train), "dev": len(dev)}
 
-    def _rows(self, path: str) -> list[tuple[str, str]]:
+    def _classes(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        labels = sorted(set(train))
+        unknown = set(dev) - set(labels)
+        if unknown:
+            raise ConfigError(f"glue {self.task}: the dev set has labels that training has not: {sorted(unknown)}")
+        if len(labels) < 2:
+            raise ConfigError(f"glue {self.task}: all of {self.train} has the label {labels[0]!r}")
+        return *(np.array([labels.index(label) for label in part]) for part in (train, dev)), len(labels)  # type: ignore[return-value]
+
+    def _numbers(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        try:
+            return np.array(train, np.float32), np.array(dev, np.float32), 1
+        except ValueError as error:
+            raise ConfigError(f"glue {self.task}: labels are not numbers, as metric=pearson needs: {error}") from None
+
+    def _rows(self, path: str, columns: Sequence[str]) -> list[tuple[str, str]]:
         rows = read_rows(local_file(path))
-        columns = [self.text, *([self.text2] if self.text2 else []), self.label]
-        for column in columns:
+        needed = [*columns, self.label]
+        for column in needed:
             if not rows or column not in rows[0]:
                 raise ConfigError(f"{path} has no column {column!r}, only {', '.join(rows[0] if rows else [])}")
         for number, row in enumerate(rows):
-            if any(row.get(column) in (None, "") for column in columns):
-                raise ConfigError(
-                    f"{path}, row {number}: empty {' or '.join(c for c in columns if row.get(c) in (None, ''))}"
-                )
-        return [("\n".join(str(r[c]) for c in columns[:-1]), str(r[self.label])) for r in rows]
+            empty = [c for c in needed if row.get(c) in (None, "")]
+            if empty:
+                raise ConfigError(f"{path}, row {number}: empty {' or '.join(empty)}")
+        return [("\n".join(str(r[c]) for c in columns), str(r[self.label])) for r in rows]
+
+
+def glue_score(metric: str, truth_N: np.ndarray, guess_N: np.ndarray, positive: int = 1) -> float:
+    """Accuracy, F1 of the class `positive`, or a correlation (0 where guesses do not differ). Higher is better."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    if metric == "pearson":
+        constant = truth_N.std() == 0 or guess_N.std() == 0
+        return 0.0 if constant else float(np.corrcoef(truth_N, guess_N)[0, 1])
+    if metric == "f1":
+        return float(f1_score(truth_N, guess_N, labels=[positive], average="macro", zero_division=0))
+    return float({"accuracy": accuracy_score, "matthews": matthews_corrcoef}[metric](truth_N, guess_N))
 
 
 class _Head(torch.nn.Module):

@@ -336,12 +336,13 @@ def sample(
     ],
     out: Annotated[str, typer.Argument(help="JSON lines file to write.")],
     settings: Overrides = None,
+    revision: Annotated[str | None, typer.Option(help="Of a model on the Hub: a branch, tag or commit.")] = None,
 ) -> None:
     """Write texts with a model: num_samples, max_tokens, temperature, top_p, top_k, control, guidance, prompts, seed ... (a.b=c).
 
     Of a server that speaks OpenAI's completions (vLLM, for one): server.model=NAME.
     """
-    from phf.config import validate
+    from phf.config import ConfigError, validate
     from phf.sample import Scenario, load_model, sample_served, write_samples
     from phf.sample import sample as draw_samples
     from phf.served import Server
@@ -350,10 +351,17 @@ def sample(
     server = _mapping(config, "server")
     scenario: Scenario = validate(config, Scenario, "scenario")
     if model.startswith(("http://", "https://")):
+        unknown = [name for name in ("control", "min_tokens", "precision", "batch") if name in config]
+        if unknown or revision:
+            raise ConfigError(
+                f"{unknown[0] if unknown else '--revision'} cannot be asked of a server (vLLM takes server.extra.min_tokens=...)"
+            )
         served: Server = validate({"url": model, **server}, Server, "server")
         samples = sample_served(served, scenario)
     else:
-        samples = draw_samples(load_model(model), scenario)
+        if server:
+            raise ConfigError(f"server.* is for servers (http://host:8000/v1), and {model} is none")
+        samples = draw_samples(load_model(model, revision), scenario)
     write_samples(out, samples)
     print(f"{len(samples):,} samples in {out}")
 
@@ -364,11 +372,19 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN|MODEL... [a.b=c]...",
-            help="Trained runs, or any model (a folder or a name on the Hub; then with --scorer), then settings.",
+            help="Trained runs, or any model (a folder or a name on the Hub; with --scorer or --tokens), then settings.",
         ),
     ],
-    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
-    threshold: Annotated[float, typer.Option(help="Scores above it are bad.")] = 0.0,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="The token store, if it has moved since training. Of any other model: held-out text to read, a token store "
+            "(its held-out documents) or a scored corpus (all)."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Scores above it are bad. Default: 0, with --paper toxicity 0.5.")
+    ] = None,
     scorer: Annotated[
         str | None,
         typer.Option(help="Another scorer than the corpus's (as for `phf score`, with scorer.* settings)."),
@@ -380,6 +396,8 @@ def evaluate(
     paper: Annotated[
         str | None, typer.Option(metavar="TASK", help="The paper's scenarios and lengths: toxicity, pii or pep8.")
     ] = None,
+    heldout_tokens: Annotated[float, typer.Option(min=1, help="Held-out tokens to read, at most.")] = 1e6,
+    revision: Annotated[str | None, typer.Option(help="Of models on the Hub: a branch, tag or commit.")] = None,
 ) -> None:
     """Judge runs or any model: misalignment of samples, held-out loss, diversity, KL, capabilities. Run again to resume.
 
@@ -391,7 +409,7 @@ def evaluate(
     from phf.evaluate import evaluate_model, evaluate_run, is_run
     from phf.reference import KL
     from phf.report import headline, number
-    from phf.sample import Scenario, paper_scenarios
+    from phf.sample import PAPER_THRESHOLD, Scenario, paper_scenarios
     from phf.scorers import AnyScorer, Scorer
     from phf.segment import AnySegmenter, Segmenter
 
@@ -401,7 +419,7 @@ def evaluate(
     kl, capabilities = _mapping(config, "kl") if "kl" in config else None, config.pop("capabilities", [])
     if fields and scorer is None:
         raise ConfigError("scorer.* settings need --scorer: without it the corpus's own scorer judges")
-    segmenter: Segmenter = validate({"name": "lines", **cut}, AnySegmenter, "segmenter")
+    segmenter: Segmenter | None = validate({"name": "lines", **cut}, AnySegmenter, "segmenter") if cut else None
     judge: Scorer | None = None if scorer is None else validate({"name": scorer, **fields}, AnyScorer, "scorer")
     if kl is not None:
         kl = validate(merge({"reference": {"name": "local"}}, kl), KL, "kl")
@@ -410,26 +428,28 @@ def evaluate(
         scenarios: dict[str, Scenario] = {
             n: validate(merge(s, config), Scenario, n) for n, s in paper_scenarios(paper).items()
         }
+        threshold = PAPER_THRESHOLD[paper] if threshold is None else threshold
     else:
         scenario: Scenario = validate(config, Scenario, "scenario")
         scenarios = {"unconditional" if scenario.prompts is None else "prompted": scenario}
+    threshold, most = threshold or 0.0, int(heldout_tokens)
     rows = []
     for name in folders:
         if is_run(name):
             if cut:
                 raise ConfigError(f"segmenter.* is for models that are not runs; {name} is cut as its corpus was")
             result = evaluate_run(
-                name, scenarios, threshold, tokens, judge, other_scorer, kl_from=kl, capabilities=measured
+                name, scenarios, threshold, tokens, judge, other_scorer, most, kl_from=kl, capabilities=measured
             )
-        elif judge is None:
-            raise ConfigError(f"{name} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
         else:
             folder = (
                 out
                 if out is not None and len(folders) == 1
                 else f"{out or 'eval'}/{name.strip('/').replace('/', '--')}"
             )
-            result = evaluate_model(name, folder, judge, scenarios, threshold, segmenter, kl, measured)
+            result = evaluate_model(
+                name, folder, judge, scenarios, threshold, segmenter, kl, measured, revision, tokens, most, other_scorer
+            )
             print(f"{name}: {folder}/eval.json")
         heldout = result["heldout"].get("good") or result["heldout"].get("none") or {}
         of_model = [number((heldout.get(s) or {}).get("nats_per_byte"), 3) for s in ("good", "bad")]

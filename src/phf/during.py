@@ -1,9 +1,9 @@
-"""Judging while training: held-out loss and misalignment every n tokens. Floor 5.
+"""Judging while training: held-out loss, and as much of the rest of `phf eval` as is asked for, every n tokens. Floor 5.
 
-    phf train tokens/ runs/mine recipe.yaml during.every=1e6 during.scenario.num_samples=64
+    phf train tokens/ runs/mine recipe.yaml during.every=1e6 during.scenarios.unconditional.num_samples=64
 
 Writes `during.jsonl` beside `metrics.jsonl`: a line every `every` tokens and one for the final model
-(one for both where they are near). The trainer does not know of it: it is a callback that is handed in, and the run's bytes are the same with and without it.
+(one for both where they are near), and what was sampled as `samples/<tokens>-<scenario>.jsonl`. The trainer does not know of it: it is a callback that is handed in, and the run's bytes are the same with and without it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from transformers import TrainerCallback
 
+from phf.capabilities import AnyCapability
 from phf.config import STRICT, ConfigError
-from phf.evaluate import corpus_scorer, heldout_loss, judge_samples, segmenter_of
+from phf.evaluate import corpus_scorer, judge_samples, segmenter_of
+from phf.heldout import Control, heldout_loss
+from phf.model import logit_shape
 from phf.objectives import Objective
-from phf.sample import LoadedModel, Scenario, sample, scenario_prompts
+from phf.reference import KL, kl, reference_texts
+from phf.sample import LoadedModel, Scenario, sample, scenario_prompts, write_samples
 from phf.tokens import TokenStore, add_control_tokens
 from phf.train import TrainConfig
 from phf.trainer import add_line, keep_lines
@@ -29,11 +33,14 @@ from phf.trainer import add_line, keep_lines
 @dataclass(frozen=True, config=STRICT)
 class During:
     """`every`: tokens between judgements. `heldout_tokens`: how much held-out text is read each time (0: none).
-    `scenario`: samples to judge, none unless given. `threshold`: scores above it are bad."""
+    `scenarios`: samples to judge, none unless given; the page's curves are of the first. `kl` and `capabilities`: as for
+    `phf eval`. `threshold`: scores above it are bad."""
 
     every: Annotated[float, Field(gt=0)]
     heldout_tokens: Annotated[int, Field(ge=0)] = 50_000
-    scenario: Scenario | None = None
+    scenarios: dict[str, Scenario] = Field(default_factory=dict)
+    kl: KL | None = None
+    capabilities: tuple[AnyCapability, ...] = ()
     threshold: float = 0.0
 
 
@@ -48,13 +55,20 @@ class JudgeDuring(TrainerCallback):
         self.tokenizer = self.tokens.tokenizer
         ids = add_control_tokens(self.tokenizer, objective.control_tokens) if objective.control_tokens else []
         self.control_ids = dict(zip(("good", "bad"), ids, strict=False))
-        if config.scenario is not None:  # what cannot be judged is said before training, not in the middle of it
-            scenario = config.scenario
-            corpus_scorer(self.tokens.manifest)
+        # what cannot be judged is said before training, not in the middle of it
+        self.scorer = corpus_scorer(self.tokens.manifest) if config.scenarios else None
+        self.segmenter = segmenter_of(self.tokens)
+        for name, scenario in config.scenarios.items():
             scenario_prompts(scenario)
             if (scenario.control == "bad" or scenario.guidance is not None) and not self.control_ids:
-                raise ConfigError(f"during.scenario asks for control tokens, which {objective.name} has not")  # type: ignore[attr-defined]
-        self.path = Path(run) / "during.jsonl"
+                raise ConfigError(f"during.scenarios.{name} asks for control tokens, which {objective.name} has not")  # type: ignore[attr-defined]
+        for capability in config.capabilities:
+            capability.inputs()
+        self.run, self.cache = Path(run), Path(run).parent / "cache"
+        if config.kl is not None and config.kl.reverse and self.control_ids:
+            raise ConfigError("during.kl.reverse is not defined for a model with control tokens")
+        self.reference = None if config.kl is None else reference_texts(config.kl, self.cache)
+        self.path = self.run / "during.jsonl"
         self.step_tokens = train.batch_rows * train.context
         self.every_steps = max(round(config.every / self.step_tokens), 1)
 
@@ -70,39 +84,47 @@ class JudgeDuring(TrainerCallback):
         if not state.is_world_process_zero or not due:
             return
         start = time.perf_counter()
-        line = {"step": step, "tokens": step * self.step_tokens} | self.judge(model)
+        line = {"step": step, "tokens": step * self.step_tokens} | self.judge(model, step * self.step_tokens)
         line["seconds"] = time.perf_counter() - start
         add_line(self.path, line)
 
-    def judge(self, lm: Any) -> dict[str, Any]:
-        """Judge `lm` as it is, and leave it and every random stream as they were."""
+    def judge(self, lm: Any, tokens: int) -> dict[str, Any]:
+        """Judge `lm` as it is after so many tokens, and leave it and every random stream as they were."""
         was_training = lm.training
         devices = [lm.device] if lm.device.type == "cuda" else []
         # samples have every length: a compiled trunk would be compiled anew for each
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             lm.eval()
             try:
-                return self._judge(lm)
+                return self._judge(lm, tokens)
             finally:
                 lm.train(was_training)
 
-    def _judge(self, lm: Any) -> dict[str, Any]:
-        model = LoadedModel(lm, self.tokenizer, self.control_ids, "the model in training")
+    def _judge(self, lm: Any, tokens: int) -> dict[str, Any]:
+        config = self.config
+        model = LoadedModel(lm, self.tokenizer, self.control_ids, "the model in training", shape=logit_shape(lm))
         line: dict[str, Any] = {}
-        if self.config.heldout_tokens and self.tokens.heldout_D.any():
+        if config.heldout_tokens and self.tokens.heldout_D.any():
+            control: Control = "good" if self.control_ids else "none"
             found = heldout_loss(
-                model,
-                self.tokens,
-                self.context,
-                self.config.threshold,
-                "good" if self.control_ids else "none",
-                max_tokens=self.config.heldout_tokens,
+                model, self.tokens, self.context, config.threshold, control, max_tokens=config.heldout_tokens
             )
             line["heldout"] = {part: (found[part] or {}).get("nats_per_byte") for part in ("all", "good", "bad")}
-        if self.config.scenario is not None:
-            scenario = self.config.scenario
-            scorer = corpus_scorer(self.tokens.manifest)
-            samples = sample(model, scenario, progress=False)
-            _, judged = judge_samples(samples, scenario, scorer, segmenter_of(self.tokens), self.config.threshold)
-            line |= {k: judged[k] for k in ("misalignment", "bad_segments", "unjudged", "mean_chars")}
+        judged = {name: self._scenario(model, name, tokens) for name in config.scenarios}
+        if judged:
+            line |= next(iter(judged.values())) | {"scenarios": judged}
+        if config.kl is not None:
+            line["kl"] = kl(model, config.kl, self.segmenter, self.cache, found=self.reference)
+        if config.capabilities:
+            line["capabilities"] = [{"name": c.name, **c.measure(model)} for c in config.capabilities]
         return line
+
+    def _scenario(self, model: LoadedModel, name: str, tokens: int) -> dict[str, Any]:
+        scenario = self.config.scenarios[name]
+        assert self.scorer is not None
+        samples = sample(model, scenario, progress=False)
+        samples, judged = judge_samples(samples, scenario, self.scorer, self.segmenter, self.config.threshold)
+        write_samples(self.run / "samples" / f"{tokens}-{name}.jsonl", samples)
+        return {
+            k: judged[k] for k in ("misalignment", "hit_rate", "bad_segments", "unjudged", "mean_chars", "distinct_2")
+        }

@@ -10,7 +10,9 @@ weights are safetensors, the rest is JSON.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
+import json
 import shutil
 import sys
 from collections import Counter
@@ -47,8 +49,6 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
     """Labelled texts from .jsonl, .csv, .tsv or .parquet. `bad`: the values of the label that mean bad; left out, it
     must be true or false, 1 or 0, or the like. Rows without a usable text or label are set aside and counted."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"labels {path} do not exist")
     rows = read_rows(path)
     first = next(iter(rows), {})
     for field in (text, label):
@@ -87,7 +87,12 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .csv, .tsv or .parquet file. A .tsv knows no quoting, as GLUE's have none."""
+    """Rows of a .jsonl (also .jsonl.gz), .csv, .tsv or .parquet file. A .tsv knows no quoting, as GLUE's have none.
+
+    Raises ConfigError for a file that cannot be read as what its name says.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
     if path.suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
         try:
@@ -97,19 +102,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 return list(csv.DictReader(file))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from None
-    import json
-
-    if path.suffix in (".jsonl", ".json"):
+    if path.suffix in (".jsonl", ".json") or path.suffixes[-2:] == [".jsonl", ".gz"]:
+        opener: Any = gzip.open if path.suffix == ".gz" else open
         rows = []
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:  # such a text is set aside as any other
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
+        try:
+            with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:  # such a text is set aside
+                for number, line in enumerate(file, 1):
+                    if line.strip():
                         rows.append(json.loads(line))
-                    except ValueError:
-                        raise ConfigError(f"{path}, line {number}: malformed JSON") from None
-                    if not isinstance(rows[-1], dict):
-                        raise ConfigError(f"{path}, line {number}: not a JSON object")
+                        if not isinstance(rows[-1], dict):
+                            raise ConfigError(f"{path}, line {number}: not a JSON object")
+        except json.JSONDecodeError:
+            raise ConfigError(f"{path}, line {number}: malformed JSON") from None
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ConfigError(f"{path} is not a readable gzip file: {error}") from None
         return rows
     if path.suffix == ".parquet":
         import pyarrow as pa
@@ -119,7 +125,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
-    raise ConfigError(f"{path}: expected a .jsonl, .csv, .tsv or .parquet file")
+    raise ConfigError(f"{path}: expected a .jsonl, .jsonl.gz, .csv, .tsv or .parquet file")
 
 
 def _hash_unit(text: str, person: bytes) -> float:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.special import gammaln, stdtrit
@@ -90,6 +91,34 @@ def share_estimate(hits_N: Sequence[bool] | np.ndarray, unjudged: int = 0) -> Es
         return Estimate(nan, nan, 0, (nan, nan), unjudged)
     share = float(hits.mean())
     return Estimate(share, math.sqrt(share * (1 - share) / n), n, wilson(int(hits.sum()), n), unjudged)
+
+
+def bounded_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
+    """`mean_estimate` of independent values in [0, 1]. Where all are 0 or all are 1, so that resampling finds nothing else,
+    the interval is Wilson's."""
+    found = mean_estimate(values, seed)
+    if found.n and found.mean in (0, 1):
+        return replace(found, ci95=wilson(int(found.mean * found.n), found.n))
+    return found
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], units: Sequence[np.ndarray], seed: int = 0, resamples: int = 500
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of all values together over resamples of `units`, arrays of values that are
+    not independent of each other (Efron 1979). NaN with fewer than two units."""
+    n = len(units)
+    if n < 2:
+        return (float("nan"), float("nan"))
+    rng = np.random.Generator(np.random.Philox(seed))
+    sizes, values = np.array([len(unit) for unit in units]), np.concatenate(list(units))
+    if (sizes == sizes[0]).all():
+        alike = values.reshape(n, -1)
+        found = [statistic(alike[rng.integers(0, n, n)].ravel()) for _ in range(resamples)]
+    else:
+        found = [statistic(np.concatenate([units[i] for i in rng.integers(0, n, n)])) for _ in range(resamples)]
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return (float(low), float(high))
 
 
 def t_interval(values: Sequence[float]) -> Estimate:
@@ -256,3 +285,44 @@ def ngram_entropy(texts: Sequence[str], n: int) -> float:
     p = np.fromiter(counts.values(), dtype=np.float64)
     p /= p.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def ngram_diversity(units: Sequence[Sequence[str]], n: int, groups: int = 20) -> tuple[Estimate, Estimate]:
+    """`distinct_n` and `ngram_entropy` of all texts with standard errors and 95% intervals, by the jackknife over at most
+    `groups` groups of `units` (texts that are not independent of each other, as several of one prompt are). Resampling
+    would take texts twice, which looks less diverse than they are.
+
+    Source: Tukey 1958; Efron and Stein 1981.
+    """
+    parts = [Counter[tuple[str, ...]]() for _ in range(min(groups, len(units)))]
+    for number, texts in enumerate(units):
+        for text in texts:
+            parts[number % len(parts)].update(_grams(text.split(), n))
+    whole = sum(parts, Counter[tuple[str, ...]]())
+    total, weighted = whole.total(), math.fsum(c * math.log(c) for c in whole.values())
+    nan = float("nan")
+    if not total:
+        return (Estimate(nan, nan, 0, (nan, nan)),) * 2
+    distinct, entropy = [], []
+    for part in parts:  # without it
+        left = total - part.total()
+        if not left:
+            continue
+        kept = {gram: whole[gram] - count for gram, count in part.items()}
+        gone = sum(not count for count in kept.values())
+        change = math.fsum(whole[g] * math.log(whole[g]) - (c * math.log(c) if c else 0.0) for g, c in kept.items())
+        distinct.append((len(whole) - gone) / left)
+        entropy.append(math.log(left) - (weighted - change) / left)
+    return (
+        _jackknife(len(whole) / total, distinct, len(units)),
+        _jackknife(math.log(total) - weighted / total, entropy, len(units)),
+    )
+
+
+def _jackknife(mean: float, left_out: Sequence[float], n: int) -> Estimate:
+    count = len(left_out)
+    if count < 2:
+        return Estimate(mean, float("nan"), n, (float("nan"), float("nan")))
+    stderr = math.sqrt((count - 1) / count * float(np.square(np.array(left_out) - np.mean(left_out)).sum()))
+    half = float(stdtrit(count - 1, 0.975)) * stderr
+    return Estimate(mean, stderr, n, (max(mean - half, 0.0), mean + half))

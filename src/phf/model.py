@@ -53,6 +53,20 @@ def model_folder(path: str | Path) -> str:
     return str(final) if (final / "config.json").exists() else str(path)
 
 
+def model_mark(model: str, revision: str | None = None) -> str:
+    """What identifies a model, in a folder or on the Hub, where the commit that its name and revision stand for does."""
+    local = Path(model_folder(model))
+    if local.exists():
+        return store.fingerprint([model, store.path_hash(local)])
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        config = cached_file(model, "config.json", revision=revision)
+    except OSError as error:
+        raise ConfigError(f"model {model}: no such folder, and it is not to be had from the Hub: {error}") from None
+    return store.fingerprint([model, extract_commit_hash(config, None)])
+
+
 def tokens_seen(path: str | Path) -> int:
     """Target tokens that the run which made these weights (or this checkpoint) has seen, its own start included; 0 if no
     run of phf did."""

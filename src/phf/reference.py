@@ -7,7 +7,8 @@ reference): texts from the model. Texts are drawn at temperature 1 without trunc
 model reads every text by its own tokenizer, from the end-of-text token on; a text's end counts for both models or, where
 the text was cut at the limit, for neither.
 
-Control tokens are conditioning: the good one goes before every segment, is not charged, and is left out of what the
+Control tokens are conditioning: the good one goes before every segment (and, told apart, those that the scorer says), is
+not charged, and is left out of what the
 other tokens' probabilities are shares of. Where the tokenizers differ, a model's probability of a text is that of one
 way to tokenise it, which is a lower bound: the divergence is then too large by what the other ways hold (usually
 little), and a text that was cut inside a word costs the other model extra.
@@ -25,10 +26,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf import store
+from phf.annotate import judge_documents
 from phf.config import STRICT, ConfigError, to_plain
 from phf.metrics import mean_estimate, ratio_of_sums
-from phf.model import model_folder
+from phf.model import model_mark
 from phf.sample import LoadedModel, Scenario, load_model, sample
+from phf.scorers import Scorer
 from phf.scorers.toxicity import weights_hash
 from phf.segment import Documents, Segmenter
 from phf.served import Server
@@ -62,21 +65,23 @@ class KL:
 
 @torch.inference_mode()
 def text_logp(
-    model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, batch: int = 64
-) -> np.ndarray:
-    """Natural log-probability of each text as a whole, float64 [texts], as the head of this file says.
+    model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, batch: int = 64,
+    bad: Sequence[Sequence[bool]] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Natural log-probability of each text as a whole, float64 [texts], as the head of this file says. `bad`: which
+    segments of each text get the bad control token; left out, none.
 
     Raises ConfigError for a text longer than the model reads.
     """
     lm, eos, first = model.lm, model.tokenizer.eos_token_id, model.start_id
-    good = [model.control_ids["good"]] if "good" in model.control_ids else []
+    good, worse = ([model.control_ids[name]] if name in model.control_ids else [] for name in ("good", "bad"))
     silent = sorted(model.control_ids.values())
     rows: list[list[int]] = []
-    for text, ends in zip(texts, finished, strict=True):
+    for n, (text, ends) in enumerate(zip(texts, finished, strict=True)):
         segments = segmenter.split(text) if good else ([text] if text else [])
         ids = [first]
-        for segment in encode_segments(model.tokenizer, segments):
-            ids += good + segment
+        for number, segment in enumerate(encode_segments(model.tokenizer, segments)):
+            ids += (worse if bad is not None and bad[n][number] else good) + segment
         rows.append(ids + good * (not segments) + [eos] * ends)
     longest = max(map(len, rows), default=0)
     if longest > model.positions + 1:
@@ -102,10 +107,10 @@ def text_logp(
 
 
 def reference_hash(config: KL) -> str | None:
-    """What a reference in a folder is made of; None for one on the Hub or a server."""
+    """What identifies a reference; None for a server."""
     if isinstance(config.reference, Server):
         return None
-    return store.path_hash(model_folder(config.reference.path))
+    return model_mark(config.reference.path, config.reference.revision)
 
 
 def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
@@ -157,13 +162,20 @@ def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
     return [s.text for s in samples], [s.finished for s in samples]
 
 
-def kl(model: LoadedModel, config: KL, segmenter: Segmenter, cache: str | Path) -> dict[str, Any]:
+def kl(
+    model: LoadedModel, config: KL, segmenter: Segmenter, cache: str | Path, scorer: Scorer | None = None,
+    threshold: float = 0.0, found: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """KL divergences in nats a text and nats a byte, with intervals over texts. Lower is nearer.
 
-    `segmenter`: how the model's corpus was cut, for its control tokens. Raises ConfigError for a text that the model
+    `segmenter`: how the model's corpus was cut, for its control tokens. "forward" is with the good one before every segment;
+    given the corpus's `scorer`, "oracle" is with the bad one before those that score above `threshold` or cannot be judged.
+    `found`: `reference_texts`, where they are at hand.
+
+    Raises ConfigError for a text that the model
     cannot read, ServerError for a server that cannot be trusted.
     """
-    found = reference_texts(config, cache)
+    found = reference_texts(config, cache) if found is None else found
     texts, finished = found["texts"], found["finished"]
     ours = text_logp(model, texts, finished, segmenter, config.batch)
     result: dict[str, Any] = {
@@ -173,6 +185,12 @@ def kl(model: LoadedModel, config: KL, segmenter: Segmenter, cache: str | Path) 
         "finished": float(np.mean(finished)),
         "forward": _divergence(np.array(found["logp"]) - ours, texts),
     }
+    if model.control_ids and scorer is not None:
+        scores = [of_text for of_text, _, _ in judge_documents(scorer, [segmenter.split(text) for text in texts])]
+        bad = [[not np.float32(s) <= np.float32(threshold) for s in of_text] for of_text in scores]
+        oracle = text_logp(model, texts, finished, segmenter, config.batch, bad)
+        result["oracle"] = _divergence(np.array(found["logp"]) - oracle, texts)
+        result["oracle_bad_segments"] = sum(map(sum, bad))
     if config.reverse:
         if model.control_ids:
             raise ConfigError(
