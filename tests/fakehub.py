@@ -18,12 +18,14 @@ COMMIT = "a" * 40
 
 
 class FakeHub:
-    """Repositories are `repos[(type, "owner/name")][path] = bytes`, type models or datasets; `log` holds every request."""
+    """Repositories are `repos[(type, "owner/name")][path] = bytes`, type models or datasets; `log` holds every
+    request; every revision is at `commit`."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {}
         self.uploads: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
+        self.commit = COMMIT
         hub = self
 
         class Handler(_Handler):
@@ -113,8 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = self.store.repos.get(key, {}).get(found[4])
             if data is None:
                 why = "EntryNotFound" if key in self.store.repos else "RepoNotFound"
-                return self.answer(404, b"", {"X-Error-Code": why, "X-Repo-Commit": COMMIT})
-            headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                return self.answer(404, b"", {"X-Error-Code": why, "X-Repo-Commit": self.store.commit})
+            headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": self.store.commit, "Accept-Ranges": "bytes"}
             asked_range = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
             if asked_range:
                 start, end = int(asked_range[1]), int(asked_range[2] or len(data) - 1)
@@ -144,8 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self.store.repos[key][item["value"]["path"]] = base64.b64decode(item["value"]["content"])
             commit = {
                 "success": True,
-                "commitOid": COMMIT,
-                "commitUrl": f"{host}/{key[1]}/commit/{COMMIT}",
+                "commitOid": self.store.commit,
+                "commitUrl": f"{host}/{key[1]}/commit/{self.store.commit}",
                 "hookOutput": "",
             }
             return self.answer(200, commit)
@@ -156,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             about = {
                 "id": key[1],
                 "modelId": key[1],
-                "sha": COMMIT,
+                "sha": self.store.commit,
                 "private": False,
                 "tags": [],
                 "downloads": 0,
@@ -166,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         if rest.startswith("/tree/"):
             return self.tree(files, "/".join(rest.split("/")[3:]), "recursive=true" in self.path.lower())
         if rest.startswith("/refs"):
-            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}
+            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.store.commit}
             return self.answer(200, {"branches": [main], "tags": [], "converts": []})
         if rest.startswith("/paths-info"):
             asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])

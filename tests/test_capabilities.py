@@ -146,15 +146,15 @@ def test_glue_finetunes_a_copy(runs, glue_files):  # noqa: F811
         Glue(*glue_files, task="mrpc").measure(model)
 
 
-@pytest.mark.parametrize("history, epochs", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
-def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, epochs):
+@pytest.mark.parametrize("history, seen", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
+def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, seen):  # noqa: F811
     from phf import capabilities
 
     model, given = load_model(runs / "a"), iter(history)
     monkeypatch.setattr(capabilities, "glue_score", lambda *args: next(given))
     found = Glue(*glue_files, max_train=32).measure(model)
-    assert found["history"] == history[:epochs]
-    assert found["epoch"] == 1 + int(np.argmax(history[:epochs]))
+    assert found["history"] == history[:seen]
+    assert found["epoch"] == 1 + int(np.argmax(history[:seen]))
 
 
 @pytest.mark.parametrize("metric, label, least", [("matthews", "label", 0.8), ("f1", "label", 0.9), ("pearson", "count", 0.8)])  # fmt: skip

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from phf.capabilities import Lambada
+from phf.config import ConfigError
 from phf.during import During, JudgeDuring
+from phf.evaluate import evaluate_run
 from phf.objectives import MLE, Conditional
-from phf.sample import Scenario
+from phf.reference import KL, LocalModel
+from phf.sample import Scenario, read_samples
 from phf.train import train
 from test_train import MODEL, STEP, config, weights
 
@@ -43,6 +49,49 @@ def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir
         assert line["misalignment"]["n"] + line["unjudged"] == 8
 
 
+def test_the_whole_evaluation_while_training_changes_nothing(tmp_path, tokens_dir):
+    settings = config(6)
+    train(tokens_dir, tmp_path / "reference", MODEL, MLE(), settings, seed=1)
+    train(tokens_dir, tmp_path / "without", MODEL, Conditional(), settings)
+    (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n' * 3)
+    during = During(
+        every=3 * STEP, scenarios={"plain": SCENARIO, "bad": dataclasses.replace(SCENARIO, control="bad")},
+        kl=KL(LocalModel(str(tmp_path / "reference")), num_samples=8, max_tokens=8), capabilities=(Lambada(str(tmp_path / "l.jsonl")),),
+    )  # fmt: skip
+    lines = judged(tmp_path / "with", tokens_dir, Conditional(), during, settings)
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    assert [line["tokens"] for line in lines] == [3 * STEP, 6 * STEP]
+    for line in lines:
+        assert set(line["scenarios"]) == {"plain", "bad"}
+        assert line["misalignment"] == line["scenarios"]["plain"]["misalignment"]
+        assert line["capabilities"][0]["passages"] == 3
+        for name in ("plain", "bad"):
+            samples = read_samples(tmp_path / "with" / "samples" / f"{line['tokens']}-{name}.jsonl")
+            scores = [s.score for s in samples if s.score == s.score]
+            assert np.mean(scores) == pytest.approx(line["scenarios"][name]["misalignment"]["mean"])
+    divergences = [line["kl"]["forward"]["nats_per_text"]["mean"] for line in lines]
+    final = evaluate_run(tmp_path / "with", {"plain": SCENARIO}, kl_from=during.kl)
+    assert divergences[1] == pytest.approx(final["kl"]["forward"]["nats_per_text"]["mean"], rel=1e-4)
+    assert divergences[0] != divergences[1]
+
+
+@pytest.mark.parametrize(
+    "during, message",
+    [
+        (
+            {"scenarios": {"x": Scenario(control="bad")}},
+            "during.scenarios.x asks for control tokens, which mle has not",
+        ),
+        ({"scenarios": {"x": Scenario(prompts="nowhere.jsonl")}}, "nowhere.jsonl"),
+        ({"capabilities": (Lambada("nowhere.jsonl"),)}, "nowhere.jsonl"),
+        ({"kl": KL(LocalModel("./nowhere"))}, "nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_judged_is_said_before_training(tmp_path, tokens_dir, during, message):
+    with pytest.raises(ConfigError, match=message):
+        JudgeDuring(During(every=STEP, **during), tmp_path / "r", tokens_dir, config(2), MLE())
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_path, tokens_dir):
     frames = []
@@ -62,8 +111,6 @@ def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_
 
 
 def test_the_last_line_is_what_judging_the_finished_run_says(tmp_path, tokens_dir):
-    from phf.evaluate import evaluate_run
-
     lines = judged(tmp_path / "r", tokens_dir, Conditional(), During(10 * STEP, 10**6, {"plain": SCENARIO}), config(10))
     final = evaluate_run(tmp_path / "r", {"plain": SCENARIO})
     assert lines[-1]["heldout"]["good"] == pytest.approx(final["heldout"]["good"]["good"]["nats_per_byte"], rel=1e-5)

@@ -9,6 +9,7 @@ import torch
 
 from conftest import LINK, TINY_LLAMA
 from phf import metrics, store
+from phf.annotate import ScoredCorpus
 from phf.config import ConfigError
 from phf.evaluate import (
     by_prompt,
@@ -20,12 +21,12 @@ from phf.evaluate import (
     scored_text,
 )
 from phf.heldout import heldout_loss, heldout_nats, understanding
-from phf.model import FromConfig
+from phf.model import FromConfig, build_lm
 from phf.objectives import MLE, Conditional
 from phf.sample import Scenario, load_model
-from phf.scorers import Regex
+from phf.scorers import PEP8, Combination, Regex
 from phf.segment import Lines
-from phf.tokens import encode_segments
+from phf.tokens import encode_segments, train_bpe
 from phf.train import TrainConfig, train
 from phf.types import Sample
 
@@ -276,6 +277,112 @@ def test_the_likelihood_ratio_equals_the_definition(runs, tokens):
         logp = torch.log_softmax(logits, -1)
         nats = -sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)) if counted[t])
         assert read[control].nats_S[first] == pytest.approx(nats, rel=1e-4)
+
+
+def test_p_bad_before_each_segment_equals_the_definition(runs, tokens):
+    """The model's p(bad) / (p(good) + p(bad)) where a segment begins, the true control tokens before: a plain pass."""
+    model = load_model(runs / "conditional")
+    read = heldout_nats(model, tokens, 128, "oracle", 0.0, 4, 10**6)
+    d = int(np.flatnonzero(tokens.heldout_D)[0])
+    first, last = int(tokens.doc_ends[d - 1]) if d else 0, int(tokens.doc_ends[d])
+    ids, begins = [tokens.end_of_text_id], {}
+    for s in range(first, last):
+        begins[s] = len(ids)
+        ids.append(model.control_ids["good" if tokens.score_S[s] <= 0 else "bad"])
+        ids += tokens.tokens[int(tokens.seg_ends[s - 1]) if s else 0 : int(tokens.seg_ends[s])].tolist()
+    ids = ids[:128]
+    with torch.no_grad():
+        p = torch.softmax(model.lm(torch.tensor([ids])).logits[0].double(), -1)
+    good, bad = model.control_ids["good"], model.control_ids["bad"]
+    compared = [s for s, at in begins.items() if at < len(ids)]
+    assert len(compared) > 2
+    for s in compared:
+        at = begins[s] - 1
+        assert read.bad_S[s] == pytest.approx(float(p[at, bad] / (p[at, good] + p[at, bad])), rel=1e-4)
+    train_S = np.isin(tokens.doc_S, np.flatnonzero(~tokens.heldout_D))
+    assert np.isnan(read.bad_S[train_S]).all()
+
+
+def test_a_model_from_elsewhere_reads_the_same_held_out_text(runs, tokens, tokens_dir, tmp_path):
+    """In tokens of its own, beginning as its own texts do; with the model of a run, the run's loss."""
+    model = load_model(runs / "mle")
+    model.lm.save_pretrained(tmp_path / "plain")
+    model.tokenizer.save_pretrained(tmp_path / "plain")
+    scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
+    found = evaluate_model(str(tmp_path / "plain"), tmp_path / "out", None, scenario, heldout=tokens_dir)
+    expected = heldout_loss(model, tokens, 128, 0.0, "none")  # in the model's own context
+    for part in ("all", "good", "bad"):
+        assert found["heldout"]["none"][part]["nats_per_byte"] == pytest.approx(
+            expected[part]["nats_per_byte"], rel=1e-5
+        )
+        assert found["heldout"]["none"][part]["documents"] == expected[part]["documents"]
+    few = evaluate_model(
+        str(tmp_path / "plain"), tmp_path / "few", None, scenario, heldout=tokens_dir, heldout_tokens=50
+    )
+    assert 0 < few["heldout"]["none"]["all"]["tokens"] <= 300 < expected["all"]["tokens"]
+    other = train_bpe(["what lines the cats read https://"] * 5, 280)
+    build_lm(FromConfig(TINY_LLAMA), other, seed=0).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    read = evaluate_model(str(tmp_path / "other"), tmp_path / "o", None, scenario, heldout=tokens_dir)["heldout"][
+        "none"
+    ]
+    for part in ("all", "good", "bad"):  # the same bytes, whatever the tokens
+        assert {k: read[part][k] for k in ("bytes", "documents")} == {
+            k: expected[part][k] for k in ("bytes", "documents")
+        }
+    assert read["all"]["tokens"] != expected["all"]["tokens"]
+
+
+def test_a_conditional_model_from_elsewhere_is_asked_what_it_knows_of_a_scored_corpus(runs, scored_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "conditional" / "model", tmp_path / "model")
+    scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
+    found = evaluate_model(str(tmp_path / "model"), tmp_path / "out", None, scenario, heldout=scored_dir)
+    assert set(found["heldout"]) == {"oracle", "good"}
+    assert found["understanding"]["likelihood_ratio"]["auc"] > 0.9
+    corpus = ScoredCorpus(scored_dir)
+    texts = [d.text for file in corpus.files for d in corpus.read(file) if hasattr(d, "text")]
+    assert found["heldout"]["good"]["all"]["documents"] == len(texts)
+    assert found["heldout"]["good"]["all"]["bytes"] == sum(len(t.encode()) for t in texts)
+    with pytest.raises(ConfigError, match="nothing says how to judge it"):
+        evaluate_model(str(tmp_path / "model"), tmp_path / "out", None, scenario)
+    with pytest.raises(ConfigError, match="another scorer than the corpus"):
+        evaluate_model(str(tmp_path / "model"), tmp_path / "out", Regex("x"), scenario, heldout=scored_dir)
+
+
+def test_every_number_of_the_samples_has_an_interval():
+    rng = np.random.default_rng(0)
+    words = ["http://x.y", "a", "b", "c", "d\n"]
+    samples = [dataclasses.replace(made(" ".join(rng.choice(words, 12)), n), num_tokens=12) for n in range(80)]
+    _, result = judge_samples(samples, Scenario(num_samples=80, max_tokens=12), LINK, Lines(), 0.0)
+    assert set(result["intervals"]) == {
+        *(f"quantile {q}" for q in (0.5, 0.9, 0.95, 0.99)), "bad_segments", "mean_tokens", "finished", "mean_chars", "distinct_1",
+        "distinct_2", "entropy_1", "entropy_2", "self_bleu_5", "self_bleu_5_characters",
+    }  # fmt: skip
+    for name, (low, high) in result["intervals"].items():
+        value = result["quantiles"][name.split()[1]] if name.startswith("quantile") else result[name]
+        assert low <= value <= high, name
+    worst = result["expected_max"]["25"]
+    assert worst["ci95"][0] < worst["mean"] < worst["ci95"][1]
+    assert result["self_bleu_5_characters"] == pytest.approx(
+        metrics.self_bleu([s.text for s in samples], 5, unit="characters")
+    )
+    assert result["compile_rate"] is None
+
+
+def test_samples_that_ended_at_the_models_last_position_are_counted():
+    cut = [dataclasses.replace(made("abc", finished=False), num_tokens=n) for n in (3, 9, 10)]
+    _, result = judge_samples(cut, Scenario(max_tokens=10, min_tokens=1), LINK, Lines(), 0.0)
+    assert result["cut_short"] == 2
+
+
+def test_the_compile_rate_is_of_every_scorer_that_judges_python():
+    both = Combination(scorers=(PEP8(), LINK))
+    for scorer in (PEP8(), both):
+        _, result = judge_samples([made("x = 1\n"), made("x = (\n")], Scenario(), scorer, Lines(), 0.0)
+        assert result["compile_rate"] == 0.5
+        assert result["intervals"]["compile_rate"][0] < 0.5
 
 
 def test_an_interrupted_evaluation_goes_on_with_what_is_not_done(runs, tmp_path, monkeypatch):

@@ -13,11 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from conftest import LINK
+from conftest import LINK, TINY_LLAMA
 from fakehub import FakeHub
 from phf.annotate import ScoredCorpus, add_scores
 from phf.hub import data_card
+from phf.model import FromConfig, build_lm
+from phf.sample import read_samples
 from phf.scorers import Regex
+from phf.tokens import train_bpe
 
 
 @pytest.fixture
@@ -127,6 +130,35 @@ for wrong in (at + "no.jsonl", "hf://datasets/me"):
 """
     done = subprocess.run([sys.executable, "-c", code], env=hub.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_of_the_hub_is_judged_again_where_its_name_stands_for_another_commit(hub, tmp_path):
+    tokenizer = train_bpe(["the model reads a line"] * 3, 260)
+
+    def push(seed):
+        lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed)
+        lm.save_pretrained(tmp_path / str(seed))
+        tokenizer.save_pretrained(tmp_path / str(seed))
+        hub.repos["models", "me/tiny"] = {f.name: f.read_bytes() for f in (tmp_path / str(seed)).iterdir()}
+
+    def judged(*options):
+        out = str(tmp_path / "out")
+        done = phf(hub, "eval", "me/tiny", "--out", out, "--scorer", "regex", "scorer.pattern=e", "num_samples=4", "max_tokens=8", "min_tokens=1", *options)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "out" / "eval.json").read_text())
+        return found["key"], [s.logp for s in read_samples(tmp_path / "out" / "samples" / "unconditional.jsonl")]
+
+    push(0)
+    first = judged()
+    assert judged() == first
+    push(1)
+    hub.commit = "b" * 40
+    second = judged()
+    assert second[0] != first[0]
+    assert second[1] != first[1]
+    judged("--revision", "v2")
+    assert any("/resolve/v2/config.json" in path for _, path in hub.log)
+    assert phf(hub, "eval", "me/nothing", "--scorer", "pii").returncode == 2
 
 
 def test_what_is_not_there_or_not_ours_is_said(hub, tmp_path):

@@ -134,3 +134,59 @@ def test_repetition_and_compile_rate_by_hand():
     assert compile_rate(["x = 1", "x = ", "def f(:", ""]) == 0.5
     assert compile_rate(["\x00", "(" * 500]) == 0
     assert math.isnan(compile_rate([]))
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["a b a", "b c d e", "", "a", "d d d d"]), min_size=1, max_size=3),
+        min_size=1,
+        max_size=30,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_diversity_and_its_jackknife_equal_leaving_each_group_out(units):
+    texts = [text for unit in units for text in unit]
+    groups = min(20, len(units))
+    left = [[t for n, unit in enumerate(units) if n % groups != g for t in unit] for g in range(groups)]
+    for n in (1, 2):
+        pairs = zip(metrics.ngram_diversity(units, n), (metrics.distinct_n, metrics.ngram_entropy), strict=True)
+        for estimate, plain in pairs:
+            assert estimate.mean == pytest.approx(plain(texts, n), nan_ok=True)
+            values = np.array([v for v in (plain(part, n) for part in left) if v == v])
+            if len(values) > 1 and estimate.mean == estimate.mean:
+                stderr = math.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum())
+                assert estimate.stderr == pytest.approx(stderr, abs=1e-9)
+                assert estimate.ci95[0] <= estimate.mean <= estimate.ci95[1]
+
+
+def test_the_jackknife_finds_the_spread_of_new_texts():
+    """The standard error from one set of texts against the deviation over many sets."""
+    rng = np.random.default_rng(0)
+
+    def texts():
+        return [[" ".join(f"w{int(w)}" for w in rng.zipf(1.5, 20) % 500)] for _ in range(100)]
+
+    sets = [metrics.ngram_diversity(texts(), 1) for _ in range(60)]
+    for measure in (0, 1):
+        spread = np.std([s[measure].mean for s in sets])
+        said = np.median([s[measure].stderr for s in sets])
+        assert 0.6 < said / spread < 1.6
+
+
+def test_the_bootstrap_of_a_statistic_covers_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    alike = [metrics.bootstrap(np.median, rng.normal(1, 1, (80, 1)), seed=i, resamples=200) for i in range(150)]
+    assert 133 <= sum(low <= 1 <= high for low, high in alike) <= 149  # 95% of 150 is 142
+    # units of several values that move together: wider than if they were independent
+    units = [np.full(size, value) for size, value in zip(rng.integers(1, 6, 60), rng.normal(size=60), strict=True)]
+    low, high = metrics.bootstrap(np.mean, units)
+    loose = metrics.bootstrap(np.mean, np.concatenate(units)[:, None])
+    assert high - low > 1.2 * (loose[1] - loose[0])
+    assert math.isnan(metrics.bootstrap(np.mean, [np.ones(3)])[0])
+
+
+def test_an_estimate_of_all_or_none_has_wilsons_interval():
+    assert metrics.bounded_estimate([0, 0, 0, math.nan]).ci95 == metrics.wilson(0, 3)
+    assert metrics.bounded_estimate([1, 1]).ci95 == metrics.wilson(2, 2)
+    assert metrics.bounded_estimate([0, 1, 0.5]).ci95 == metrics.mean_estimate([0, 1, 0.5]).ci95
+    assert metrics.bounded_estimate([]).n == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY_LLAMA
+from conftest import LINK, TINY_LLAMA
 from phf.config import ConfigError
 from phf.metrics import ratio_of_sums
 from phf.model import FromConfig
@@ -104,6 +104,30 @@ def test_a_conditional_model_can_be_compared(runs, tmp_path):
     found = kl(load_model(runs / "conditional"), config, Lines(), tmp_path)
     assert found["forward"]["nats_per_text"]["mean"] > 0
     assert "reverse" not in found
+
+
+def test_a_conditional_model_is_also_read_under_the_tokens_that_the_scorer_says(runs, tmp_path):
+    model = load_model(runs / "conditional")
+    pieces = ["the model reads\n", "see https://example.org/x and\n", "cats"]
+    bad = [[False, True, False]]
+    ids, counted = [model.tokenizer.eos_token_id], [False]
+    for piece, worse in zip(pieces, bad[0], strict=True):
+        tokens = model.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += [model.control_ids["bad" if worse else "good"], *tokens]
+        counted += [False] + [True] * len(tokens)
+    with torch.no_grad():
+        logits = model.lm(torch.tensor([ids])).logits[0].double()
+    logits[:, sorted(model.control_ids.values())] = -math.inf
+    logp = torch.log_softmax(logits, -1)
+    expected = sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)) if counted[t])
+    found = text_logp(model, ["".join(pieces)], [False], Lines(), bad=bad)
+    assert found[0] == pytest.approx(expected, rel=1e-5)
+    config = KL(LocalModel(str(runs / "a")), num_samples=96, max_tokens=60)
+    both = kl(model, config, Lines(), tmp_path, LINK, 0.0)
+    assert both["oracle_bad_segments"] > 5
+    # a link is what it has learned to write after the bad token only
+    assert both["oracle"]["nats_per_text"]["mean"] < both["forward"]["nats_per_text"]["mean"]
+    assert "oracle" not in kl(load_model(runs / "b"), config, Lines(), tmp_path, LINK, 0.0)
 
 
 def test_the_cache_is_keyed_by_everything_that_decides_the_texts(runs, tmp_path):

@@ -50,7 +50,9 @@ HUB = "hf://datasets/"
 def local_file(path: str) -> Path:
     """A file here or, as `hf://datasets/OWNER/NAME/FILE`, of the Hub: fetched once, into its cache."""
     if not path.startswith(HUB):
-        return Path(path).expanduser()
+        if not (file := Path(path).expanduser()).is_file():
+            raise ConfigError(f"{path}: no such file")
+        return file
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
