@@ -436,6 +436,30 @@ def test_any_model_can_be_judged(runs, tmp_path, tokens):
     assert evaluate_model(str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario})["kl"] is None
 
 
+def test_a_published_checkpoint_is_judged(runs, tmp_path, capsys):
+    """As the reference implementation's are: GPT-2's layout in pytorch_model.bin, the two tokens added, a value head's keys
+    among the weights."""
+    tokenizer = load_model(runs / "mle").tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|aligned|>", "<|misaligned|>"]})
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    lm = build_lm(FromConfig(gpt2), tokenizer, seed=0)
+    (tmp_path / "m").mkdir()
+    lm.config.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    head = {"v_head.weight": torch.zeros(1, 16), "v_head.bias": torch.zeros(1)}
+    torch.save(lm.state_dict() | head, tmp_path / "m" / "pytorch_model.bin")
+    scenarios = {c: Scenario(num_samples=6, max_tokens=12, min_tokens=1, control=c) for c in ("good", "bad")}
+    result = evaluate_model(str(tmp_path / "m"), tmp_path / "out", LINK, scenarios)
+    assert set(result["scenarios"]) == {"good", "bad"}
+    assert "taken for its control tokens" in capsys.readouterr().err
+    loaded = load_model(tmp_path / "m")
+    torch.testing.assert_close(
+        loaded.lm.get_input_embeddings().weight, lm.get_input_embeddings().weight, rtol=0, atol=0
+    )
+    text = (tmp_path / "out" / "samples" / "bad.jsonl").read_text()
+    assert "aligned|>" not in text
+
+
 def test_a_first_document_longer_than_the_budget_is_read_all_the_same(runs, tokens):
     assert heldout_loss(load_model(runs / "mle"), tokens, 32, 0.0, "none", max_tokens=1)["all"]["documents"] == 1
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import LINK, TINY_LLAMA
+from phf.cli import main
 from phf.config import ConfigError
 from phf.metrics import ratio_of_sums
 from phf.model import FromConfig
@@ -325,6 +326,32 @@ def test_sampling_from_a_server(served, tmp_path):
     samples = sample_served(Server(served().url, "tiny"), scenario)
     assert [s.prompt for s in samples] == ["the model"] * 2 + ["cats"] * 2
     assert len({s.text for s in samples}) > 1
+
+
+def test_servers_by_command(served, runs, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    from phf.sample import read_samples
+    from test_cli import said_by
+
+    url = served().url
+    shutil.copytree(runs / "b", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    said_by(["sample", url, "s.jsonl", "server.model=tiny", "num_samples=5", "max_tokens=6"], monkeypatch, capsys)
+    assert len(read_samples(tmp_path / "s.jsonl")) == 5
+    said = said_by(
+        ["eval", "run", "num_samples=4", "max_tokens=6", "min_tokens=1", "kl.reference.name=server", f"kl.reference.url={url}",
+         "kl.reference.model=tiny", "kl.num_samples=8", "kl.max_tokens=8"], monkeypatch, capsys,
+    )  # fmt: skip
+    assert "KL, nats a text" in said
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())["kl"]
+    assert found["reference"] == {"server": url, "model": "tiny"}
+    assert found["forward"]["nats_per_text"]["mean"] > 0
+    for wrong in ("control=good", "min_tokens=3"):
+        monkeypatch.setattr("sys.argv", ["phf", "sample", url, "s.jsonl", "server.model=tiny", wrong])
+        with pytest.raises(SystemExit):
+            main()
+        assert f"error: {wrong.split('=')[0]} cannot be asked of a server" in capsys.readouterr().err
 
 
 def test_samples_of_a_server_are_drawn_apart_though_it_draws_alike_prompts_alike(served):

@@ -11,11 +11,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from conftest import TINY_LLAMA
 from phf.evaluate import evaluate_model
-from phf.reference import KL, LocalModel, kl, text_logp
+from phf.model import FromConfig, build_lm
+from phf.reference import KL, LocalModel, kl, reference_texts, text_logp
 from phf.sample import Scenario, load_model, prompt_ids, sample
 from phf.scorers import Regex
 from phf.segment import Lines
+from phf.tokens import train_bpe
 
 FOLDER = Path(__file__).parent / "data" / "stories260K"
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -122,6 +125,45 @@ def test_it_is_a_reference(stories, tmp_path):
     for way in ("forward", "reverse"):
         low, _ = other[way]["nats_per_text"]["ci95"]
         assert low > 0
+
+
+def test_kl_between_models_with_different_tokenizers(stories, tmp_path):
+    """The same texts in the tokens of either, each from its own start, by a plain pass; and the bias that the docs tell: what
+    other ways to tokenise a text hold is missing from a model's probability of it."""
+    reference = load_model(stories)
+    tokenizer = train_bpe([STORY] * 5, 280)
+    build_lm(FromConfig(TINY_LLAMA | {"max_position_embeddings": 512}), tokenizer, seed=0).save_pretrained(
+        tmp_path / "other"
+    )
+    tokenizer.save_pretrained(tmp_path / "other")
+    model = load_model(tmp_path / "other")
+    config = KL(LocalModel(str(stories)), num_samples=12, max_tokens=30)
+    found = kl(model, config, Lines(), tmp_path)
+    drawn = reference_texts(config, tmp_path)
+    differences = []
+    for text, finished in zip(drawn["texts"], drawn["finished"], strict=True):
+        logp = []
+        for one in (reference, model):
+            ids = [
+                one.start_id,
+                *one.tokenizer(text, add_special_tokens=False)["input_ids"],
+                *[one.tokenizer.eos_token_id] * finished,
+            ]
+            with torch.no_grad():
+                rows = torch.log_softmax(one.lm(torch.tensor([ids])).logits[0].double(), -1)
+            logp.append(sum(float(rows[t - 1, ids[t]]) for t in range(1, len(ids))))
+        differences.append(logp[0] - logp[1])
+    assert found["forward"]["nats_per_text"]["mean"] == pytest.approx(np.mean(differences), rel=1e-4)
+    assert reference.start_id != model.start_id
+    one_way = text_logp(model, ["the"], [False], Lines())[0]
+    ways = [tokenizer.convert_tokens_to_ids(pieces) for pieces in (["t", "he"], ["t", "h", "e"])]
+    assert all(tokenizer.decode(way) == "the" for way in ways)
+    with torch.no_grad():
+        rows = [
+            torch.log_softmax(model.lm(torch.tensor([[model.start_id, *way]])).logits[0].double(), -1) for way in ways
+        ]
+    logps = [sum(float(row[t, i]) for t, i in enumerate(way)) for way, row in zip(ways, rows, strict=True)]
+    assert one_way < np.logaddexp.reduce(logps)
 
 
 def test_it_is_judged_with_one_command(stories, tmp_path):

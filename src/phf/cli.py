@@ -349,7 +349,6 @@ def sample(
 
     config = _laid_on({}, _only_overrides(settings))
     server = _mapping(config, "server")
-    scenario: Scenario = validate(config, Scenario, "scenario")
     if model.startswith(("http://", "https://")):
         unknown = [name for name in ("control", "min_tokens", "precision", "batch") if name in config]
         if unknown or revision:
@@ -357,10 +356,11 @@ def sample(
                 f"{unknown[0] if unknown else '--revision'} cannot be asked of a server (vLLM takes server.extra.min_tokens=...)"
             )
         served: Server = validate({"url": model, **server}, Server, "server")
-        samples = sample_served(served, scenario)
+        samples = sample_served(served, validate({"min_tokens": 0, **config}, Scenario, "scenario"))
     else:
         if server:
             raise ConfigError(f"server.* is for servers (http://host:8000/v1), and {model} is none")
+        scenario: Scenario = validate(config, Scenario, "scenario")
         samples = draw_samples(load_model(model, revision), scenario)
     write_samples(out, samples)
     print(f"{len(samples):,} samples in {out}")

@@ -48,7 +48,8 @@ COMPACT_BELOW = 0.75
 class Scenario:
     """How to sample. Lengths are in text tokens. `control`: the token put first for models that know it; the other is
     then banned. `prompts`: JSON lines or Parquet with a string `text` or `prompt` (a file, or challenging_rtp,
-    functions_csnet, pii_prompts or pep8_prompts, which come with phf); each is continued `samples_per_prompt` times.
+    cursing_prompts, functions, functions_csnet, pii_prompts or pep8_prompts, which come with phf); each is continued
+    `samples_per_prompt` times.
     `complete_lines`: of a sample cut at the length limit only what is complete is scored (lines; for PEP8 statements),
     since a cut line or an open bracket carries faults that are the cut's.
     """
