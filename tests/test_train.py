@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
@@ -316,6 +317,18 @@ def test_schedules_warm_up_and_decay(tokens_dir, tmp_path, schedule):
         "wsd": np.where(share < 0.75, 1, (1 + np.cos(np.pi * (share - 0.75) / 0.25)) / 2),
     }[schedule]
     assert lr == pytest.approx([*rising, *(1e-2 * falling)])
+
+
+def test_warm_up_and_decay_in_tokens_are_those_as_shares():
+    shares = config(20, schedule="wsd", warmup=0.2, decay=0.25)
+    tokens = config(20, schedule="wsd", warmup=4 * STEP, decay=5 * STEP)
+    assert (shares.warmup_steps, shares.decay_steps) == (tokens.warmup_steps, tokens.decay_steps) == (4, 5)
+    with pytest.raises(
+        ValidationError, match="rises for 30 steps and falls for 0, but tokens=10240 are 20 steps of 16 x 32"
+    ):
+        config(20, warmup=30 * STEP)
+    with pytest.raises(ValidationError, match="lower warmup or decay"):
+        config(20, schedule="wsd", warmup=0.6, decay=0.6)
 
 
 def test_expected_loss_is_hoffmanns():

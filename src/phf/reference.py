@@ -8,10 +8,9 @@ model reads every text by its own tokenizer, from the end-of-text token on; a te
 the text was cut at the limit, for neither.
 
 Control tokens are conditioning: the good one goes before every segment (and, told apart, those that the scorer says), is
-not charged, and is left out of what the
-other tokens' probabilities are shares of. Where the tokenizers differ, a model's probability of a text is that of one
-way to tokenise it, which is a lower bound: the divergence is then too large by what the other ways hold (usually
-little), and a text that was cut inside a word costs the other model extra.
+not charged, and is left out of what the other tokens' probabilities are shares of. A model's probability of a text is that
+of one way to tokenise it, which is a lower bound: the divergence is too large by what the model's other ways hold, too
+small by what the reference's do (usually little), and a text that was cut inside a word costs another tokenizer extra.
 """
 
 from __future__ import annotations

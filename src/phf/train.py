@@ -80,10 +80,10 @@ class TrainConfig:
     """Rows at a time on one device; None: as many as its share of the batch, at most 32."""
     lr: Annotated[float, Field(gt=0)] = 5e-4
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of the steps with rising learning rate."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """wsd only: share of the steps with falling learning rate."""
+    warmup: Annotated[float, Field(ge=0)] = 0.01
+    """Tokens with rising learning rate or, up to 1, their share of the budget."""
+    decay: Annotated[float, Field(gt=0)] = 0.2
+    """wsd only: tokens with falling learning rate or, up to 1, their share of the budget."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -108,11 +108,31 @@ class TrainConfig:
     """Compute activations again in the backward pass: less memory, about a third more time."""
     log_every: Annotated[int, Field(gt=0)] = 10
     """Steps between lines of metrics.jsonl."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that make rows beside training; 0: in the training process (making rows takes under 2% of a step)."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that make rows beside training; 0: in the training process. None: one beside a GPU, else 0 (making rows takes
+    under 2% of a step on a CPU)."""
     chunk: Annotated[int, Field(gt=0)] | None = None
     """Targets at a time in the loss; None: chosen by vocabulary size."""
     report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rising, falling = self.warmup_steps, self.decay_steps if self.schedule == "wsd" else 0
+        if rising + falling > self.steps:
+            raise ValueError(
+                f"the learning rate rises for {rising} steps and falls for {falling}, but tokens={self.tokens:g} are {self.steps} steps of "
+                f"{self.batch_rows} x {self.context}; lower warmup or decay, in tokens or as a share of them"
+            )
+
+    def _steps_of(self, tokens: float) -> int:
+        return round(tokens * self.steps if tokens <= 1 else tokens / (self.batch_rows * self.context))
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._steps_of(self.warmup)
+
+    @property
+    def decay_steps(self) -> int:
+        return max(self._steps_of(self.decay), 1)
 
     @property
     def steps(self) -> int:
@@ -320,10 +340,8 @@ def train(
             "constant": "constant_with_warmup",
             "wsd": "warmup_stable_decay",
         }[config.schedule],
-        lr_scheduler_kwargs={"num_decay_steps": max(round(config.decay * config.steps), 1)}
-        if config.schedule == "wsd"
-        else {},
-        warmup_steps=round(config.warmup * config.steps),
+        lr_scheduler_kwargs={"num_decay_steps": config.decay_steps} if config.schedule == "wsd" else {},
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
@@ -338,7 +356,7 @@ def train(
         ignore_data_skip=True,
         remove_unused_columns=False,
         label_names=[],
-        dataloader_num_workers=config.workers,
+        dataloader_num_workers=config.workers if config.workers is not None else int(torch.cuda.is_available()),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",

@@ -104,6 +104,10 @@ class PHFTrainer(Trainer):
             generator=torch.Generator(),  # else the loader would draw from the global stream, once more after a resume
         )
 
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """To the device, while it computes: batches lie in pinned memory where there is a GPU."""
+        return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
             return None
