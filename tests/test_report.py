@@ -16,6 +16,7 @@ import pytest
 from conftest import TINY_LLAMA
 from phf import store
 from phf.config import dump_yaml
+from phf.model import FromConfig, build_lm
 from phf.recipe import load_recipe
 from phf.report import is_masked, mask, number, visible, write_report
 from phf.report.browser import samples_of
@@ -23,6 +24,7 @@ from phf.report.measures import Measure, dominated, groups
 from phf.running import RecipeError, run_recipe
 from phf.sample import read_samples, write_samples
 from phf.scorers import Regex
+from phf.tokens import train_bpe
 from phf.types import Span
 
 HTML = "<b onclick=alert(1)>x</b>"
@@ -35,6 +37,9 @@ def folder(scored_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report") / "run"
     prompts = out.parent / "prompts.jsonl"
     prompts.write_text("".join(f'{{"text": "{t}"}}\n' for t in ("the model", "a line of", HTML, "dogs and")))
+    tokenizer = train_bpe(["the model reads a line"] * 3, 260)
+    build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0).save_pretrained(out.parent / "reference")
+    tokenizer.save_pretrained(out.parent / "reference")
     (out.parent / "mine.yaml").write_text(
         dump_yaml(
             {
@@ -62,6 +67,11 @@ def folder(scored_dir, tmp_path_factory) -> Path:
                     "every": 5 * 512,
                     "heldout_tokens": 200,
                     "scenarios": {"unconditional": {"num_samples": 4, "max_tokens": 12}},
+                    "kl": {
+                        "reference": {"name": "local", "path": str(out.parent / "reference")},
+                        "num_samples": 4,
+                        "max_tokens": 8,
+                    },
                 },
                 "redteam": {
                     "prompts": str(prompts),
@@ -156,7 +166,18 @@ def test_numbers_and_plots_lie_beside_the_page(folder):
             judged = store.read_json(folder / row["run"] / "eval.json")["scenarios"]["unconditional"]["misalignment"]
             assert float(row["mean"]) == judged["mean"]
             assert float(row["ci95_low"]) == judged["ci95"][0]
-    expected = {"misalignment", "good", "attacked_1", "understanding", "self_bleu_5", "kl", "bad_token: misalignment"}
+        if row["measure"] in ("distinct_2", "self_bleu_5", "mean_chars", "worst_of_5"):
+            assert float(row["ci95_low"]) <= float(row["mean"]) <= float(row["ci95_high"])
+    expected = {
+        "misalignment",
+        "good",
+        "attacked_1",
+        "understanding",
+        "self_bleu_5",
+        "kl",
+        "kl_oracle",
+        "bad_token: misalignment",
+    }
     assert expected <= {r["measure"] for r in rows}
     assert any(r["measure"].startswith("control tokens, ") for r in rows)
     figures = {p.stem for p in (folder / "report").glob("*.svg")}
@@ -166,6 +187,7 @@ def test_numbers_and_plots_lie_beside_the_page(folder):
         "phases",
         "attacks-best_10",
         "during-misalignment",
+        "during-kl",
         "distribution",
     } <= figures
     for path in (folder / "report").glob("*.svg"):

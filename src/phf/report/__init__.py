@@ -276,6 +276,12 @@ def _figures(
         ]  # fmt: skip
         if any(points for _, points in lines):
             figures[f"during-{part}"] = _figure("curves", plots.during([x for x in lines if x[1]], looks, f"held-out loss on {part} text"), f"Held-out loss on {part} text while training, nats per byte.")  # fmt: skip
+    nats = [
+        (r["name"], [(_before(r) + x["tokens"], x["kl"]["forward"]["nats_per_text"]["mean"], _interval(x["kl"]["forward"]["nats_per_text"])) for x in r["during"] if x.get("kl")])
+        for r in watched
+    ]  # fmt: skip
+    if any(points for _, points in nats):
+        figures["during-kl"] = _figure("curves", plots.during([x for x in nats if x[1]], looks, "KL from the reference"), "KL(reference || model) while training, nats a text, 95% bands.")  # fmt: skip
     figures["loss"] = _figure("curves", plots.curves([(r["name"], [x | {"tokens": _before(r) + x["tokens"]} for x in r["curve"]]) for r in shown], looks), "Each objective's own loss: only the shapes compare.")  # fmt: skip
     scores = [(r["name"], [s.score for s in r["samples"][main] if s.score == s.score]) for r in shown]
     figures["distribution"] = _figure("scores", plots.distributions(scores, looks, unit), f"Share of samples that score above a value ({main}).")  # fmt: skip

@@ -39,6 +39,8 @@ MEASURES = (
     Measure("good", "loss on good text", "lower", 3, "held-out loss on good segments, nats per byte; control tokens given, not charged"),
     Measure("bad", "loss on bad text", "", 3, "held-out loss on bad segments, nats per byte"),
     Measure("kl", "KL from reference", "lower", 2, "KL(reference || model), nats a text"),
+    Measure("kl_oracle", "KL, true tokens", "lower", 2, "KL(reference || model), nats a text; the bad token before segments that score above the threshold"),
+    Measure("kl_reverse", "reverse KL", "lower", 2, "KL(model || reference), nats a text"),
     Measure("understanding", "knows bad text", "higher", 3, "AUC of bad against good held-out segments by which control token makes them likelier; 0.5 is chance"),
     Measure("attacked_1", "best attack", "lower", 5, "red-teaming: mean score after the best prompt found, on fresh continuations"),
     Measure("attacked_10", "best 10 attacks", "lower", 5, "red-teaming: mean score after the ten best prompts found, on fresh continuations"),
@@ -47,6 +49,7 @@ MEASURES = (
     Measure("entropy_1", "entropy-1", "higher", 2, "entropy of the words, nats"),
     Measure("entropy_2", "entropy-2", "higher", 2, "entropy of the pairs of words, nats"),
     Measure("self_bleu_5", "Self-BLEU-5", "lower", 3, "how much samples resemble each other, by words"),
+    Measure("self_bleu_5_characters", "Self-BLEU-5, characters", "lower", 3, "the same by characters, as the reference implementation computes it"),
     Measure("repetition_4", "repetition", "lower", 1, "share of a sample's 4-grams of words that it had before", True),
     Measure("compile_rate", "compiles", "higher", 1, "share of samples that are Python without a syntax error", True),
     Measure("mean_chars", "characters", "", 0, "mean length of a sample"),
@@ -55,7 +58,7 @@ MEASURES = (
 MAIN = ("misalignment", "ratio", "bad_segments", "good", "bad", "kl", "understanding", "attacked_10")
 DIVERSITY = (
     "hit_rate", "worst_of_25", "q99", "distinct_1", "distinct_2", "entropy_1", "entropy_2", "self_bleu_5", "repetition_4",
-    "compile_rate", "mean_chars", "finished",
+    "compile_rate", "mean_chars", "finished", "self_bleu_5_characters", "kl_oracle", "kl_reverse",
 )  # fmt: skip
 LOWER = ("perplexity", "loss", "bits_per_byte", "brier", "mse", "wer", "ter ", "error")
 """Parts of the names of capabilities' numbers that are better when lower."""
@@ -71,6 +74,7 @@ def of_run(run: Run, main: str) -> dict[str, dict[str, Any]]:
     """Each measure of one run: {"mean", "ci95", "n", "stderr", "from"}, those that there are."""
     judged, where = run["eval"], f"{run['folder']}/eval.json"
     scenario, at = judged["scenarios"][main], f"scenarios.{main}"
+    intervals = scenario.get("intervals", {})
     found: dict[str, dict[str, Any]] = {}
 
     def put(key: str, value: Any, path: str, source: str = where) -> None:
@@ -81,18 +85,22 @@ def of_run(run: Run, main: str) -> dict[str, dict[str, Any]]:
 
     for key in ("misalignment", "hit_rate", "repetition_4"):
         put(key, scenario[key], f"{at}.{key}")
-    for key in ("bad_segments", "distinct_1", "distinct_2", "entropy_1", "entropy_2", "self_bleu_5", "compile_rate", "mean_chars", "finished"):  # fmt: skip
-        put(key, scenario[key], f"{at}.{key}")
+    for key in ("bad_segments", "distinct_1", "distinct_2", "entropy_1", "entropy_2", "self_bleu_5", "self_bleu_5_characters", "compile_rate", "mean_chars", "finished"):  # fmt: skip
+        if scenario.get(key) is not None:
+            value = {"mean": scenario[key], "ci95": intervals.get(key, [None, None]), "n": scenario["samples"]}
+            put(key, value, f"{at}.{key}")
     put("worst_of_25", scenario["expected_max"]["25"], f"{at}.expected_max.25")
-    put("q99", scenario["quantiles"].get("0.99"), f"{at}.quantiles.0.99")
+    q99 = {"mean": scenario["quantiles"].get("0.99"), "ci95": intervals.get("quantile 0.99", [None, None])}
+    put("q99", q99, f"{at}.quantiles.0.99")
     kind = "good" if judged["heldout"].get("good") else "none"
     for part in ("good", "bad"):
         held = (judged["heldout"].get(kind) or {}).get(part)
         if held and held["nats_per_byte"] is not None:
             value = {"mean": held["nats_per_byte"], "ci95": held["ci95"] or [None, None], "n": held["documents"]}
             put(part, value, f"heldout.{kind}.{part}.nats_per_byte")
-    if judged.get("kl"):
-        put("kl", judged["kl"]["forward"]["nats_per_text"], "kl.forward.nats_per_text")
+    for key, way in (("kl", "forward"), ("kl_oracle", "oracle"), ("kl_reverse", "reverse")):
+        if way in (judged.get("kl") or {}):
+            put(key, judged["kl"][way]["nats_per_text"], f"kl.{way}.nats_per_text")
     knows = (judged.get("understanding") or {}).get("likelihood_ratio")
     if knows and knows["auc"] is not None:
         put("understanding", {"mean": knows["auc"], "ci95": knows["ci95"]}, "understanding.likelihood_ratio")
