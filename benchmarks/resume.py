@@ -75,7 +75,7 @@ def stopped_run(folder: Path) -> Path:
 
 def step_on(run: Path, tokens: Path, step: int) -> None:
     """Build, resume from the newest checkpoint, train to `step` and save."""
-    settings = TrainConfig(tokens=70_000 * BATCH * CONTEXT, context=CONTEXT, batch_rows=BATCH)
+    settings = TrainConfig(tokens=70_000 * BATCH * CONTEXT, context=CONTEXT, batch_rows=BATCH, compile=False)
     train(tokens, run, FromConfig(DEMO), MLE(), settings, stop_after=step)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/train_memory.py --out benchmarks/results/train_memory.json --cases demo,mid,gpt2
 
 Each side takes three steps in a process of its own, at the shapes of train_step.py; the peak is the kernel's count of
-resident memory, libraries included (`imports`: what a process holds before it builds anything).
+resident memory, libraries included (`imports`: what a process holds before it builds a model, on either side).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def peak(name: str, objective: str, side: str) -> tuple[float, float]:
 
 def steps(name: str, objective: str, side: str) -> None:
     import resource
+
+    import transformers.modeling_utils  # noqa: F401
 
     from train_step import step_and_batch
 

@@ -19,10 +19,9 @@ import torch
 from transformers import AutoConfig
 
 from _measure import arguments, case, interleaved, write
-from phf.device import tune_allocator
+from phf.device import pick_precision, tune_allocator
 from phf.model import PHFModel, swap_conv1d
 from phf.objectives import AWR, MLE, RWR, Objective, Unlikelihood
-from phf.train import pick_precision
 from reference_step import ReferenceStep
 
 OBJECTIVES: dict[str, Objective] = {

@@ -19,9 +19,10 @@ from transformers import Trainer, TrainerCallback
 from conftest import TINY_LLAMA
 from phf import store
 from phf.config import ConfigError
+from phf.device import pick_precision
 from phf.model import FromConfig, FromWeights, build_lm, set_attention
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
-from phf.train import TrainConfig, micro_batch, pick_attention, pick_compile, pick_precision, train
+from phf.train import TrainConfig, micro_batch, pick_attention, pick_compile, train
 from phf.trainer import COMPLETE, PHFTrainer, TrainingError, chinchilla_loss, complete_checkpoints
 
 MODEL = FromConfig(TINY_LLAMA)

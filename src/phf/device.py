@@ -29,6 +29,15 @@ def has_quick_bf16(device: str) -> bool:
     )
 
 
+def pick_precision(precision: str) -> Any:
+    """The autocast type of "auto", "bf16" or "fp32": torch.bfloat16 or None. Never float16: on a CPU it is slower than
+    float32."""
+    import torch
+
+    wanted = precision == "bf16" or (precision == "auto" and has_quick_bf16(pick_device()))
+    return torch.bfloat16 if wanted else None
+
+
 @functools.cache
 def tune_allocator() -> None:
     """Keep freed memory instead of giving every large tensor back to the kernel (glibc on Linux; elsewhere nothing).

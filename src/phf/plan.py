@@ -35,8 +35,7 @@ def make_plan(
     """Numbers for each run and in all, and `problems`: what cannot fit."""
     import torch
 
-    from phf.device import peak_flops, pick_device
-    from phf.train import pick_precision
+    from phf.device import peak_flops, pick_device, pick_precision
 
     rate = tflops
     if tokens_per_s is None and rate is None:

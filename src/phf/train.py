@@ -33,7 +33,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from phf import store
 from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
-from phf.device import has_quick_bf16, peak_flops, pick_device, tune_allocator
+from phf.device import peak_flops, pick_device, pick_precision, tune_allocator
 from phf.fused import check_objective
 from phf.model import (
     COMPLETE,
@@ -149,15 +149,6 @@ class TrainConfig:
 
 FREE = ("micro_rows", "save_every", "keep", "log_every", "workers", "report_to")
 """Settings that may change when a run goes on: the objective, the rows and their order do not depend on them."""
-
-
-def pick_precision(precision: str) -> torch.dtype | None:
-    """The autocast type: bfloat16 or None. Never float16: on a CPU it is slower than float32."""
-    if precision == "fp32":
-        return None
-    if precision == "bf16":
-        return torch.bfloat16
-    return torch.bfloat16 if has_quick_bf16(pick_device()) else None
 
 
 COMPILE_FROM = {"cpu": 5e13, "cuda": 2e16}
