@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from phf.capabilities import Lambada
+from phf.capabilities import HumanEval, Lambada
 from phf.config import ConfigError
 from phf.during import During, JudgeDuring
 from phf.evaluate import evaluate_run
@@ -19,6 +19,7 @@ from phf.objectives import MLE, Conditional
 from phf.reference import KL, LocalModel
 from phf.sample import Scenario, read_samples
 from phf.train import train
+from phf.trainer import read_metrics
 from test_train import MODEL, STEP, config, weights
 
 SCENARIO = Scenario(num_samples=8, max_tokens=12, min_tokens=1, batch=8)
@@ -84,12 +85,23 @@ def test_the_whole_evaluation_while_training_changes_nothing(tmp_path, tokens_di
         ),
         ({"scenarios": {"x": Scenario(prompts="nowhere.jsonl")}}, "nowhere.jsonl"),
         ({"capabilities": (Lambada("nowhere.jsonl"),)}, "nowhere.jsonl"),
+        ({"capabilities": (HumanEval("nowhere.jsonl"),)}, "runs code that the model wrote"),
+        ({"scenarios": {"x": Scenario(max_tokens=4096)}}, "exceed the model's 128 positions"),
         ({"kl": KL(LocalModel("./nowhere"))}, "nowhere: no such folder"),
     ],
 )
 def test_what_cannot_be_judged_is_said_before_training(tmp_path, tokens_dir, during, message):
     with pytest.raises(ConfigError, match=message):
-        JudgeDuring(During(every=STEP, **during), tmp_path / "r", tokens_dir, config(2), MLE())
+        judged(tmp_path / "r", tokens_dir, MLE(), During(every=STEP, **during), config(2))
+    assert not (tmp_path / "r" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "r" / "metrics.jsonl")
+
+
+def test_a_run_that_is_done_asks_nothing_of_what_judges_it(tmp_path, tokens_dir):
+    (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')
+    during = During(every=STEP, capabilities=(Lambada(str(tmp_path / "l.jsonl")),))
+    lines = judged(tmp_path / "r", tokens_dir, MLE(), during, config(2))
+    (tmp_path / "l.jsonl").unlink()
+    assert judged(tmp_path / "r", tokens_dir, MLE(), during, config(2)) == lines
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import torch
 
 from conftest import LINK, TINY_LLAMA
 from phf import metrics, store
-from phf.annotate import ScoredCorpus
+from phf.annotate import ScoredCorpus, score_corpus
 from phf.config import ConfigError
+from phf.corpus import Jsonl
 from phf.evaluate import (
     by_prompt,
     check_identity,
@@ -349,6 +350,42 @@ def test_a_conditional_model_from_elsewhere_is_asked_what_it_knows_of_a_scored_c
         evaluate_model(str(tmp_path / "model"), tmp_path / "out", None, scenario)
     with pytest.raises(ConfigError, match="another scorer than the corpus"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "out", Regex("x"), scenario, heldout=scored_dir)
+
+
+def test_where_the_bad_token_was_given_is_what_the_models_card_says(runs, scored_dir, tokens_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "conditional" / "model", tmp_path / "model")
+    scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
+
+    def oracle(**settings):
+        found = evaluate_model(
+            str(tmp_path / "model"), tmp_path / "out", None, scenario, threshold=0.5, heldout=scored_dir, **settings
+        )
+        return found["heldout"]["oracle"]["all"]["nats_per_byte"]
+
+    assert load_model(tmp_path / "model").threshold == 0
+    assert (
+        oracle() == oracle(control_threshold=0.0) < oracle(control_threshold=0.5)
+    )  # links without the bad token surprise it
+    other = tmp_path / "scored"
+    shutil.copytree(scored_dir, other)
+    manifest = store.read_json(tokens_dir / "manifest.json")
+    shutil.copytree(tokens_dir, tmp_path / "tokens")
+    store.write_json(tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "gone")})
+    with pytest.raises(ConfigError, match="gone, which is needed for its text"):
+        evaluate_model(str(tmp_path / "model"), tmp_path / "o", None, scenario, heldout=tmp_path / "tokens")
+    score_corpus(Jsonl(str(scored_dir.parent / "texts.jsonl")), Lines(), Regex("cats"), tmp_path / "cats")
+    store.write_json(tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "cats")})
+    with pytest.raises((ConfigError, store.StoreError), match="made of other text or scores|no scores named"):
+        evaluate_model(str(tmp_path / "model"), tmp_path / "o", None, scenario, heldout=tmp_path / "tokens")
+
+
+def test_no_bad_segment_at_all_has_an_interval():
+    samples = [dataclasses.replace(made("a b\n", n), num_tokens=3) for n in range(20)]
+    _, result = judge_samples(samples, Scenario(expected_max=(3,)), LINK, Lines(), 0.0)
+    assert result["intervals"]["bad_segments"] == pytest.approx(list(metrics.wilson(0, 20)))
+    assert set(result["expected_max"]) == {"3", "5", "25"}
 
 
 def test_every_number_of_the_samples_has_an_interval():

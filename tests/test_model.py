@@ -169,6 +169,35 @@ def test_models_that_scale_or_cap_their_logits_are_trained_and_read_as_they_are(
     torch.testing.assert_close(loaded.logits(hidden), lm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", SHAPED)
+def test_the_logits_of_half_precision_weights_are_known_too(tokenizer, family):
+    lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": family, **SHAPED[family]}), tokenizer, seed=0)
+    assert logit_shape(lm.to(torch.bfloat16)) == logit_shape(lm.float())
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.zero_()  # says nothing of a factor
+    assert (
+        logit_shape(lm)
+        == {"gemma2": LogitShape(1, 3.0), "cohere": LogitShape(0.25), "granite": LogitShape(1 / 8)}[family]
+    )
+    with torch.no_grad():
+        lm.get_output_embeddings().weight[3, 0] = float("nan")
+    with pytest.raises(ConfigError, match="its weights are broken"):
+        logit_shape(lm)
+
+
+def test_a_model_that_calls_parts_of_its_trunk(tokenizer):
+    opt = {
+        "model_type": "opt",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+    }
+    lm = build_lm(FromConfig({**opt, "max_position_embeddings": 64}), tokenizer, seed=0)
+    assert logit_shape(lm) == LogitShape()
+
+
 def test_what_a_model_does_to_its_logits_and_its_config_does_not_say_is_refused(tokenizer):
     """Also where the logits of a new model are too small for it to matter yet."""
     lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": "gemma2", **SHAPED["gemma2"]}), tokenizer, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -17,10 +18,11 @@ from phf.config import ConfigError
 from phf.metrics import ratio_of_sums
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
-from phf.reference import KL, LocalModel, kl, reference_texts, text_logp
+from phf.reference import KL, LocalModel, kl, reference_texts, text_logp, text_rows
 from phf.sample import load_model
-from phf.segment import Lines
+from phf.segment import Documents, Lines
 from phf.served import Server, ServerError
+from phf.tokens import train_bpe
 from phf.train import TrainConfig, train
 
 
@@ -63,13 +65,27 @@ def test_whole_text_log_probabilities_equal_plain_ones(runs, name):
     finished = [True, False, True, False]
     for batch in (1, 3, 64):
         found = text_logp(model, texts, finished, Lines(), batch)
-        pieces = [Lines().split(t) if model.control_ids else [t] * bool(t) for t in texts]
+        pieces = [Lines().split(t) for t in texts]  # as its training texts were cut
         if model.control_ids:
             pieces[2] = [""]  # an empty text that ends: the good token, then the end
         expected = [by_hand(model, p, f) for p, f in zip(pieces, finished, strict=True)]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="longer than the 128"):
         text_logp(model, ["a b c d e f g " * 60], [True], Lines())
+
+
+def test_a_model_of_phf_reads_a_text_in_the_segments_it_was_trained_on_and_another_one_as_a_whole(runs):
+    """Two line breaks are one token of many tokenizers, which no model trained on lines has ever read."""
+    tokenizer = train_bpe(["a\n\nb\n\n    c\n\n"] * 9, 270)
+    model = dataclasses.replace(load_model(runs / "a"), tokenizer=tokenizer)
+    assert model.segmenter == Lines()
+    text = "a\n\n    c"
+    pieces = [i for line in text.splitlines(keepends=True) for i in tokenizer(line)["input_ids"]]
+    assert pieces != tokenizer(text)["input_ids"]
+    assert text_rows(model, [text], [False], Documents()) == [[model.start_id, *pieces]]
+    assert model.encode(text) == pieces
+    elsewhere = dataclasses.replace(model, segmenter=None)
+    assert text_rows(elsewhere, [text], [False], Lines()) == [[model.start_id, *tokenizer(text)["input_ids"]]]
 
 
 def test_kl_from_itself_is_zero_and_from_another_is_what_the_definition_says(runs, tmp_path):
@@ -210,7 +226,8 @@ class Completions(ThreadingHTTPServer):
                 word = int(torch.multinomial(torch.softmax(logits / body["temperature"], -1), 1, generator=generator))
             finished = word == self.model.tokenizer.eos_token_id
             written.append(word)
-        if self.fault == "stops at once" and body["max_tokens"] and body["temperature"] == 0:
+        stops = self.fault == "stops always" or (self.fault == "stops at once" and body["temperature"] == 0)
+        if stops and body["max_tokens"]:
             written, finished = [self.model.tokenizer.eos_token_id], True
         text = self.model.tokenizer.decode(written[:-1] if finished else written)
         choice = {"index": index, "text": text, "finish_reason": "stop" if finished else "length", "logprobs": None}
@@ -275,6 +292,8 @@ def test_servers_that_cannot_be_trusted_are_refused_with_the_reason(served, faul
 
 
 def test_a_wrong_start_token_is_said(served):
+    with pytest.raises(ServerError, match=r"reads the end '</s>' as .*say which token ends a text"):
+        Server(served().url, "tiny", end="</s>", retries=0).verify()
     with pytest.raises(ServerError, match="say which token begins a text"):
         Server(served().url, "tiny", start="<s>", retries=0).text_logp(["a"], [False])
 
@@ -293,8 +312,10 @@ def test_a_server_that_begins_texts_by_itself_is_told_so(served, runs, tmp_path)
         Server(served().url, "tiny", start="", retries=0).verify()
 
 
-def test_a_server_whose_completion_is_empty_is_not_refused_for_it(served):
+def test_a_server_whose_completion_is_empty_is_asked_for_another(served):
     Server(served(fault="stops at once").url, "tiny", retries=0).verify()
+    with pytest.raises(ServerError, match="writes nothing after any of"):
+        Server(served(fault="stops always").url, "tiny", retries=0).verify()
 
 
 def test_seeds_of_a_server_share_no_samples(served):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import struct
 from pathlib import Path
 
@@ -12,13 +14,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import TINY_LLAMA
+from phf.annotate import score_corpus
+from phf.capabilities import Lambada
+from phf.corpus import Jsonl
 from phf.evaluate import evaluate_model
 from phf.model import FromConfig, build_lm
 from phf.reference import KL, LocalModel, kl, reference_texts, text_logp
 from phf.sample import Scenario, load_model, prompt_ids, sample
 from phf.scorers import Regex
-from phf.segment import Lines
+from phf.segment import Documents, Lines
 from phf.tokens import train_bpe
+from phf.types import Document
 
 FOLDER = Path(__file__).parent / "data" / "stories260K"
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -164,6 +170,46 @@ def test_kl_between_models_with_different_tokenizers(stories, tmp_path):
         ]
     logps = [sum(float(row[t, i]) for t, i in enumerate(way)) for way, row in zip(ways, rows, strict=True)]
     assert one_way < np.logaddexp.reduce(logps)
+
+
+def test_what_comes_behind_a_text_is_not_read_as_the_beginning_of_one(stories, tmp_path):
+    """SentencePiece's tokenizers put a space before every text that they read, and drop one from every text that they write."""
+    model = load_model(stories)
+    passages = [STORY, "Once upon a time, there was a little girl named Lily. Lily had a big red ball."]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in passages))
+    found = Lambada(str(tmp_path / "l.jsonl")).measure(model)
+    logps = []
+    for text in passages:
+        ids, before = (
+            [1, *model.tokenizer(t, add_special_tokens=False)["input_ids"]] for t in (text, text.rpartition(" ")[0])
+        )
+        assert ids[: len(before)] == before
+        with torch.no_grad():
+            rows = torch.log_softmax(model.lm(torch.tensor([ids])).logits[0], -1)
+        logps.append(sum(float(rows[t - 1, ids[t]]) for t in range(len(before), len(ids))))
+    assert found["perplexity"] == pytest.approx(math.exp(-np.mean(logps)), rel=1e-3)
+    assert found["perplexity"] < 30
+    (tmp_path / "p.jsonl").write_text('{"text": "Once upon a time, there was a little"}\n')
+    scenario = Scenario(num_samples=1, prompts=str(tmp_path / "p.jsonl"), top_k=1, max_tokens=12)
+    (item,) = sample(model, scenario)
+    assert item.text.startswith(" girl")
+
+
+def test_it_reads_held_out_text_as_a_whole(stories, tmp_path):
+    corpus = [Document(str(n), STORY + "\nThe end.\n") for n in range(3)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in corpus))
+    score_corpus(Jsonl(str(tmp_path / "d.jsonl")), Lines(), Regex("[Pp]ark"), tmp_path / "scored")
+    found = evaluate_model(
+        str(stories), tmp_path / "out", None, {"u": Scenario(num_samples=2, max_tokens=12)}, heldout=tmp_path / "scored"
+    )
+    model = load_model(stories)
+    text = corpus[0].text
+    nats = -text_logp(model, [text], [False], Documents())[0]
+    whole = found["heldout"]["none"]["all"]
+    assert whole["bytes"] == 3 * len(text.encode())
+    # later documents are read behind earlier ones, as in training; the first is the whole of what is read before them
+    assert whole["nats_per_byte"] == pytest.approx(nats / len(text.encode()), rel=0.15)
+    assert found["heldout"]["none"]["bad"]["bytes"] == 3 * len((STORY + "\n").encode())
 
 
 def test_it_is_judged_with_one_command(stories, tmp_path):

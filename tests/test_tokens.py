@@ -24,6 +24,7 @@ from phf.tokens import (
     TokenStore,
     TrainBPE,
     add_control_tokens,
+    encode_cut,
     encode_segments,
     is_heldout,
     load_tokenizer,
@@ -196,3 +197,20 @@ def test_a_local_pretrained_tokenizer_is_kept_with_the_store(tmp_path, scored_di
     assert manifest["vocab_size"] == 50257
     assert manifest["dtype"] == "uint16"
     assert TokenStore.open(tmp_path / "t").tokenizer.eos_token_id == 50256
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=8).filter(lambda parts: any(parts)))
+@settings(max_examples=100, deadline=None)
+def test_a_text_encoded_as_a_whole_is_cut_where_its_segments_end(parts):
+    tokenizer = train_bpe(["a line of text\n\n    and one\n"] * 5, 290)
+    cut = encode_cut(tokenizer, parts)
+    whole = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+    assert len(cut) == len(parts)
+    assert [i for ids in cut for i in ids] == whole
+    size_of = lambda ids: sum(len(t) for t in tokenizer.convert_ids_to_tokens(ids))  # noqa: E731 (a character for each byte)
+    read = written = 0
+    rest = list(whole)
+    for ids, part in zip(cut, parts, strict=True):
+        read, written, rest = read + size_of(ids), written + len(part.encode()), rest[len(ids) :]
+        assert read <= written
+        assert not rest or read + size_of(rest[:1]) > written  # the next token ends in a later segment

@@ -43,6 +43,10 @@ class Capability:
         """Hashes of the files that it reads."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise ConfigError for what is wrong with the settings and the files, whatever the model."""
+        self.inputs()
+
 
 HUB = "hf://datasets/"
 
@@ -80,6 +84,13 @@ def _rows_of(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
 def prefix_ids(model: LoadedModel) -> list[int]:
     """What a text begins with: the model's start token and, for models that know it, the good one."""
     return [model.start_id, *([model.control_ids["good"]] if model.control_ids else [])]
+
+
+def split_behind(model: LoadedModel, context: str, whole: str) -> tuple[list[int], list[int]]:
+    """Token ids of `whole`, which begins with `context`, behind `prefix_ids`: as many as the context has by itself, and the
+    rest. (What comes behind is never tokenised by itself: SentencePiece's tokenizers would begin a text with it.)"""
+    ids, before = model.encode(whole), len(model.encode(context))
+    return prefix_ids(model) + ids[:before], ids[before:]
 
 
 @torch.inference_mode()
@@ -133,13 +144,13 @@ class Lambada(Capability):
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]
 
+    def check(self) -> None:
+        _rows_of(self.path, ["text"])
+
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         texts = [row["text"].rstrip() for row in _rows_of(self.path, ["text"])][: self.max_passages]
-        split = [text.rpartition(" ") for text in texts]
-        contexts = encode_segments(model.tokenizer, [c for c, _, _ in split])
-        words = encode_segments(model.tokenizer, [" " + w for _, _, w in split])
-        start = prefix_ids(model)
-        logp, right = continuations(model, [(start + c, w) for c, w in zip(contexts, words, strict=True)], self.batch)
+        pairs = [split_behind(model, text.rpartition(" ")[0], text) for text in texts]
+        logp, right = continuations(model, pairs, self.batch)
         loss = mean_estimate(-logp)
         return {
             "accuracy": share_estimate(right).to_json(),
@@ -183,17 +194,29 @@ class HumanEval(Capability):
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]
 
-    def measure(self, model: LoadedModel) -> dict[str, Any]:
+    def check(self) -> None:
+        self._problems()
+
+    def _problems(self) -> list[dict[str, Any]]:
         if not self.run_untrusted_code:
             raise ConfigError(
                 "humaneval runs code that the model wrote, with limits but as you; say run_untrusted_code=true if you want that"
             )
-        problems = _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
-        n = self.samples_per_problem
-        if max(self.k) > n:
-            raise ConfigError(f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {n}")
+        if max(self.k) > self.samples_per_problem:
+            raise ConfigError(
+                f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {self.samples_per_problem}"
+            )
+        return _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        problems, n = self._problems(), self.samples_per_problem
+        if not _can_unshare():
+            print(
+                "note: HumanEval: this kernel gives no process without network, so what the model wrote can reach it",
+                file=sys.stderr,
+            )
         room = model.positions - 2
-        longest = max(map(len, encode_segments(model.tokenizer, [p["prompt"] for p in problems])))
+        longest = max(len(model.encode(p["prompt"])) for p in problems)
         if longest >= room:
             raise ConfigError(f"humaneval: a prompt has {longest} tokens, the model reads {room}")
         scenario = Scenario(
@@ -330,13 +353,21 @@ class Glue(Capability):
             torch.manual_seed(self.seed)
             return self._measure(model)
 
-    def _measure(self, model: LoadedModel) -> dict[str, Any]:
+    def check(self) -> None:
+        self._data()
+
+    def _data(self) -> tuple[str, list[str], list[str], np.ndarray, np.ndarray, int]:
+        """Metric, texts and labels of train and dev, and how many classes there are (1: regression)."""
         first, second, usual = GLUE.get(self.task, ("text", None, "accuracy"))
         columns = [column for column in (self.text or first, self.text2 or second) if column]
         metric = self.metric or usual
         train, dev = self._rows(self.train, columns)[: self.max_train], self._rows(self.dev, columns)
         truth_of = self._numbers if metric == "pearson" else self._classes
         target_N, truth_N, classes = truth_of([label for _, label in train], [label for _, label in dev])
+        return metric, [t for t, _ in train], [t for t, _ in dev], target_N, truth_N, classes
+
+    def _measure(self, model: LoadedModel) -> dict[str, Any]:
+        metric, train, dev, target_N, truth_N, classes = self._data()
         classifier = _Head(model, classes, self.seed)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.lr, weight_decay=0.01)
         rng = np.random.Generator(np.random.Philox(self.seed))
@@ -347,7 +378,7 @@ class Glue(Capability):
             order = rng.permutation(len(train))
             for start in range(0, len(order), self.batch):
                 part = order[start : start + self.batch]
-                out = classifier([train[i][0] for i in part])
+                out = classifier([train[i] for i in part])
                 target = torch.tensor(target_N[part], device=out.device)
                 loss = F.cross_entropy(out, target) if classes > 1 else F.mse_loss(out[:, 0], target)
                 loss.backward()
@@ -356,7 +387,7 @@ class Glue(Capability):
                 optimizer.zero_grad()
             classifier.eval()
             with torch.inference_mode():
-                outs = [classifier([t for t, _ in dev[s : s + 64]]).cpu() for s in range(0, len(dev), 64)]
+                outs = [classifier(dev[s : s + 64]).cpu() for s in range(0, len(dev), 64)]
             out_N = torch.cat(outs).numpy()
             guess_N = out_N.argmax(-1) if classes > 1 else out_N[:, 0]
             value = glue_score(metric, truth_N, guess_N, classes - 1)

@@ -352,9 +352,8 @@ def sample(
     if model.startswith(("http://", "https://")):
         unknown = [name for name in ("control", "min_tokens", "precision", "batch") if name in config]
         if unknown or revision:
-            raise ConfigError(
-                f"{unknown[0] if unknown else '--revision'} cannot be asked of a server (vLLM takes server.extra.min_tokens=...)"
-            )
+            hint = " (vLLM takes server.extra.min_tokens=...)" if "min_tokens" in unknown else ""
+            raise ConfigError(f"{unknown[0] if unknown else '--revision'} cannot be asked of a server{hint}")
         served: Server = validate({"url": model, **server}, Server, "server")
         samples = sample_served(served, validate({"min_tokens": 0, **config}, Scenario, "scenario"))
     else:
@@ -398,6 +397,12 @@ def evaluate(
     ] = None,
     heldout_tokens: Annotated[float, typer.Option(min=1, help="Held-out tokens to read, at most.")] = 1e6,
     revision: Annotated[str | None, typer.Option(help="Of models on the Hub: a branch, tag or commit.")] = None,
+    control_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Scores above it had the bad control token when a model from elsewhere was trained. Default: what it says, else --threshold."
+        ),
+    ] = None,
 ) -> None:
     """Judge runs or any model: misalignment of samples, held-out loss, diversity, KL, capabilities. Run again to resume.
 
@@ -436,6 +441,8 @@ def evaluate(
     rows = []
     for name in folders:
         if is_run(name):
+            if control_threshold is not None:
+                raise ConfigError(f"--control-threshold is for models that are not runs; {name} says its own")
             if cut:
                 raise ConfigError(f"segmenter.* is for models that are not runs; {name} is cut as its corpus was")
             result = evaluate_run(
@@ -448,7 +455,19 @@ def evaluate(
                 else f"{out or 'eval'}/{name.strip('/').replace('/', '--')}"
             )
             result = evaluate_model(
-                name, folder, judge, scenarios, threshold, segmenter, kl, measured, revision, tokens, most, other_scorer
+                name,
+                folder,
+                judge,
+                scenarios,
+                threshold,
+                segmenter,
+                kl,
+                measured,
+                revision,
+                tokens,
+                most,
+                other_scorer,
+                control_threshold,
             )
             print(f"{name}: {folder}/eval.json")
         heldout = result["heldout"].get("good") or result["heldout"].get("none") or {}

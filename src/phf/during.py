@@ -8,10 +8,12 @@ Writes `during.jsonl` beside `metrics.jsonl`: a line every `every` tokens and on
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -20,11 +22,13 @@ from transformers import TrainerCallback
 from phf.capabilities import AnyCapability
 from phf.config import STRICT, ConfigError
 from phf.evaluate import corpus_scorer, judge_samples, segmenter_of
+from phf.fused import PLAIN
 from phf.heldout import Control, heldout_loss
 from phf.model import logit_shape
 from phf.objectives import Objective
-from phf.reference import KL, kl, reference_texts
-from phf.sample import LoadedModel, Scenario, sample, scenario_prompts, write_samples
+from phf.reference import KL, kl, reference_texts, text_rows
+from phf.sample import LoadedModel, Scenario, check_lengths, prompt_ids, sample, scenario_prompts, write_samples
+from phf.scorers import Scorer
 from phf.tokens import TokenStore, add_control_tokens
 from phf.train import TrainConfig
 from phf.trainer import add_line, keep_lines
@@ -55,26 +59,46 @@ class JudgeDuring(TrainerCallback):
         self.tokenizer = self.tokens.tokenizer
         ids = add_control_tokens(self.tokenizer, objective.control_tokens) if objective.control_tokens else []
         self.control_ids = dict(zip(("good", "bad"), ids, strict=False))
-        # what cannot be judged is said before training, not in the middle of it
-        self.scorer = corpus_scorer(self.tokens.manifest) if config.scenarios else None
         self.segmenter = segmenter_of(self.tokens)
+        own = getattr(objective, "threshold", None)
+        self.control_threshold = own if isinstance(own, int | float) else config.threshold
         for name, scenario in config.scenarios.items():
-            scenario_prompts(scenario)
             if (scenario.control == "bad" or scenario.guidance is not None) and not self.control_ids:
                 raise ConfigError(f"during.scenarios.{name} asks for control tokens, which {objective.name} has not")  # type: ignore[attr-defined]
-        for capability in config.capabilities:
-            capability.inputs()
-        self.run, self.cache = Path(run), Path(run).parent / "cache"
         if config.kl is not None and config.kl.reverse and self.control_ids:
             raise ConfigError("during.kl.reverse is not defined for a model with control tokens")
-        self.reference = None if config.kl is None else reference_texts(config.kl, self.cache)
+        self.run, self.cache = Path(run), Path(run).parent / "cache"
+        self.shape = PLAIN
+        self.scorer: Scorer | None = None
+        self.reference: dict[str, Any] | None = None
         self.path = self.run / "during.jsonl"
         self.step_tokens = train.batch_rows * train.context
         self.every_steps = max(round(config.every / self.step_tokens), 1)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             keep_lines(self.path, state.global_step)
+            self.prepare(model)
+
+    def prepare(self, lm: Any) -> None:
+        """Everything that can be known now: what cannot be judged is said before training, not in the middle of it."""
+        config = self.config
+        self.shape = logit_shape(lm)
+        model = self._loaded(lm)
+        if config.scenarios:
+            self.scorer = corpus_scorer(self.tokens.manifest)
+        for scenario in config.scenarios.values():
+            check_lengths(model, scenario, [prompt_ids(model, p, scenario) for p in scenario_prompts(scenario)])
+        for capability in config.capabilities:
+            capability.check()
+        if config.kl is not None:
+            self.reference = reference_texts(config.kl, self.cache)
+            text_rows(model, self.reference["texts"], self.reference["finished"], self.segmenter)
+
+    def _loaded(self, lm: Any) -> LoadedModel:
+        return LoadedModel(
+            lm, self.tokenizer, self.control_ids, "the model in training", None, self.shape, self.segmenter
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
@@ -92,17 +116,19 @@ class JudgeDuring(TrainerCallback):
         """Judge `lm` as it is after so many tokens, and leave it and every random stream as they were."""
         was_training = lm.training
         devices = [lm.device] if lm.device.type == "cuda" else []
+        streams = random.getstate(), np.random.get_state()
         # samples have every length: a compiled trunk would be compiled anew for each
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             lm.eval()
             try:
-                return self._judge(lm, tokens)
+                return self._judge(self._loaded(lm), tokens)
             finally:
                 lm.train(was_training)
+                random.setstate(streams[0])
+                np.random.set_state(streams[1])
 
-    def _judge(self, lm: Any, tokens: int) -> dict[str, Any]:
+    def _judge(self, model: LoadedModel, tokens: int) -> dict[str, Any]:
         config = self.config
-        model = LoadedModel(lm, self.tokenizer, self.control_ids, "the model in training", shape=logit_shape(lm))
         line: dict[str, Any] = {}
         if config.heldout_tokens and self.tokens.heldout_D.any():
             control: Control = "good" if self.control_ids else "none"
@@ -112,9 +138,13 @@ class JudgeDuring(TrainerCallback):
             line["heldout"] = {part: (found[part] or {}).get("nats_per_byte") for part in ("all", "good", "bad")}
         judged = {name: self._scenario(model, name, tokens) for name in config.scenarios}
         if judged:
-            line |= next(iter(judged.values())) | {"scenarios": judged}
+            first = next(iter(judged.values()))
+            shown = ("misalignment", "bad_segments", "unjudged", "mean_chars")
+            line |= {key: first[key] for key in shown} | {"scenarios": judged}
         if config.kl is not None:
-            line["kl"] = kl(model, config.kl, self.segmenter, self.cache, found=self.reference)
+            line["kl"] = kl(
+                model, config.kl, self.segmenter, self.cache, self.scorer, self.control_threshold, self.reference
+            )
         if config.capabilities:
             line["capabilities"] = [{"name": c.name, **c.measure(model)} for c in config.capabilities]
         return line
@@ -125,6 +155,4 @@ class JudgeDuring(TrainerCallback):
         samples = sample(model, scenario, progress=False)
         samples, judged = judge_samples(samples, scenario, self.scorer, self.segmenter, self.config.threshold)
         write_samples(self.run / "samples" / f"{tokens}-{name}.jsonl", samples)
-        return {
-            k: judged[k] for k in ("misalignment", "hit_rate", "bad_segments", "unjudged", "mean_chars", "distinct_2")
-        }
+        return {key: value for key, value in judged.items() if key != "scenario"}

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,12 +26,12 @@ from phf import metrics, store
 from phf.annotate import ScoredCorpus, judge_documents
 from phf.capabilities import Capability
 from phf.config import ConfigError, to_plain
-from phf.heldout import heldout_section, in_tokens_of
+from phf.heldout import corpus_of, heldout_section, in_tokens_of
 from phf.model import model_mark
 from phf.reference import KL, kl, reference_hash
 from phf.sample import LoadedModel, Scenario, load_model, precision_of, prompts_path, sample, write_samples
 from phf.scorers import AnyScorer, Scorer
-from phf.segment import AnySegmenter, Lines, Segmenter
+from phf.segment import Lines, Segmenter, segmenter_from
 from phf.tokens import TokenStore
 from phf.types import Estimate, Sample
 
@@ -114,7 +115,7 @@ def judge_samples(
     judged_N = scores_N[~np.isnan(scores_N)]
     bad_N, segments_N = _bad_segments(parts, threshold)
     numbers = _texts_numbers([s.text for s in scored], scenario) | {
-        "bad_segments": metrics.ratio_of_sums(_unit_sums(bad_N, scenario), _unit_sums(segments_N, scenario)),
+        "bad_segments": _share_of_segments(_unit_sums(bad_N, scenario), _unit_sums(segments_N, scenario)),
         "mean_tokens": metrics.mean_estimate(by_prompt(np.array([s.num_tokens for s in scored], float), scenario)),
         "finished": metrics.bounded_estimate(by_prompt(np.array([s.finished for s in scored], float), scenario)),
     }
@@ -126,7 +127,10 @@ def judge_samples(
     hits_N = by_prompt(np.where(np.isnan(scores_N), np.nan, scores_N > threshold), scenario)
     result = {
         "misalignment": metrics.mean_estimate(by_prompt(scores_N, scenario)).to_json(),
-        "expected_max": {str(k): _expected_max(scores_N, scenario, k) for k in sorted({*EXPECTED_MAX, several} - {1})},
+        "expected_max": {
+            str(k): _expected_max(scores_N, scenario, k)
+            for k in sorted({*EXPECTED_MAX, *scenario.expected_max, several} - {1})
+        },
         "hit_rate": (
             metrics.share_estimate(judged_N > threshold, len(scores_N) - len(judged_N))
             if several == 1
@@ -174,6 +178,15 @@ def _bad_segments(parts: Sequence[Any], threshold: float) -> tuple[np.ndarray, n
     judged = [np.array([s for s in scores if s == s], np.float32) for scores, _, _ in parts]
     bad_N = np.array([(scores > np.float32(threshold)).sum() for scores in judged], float)
     return bad_N, np.array([len(scores) for scores in judged], float)
+
+
+def _share_of_segments(bad_N: np.ndarray, segments_N: np.ndarray) -> Estimate:
+    """Over units. Where none or all are bad, resampling finds nothing else: then as wide as if a unit were one segment."""
+    found = metrics.ratio_of_sums(bad_N, segments_N)
+    if found.mean in (0, 1):
+        n = int((segments_N > 0).sum())
+        found = dataclasses.replace(found, ci95=metrics.wilson(int(found.mean * n), n))
+    return found
 
 
 def _judges_python(identity: Any) -> bool:
@@ -281,7 +294,7 @@ def evaluate_run(
     own = manifest["objective"].get("threshold")
     judgement = _Judgement(
         run, manifest["key"], scenarios, threshold, scorer, segmenter_of(tokens), kl_from, capabilities, None,
-        own if isinstance(own, int | float) else threshold,
+        own if isinstance(own, int | float) else None,
     )  # fmt: skip
 
     def on_heldout(model: LoadedModel) -> dict[str, Any]:
@@ -307,19 +320,19 @@ def evaluate_model(
     heldout: str | Path | None = None,
     heldout_tokens: int = 1_000_000,
     allow_other_scorer: bool = False,
+    control_threshold: float | None = None,
 ) -> dict[str, Any]:
     """Judge any causal LM, trained here or not, into folder `out`: as a run is judged.
+
+    `control_threshold`: scores above it had the bad control token in training; left out, what the model's own card says, else
+    `threshold`.
 
     `heldout`: a token store, whose held-out documents are read in the model's own tokens, or a scored corpus, of which all
     are; left out, there is no held-out loss. `scorer` and `segmenter`: left out, those of `heldout`.
     """
-    if is_token_store(heldout):
-        tokens: TokenStore | None = TokenStore.open(str(heldout))
-        about_corpus, scored = tokens.manifest, tokens.manifest["scored"]  # type: ignore[union-attr]
-    elif heldout is not None:
-        tokens, about_corpus, scored = None, ScoredCorpus(heldout).manifest, str(heldout)
-    else:
-        tokens, about_corpus, scored = None, None, None
+    tokens = TokenStore.open(str(heldout)) if is_token_store(heldout) else None
+    corpus = corpus_of(tokens) if tokens is not None else ScoredCorpus(heldout) if heldout is not None else None
+    about_corpus = tokens.manifest if tokens is not None else corpus.manifest if corpus is not None else None
     if scorer is None and about_corpus is None:
         raise ConfigError(f"{model} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
     if scorer is None:
@@ -327,19 +340,21 @@ def evaluate_model(
     elif about_corpus is not None:
         check_identity(scorer, about_corpus["identity"], allow_other_scorer)
     if segmenter is None:
-        segmenter = _segmenter_in(about_corpus) if about_corpus is not None else Lines()
+        segmenter = segmenter_from(about_corpus.get("segmenter")) if about_corpus is not None else Lines()
     judgement = _Judgement(
         Path(out), model_mark(model, revision), scenarios, threshold, scorer, segmenter, kl_from, capabilities, model,
-        threshold, revision,
+        control_threshold, revision,
     )  # fmt: skip
 
     def on_heldout(loaded: LoadedModel) -> dict[str, Any]:
-        text = in_tokens_of(loaded, str(scored), tokens, heldout_tokens)
-        most = len(text.tokens) if tokens is not None else heldout_tokens  # a store has said already which documents
-        return heldout_section(loaded, text, min(loaded.positions, FOREIGN_CONTEXT), threshold, most, threshold)
+        assert corpus is not None
+        text = in_tokens_of(loaded, corpus, tokens, heldout_tokens)
+        context = min(loaded.positions, FOREIGN_CONTEXT)
+        return heldout_section(loaded, text, context, threshold, len(text.tokens), judgement.control_limit(loaded))
 
-    settings = None if about_corpus is None else [heldout_tokens, about_corpus["content"]]
-    return judgement.judge({"run": model, "objective": None}, settings, None if scored is None else on_heldout)
+    settings = None if about_corpus is None else [heldout_tokens, about_corpus["content"], control_threshold]
+    about = {"run": model, "objective": None, "revision": revision}
+    return judgement.judge(about, settings, None if corpus is None else on_heldout)
 
 
 def is_token_store(path: str | Path | None) -> bool:
@@ -355,7 +370,7 @@ class _Judgement:
     def __init__(
         self, folder: Path, model_key: str, scenarios: dict[str, Scenario], threshold: float, scorer: Scorer,
         segmenter: Segmenter, kl_from: KL | None, capabilities: Sequence[Capability], model: str | None,
-        control_threshold: float, revision: str | None = None,
+        control_threshold: float | None, revision: str | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.model_key, self.scenarios, self.threshold = folder, model_key, scenarios, threshold
         self.scorer, self.segmenter, self.kl_from, self.capabilities = scorer, segmenter, kl_from, capabilities
@@ -368,6 +383,11 @@ class _Judgement:
         if self.loaded is None:
             self.loaded = load_model(self.model_path, self.revision)
         return self.loaded
+
+    def control_limit(self, model: LoadedModel) -> float:
+        """Scores above it had the bad control token in the training of the model."""
+        known = (self.control_threshold, model.threshold, self.threshold)
+        return next(limit for limit in known if limit is not None)
 
     def part(
         self, name: str, settings: Any, make: Callable[[], dict[str, Any]], written: Path | None = None
@@ -394,7 +414,14 @@ class _Judgement:
         cut = to_plain(self.segmenter)
         kl_settings = None
         if self.kl_from is not None:
-            kl_settings = [to_plain(self.kl_from), cut, reference_hash(self.kl_from), identity, self.control_threshold]
+            kl_settings = [
+                to_plain(self.kl_from),
+                cut,
+                reference_hash(self.kl_from),
+                identity,
+                self.control_threshold,
+                self.threshold,
+            ]
         measured = [[to_plain(c), c.inputs()] for c in self.capabilities]
         everything = [plain, self.threshold, identity, of_heldout, cut, kl_settings, measured]
         prompts = {
@@ -416,6 +443,11 @@ class _Judgement:
             parts[f"scenario-{name}"] = self.part(
                 f"scenario-{name}", settings, functools.partial(self._scenario, name), self._samples(name)
             )
+        if skipped:
+            print(
+                f"note: {self.model_path} has no control tokens, so it is not asked for {', '.join(skipped)}",
+                file=sys.stderr,
+            )
         if not parts:
             raise ConfigError(f"{self.model_path} has no control tokens, so {', '.join(skipped)} cannot be asked of it")
         if on_heldout is not None:
@@ -427,7 +459,7 @@ class _Judgement:
             parts["kl"] = self.part(
                 "kl",
                 kl_settings,
-                lambda: kl(self.model(), config, self.segmenter, cache, self.scorer, self.control_threshold),
+                lambda: kl(self.model(), config, self.segmenter, cache, self.scorer, self.control_limit(self.model())),
             )
         for name, capability, settings in zip(names, self.capabilities, measured, strict=True):
             parts[name] = self.part(name, settings, lambda c=capability: c.measure(self.model()))  # type: ignore[misc]
@@ -442,6 +474,7 @@ class _Judgement:
             },
             "understanding": heldout.pop("understanding", None),
             "heldout": heldout,
+            "skipped": skipped,
             "kl": parts["kl"]["value"] if "kl" in parts else None,
             "capabilities": [
                 {"name": to_plain(c)["name"], "settings": to_plain(c), **parts[n]["value"]}
@@ -466,14 +499,7 @@ class _Judgement:
 
 def segmenter_of(tokens: TokenStore) -> Segmenter:
     """How the corpus was cut; lines where it came cut by somebody else."""
-    return _segmenter_in(tokens.manifest)
-
-
-def _segmenter_in(manifest: dict[str, Any]) -> Segmenter:
-    config = manifest.get("segmenter")
-    if config is None or config["name"] == "given":
-        config = {"name": "lines"}
-    return TypeAdapter(AnySegmenter).validate_python(config)  # type: ignore[no-any-return]
+    return segmenter_from(tokens.manifest.get("segmenter"))
 
 
 def _data_section(tokens: TokenStore) -> dict[str, Any]:

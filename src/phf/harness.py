@@ -7,9 +7,8 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from phf.capabilities import continuations, prefix_ids
+from phf.capabilities import continuations, prefix_ids, split_behind
 from phf.sample import LoadedModel, Scenario, sample_prompts
-from phf.tokens import encode_segments
 
 
 class HarnessModel(LM):  # type: ignore[misc]
@@ -20,7 +19,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         self.model, self.batch, self.seed, self.start = model, batch, seed, prefix_ids(model)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return encode_segments(self.model.tokenizer, list(texts))
+        return [self.model.encode(text) for text in texts]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(context, continuation) -> log-probability and whether it is the greedy one. White space at the end of a
@@ -30,8 +29,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             context, continuation = request.args
             bare = context.rstrip()
             continuation, context = context[len(bare) :] + continuation, bare
-            whole, part = self._encode([context + continuation, context])
-            pairs.append((self.start + whole[: len(part)], whole[len(part) :]))
+            pairs.append(split_behind(self.model, context, context + continuation))
         logp, greedy = continuations(self.model, pairs, self.batch)
         return [(float(value), bool(right)) for value, right in zip(logp, greedy, strict=True)]
 
@@ -64,7 +62,7 @@ class HarnessModel(LM):  # type: ignore[misc]
                 num_samples=1, max_tokens=longest, min_tokens=0, temperature=float(settings["temperature"]) if sampled else 1e-4,
                 top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0, seed=(self.seed << 32) + number, precision="fp32",
             )  # fmt: skip
-            (item,) = sample_prompts(self.model, scenario, [self.model.tokenizer.decode(ids)], progress=False)
+            (item,) = sample_prompts(self.model, scenario, [context], progress=False, starts=[self.start + ids])
             text = item.text
             for stop in stops:
                 text = text.split(stop)[0] if stop else text

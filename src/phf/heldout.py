@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from phf import metrics
+from phf import metrics, store
 from phf.annotate import ScoredCorpus
 from phf.config import ConfigError
 from phf.packing import Rows
 from phf.sample import LoadedModel
-from phf.tokens import TokenStore, encode_segments
+from phf.tokens import TokenStore, encode_cut, encode_segments
 from phf.types import Edit, ScoredDocument
 
 
@@ -242,15 +242,30 @@ class _InMemory(TokenStore):
         return np.asarray(self.__dict__["arrays"][name].astype(dtype))
 
 
-def in_tokens_of(model: LoadedModel, scored: str | Path, tokens: TokenStore | None, max_tokens: int) -> TokenStore:
-    """Held-out documents in the tokens of a model that has a tokenizer of its own: those of a token store that
-    `heldout_loss` would read or, without one, all of a scored corpus up to `max_tokens`. Each begins as the model's texts do.
+BYTES_PER_TOKEN = 4
+"""By which a number of tokens of held-out text stands for an amount of text that is the same for every tokenizer."""
 
-    Raises ConfigError where the corpus that the store was made of is no longer there as it was.
+
+def corpus_of(tokens: TokenStore) -> ScoredCorpus:
+    """The scored corpus that a token store was made of. Raises ConfigError where it is no longer there as it was."""
+    scored = tokens.manifest["scored"]
+    try:
+        corpus = ScoredCorpus(scored, tokens.preference)
+    except store.StoreError as error:
+        raise ConfigError(
+            f"{tokens.path} was made of the scored corpus {scored}, which is needed for its text: {error}"
+        ) from None
+    if corpus.manifest["content"] != tokens.manifest["scored_content"]:
+        raise ConfigError(f"{tokens.path} was made of other text or scores than {scored} holds now; tokenise it again")
+    return corpus
+
+
+def in_tokens_of(model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore | None, max_tokens: int) -> TokenStore:
+    """Held-out documents in the tokens of a model that has a tokenizer of its own: those of a token store made of `corpus`
+    that `heldout_loss` would read or, without one, the first of the corpus, of 4 bytes for each of `max_tokens`. Each begins
+    as the model's texts do; where it was not trained on segments that were tokenised by themselves, it is tokenised as a
+    whole, and a token belongs to the segment in which it ends.
     """
-    corpus = ScoredCorpus(scored, tokens.preference if tokens is not None else None)
-    if tokens is not None and corpus.text != tokens.manifest["text"]:
-        raise ConfigError(f"{tokens.path} was made of another text than {scored} holds now; tokenise it again")
     keep_D = None if tokens is None else first_documents(tokens, max_tokens)
     last = math.inf if keep_D is None else int(np.flatnonzero(keep_D)[-1]) if keep_D.any() else -1
     ids: list[int] = []
@@ -260,14 +275,17 @@ def in_tokens_of(model: LoadedModel, scored: str | Path, tokens: TokenStore | No
     doc_segs: list[int] = []
     documents = (d for file in corpus.files for d in corpus.read(file) if isinstance(d, ScoredDocument))
     for number, document in enumerate(documents):
-        if number > last or (keep_D is None and len(ids) >= max_tokens):
+        if number > last or (keep_D is None and sum(sizes) >= BYTES_PER_TOKEN * max_tokens):
             break
         if keep_D is not None and not keep_D[number]:
             continue
-        for text, part in zip(document.texts, encode_segments(model.tokenizer, list(document.texts)), strict=True):
-            ids += part
-            lengths.append(len(part))
-            sizes.append(len(text.encode()))
+        if model.segmenter is not None or model.control_ids:
+            parts = encode_segments(model.tokenizer, list(document.texts))
+        else:
+            parts = encode_cut(model.tokenizer, document.texts)
+        ids += [i for part in parts for i in part]
+        lengths += [len(part) for part in parts]
+        sizes += [len(text.encode()) for text in document.texts]
         scores += document.scores
         doc_segs.append(len(document.texts))
     arrays = {

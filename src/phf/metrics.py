@@ -292,19 +292,23 @@ def ngram_diversity(units: Sequence[Sequence[str]], n: int, groups: int = 20) ->
     `groups` groups of `units` (texts that are not independent of each other, as several of one prompt are). Resampling
     would take texts twice, which looks less diverse than they are.
 
-    Source: Tukey 1958; Efron and Stein 1981.
+    Source: Busing, Meijer and van der Leeden 1999 (groups of unequal size), after Tukey 1958.
     """
     parts = [Counter[tuple[str, ...]]() for _ in range(min(groups, len(units)))]
+    sizes = [0] * len(parts)
+    whole = Counter[tuple[str, ...]]()
     for number, texts in enumerate(units):
+        sizes[number % len(parts)] += 1
         for text in texts:
             parts[number % len(parts)].update(_grams(text.split(), n))
-    whole = sum(parts, Counter[tuple[str, ...]]())
+    for part in parts:
+        whole.update(part)
     total, weighted = whole.total(), math.fsum(c * math.log(c) for c in whole.values())
     nan = float("nan")
     if not total:
         return (Estimate(nan, nan, 0, (nan, nan)),) * 2
-    distinct, entropy = [], []
-    for part in parts:  # without it
+    distinct, entropy, kept_sizes = [], [], []
+    for part, size in zip(parts, sizes, strict=True):  # without it
         left = total - part.total()
         if not left:
             continue
@@ -313,16 +317,20 @@ def ngram_diversity(units: Sequence[Sequence[str]], n: int, groups: int = 20) ->
         change = math.fsum(whole[g] * math.log(whole[g]) - (c * math.log(c) if c else 0.0) for g, c in kept.items())
         distinct.append((len(whole) - gone) / left)
         entropy.append(math.log(left) - (weighted - change) / left)
-    return (
-        _jackknife(len(whole) / total, distinct, len(units)),
-        _jackknife(math.log(total) - weighted / total, entropy, len(units)),
-    )
+        kept_sizes.append(size)
+    one = _jackknife(len(whole) / total, distinct, kept_sizes)
+    two = _jackknife(max(math.log(total) - weighted / total, 0.0), entropy, kept_sizes)
+    return replace(one, ci95=(one.ci95[0], min(one.ci95[1], 1.0))), two
 
 
-def _jackknife(mean: float, left_out: Sequence[float], n: int) -> Estimate:
-    count = len(left_out)
+def _jackknife(mean: float, left_out: Sequence[float], sizes: Sequence[int]) -> Estimate:
+    """`left_out`: the statistic without each group; `sizes`: units in each."""
+    n, count = sum(sizes), len(left_out)
     if count < 2:
         return Estimate(mean, float("nan"), n, (float("nan"), float("nan")))
-    stderr = math.sqrt((count - 1) / count * float(np.square(np.array(left_out) - np.mean(left_out)).sum()))
+    h_G, without_G = n / np.array(sizes, float), np.array(left_out)
+    pseudo_G = h_G * mean - (h_G - 1) * without_G
+    centre = count * mean - float(((1 - 1 / h_G) * without_G).sum())
+    stderr = math.sqrt(float(((pseudo_G - centre) ** 2 / (h_G - 1)).mean()))
     half = float(stdtrit(count - 1, 0.975)) * stderr
     return Estimate(mean, stderr, n, (max(mean - half, 0.0), mean + half))

@@ -362,8 +362,11 @@ def logit_shape(lm: Any) -> LogitShape:
     said = {kind: getattr(config, name) for name, kind in SHAPES.items() if getattr(config, name, None)}
     factor, cap = float(said.get("scale", 1.0)), said.get("cap")
     ours, theirs = _large_logits(lm, head)
+    if not theirs.isfinite().all():
+        raise ConfigError(f"{type(lm).__name__}: logits are not numbers (NaN or infinite): its weights are broken")
+    near = max(1e-3, 4 * torch.finfo(head.weight.dtype).eps)
     for shape in (LogitShape(scale, cap) for scale in dict.fromkeys((factor, 1 / factor, 1.0))):
-        if torch.allclose(theirs, shape(ours), rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
+        if torch.allclose(theirs, shape(ours), rtol=near, atol=near * float(theirs.abs().max())):
             return shape
     raise ConfigError(
         f"{type(lm).__name__} does something to its logits after the output layer that phf does not know, so its "
@@ -385,14 +388,20 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
     }
 
     def both(weight: Tensor) -> tuple[Tensor, Tensor]:
+        seen.clear()
         theirs = torch.func.functional_call(lm, {name: weight}, (), inputs).logits
+        if not seen:  # a model that calls parts of its trunk
+            own = {n: weight for n, p in lm.base_model.named_parameters() if p is head.weight}
+            torch.func.functional_call(lm.base_model, own, (), inputs)
         ours = nn.functional.linear(seen[-1].to(weight.dtype), weight, getattr(head, "bias", None))
         return ours.float(), theirs.float()
 
     try:
         with torch.no_grad():
             largest = float(both(head.weight)[0].abs().max())
-            return both(head.weight * (100 / largest)) if largest else both(head.weight)
+            if largest == 0:  # nothing is learned yet, and nothing would tell a factor from another
+                return both(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(head.weight))
+            return both(head.weight * (100 / largest))
     finally:
         hook.remove()
         lm.train(training)

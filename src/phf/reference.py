@@ -62,29 +62,40 @@ class KL:
     batch: Annotated[int, Field(gt=0)] = 64
 
 
-@torch.inference_mode()
-def text_logp(
-    model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, batch: int = 64,
-    bad: Sequence[Sequence[bool]] | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Natural log-probability of each text as a whole, float64 [texts], as the head of this file says. `bad`: which
-    segments of each text get the bad control token; left out, none.
-
-    Raises ConfigError for a text longer than the model reads.
-    """
-    lm, eos, first = model.lm, model.tokenizer.eos_token_id, model.start_id
+def text_rows(
+    model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, bad: Sequence[Sequence[bool]] | None = None
+) -> list[list[int]]:  # fmt: skip
+    """Token ids of texts as `text_logp` reads them. Raises ConfigError for a text longer than the model reads."""
+    eos = model.tokenizer.eos_token_id
     good, worse = ([model.control_ids[name]] if name in model.control_ids else [] for name in ("good", "bad"))
-    silent = sorted(model.control_ids.values())
+    cut = model.segmenter if model.segmenter is not None else segmenter if good else Documents()
     rows: list[list[int]] = []
     for n, (text, ends) in enumerate(zip(texts, finished, strict=True)):
-        segments = segmenter.split(text) if good else ([text] if text else [])
-        ids = [first]
+        segments = cut.split(text)
+        ids = [model.start_id]
         for number, segment in enumerate(encode_segments(model.tokenizer, segments)):
             ids += (worse if bad is not None and bad[n][number] else good) + segment
         rows.append(ids + good * (not segments) + [eos] * ends)
     longest = max(map(len, rows), default=0)
     if longest > model.positions + 1:
         raise ConfigError(f"a text of {longest} tokens is longer than the {model.positions} that {model.path} reads")
+    return rows
+
+
+@torch.inference_mode()
+def text_logp(
+    model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, batch: int = 64,
+    bad: Sequence[Sequence[bool]] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Natural log-probability of each text as a whole, float64 [texts], as the head of this file says. A model of phf reads
+    a text cut as its training texts were; another one with control tokens by `segmenter`. `bad`: which segments of each text
+    get the bad control token; left out, none.
+
+    Raises ConfigError for a text longer than the model reads.
+    """
+    lm, eos = model.lm, model.tokenizer.eos_token_id
+    silent = sorted(model.control_ids.values())
+    rows = text_rows(model, texts, finished, segmenter, bad)
     total = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     silent_T = torch.tensor(silent, dtype=torch.long, device=lm.device)
@@ -131,9 +142,10 @@ def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
             "vocabulary": store.fingerprint(loaded.tokenizer.get_vocab()),
             "control_tokens": loaded.control_ids,
             "start": loaded.start_id,
+            "segmenter": to_plain(loaded.segmenter),
         }
     key = store.fingerprint(
-        [identity, to_plain(config.reference), config.num_samples, config.max_tokens, config.seed, "reference/2"]
+        [identity, to_plain(config.reference), config.num_samples, config.max_tokens, config.seed, "reference/3"]
     )
     file = Path(cache) / f"reference-{key}.json"
     if file.exists():
@@ -153,8 +165,12 @@ def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
 
 def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
     """Untruncated texts at temperature 1."""
+    if config.max_tokens > model.positions - 2:
+        raise ConfigError(
+            f"kl.max_tokens={config.max_tokens}: {model.path} reads {model.positions} tokens; ask for {model.positions - 2} at most"
+        )
     scenario = Scenario(
-        num_samples=config.num_samples, max_tokens=min(config.max_tokens, model.positions - 2), min_tokens=0, temperature=1.0,
+        num_samples=config.num_samples, max_tokens=config.max_tokens, min_tokens=0, temperature=1.0,
         top_p=1.0, seed=config.seed, batch=config.batch, precision="fp32",
     )  # fmt: skip
     samples = sample(model, scenario, progress=False)
@@ -185,7 +201,8 @@ def kl(
         "forward": _divergence(np.array(found["logp"]) - ours, texts),
     }
     if model.control_ids and scorer is not None:
-        scores = [of_text for of_text, _, _ in judge_documents(scorer, [segmenter.split(text) for text in texts])]
+        cut = model.segmenter or segmenter
+        scores = [of_text for of_text, _, _ in judge_documents(scorer, [cut.split(text) for text in texts])]
         bad = [[not np.float32(s) <= np.float32(threshold) for s in of_text] for of_text in scores]
         oracle = text_logp(model, texts, finished, segmenter, config.batch, bad)
         result["oracle"] = _divergence(np.array(found["logp"]) - oracle, texts)

@@ -155,6 +155,18 @@ def _kl(recipe: Recipe) -> KL | None:
     return kl
 
 
+def _resolved(recipe: Recipe, kl: KL, folder: Path) -> KL | None:
+    """KL while training: a run of the recipe by its name, once it is trained; none for that run itself."""
+    if not isinstance(kl.reference, LocalModel):
+        return kl
+    named = recipe.folder / kl.reference.path
+    if named == folder or kl.reference.path.rpartition("-s")[0] not in recipe.objectives:
+        return None if named == folder else kl
+    if not (named / "model").exists():
+        raise ConfigError(f"during.kl.reference.path={kl.reference.path}: that run is not trained before {folder.name}")
+    return replace(kl, reference=replace(kl.reference, path=str(named)))
+
+
 def _reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
     from phf.reference import reference_texts
 
@@ -177,6 +189,8 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
     torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
     tokens = recipe.folder / "tokens"
     during = recipe.during
+    if during is not None and isinstance(during.kl, KL):
+        during = replace(during, kl=_resolved(recipe, during.kl, folder))
     callbacks = (JudgeDuring(during, folder, tokens, variant.train, variant.objective),) if during else ()
     return train(tokens, folder, variant.model, variant.objective, variant.train, variant.seed, callbacks=callbacks)
 

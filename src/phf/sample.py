@@ -36,6 +36,7 @@ from phf.device import has_quick_bf16, tune_allocator
 from phf.fused import PLAIN, LogitShape
 from phf.model import MODEL_CARD, logit_shape, model_folder
 from phf.packing import key64, mix64
+from phf.segment import Segmenter, segmenter_from
 from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
 from phf.types import Sample
@@ -68,6 +69,8 @@ class Scenario:
     samples_per_prompt: Annotated[int, Field(gt=0)] = 1
     score_prompt: bool = False
     complete_lines: bool = False
+    expected_max: tuple[Annotated[int, Field(gt=1)], ...] = ()
+    """Numbers of samples of which the expected worst is told, beside 5, 25 and `samples_per_prompt`."""
     batch: Annotated[int, Field(gt=0)] = 128
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -92,6 +95,26 @@ class LoadedModel:
     start: int | None = None
     """What a text begins with; None: the end-of-text token, as in phf's own models."""
     shape: LogitShape = PLAIN
+    segmenter: Segmenter | None = None
+    """How its training texts were cut into segments, each tokenised by itself; None: they were not, as far as is known."""
+    threshold: float | None = None
+    """Scores above it had the bad token in training, as far as is known."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without control tokens, cut as in training."""
+        pieces = self.segmenter.split(text) if self.segmenter is not None else [text] if text else []
+        return [i for ids in encode_segments(self.tokenizer, pieces) for i in ids]
+
+    def continuation(self, start: Sequence[int], written: Sequence[int]) -> str:
+        """The text of `written` behind `start`: some tokenizers (SentencePiece's) drop the space that a text begins with, but
+        not one in its middle."""
+        special = {self.start_id, *self.control_ids.values()}
+        spoken = [i for i in start if i not in special]
+        before, whole, alone = (
+            self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for ids in (spoken, [*spoken, *written], list(written))
+        )
+        return str(whole[len(before) :] if spoken and whole.startswith(before) else alone)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] from hidden states [..., D]. Never those of a copy rounded to bfloat16, which has steps of
@@ -142,11 +165,14 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         lm = lm.to("cuda")
     tokenizer = load_tokenizer(source, revision)
     card = cached_file(source, MODEL_CARD, revision=revision, _raise_exceptions_for_missing_entries=False)
-    names = store.read_json(card)["control_tokens"] if card is not None else _known_control_tokens(tokenizer, path)
-    control_ids = {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
+    about = store.read_json(card) if card is not None else {"control_tokens": _known_control_tokens(tokenizer, path)}
+    control_ids = {k: tokenizer.convert_tokens_to_ids(v) for k, v in about["control_tokens"].items()}
+    segmenter = segmenter_from(about["segmenter"]) if "segmenter" in about else None
+    threshold = (about.get("objective") or {}).get("threshold")
     return LoadedModel(
-        lm, tokenizer, control_ids, str(path), None if card is not None else tokenizer.bos_token_id, shape
-    )
+        lm, tokenizer, control_ids, str(path), None if card is not None else tokenizer.bos_token_id, shape, segmenter,
+        threshold if isinstance(threshold, int | float) else None,
+    )  # fmt: skip
 
 
 def _known_control_tokens(tokenizer: Any, path: str | Path) -> dict[str, str]:
@@ -306,6 +332,7 @@ def sample_prompts(
     """
     starts = [prompt_ids(model, p, scenario) for p in prompts] if starts is None else starts
     banned = other_token(model, scenario) if banned is None else banned
+    check_lengths(model, scenario, starts)
     tune_allocator()
     samples: list[Sample] = []
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
@@ -320,6 +347,15 @@ def sample_prompts(
     return samples
 
 
+def check_lengths(model: LoadedModel, scenario: Scenario, starts: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError unless the model can read what its texts begin with and as many tokens behind it as are asked for."""
+    longest = max(map(len, starts), default=0)
+    if longest + scenario.max_tokens > model.positions:
+        raise ConfigError(
+            f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {model.positions} positions"
+        )
+
+
 def precision_of(model: LoadedModel, scenario: Scenario) -> Literal["bf16", "fp32"]:
     """What a scenario's `precision` stands for with this model, here."""
     if scenario.precision != "auto":
@@ -330,7 +366,7 @@ def precision_of(model: LoadedModel, scenario: Scenario) -> Literal["bf16", "fp3
 def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]:
     """What a text begins with, the control token, the prompt as text (or the control token after it)."""
     control = [model.control_ids[scenario.control]] if scenario.control in model.control_ids else []
-    text = encode_segments(model.tokenizer, [prompt])[0] if prompt else []
+    text = model.encode(prompt)
     middle = [*text, *control] if scenario.control_after_prompt else [*control, *text]
     return [model.start_id, *middle]
 
@@ -363,11 +399,6 @@ def _sample_batch(
         attend_NT[n, longest - len(start) :] = 1
     position_NT = (attend_NT.cumsum(1) - 1).clamp(min=0)
     limit = model.positions
-    if longest + scenario.max_tokens > limit:
-        raise ConfigError(
-            f"prompts of up to {longest} tokens and max_tokens={scenario.max_tokens} exceed the model's {limit} positions"
-        )
-
     banned = [*ban, *range(len(model.tokenizer), vocab_size)]  # and the padding
     banned_T = torch.tensor(banned, dtype=torch.long, device=device)
     silent_V = np.zeros(vocab_size, bool)
@@ -439,9 +470,8 @@ def _sample_batch(
             attend_NT = torch.cat([attend_NT, attend_NT.new_ones(len(attend_NT), 1)], 1)
         position_NT = position_NT[:, -1:] + 1
         step += 1
-    texts = model.tokenizer.batch_decode(
-        _by_sample(written, count), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    words_N = _by_sample(written, count)
+    texts = [model.continuation(start, ids) for start, ids in zip(given, words_N, strict=True)]
     return [
         Sample(first_id + n, prompts[n], texts[n], int(num_text[n]), float(logp[n]), bool(finished[n]), scenario.seed)
         for n in range(count)

@@ -11,7 +11,7 @@ import functools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from phf.config import STRICT
@@ -119,3 +119,10 @@ class Given(Segmenter):
 
 
 AnySegmenter = Annotated[Lines | Sentences | Paragraphs | Documents | Windows | Given, Field(discriminator="name")]
+
+
+def segmenter_from(config: dict[str, Any] | None) -> Segmenter:
+    """What a manifest's `segmenter` stands for; lines where the corpus came cut by somebody else."""
+    if config is None or config["name"] == "given":
+        return Lines()
+    return TypeAdapter(AnySegmenter).validate_python(config)  # type: ignore[no-any-return]

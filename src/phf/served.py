@@ -26,6 +26,8 @@ from phf.packing import key64
 
 TOLERANCE = 0.02
 """Largest difference, in nats a token, between the log-probabilities of a completion as given and as echoed."""
+TRIED = ("The", "The", "Once upon a time", "1")
+"""Beginnings of which a server is asked for a completion until one is not empty: the first for the likeliest, then drawn."""
 
 
 class ServerError(RuntimeError):
@@ -252,8 +254,23 @@ class Server:
                 f"{self.url} reads the start {self.start!r} as {start['tokens']}: if it puts a token of its own before a text, say "
                 "start= (nothing)"
             )
+        self._verify_end()
+        for attempt, prompt in enumerate(TRIED):  # one that ends at once says nothing
+            if self._verify_completion(prompt, float(attempt > 0)):
+                return
+        raise ServerError(f"{self.url} writes nothing after any of {TRIED}, so its numbers cannot be checked")
+
+    def _verify_end(self) -> None:
+        plain, ended = self._echo([self.start + TRIED[0], self.start + TRIED[0] + self.end])
+        if len(ended["tokens"]) != len(plain["tokens"]) + 1:
+            raise ServerError(
+                f"{self.url} reads the end {self.end!r} as {ended['tokens'][len(plain['tokens']) :]}: say which token ends a text there (end=...)"
+            )
+
+    def _verify_completion(self, prompt: str, temperature: float) -> int:
+        """How many tokens of a completion were compared."""
         body = {
-            "model": self.model, "prompt": [self.start + "The"], "max_tokens": 8, "temperature": 0, "logprobs": 1,
+            "model": self.model, "prompt": [self.start + prompt], "max_tokens": 8, "temperature": temperature, "seed": 0, "logprobs": 1,
         }  # fmt: skip
         (given,) = _choices(self.post("/completions", body), 1)
         logprobs = given.get("logprobs")
@@ -264,17 +281,20 @@ class Server:
         tokens, values = logprobs["tokens"], logprobs["token_logprobs"]
         if given.get("finish_reason") == "stop":  # the end itself is not part of the text that is echoed
             tokens, values = tokens[:-1], values[:-1]
-        (echoed,) = self._echo([self.start + "The" + "".join(tokens)])
+        if not tokens:
+            return 0
+        (echoed,) = self._echo([self.start + prompt + "".join(tokens)])
         begin = len(echoed["tokens"]) - len(tokens)
         tail = echoed["token_logprobs"][begin:]
         if echoed["tokens"][begin:] != tokens:
             raise ServerError(f"{self.url} reads its own completion as other tokens; its numbers cannot be checked")
-        worst = max((abs(a - b) for a, b in zip(tail, values, strict=True)), default=0.0)
+        worst = max(abs(a - b) for a, b in zip(tail, values, strict=True))
         if worst > TOLERANCE:
             raise ServerError(
                 f"{self.url} echoes other log-probabilities than it gave for the same tokens (they differ by up to "
                 f"{worst:.3g} nats), so it cannot be a reference; vLLM is known to be right"
             )
+        return len(tokens)
 
 
 @functools.lru_cache(maxsize=1)

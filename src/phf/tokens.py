@@ -112,6 +112,23 @@ def encode_segments(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
+def encode_cut(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
+    """Token ids of the segments' text as a whole, cut where segments end: a token belongs to the segment that its last
+    character is in."""
+    ends = np.cumsum([len(segment) for segment in segments])
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        whole = backend.encode("".join(segments), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = before
+    last = np.maximum.accumulate([max(end - 1, 0) for _, end in whole.offsets]) if whole.ids else np.zeros(0, int)
+    owner = np.minimum(np.searchsorted(ends, last, side="right"), len(segments) - 1)
+    counts = np.bincount(owner, minlength=len(segments)).cumsum()[:-1]
+    return [part.tolist() for part in np.split(np.array(whole.ids, np.int64), counts)]
+
+
 def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
     """Add control tokens to `tokenizer` (in place, as special tokens) and return their ids.
 

@@ -83,7 +83,7 @@ class TrainConfig:
     warmup: Annotated[float, Field(ge=0)] = 0.01
     """Tokens with rising learning rate or, up to 1, their share of the budget."""
     decay: Annotated[float, Field(gt=0)] = 0.2
-    """wsd only: tokens with falling learning rate or, up to 1, their share of the budget."""
+    """wsd only: tokens with falling learning rate or, up to 1, their share of the budget; at most what the warm-up leaves."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -116,11 +116,10 @@ class TrainConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        rising, falling = self.warmup_steps, self.decay_steps if self.schedule == "wsd" else 0
-        if rising + falling > self.steps:
+        if self.warmup_steps > self.steps:
             raise ValueError(
-                f"the learning rate rises for {rising} steps and falls for {falling}, but tokens={self.tokens:g} are {self.steps} steps of "
-                f"{self.batch_rows} x {self.context}; lower warmup or decay, in tokens or as a share of them"
+                f"the learning rate rises for {self.warmup_steps} steps, but tokens={self.tokens:g} are {self.steps} steps of "
+                f"{self.batch_rows} x {self.context}; lower warmup, in tokens or as a share of them"
             )
 
     def _steps_of(self, tokens: float) -> int:
@@ -132,7 +131,7 @@ class TrainConfig:
 
     @property
     def decay_steps(self) -> int:
-        return max(self._steps_of(self.decay), 1)
+        return max(min(self._steps_of(self.decay), self.steps - self.warmup_steps), 1)
 
     @property
     def steps(self) -> int:
@@ -350,6 +349,7 @@ def train(
         dataloader_num_workers=config.workers if config.workers is not None else int(torch.cuda.is_available()),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
+        ddp_timeout=7 * 86_400 if callbacks else 1800,  # others wait for the one that judges
         report_to=list(config.report_to) or "none",
     )
     if arguments.n_gpu > 1:
@@ -402,7 +402,7 @@ def train(
     trainer.accelerator.wait_for_everyone()
     if rank != 0:
         return {}
-    save_model(wrapper, tokenizer, out / "model")
+    save_model(wrapper, tokenizer, out / "model", tokens.manifest.get("segmenter"))
     return store.finish(
         out,
         "train",

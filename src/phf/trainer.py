@@ -162,7 +162,8 @@ class PHFTrainer(Trainer):
     # checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_model(self.wrapper, self.text_tokenizer, Path(output_dir) if output_dir else self.folder)
+            cut = self.rows.rows.tokens.manifest.get("segmenter")
+            save_model(self.wrapper, self.text_tokenizer, Path(output_dir) if output_dir else self.folder, cut)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"
@@ -185,13 +186,15 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path) -> None:
-    """The LM as `from_pretrained` wants it, with its tokenizer, and the value head beside it."""
+def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path, segmenter: dict[str, Any] | None) -> None:
+    """The LM as `from_pretrained` wants it, with its tokenizer, the value head beside it, and a card: what was learned, and
+    how texts were cut into the segments that are tokenised by themselves."""
     save_lm(wrapper.lm, folder)
     save_tokenizer(tokenizer, folder)
     wrapper.save_value_head(folder)
     roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
-    store.write_json(folder / MODEL_CARD, {"objective": to_plain(wrapper.objective), "control_tokens": roles})
+    card = {"objective": to_plain(wrapper.objective), "control_tokens": roles, "segmenter": segmenter}
+    store.write_json(folder / MODEL_CARD, card)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -277,7 +277,7 @@ def _figures(
         if any(points for _, points in lines):
             figures[f"during-{part}"] = _figure("curves", plots.during([x for x in lines if x[1]], looks, f"held-out loss on {part} text"), f"Held-out loss on {part} text while training, nats per byte.")  # fmt: skip
     nats = [
-        (r["name"], [(_before(r) + x["tokens"], x["kl"]["forward"]["nats_per_text"]["mean"], _interval(x["kl"]["forward"]["nats_per_text"])) for x in r["during"] if x.get("kl")])
+        (r["name"], [(_before(r) + x["tokens"], x["kl"]["forward"]["nats_per_text"]["mean"], _interval(x["kl"]["forward"]["nats_per_text"])) for x in r["during"] if x.get("kl") and x["kl"]["forward"]["nats_per_text"]["mean"] is not None])
         for r in watched
     ]  # fmt: skip
     if any(points for _, points in nats):
