@@ -1,12 +1,18 @@
 """Samples per second: our sampler against plain `generate`, on a model of the demo's shape.
 
-python benchmarks/sampling.py --out benchmarks/results/sampling.json
+    python benchmarks/sampling.py --out benchmarks/results/sampling.json
+
+As each is used by default (ours rounds its weights to bfloat16 where the processor is quick at it, `generate` takes the
+model as it is loaded, in float32), and both in either number type. That the words have the same distribution is tested in
+tests/test_decoding.py and tests/test_sample.py.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -14,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from _measure import arguments, case, interleaved, write
-from phf.sample import LoadedModel, Scenario, sample
+from phf.sample import LoadedModel, Scenario, precision_of, sample
 from phf.tokens import train_bpe
 
 
@@ -30,29 +36,39 @@ def main() -> None:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config).eval()
     model = LoadedModel(lm, tokenizer, {}, "benchmark")
+    rounded = copy.deepcopy(lm).to(torch.bfloat16)
     cases = []
     for batch in (64, 256):
-        scenario = Scenario(num_samples=batch, batch=batch, max_tokens=args.tokens, min_tokens=args.tokens)
+        ours = {
+            p: Scenario(num_samples=batch, batch=batch, max_tokens=args.tokens, min_tokens=args.tokens, precision=p)
+            for p in ("auto", "fp32")
+        }
+        default = precision_of(model, ours["auto"])
         prompt = torch.full((batch, 1), tokenizer.eos_token_id)
 
-        def generate(prompt: torch.Tensor = prompt) -> None:
+        def generate(lm: Any, prompt: torch.Tensor = prompt) -> None:
             with torch.inference_mode():
                 lm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.7, top_p=0.9, top_k=0, max_new_tokens=args.tokens,
                             min_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
 
-        seconds = interleaved(
-            {"ours": lambda s=scenario: sample(model, s, progress=False), "baseline": generate}, args.repeats
-        )
+        runs = {
+            "ours": lambda: sample(model, ours["auto"], progress=False),  # noqa: B023
+            "ours fp32": lambda: sample(model, ours["fp32"], progress=False),  # noqa: B023
+            "generate fp32": lambda: generate(lm),
+            "generate bf16": lambda: generate(rounded),
+        }
+        seconds = interleaved(runs, args.repeats)
         rates = {k: [batch / s for s in v] for k, v in seconds.items()}
-        cases.append(
-            case(
-                f"batch {batch}, {args.tokens} tokens, vocabulary {args.vocab}",
-                rates["ours"],
-                rates["baseline"],
-                "samples/s",
-                lower_is_better=False,
-            )
-        )
+        shape = f"batch {batch}, {args.tokens} tokens, vocabulary {args.vocab}"
+        pairs = {
+            f"{shape}, as used by default ({default}; fp32)": ("ours", "generate fp32"),
+            f"{shape}, both fp32": ("ours fp32", "generate fp32"),
+            f"{shape}, both bf16": ("ours", "generate bf16"),
+        }
+        for name, (one, other) in pairs.items():
+            if name.endswith("both bf16") and default != "bf16":
+                continue
+            cases.append(case(name, rates[one], rates[other], "samples/s", lower_is_better=False))
     write(args.out, "sampling", cases)
 
 

@@ -28,8 +28,8 @@ LAUNCH = [
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def lines(run, file="metrics.jsonl"):
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
 def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, tmp_path):
@@ -43,6 +43,9 @@ def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, t
         "train.lr=1e-2",
         "train.precision=fp32",
         "train.log_every=1",
+        "during.every=10240",
+        "during.scenarios.plain.num_samples=4",
+        "during.scenarios.plain.max_tokens=12",
     ]
     for name, launcher in (("one", [sys.executable]), ("two", LAUNCH)):
         command = [
@@ -61,6 +64,9 @@ def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, t
     assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
     assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
     assert [x["grad_norm"] for x in two] == pytest.approx([x["grad_norm"] for x in one], rel=1e-2)
+    one, two = lines(tmp_path / "one", "during.jsonl"), lines(tmp_path / "two", "during.jsonl")  # one process judges
+    assert [x["tokens"] for x in two] == [x["tokens"] for x in one] == [10240, 20480]
+    assert [x["heldout"]["all"] for x in two] == pytest.approx([x["heldout"]["all"] for x in one], rel=1e-3)
 
 
 def test_a_run_of_one_process_goes_on_with_two(tokens_dir, tmp_path):

@@ -173,7 +173,7 @@ import sys
 from phf.model import FromConfig
 from phf.objectives import Conditional
 from phf.train import TrainConfig, train
-settings = TrainConfig(tokens=3000 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32", save_every=50 * 512)
+settings = TrainConfig(tokens=3000 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32", save_every=50 * 512, micro_rows=8)
 train(sys.argv[1], sys.argv[2], FromConfig({model!r}), Conditional(), settings)
 """
 

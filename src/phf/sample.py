@@ -110,11 +110,14 @@ class LoadedModel:
         not one in its middle."""
         special = {self.start_id, *self.control_ids.values()}
         spoken = [i for i in start if i not in special]
-        before, whole, alone = (
-            self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for ids in (spoken, [*spoken, *written], list(written))
-        )
-        return str(whole[len(before) :] if spoken and whole.startswith(before) else alone)
+        alone = self._decode(written)
+        if not spoken:
+            return alone
+        before, whole = self._decode(spoken), self._decode([*spoken, *written])
+        return whole[len(before) :] if whole.startswith(before) else alone
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] from hidden states [..., D]. Never those of a copy rounded to bfloat16, which has steps of
