@@ -167,6 +167,27 @@ def test_glue_metrics(runs, glue_files, metric, label, least):  # noqa: F811
     assert ("accuracy" in found) == (metric != "pearson")
 
 
+@pytest.mark.parametrize(
+    "task, text",
+    [
+        ("sst2", "sentence\tlabel\na good film\t1\na bad one\t0\n"),
+        ("mrpc", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\ta\tb\n0\t7\t8\tc\td\n"),
+        ("mrpc", "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\nc\td\t0\t1\n"),
+        ("cola", "gj04\t1\t\tThe book broke.\ngj04\t0\t*\tBook the broke.\n"),
+        ("cola", "sentence\tlabel\nThe book broke.\t1\nBook the broke.\t0\n"),
+        ("qqp", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta\tb\t1\n2\t3\t4\tc\td\t0\n"),
+    ],
+)
+def test_glue_reads_its_own_files_and_the_hubs(tmp_path, task, text):
+    (tmp_path / "t.tsv").write_text(text)
+    metric, train, _, target_N, _, classes = Glue(str(tmp_path / "t.tsv"), str(tmp_path / "t.tsv"), task=task)._data()
+    assert metric == {"sst2": "accuracy", "cola": "matthews"}.get(task, "f1")
+    pairs = {"sst2": ["a good film", "a bad one"], "cola": ["The book broke.", "Book the broke."]}
+    assert train == pairs.get(task, ["a\nb", "c\nd"])
+    assert target_N.tolist() == [1, 0]
+    assert classes == 2
+
+
 def test_glue_scores_by_their_formulas():
     truth, guess = np.array([0, 1, 1, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0])
     tp, fp, fn, tn = 2, 1, 1, 2

@@ -305,18 +305,21 @@ def _can_unshare() -> bool:
 _unshare: bool | None = None
 
 
-GLUE = {
-    "cola": ("sentence", None, "matthews"),
-    "sst2": ("sentence", None, "accuracy"),
-    "mrpc": ("sentence1", "sentence2", "f1"),
-    "qqp": ("question1", "question2", "f1"),
-    "stsb": ("sentence1", "sentence2", "pearson"),
-    "mnli": ("premise", "hypothesis", "accuracy"),
-    "qnli": ("question", "sentence", "accuracy"),
-    "rte": ("sentence1", "sentence2", "accuracy"),
-    "wnli": ("sentence1", "sentence2", "accuracy"),
+GLUE: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "cola": ("matthews", (("sentence", "label"),)),
+    "sst2": ("accuracy", (("sentence", "label"),)),
+    "mrpc": ("f1", (("sentence1", "sentence2", "label"), ("#1 String", "#2 String", "Quality"))),
+    "qqp": ("f1", (("question1", "question2", "label"), ("question1", "question2", "is_duplicate"))),
+    "stsb": ("pearson", (("sentence1", "sentence2", "label"), ("sentence1", "sentence2", "score"))),
+    "mnli": ("accuracy", (("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label"))),
+    "qnli": ("accuracy", (("question", "sentence", "label"),)),
+    "rte": ("accuracy", (("sentence1", "sentence2", "label"),)),
+    "wnli": ("accuracy", (("sentence1", "sentence2", "label"),)),
 }
-"""GLUE's tasks (Wang et al. 2018): columns with text, as the Hub's nyu-mll/glue names them, and what is measured."""
+"""GLUE's tasks (Wang et al. 2018): what is measured, and the columns (texts, label) of the Hub's nyu-mll/glue and of GLUE's own
+files."""
+COLA = ("source", "label", "mark", "sentence")
+"""The columns of CoLA's own files, which have no head."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -335,7 +338,7 @@ class Glue(Capability):
     task: str = "task"
     text: str | None = None
     text2: str | None = None
-    label: str = "label"
+    label: str | None = None
     metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
     epochs: Annotated[int, Field(gt=0)] = 6
     patience: Annotated[int, Field(gt=0)] = 1
@@ -358,10 +361,9 @@ class Glue(Capability):
 
     def _data(self) -> tuple[str, list[str], list[str], np.ndarray, np.ndarray, int]:
         """Metric, texts and labels of train and dev, and how many classes there are (1: regression)."""
-        first, second, usual = GLUE.get(self.task, ("text", None, "accuracy"))
-        columns = [column for column in (self.text or first, self.text2 or second) if column]
+        usual, layouts = GLUE.get(self.task, ("accuracy", (("text", "label"),)))
         metric = self.metric or usual
-        train, dev = self._rows(self.train, columns)[: self.max_train], self._rows(self.dev, columns)
+        train, dev = self._rows(self.train, layouts)[: self.max_train], self._rows(self.dev, layouts)
         truth_of = self._numbers if metric == "pearson" else self._classes
         target_N, truth_N, classes = truth_of([label for _, label in train], [label for _, label in dev])
         return metric, [t for t, _ in train], [t for t, _ in dev], target_N, truth_N, classes
@@ -421,17 +423,28 @@ class Glue(Capability):
         except ValueError as error:
             raise ConfigError(f"glue {self.task}: labels are not numbers, as metric=pearson needs: {error}") from None
 
-    def _rows(self, path: str, columns: Sequence[str]) -> list[tuple[str, str]]:
+    def _rows(self, path: str, layouts: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
+        """(text, label) of each row, by the first of `layouts` that a file has, but for the columns that are named."""
         rows = read_rows(local_file(path))
-        needed = [*columns, self.label]
+        names = list(rows[0]) if rows else []
+        if self.task == "cola" and len(names) == len(COLA) and "sentence" not in names:
+            rows = [
+                dict(zip(COLA, row.values(), strict=False)) for row in [dict(zip(names, names, strict=True)), *rows]
+            ]
+            names = list(COLA)
+        *texts, label = next((layout for layout in layouts if set(layout) <= set(names)), layouts[0])
+        columns = [
+            column for column in (self.text or texts[0], self.text2 or (texts[1] if len(texts) > 1 else None)) if column
+        ]
+        needed = [*columns, self.label or label]
         for column in needed:
-            if not rows or column not in rows[0]:
-                raise ConfigError(f"{path} has no column {column!r}, only {', '.join(rows[0] if rows else [])}")
+            if column not in names:
+                raise ConfigError(f"{path} has no column {column!r}, only {', '.join(names)}")
         for number, row in enumerate(rows):
             empty = [c for c in needed if row.get(c) in (None, "")]
             if empty:
                 raise ConfigError(f"{path}, row {number}: empty {' or '.join(empty)}")
-        return [("\n".join(str(r[c]) for c in columns), str(r[self.label])) for r in rows]
+        return [("\n".join(str(row[c]) for c in columns), str(row[needed[-1]])) for row in rows]
 
 
 def glue_score(metric: str, truth_N: np.ndarray, guess_N: np.ndarray, positive: int = 1) -> float:
