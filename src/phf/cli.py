@@ -378,7 +378,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="The token store, if it has moved since training. Of any other model: held-out text to read, a token store "
-            "(its held-out documents) or a scored corpus (all)."
+            "(its held-out documents) or a scored corpus."
         ),
     ] = None,
     threshold: Annotated[
@@ -470,6 +470,11 @@ def evaluate(
                 control_threshold,
             )
             print(f"{name}: {folder}/eval.json")
+        if result["skipped"]:
+            print(
+                f"note: {name} has no control tokens, so it is not asked for {', '.join(result['skipped'])}",
+                file=sys.stderr,
+            )
         heldout = result["heldout"].get("good") or result["heldout"].get("none") or {}
         of_model = [number((heldout.get(s) or {}).get("nats_per_byte"), 3) for s in ("good", "bad")]
         if result["kl"]:
@@ -488,7 +493,7 @@ def evaluate(
             rows.append(row + of_model)
             name, of_model = "", [""] * len(of_model)  # said once
     head = ["model", "scenario", "misalignment (95% interval)", "hit rate", "worst of 25", "distinct-2", "Self-BLEU-5", "not judged", "nats/byte good", "nats/byte bad"]  # fmt: skip
-    head += ["KL, nats a text"] * (kl is not None) + [type(c).__name__ for c in measured]
+    head += ["KL, nats a text"] * (kl is not None) + [f"{c.name} {getattr(c, 'task', '')}".strip() for c in measured]
     _table(head, rows)
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -442,11 +441,6 @@ class _Judgement:
             settings = [plain[name], self.threshold, identity, cut, prompts.get(name)]
             parts[f"scenario-{name}"] = self.part(
                 f"scenario-{name}", settings, functools.partial(self._scenario, name), self._samples(name)
-            )
-        if skipped:
-            print(
-                f"note: {self.model_path} has no control tokens, so it is not asked for {', '.join(skipped)}",
-                file=sys.stderr,
             )
         if not parts:
             raise ConfigError(f"{self.model_path} has no control tokens, so {', '.join(skipped)} cannot be asked of it")
