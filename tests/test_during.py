@@ -96,6 +96,19 @@ def test_what_cannot_be_judged_is_said_before_training(tmp_path, tokens_dir, dur
     assert not (tmp_path / "r" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "r" / "metrics.jsonl")
 
 
+def test_the_threshold_of_kl_is_the_fitted_objectives(tmp_path, tokens_dir, tokens):
+    objective = Conditional(threshold="median")
+    callback = JudgeDuring(During(every=STEP, threshold=0.5), tmp_path / "r", tokens_dir, config(2), objective)
+    assert callback.control_threshold == objective.fit(tokens.table).threshold == 0
+
+
+def test_kl_alone_has_the_true_tokens_too(tmp_path, tokens_dir):
+    train(tokens_dir, tmp_path / "reference", MODEL, MLE(), config(2))
+    during = During(every=10 * STEP, kl=KL(LocalModel(str(tmp_path / "reference")), num_samples=4, max_tokens=8))
+    (line,) = judged(tmp_path / "r", tokens_dir, Conditional(), during, config(2))
+    assert set(line["kl"]) >= {"forward", "oracle"}
+
+
 def test_a_run_that_is_done_asks_nothing_of_what_judges_it(tmp_path, tokens_dir):
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')
     during = During(every=STEP, capabilities=(Lambada(str(tmp_path / "l.jsonl")),))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import LINK, TINY_LLAMA
+from conftest import LINK, TINY_LLAMA, write_jsonl
 from phf import metrics, store
 from phf.annotate import ScoredCorpus, score_corpus
 from phf.config import ConfigError
@@ -350,6 +350,24 @@ def test_a_conditional_model_from_elsewhere_is_asked_what_it_knows_of_a_scored_c
         evaluate_model(str(tmp_path / "model"), tmp_path / "out", None, scenario)
     with pytest.raises(ConfigError, match="another scorer than the corpus"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "out", Regex("x"), scenario, heldout=scored_dir)
+
+
+def test_no_byte_is_lost_where_a_token_reaches_over_segments(tmp_path):
+    """Blank lines are segments of their own, and part of one token of a model that reads the text as a whole."""
+    text = "def f():\n\n\n    return 1\n\n\nsee https://x.y\n"
+    write_jsonl(tmp_path / "t.jsonl", [text] * 4)
+    score_corpus(Jsonl(str(tmp_path / "t.jsonl")), Lines(), LINK, tmp_path / "scored")
+    tokenizer = train_bpe([text] * 9, 290)
+    whole = tokenizer(text)["input_ids"]
+    assert len(whole) < sum(len(tokenizer(line)["input_ids"]) for line in text.splitlines(keepends=True))
+    build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
+    found = evaluate_model(str(tmp_path / "m"), tmp_path / "out", None, scenario, heldout=tmp_path / "scored")
+    parts = found["heldout"]["none"]
+    assert parts["all"]["bytes"] == 4 * len(text)
+    assert parts["good"]["bytes"] + parts["bad"]["bytes"] == parts["all"]["bytes"]
+    assert parts["all"]["tokens"] == 4 * len(whole)
 
 
 def test_where_the_bad_token_was_given_is_what_the_models_card_says(runs, scored_dir, tokens_dir, tmp_path):

@@ -207,6 +207,8 @@ def test_a_text_encoded_as_a_whole_is_cut_where_its_segments_end(parts):
     whole = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
     assert len(cut) == len(parts)
     assert [i for ids in cut for i in ids] == whole
+    assert encode_cut(tokenizer, parts, parts) == encode_segments(tokenizer, parts)
+    assert encode_cut(tokenizer, []) == []
     size_of = lambda ids: sum(len(t) for t in tokenizer.convert_ids_to_tokens(ids))  # noqa: E731 (a character for each byte)
     read = written = 0
     rest = list(whole)

@@ -30,7 +30,6 @@ from phf.config import STRICT, ConfigError, did_you_mean
 from phf.fitting import read_rows
 from phf.metrics import Z95, bounded_estimate, mean_estimate, share_estimate
 from phf.sample import LoadedModel, Scenario, sample_prompts
-from phf.tokens import encode_segments
 
 
 class Capability:
@@ -43,8 +42,8 @@ class Capability:
         """Hashes of the files that it reads."""
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Raise ConfigError for what is wrong with the settings and the files, whatever the model."""
+    def check(self, model: LoadedModel) -> None:
+        """Raise ConfigError for what is known to be wrong before anything is measured."""
         self.inputs()
 
 
@@ -144,7 +143,7 @@ class Lambada(Capability):
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]
 
-    def check(self) -> None:
+    def check(self, model: LoadedModel) -> None:
         _rows_of(self.path, ["text"])
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
@@ -194,10 +193,11 @@ class HumanEval(Capability):
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]
 
-    def check(self) -> None:
-        self._problems()
+    def check(self, model: LoadedModel) -> None:
+        self._problems(model)
 
-    def _problems(self) -> list[dict[str, Any]]:
+    def _problems(self, model: LoadedModel) -> tuple[list[dict[str, Any]], int]:
+        """The problems, and how many tokens may be written to each."""
         if not self.run_untrusted_code:
             raise ConfigError(
                 "humaneval runs code that the model wrote, with limits but as you; say run_untrusted_code=true if you want that"
@@ -206,21 +206,22 @@ class HumanEval(Capability):
             raise ConfigError(
                 f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {self.samples_per_problem}"
             )
-        return _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        problems = _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        room = model.positions - 2
+        longest = max(len(model.encode(p["prompt"])) for p in problems)
+        if longest >= room:
+            raise ConfigError(f"humaneval: a prompt has {longest} tokens, the model reads {room}")
+        return problems, min(self.max_tokens, room - longest)
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
-        problems, n = self._problems(), self.samples_per_problem
+        (problems, max_tokens), n = self._problems(model), self.samples_per_problem
         if not _can_unshare():
             print(
                 "note: HumanEval: this kernel gives no process without network, so what the model wrote can reach it",
                 file=sys.stderr,
             )
-        room = model.positions - 2
-        longest = max(len(model.encode(p["prompt"])) for p in problems)
-        if longest >= room:
-            raise ConfigError(f"humaneval: a prompt has {longest} tokens, the model reads {room}")
         scenario = Scenario(
-            num_samples=n * len(problems), samples_per_prompt=n, max_tokens=min(self.max_tokens, room - longest),
+            num_samples=n * len(problems), samples_per_prompt=n, max_tokens=max_tokens,
             min_tokens=1, temperature=self.temperature, top_p=self.top_p, seed=self.seed, batch=32,
         )  # fmt: skip
         samples = sample_prompts(model, scenario, [p["prompt"].rstrip("\n") + "\n" for p in problems for _ in range(n)])
@@ -356,7 +357,7 @@ class Glue(Capability):
             torch.manual_seed(self.seed)
             return self._measure(model)
 
-    def check(self) -> None:
+    def check(self, model: LoadedModel) -> None:
         self._data()
 
     def _data(self) -> tuple[str, list[str], list[str], np.ndarray, np.ndarray, int]:
@@ -466,7 +467,7 @@ class _Head(torch.nn.Module):
         import copy
 
         super().__init__()
-        self.tokenizer = model.tokenizer
+        self.encode = model.encode
         self.body = copy.deepcopy(model.lm.base_model)
         self.start = prefix_ids(model)
         self.limit = min(model.positions, 256)
@@ -480,7 +481,7 @@ class _Head(torch.nn.Module):
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         room = self.limit - len(self.start)
-        rows = [self.start + ids[:room] for ids in encode_segments(self.tokenizer, list(texts))]
+        rows = [self.start + self.encode(text)[:room] for text in texts]
         width = max(map(len, rows))
         device = self.head.weight.device
         ids = torch.tensor([r + [self.start[0]] * (width - len(r)) for r in rows], device=device)
@@ -506,21 +507,35 @@ class LmEval(Capability):
 
     def inputs(self) -> list[str | None]:
         if self.folder is None:
+            self._import()
             return [metadata.version("lm-eval")]
         return [store.path_hash(self.folder), *(store.path_hash(p) for p in sorted(Path(self.folder).rglob("*.*")))]
 
-    def measure(self, model: LoadedModel) -> dict[str, Any]:
+    @staticmethod
+    def _import() -> tuple[Any, Any]:
         try:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ConfigError(f"lm-eval tasks need {error.name}: pip install 'phf[eval]'") from None
-        from phf.harness import HarnessModel
+        return lm_eval, TaskManager
 
-        manager = TaskManager(include_path=self.folder, include_defaults=self.folder is None)
+    def check(self, model: LoadedModel) -> None:
+        self._manager()
+
+    def _manager(self) -> Any:
+        _, manager_of = self._import()
+        manager = manager_of(include_path=self.folder, include_defaults=self.folder is None)
         unknown = [t for t in self.tasks if t not in manager.all_tasks]
         if unknown:
             raise ConfigError(f"lm-eval: no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}")
+        return manager
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        lm_eval, _ = self._import()
+        from phf.harness import HarnessModel
+
+        manager = self._manager()
         found = lm_eval.simple_evaluate(
             model=HarnessModel(model, self.batch, self.seed), tasks=list(self.tasks), task_manager=manager, limit=self.limit,
             num_fewshot=self.num_fewshot, random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,

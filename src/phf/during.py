@@ -60,7 +60,7 @@ class JudgeDuring(TrainerCallback):
         ids = add_control_tokens(self.tokenizer, objective.control_tokens) if objective.control_tokens else []
         self.control_ids = dict(zip(("good", "bad"), ids, strict=False))
         self.segmenter = segmenter_of(self.tokens)
-        own = getattr(objective, "threshold", None)
+        own = getattr(objective.fit(self.tokens.table), "threshold", None)
         self.control_threshold = own if isinstance(own, int | float) else config.threshold
         for name, scenario in config.scenarios.items():
             if (scenario.control == "bad" or scenario.guidance is not None) and not self.control_ids:
@@ -78,22 +78,25 @@ class JudgeDuring(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             keep_lines(self.path, state.global_step)
-            self.prepare(model)
+            with torch.compiler.set_stance("force_eager"):
+                self.prepare(model)
 
     def prepare(self, lm: Any) -> None:
         """Everything that can be known now: what cannot be judged is said before training, not in the middle of it."""
         config = self.config
         self.shape = logit_shape(lm)
         model = self._loaded(lm)
-        if config.scenarios:
+        if config.scenarios or (config.kl is not None and self.control_ids):
             self.scorer = corpus_scorer(self.tokens.manifest)
         for scenario in config.scenarios.values():
             check_lengths(model, scenario, [prompt_ids(model, p, scenario) for p in scenario_prompts(scenario)])
         for capability in config.capabilities:
-            capability.check()
+            capability.check(model)
         if config.kl is not None:
             self.reference = reference_texts(config.kl, self.cache)
             text_rows(model, self.reference["texts"], self.reference["finished"], self.segmenter)
+            if config.kl.reverse:
+                check_lengths(model, Scenario(max_tokens=config.kl.max_tokens, min_tokens=0), [[model.start_id]])
 
     def _loaded(self, lm: Any) -> LoadedModel:
         return LoadedModel(

@@ -326,8 +326,8 @@ def evaluate_model(
     `control_threshold`: scores above it had the bad control token in training; left out, what the model's own card says, else
     `threshold`.
 
-    `heldout`: a token store, whose held-out documents are read in the model's own tokens, or a scored corpus, of which all
-    are; left out, there is no held-out loss. `scorer` and `segmenter`: left out, those of `heldout`.
+    `heldout`: a token store, whose held-out documents are read in the model's own tokens, or a scored corpus, of which the
+    first are (4 bytes for each of `heldout_tokens`); left out, there is no held-out loss. `scorer` and `segmenter`: left out, those of `heldout`.
     """
     tokens = TokenStore.open(str(heldout)) if is_token_store(heldout) else None
     corpus = corpus_of(tokens) if tokens is not None else ScoredCorpus(heldout) if heldout is not None else None

@@ -80,12 +80,11 @@ def heldout_nats(
         ].astype(np.int8)
         control_S[table.tokens_S == 0] = -1
     control_ids = [model.control_ids[k] for k in ("good", "bad")] if control != "none" else []
-    rows = Rows(
-        tokens, Edit(first_documents(tokens, max_tokens), control_S), context, control_ids, split="heldout", pad=True
-    )
+    keep_D = first_documents(tokens, max_tokens)
+    rows = Rows(tokens, Edit(keep_D, control_S), context, control_ids, split="heldout", pad=True)
     silent = [*model.control_ids.values(), tokens.end_of_text_id]
     nats_S = np.zeros(len(table.score_S))
-    seen_S = np.zeros(len(nats_S), bool)
+    seen_S = keep_D[table.doc_S] & (table.tokens_S == 0)  # read with what comes behind
     bad_S = np.full(len(nats_S), np.nan)
     device = model.lm.device
     with torch.inference_mode():
@@ -263,8 +262,8 @@ def corpus_of(tokens: TokenStore) -> ScoredCorpus:
 def in_tokens_of(model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore | None, max_tokens: int) -> TokenStore:
     """Held-out documents in the tokens of a model that has a tokenizer of its own: those of a token store made of `corpus`
     that `heldout_loss` would read or, without one, the first of the corpus, of 4 bytes for each of `max_tokens`. Each begins
-    as the model's texts do; where it was not trained on segments that were tokenised by themselves, it is tokenised as a
-    whole, and a token belongs to the segment in which it ends.
+    as the model's texts do, and is tokenised as they were: where that is not by the corpus's own segments, a token belongs to
+    the segment in which it ends.
     """
     keep_D = None if tokens is None else first_documents(tokens, max_tokens)
     last = math.inf if keep_D is None else int(np.flatnonzero(keep_D)[-1]) if keep_D.any() else -1
@@ -279,10 +278,11 @@ def in_tokens_of(model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore | 
             break
         if keep_D is not None and not keep_D[number]:
             continue
-        if model.segmenter is not None or model.control_ids:
+        if model.control_ids:  # which go before every segment
             parts = encode_segments(model.tokenizer, list(document.texts))
         else:
-            parts = encode_cut(model.tokenizer, document.texts)
+            pieces = None if model.segmenter is None else model.segmenter.split(document.text)
+            parts = encode_cut(model.tokenizer, document.texts, pieces)
         ids += [i for part in parts for i in part]
         lengths += [len(part) for part in parts]
         sizes += [len(text.encode()) for text in document.texts]

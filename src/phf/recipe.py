@@ -179,17 +179,18 @@ class Recipe:
             ]
             bases = {v.base for v in wanted if v.base is not None} - {v.name for v in wanted}
             found += [self._base(seed) for _ in bases] + wanted
-        first = {self._reference} | {v.base for v in found if v.name == self._reference}
+        first = self._references | {v.base for v in found if v.name in self._references}
         return sorted(found, key=lambda v: v.name not in first)
 
     @property
-    def _reference(self) -> str | None:
-        return self.kl.reference.path if self.kl is not None and isinstance(self.kl.reference, LocalModel) else None
+    def _references(self) -> set[str]:
+        asked = (self.kl, self.during.kl if self.during is not None else None)
+        return {kl.reference.path for kl in asked if kl is not None and isinstance(kl.reference, LocalModel)}
 
     @property
-    def reference_run(self) -> str | None:
-        """The run of this recipe that is the reference of its KL divergences, if one is."""
-        return next((v.name for v in self.variants if v.name == self._reference), None)
+    def reference_runs(self) -> set[str]:
+        """The runs of this recipe that are references of KL divergences."""
+        return {v.name for v in self.variants} & self._references
 
     def _applies(self, path: str, name: str) -> bool:
         kind, *middle, setting = path.split(".")

@@ -226,7 +226,7 @@ def search(
     left = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")
     settings = {k: v for k, v in to_plain(config).items() if k not in left}
     inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]
-    base = store.fingerprint([target_key, settings, inputs, scorer.identity(), threshold, "redteam/2"])
+    base = store.fingerprint([target_key, settings, inputs, scorer.identity(), threshold, "redteam/4"])
     answers = Answers(Path(cache) / "answers.jsonl")
     per_trial = min(config.pool, len(usable)) + config.rounds * config.candidates + config.confirm
     trials = []
@@ -483,7 +483,7 @@ def redteam(
     plain = [to_plain(config), config.attacker.identity(), None if token_attacks is None else to_plain(token_attacks)]
     _, prompts = task_of(config, scorer)
     key = store.fingerprint(
-        [target_key, plain, store.path_hash(prompts_path(prompts)), scorer.identity(), threshold, contexts, "redteam/3"]
+        [target_key, plain, store.path_hash(prompts_path(prompts)), scorer.identity(), threshold, contexts, "redteam/5"]
     )
     done = out / "redteam.json"
     if done.exists() and store.read_json(done).get("key") == key:
@@ -505,7 +505,7 @@ def redteam(
     if token_attacks is not None and isinstance(target.model, LoadedModel):
         cut = segmenter or Lines()
         tokens_key = store.fingerprint(
-            [target_key, plain[-1], contexts, scorer.identity(), to_plain(cut), threshold, "tokens/1"]
+            [target_key, plain[-1], contexts, scorer.identity(), to_plain(cut), threshold, "tokens/2"]
         )
         file = out / "tokens.json"
         if not file.exists() or store.read_json(file).get("key") != tokens_key:

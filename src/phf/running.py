@@ -131,7 +131,11 @@ def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> dict[st
         trained = _train(recipe, variant, folder)
     with _Stage(f"judge {variant.name}", seconds):
         judged = evaluate_run(
-            folder, dict(recipe.scenarios), recipe.threshold, kl_from=_kl(recipe), capabilities=recipe.capabilities
+            folder,
+            dict(recipe.scenarios),
+            recipe.threshold,
+            kl_from=_kl(recipe, recipe.kl),
+            capabilities=recipe.capabilities,
         )
     if recipe.redteam is not None:
         with _Stage(f"attack {variant.name}", seconds):
@@ -140,14 +144,13 @@ def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> dict[st
     return summary(variant, trained, judged, main)
 
 
-def _kl(recipe: Recipe) -> KL | None:
-    """The recipe's, with the folder of the run that it names as its reference. None where that run is of an objective that is
-    not run this time."""
-    kl = recipe.kl
+def _kl(recipe: Recipe, kl: KL | None) -> KL | None:
+    """One of the recipe's, with the folder of the run that it names as its reference. None where that run is of an objective
+    that is not run this time."""
     if kl is None or not isinstance(kl.reference, LocalModel):
         return kl
     name = kl.reference.path
-    if recipe.reference_run is not None:
+    if name in recipe.reference_runs:
         return replace(kl, reference=replace(kl.reference, path=str(recipe.folder / name)))
     if name.rpartition("-s")[0] in recipe.objectives and not Path(name).exists():
         _say(f"no KL divergence: its reference, {name}, is not one of the runs")
@@ -155,23 +158,11 @@ def _kl(recipe: Recipe) -> KL | None:
     return kl
 
 
-def _resolved(recipe: Recipe, kl: KL, folder: Path) -> KL | None:
-    """KL while training: a run of the recipe by its name, once it is trained; none for that run itself."""
-    if not isinstance(kl.reference, LocalModel):
-        return kl
-    named = recipe.folder / kl.reference.path
-    if named == folder or kl.reference.path.rpartition("-s")[0] not in recipe.objectives:
-        return None if named == folder else kl
-    if not (named / "model").exists():
-        raise ConfigError(f"during.kl.reference.path={kl.reference.path}: that run is not trained before {folder.name}")
-    return replace(kl, reference=replace(kl.reference, path=str(named)))
-
-
 def _reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
     from phf.reference import reference_texts
 
-    kl = _kl(recipe)
-    if kl is not None and recipe.reference_run is None:
+    kl = _kl(recipe, recipe.kl)
+    if kl is not None and kl == recipe.kl:  # not of a run of the recipe, whose texts are drawn when it is trained
         with _Stage("texts of the reference", seconds):
             reference_texts(kl, recipe.folder / "cache")
 
@@ -189,8 +180,10 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
     torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
     tokens = recipe.folder / "tokens"
     during = recipe.during
-    if during is not None and isinstance(during.kl, KL):
-        during = replace(during, kl=_resolved(recipe, during.kl, folder))
+    if during is not None and during.kl is not None:
+        kl = _kl(recipe, during.kl)
+        itself = kl is not None and isinstance(kl.reference, LocalModel) and Path(kl.reference.path) == folder
+        during = replace(during, kl=None if itself else kl)
     callbacks = (JudgeDuring(during, folder, tokens, variant.train, variant.objective),) if during else ()
     return train(tokens, folder, variant.model, variant.objective, variant.train, variant.seed, callbacks=callbacks)
 
@@ -284,7 +277,7 @@ def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
     """The recipe as independent commands, in blocks: those of a block may run at the same time, blocks one after the other.
     `arguments`: what `phf run` was given."""
     start = ["phf", "run", *arguments]
-    bases = ({v.base for v in recipe.variants} | {recipe.reference_run}) - {None}
+    bases = ({v.base for v in recipe.variants} | recipe.reference_runs) - {None}
     first = [[*start, "--only", v.name] for v in recipe.variants if v.base is None]
     blocks = [
         [[*start, "--only", "data"]],

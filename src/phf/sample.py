@@ -36,7 +36,7 @@ from phf.device import has_quick_bf16, tune_allocator
 from phf.fused import PLAIN, LogitShape
 from phf.model import MODEL_CARD, logit_shape, model_folder
 from phf.packing import key64, mix64
-from phf.segment import Segmenter, segmenter_from
+from phf.segment import Segmenter, known_segmenter
 from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
 from phf.types import Sample
@@ -96,7 +96,7 @@ class LoadedModel:
     """What a text begins with; None: the end-of-text token, as in phf's own models."""
     shape: LogitShape = PLAIN
     segmenter: Segmenter | None = None
-    """How its training texts were cut into segments, each tokenised by itself; None: they were not, as far as is known."""
+    """How its training texts were cut into segments, each tokenised by itself; None: not at all, or not known."""
     threshold: float | None = None
     """Scores above it had the bad token in training, as far as is known."""
 
@@ -170,7 +170,7 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     card = cached_file(source, MODEL_CARD, revision=revision, _raise_exceptions_for_missing_entries=False)
     about = store.read_json(card) if card is not None else {"control_tokens": _known_control_tokens(tokenizer, path)}
     control_ids = {k: tokenizer.convert_tokens_to_ids(v) for k, v in about["control_tokens"].items()}
-    segmenter = segmenter_from(about["segmenter"]) if "segmenter" in about else None
+    segmenter = known_segmenter(about.get("segmenter"))
     threshold = (about.get("objective") or {}).get("threshold")
     return LoadedModel(
         lm, tokenizer, control_ids, str(path), None if card is not None else tokenizer.bos_token_id, shape, segmenter,

@@ -121,8 +121,13 @@ class Given(Segmenter):
 AnySegmenter = Annotated[Lines | Sentences | Paragraphs | Documents | Windows | Given, Field(discriminator="name")]
 
 
-def segmenter_from(config: dict[str, Any] | None) -> Segmenter:
-    """What a manifest's `segmenter` stands for; lines where the corpus came cut by somebody else."""
+def known_segmenter(config: dict[str, Any] | None) -> Segmenter | None:
+    """What a manifest's `segmenter` stands for; None where the corpus came cut by somebody else."""
     if config is None or config["name"] == "given":
-        return Lines()
+        return None
     return TypeAdapter(AnySegmenter).validate_python(config)  # type: ignore[no-any-return]
+
+
+def segmenter_from(config: dict[str, Any] | None) -> Segmenter:
+    """The same; lines where it is not known."""
+    return known_segmenter(config) or Lines()

@@ -112,21 +112,25 @@ def encode_segments(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
-def encode_cut(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
-    """Token ids of the segments' text as a whole, cut where segments end: a token belongs to the segment that its last
-    character is in."""
-    ends = np.cumsum([len(segment) for segment in segments])
+def encode_cut(tokenizer: Any, segments: Sequence[str], pieces: Sequence[str] | None = None) -> list[list[int]]:
+    """Token ids of the segments' text, tokenised in other `pieces` of it (left out: as a whole) and cut where segments end: a
+    token belongs to the segment that its last character is in."""
+    pieces = ["".join(segments)] if pieces is None else pieces
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
     try:
-        whole = backend.encode("".join(segments), add_special_tokens=False)
+        encoded = backend.encode_batch(list(pieces), add_special_tokens=False)
     finally:
         backend.encode_special_tokens = before
-    last = np.maximum.accumulate([max(end - 1, 0) for _, end in whole.offsets]) if whole.ids else np.zeros(0, int)
-    owner = np.minimum(np.searchsorted(ends, last, side="right"), len(segments) - 1)
-    counts = np.bincount(owner, minlength=len(segments)).cumsum()[:-1]
-    return [part.tolist() for part in np.split(np.array(whole.ids, np.int64), counts)]
+    starts = np.cumsum([0, *map(len, pieces)])
+    last = [start + max(end - 1, 0) for e, start in zip(encoded, starts, strict=False) for _, end in e.offsets]
+    ids = np.array([i for e in encoded for i in e.ids], np.int64)
+    if not segments or not len(ids):
+        return [[] for _ in segments]
+    owner = np.searchsorted(np.cumsum([len(s) for s in segments]), np.maximum.accumulate(last), side="right")
+    counts = np.bincount(np.minimum(owner, len(segments) - 1), minlength=len(segments)).cumsum()[:-1]
+    return [part.tolist() for part in np.split(ids, counts)]
 
 
 def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:

@@ -259,7 +259,7 @@ def train(
             start_weights,
             value_head and store.file_hash(value_head),
             _code_of(objective),
-            "train/1",
+            "train/2",
         ]
     )
     if store.is_done(out, key):
