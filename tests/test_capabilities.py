@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from phf.capabilities import Glue, HumanEval, Lambada, function_body, glue_score, pass_at_k, run_sandboxed
+from phf.capabilities import Glue, HumanEval, Lambada, function_body, glue_score, pass_at_k, run_sandboxed, split_behind
 from phf.config import ConfigError
 from phf.sample import load_model
+from phf.tokens import train_bpe
 from test_reference import runs  # noqa: F401
 
 
@@ -78,9 +81,9 @@ def test_the_sandbox_tells_what_passes(program, passes):
 
 
 def test_the_sandbox_has_no_network_where_the_kernel_lets_it():
-    from phf.capabilities import _can_unshare
+    from phf.capabilities import _unshare
 
-    if not _can_unshare():
+    if not _unshare():
         pytest.skip("this kernel lets no user make a network of his own")
     code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e:\n    assert e.errno == 101, e"
     assert run_sandboxed(code, 3)
@@ -175,17 +178,19 @@ def test_glue_metrics(runs, glue_files, metric, label, least):  # noqa: F811
         ("mrpc", "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\nc\td\t0\t1\n"),
         ("cola", "gj04\t1\t\tThe book broke.\ngj04\t0\t*\tBook the broke.\n"),
         ("cola", "sentence\tlabel\nThe book broke.\t1\nBook the broke.\t0\n"),
-        ("qqp", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta\tb\t1\n2\t3\t4\tc\td\t0\n"),
+        ("qqp", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta\tb\t1\n2\t3\t4\tc\td\t0\nTORN\t2\n"),
     ],
 )
 def test_glue_reads_its_own_files_and_the_hubs(tmp_path, task, text):
     (tmp_path / "t.tsv").write_text(text)
-    metric, train, _, target_N, _, classes = Glue(str(tmp_path / "t.tsv"), str(tmp_path / "t.tsv"), task=task)._data()
+    metric, train, _, target_N, _, classes, torn = Glue(
+        str(tmp_path / "t.tsv"), str(tmp_path / "t.tsv"), task=task
+    )._data()
     assert metric == {"sst2": "accuracy", "cola": "matthews"}.get(task, "f1")
     pairs = {"sst2": ["a good film", "a bad one"], "cola": ["The book broke.", "Book the broke."]}
     assert train == pairs.get(task, ["a\nb", "c\nd"])
     assert target_N.tolist() == [1, 0]
-    assert classes == 2
+    assert (classes, torn) == (2, 2 * ("TORN" in text))
 
 
 def test_glue_scores_by_their_formulas():
@@ -198,6 +203,34 @@ def test_glue_scores_by_their_formulas():
     assert glue_score("pearson", np.array([1.0, 2, 3]), np.array([2.0, 4, 6])) == pytest.approx(1)
     assert glue_score("pearson", np.array([1.0, 2, 3]), np.ones(3)) == 0
     assert glue_score("f1", np.zeros(3), np.zeros(3)) == 0  # a resample without the class
+
+
+def test_nothing_that_a_program_starts_outlives_it(tmp_path):
+    file = tmp_path / "alive"
+    child = f"import os, time\nif os.fork() == 0:\n    time.sleep(2)\n    open({str(file)!r}, 'w')\n    os._exit(0)\n"
+    run_sandboxed(child, 5)  # refused to fork, or stopped with it
+    time.sleep(3)
+    assert not file.exists()
+
+
+def test_what_comes_behind_may_share_a_token_with_the_context(runs):  # noqa: F811
+    tokenizer = train_bpe(["foobar"] * 9, 270)
+    model = dataclasses.replace(load_model(runs / "a"), tokenizer=tokenizer, segmenter=None)
+    (whole,) = tokenizer("foobar")["input_ids"]
+    assert split_behind(model, "foo", "foobar") == ([model.start_id], [whole])
+
+
+def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, monkeypatch):  # noqa: F811
+    from phf import capabilities
+    from phf.types import Sample
+
+    row = {"prompt": "def f():", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
+    (tmp_path / "h.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(
+        capabilities, "sample_prompts", lambda m, s, p: [Sample(0, p[0], "    return 1\n", 4, 0.0, True, 0)]
+    )
+    found = HumanEval(str(tmp_path / "h.jsonl"), run_untrusted_code=True).measure(load_model(runs / "a"))
+    assert found["pass@1"]["mean"] == 1
 
 
 def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):  # noqa: F811

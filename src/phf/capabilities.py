@@ -8,6 +8,8 @@ tokens are never written.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 import signal
@@ -86,10 +88,13 @@ def prefix_ids(model: LoadedModel) -> list[int]:
 
 
 def split_behind(model: LoadedModel, context: str, whole: str) -> tuple[list[int], list[int]]:
-    """Token ids of `whole`, which begins with `context`, behind `prefix_ids`: as many as the context has by itself, and the
-    rest. (What comes behind is never tokenised by itself: SentencePiece's tokenizers would begin a text with it.)"""
-    ids, before = model.encode(whole), len(model.encode(context))
-    return prefix_ids(model) + ids[:before], ids[before:]
+    """Token ids of `whole`, which begins with `context`, behind `prefix_ids`: those that the context has by itself too, and the
+    rest, at least one. (What comes behind is never tokenised by itself: SentencePiece's tokenizers would begin a text with
+    it; and a token may reach over from the context.)"""
+    ids, before = model.encode(whole), model.encode(context)
+    common = next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before)))
+    common = min(common, max(len(ids) - 1, 0))
+    return prefix_ids(model) + ids[:common], ids[common:]
 
 
 @torch.inference_mode()
@@ -173,7 +178,7 @@ class HumanEval(Capability):
     or the Parquet file of the Hub (hf://datasets/OWNER/NAME/FILE).
 
     **This runs what the model wrote.** Each sample runs in a process of its own with limits on time, memory, files
-    and processes, in an empty folder, with an empty environment and, where the kernel lets it, without network (the result
+    and (unless you are root) processes, in an empty folder, with an empty environment and, where the kernel lets it, without network (the result
     says which: `network`). That protects from accidents, not from malice: the process is still the user's and can read
     the user's files. Run models that you do not trust in a virtual machine. `run_untrusted_code` must be set.
     """
@@ -206,7 +211,8 @@ class HumanEval(Capability):
             raise ConfigError(
                 f"humaneval: k={max(self.k)} needs as many samples_per_problem, got {self.samples_per_problem}"
             )
-        problems = _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        rows = _rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        problems = [row | {"prompt": row["prompt"].rstrip("\n") + "\n"} for row in rows]
         room = model.positions - 2
         longest = max(len(model.encode(p["prompt"])) for p in problems)
         if longest >= room:
@@ -215,7 +221,7 @@ class HumanEval(Capability):
 
     def measure(self, model: LoadedModel) -> dict[str, Any]:
         (problems, max_tokens), n = self._problems(model), self.samples_per_problem
-        if not _can_unshare():
+        if not _unshare():
             print(
                 "note: HumanEval: this kernel gives no process without network, so what the model wrote can reach it",
                 file=sys.stderr,
@@ -224,7 +230,7 @@ class HumanEval(Capability):
             num_samples=n * len(problems), samples_per_prompt=n, max_tokens=max_tokens,
             min_tokens=1, temperature=self.temperature, top_p=self.top_p, seed=self.seed, batch=32,
         )  # fmt: skip
-        samples = sample_prompts(model, scenario, [p["prompt"].rstrip("\n") + "\n" for p in problems for _ in range(n)])
+        samples = sample_prompts(model, scenario, [p["prompt"] for p in problems for _ in range(n)])
         passed = np.zeros((len(problems), n), bool)
         for number, item in enumerate(samples):
             problem = problems[number // n]
@@ -235,7 +241,7 @@ class HumanEval(Capability):
         } | {
             "problems": len(problems),
             "samples_per_problem": n,
-            "network": "cut off" if _can_unshare() else "open",
+            "network": "cut off" if _unshare() else "open",
         }
 
 
@@ -272,9 +278,7 @@ def run_sandboxed(program: str, timeout_s: float) -> bool:
     """Whether `program` runs to its end without an error, within limits. See HumanEval for what this protects from."""
     token = os.urandom(16).hex()  # a program that leaves early with status 0 has not passed
     code = SANDBOX.format(seconds=math.ceil(timeout_s), token=token)
-    command = [sys.executable, "-I", "-c", code]
-    if _can_unshare():
-        command = ["unshare", "--net", "--map-root-user", *command]
+    command = [*_unshare(), sys.executable, "-I", "-c", code]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:  # a file: its size has a limit
         process = subprocess.Popen(
             command, cwd=folder, env={"PATH": os.environ.get("PATH", "")}, start_new_session=True,
@@ -283,27 +287,26 @@ def run_sandboxed(program: str, timeout_s: float) -> bool:
         try:
             process.communicate(program.encode("utf-8", "replace"), timeout=timeout_s + 1)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             return False
+        finally:  # and whatever it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
         said.seek(0, os.SEEK_END)
         said.seek(max(said.tell() - len(token), 0))
         return process.returncode == 0 and said.read() == token.encode()
 
 
-def _can_unshare() -> bool:
-    """Whether a process without network can be made here."""
-    global _unshare
-    if _unshare is None:
-        try:
-            done = subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True, timeout=10)
-            _unshare = done.returncode == 0
-        except (OSError, subprocess.TimeoutExpired):
-            _unshare = False
-    return _unshare
-
-
-_unshare: bool | None = None
+@functools.cache
+def _unshare() -> tuple[str, ...]:
+    """The command that starts a process without network, and with process numbers of its own, so that nothing it starts
+    outlives it; as much of it as can be had here."""
+    apart = ("unshare", "--net", "--map-root-user")
+    for command in ((*apart, "--pid", "--fork", "--kill-child"), apart):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0:
+                return command
+    return ()
 
 
 GLUE: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
@@ -360,17 +363,18 @@ class Glue(Capability):
     def check(self, model: LoadedModel) -> None:
         self._data()
 
-    def _data(self) -> tuple[str, list[str], list[str], np.ndarray, np.ndarray, int]:
-        """Metric, texts and labels of train and dev, and how many classes there are (1: regression)."""
+    def _data(self) -> tuple[str, list[str], list[str], np.ndarray, np.ndarray, int, int]:
+        """Metric, texts and labels of train and dev, how many classes there are (1: regression), rows set aside."""
         usual, layouts = GLUE.get(self.task, ("accuracy", (("text", "label"),)))
         metric = self.metric or usual
-        train, dev = self._rows(self.train, layouts)[: self.max_train], self._rows(self.dev, layouts)
+        (train, torn), (dev, torn_too) = self._rows(self.train, layouts), self._rows(self.dev, layouts)
+        train = train[: self.max_train]
         truth_of = self._numbers if metric == "pearson" else self._classes
         target_N, truth_N, classes = truth_of([label for _, label in train], [label for _, label in dev])
-        return metric, [t for t, _ in train], [t for t, _ in dev], target_N, truth_N, classes
+        return metric, [t for t, _ in train], [t for t, _ in dev], target_N, truth_N, classes, torn + torn_too
 
     def _measure(self, model: LoadedModel) -> dict[str, Any]:
-        metric, train, dev, target_N, truth_N, classes = self._data()
+        metric, train, dev, target_N, truth_N, classes, set_aside = self._data()
         classifier = _Head(model, classes, self.seed)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.lr, weight_decay=0.01)
         rng = np.random.Generator(np.random.Philox(self.seed))
@@ -407,7 +411,13 @@ class Glue(Capability):
             found[metric] = {"mean": best, "stderr": float(np.std(draws)), "n": len(truth_N), "ci95": ci}
         if classes > 1:
             found["accuracy"] = share_estimate(best_guess == truth_N).to_json()
-        return found | {"epoch": best_epoch, "history": history, "train": len(train), "dev": len(dev)}
+        return found | {
+            "epoch": best_epoch,
+            "history": history,
+            "train": len(train),
+            "dev": len(dev),
+            "set_aside": set_aside,
+        }
 
     def _classes(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
         labels = sorted(set(train))
@@ -424,8 +434,9 @@ class Glue(Capability):
         except ValueError as error:
             raise ConfigError(f"glue {self.task}: labels are not numbers, as metric=pearson needs: {error}") from None
 
-    def _rows(self, path: str, layouts: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
-        """(text, label) of each row, by the first of `layouts` that a file has, but for the columns that are named."""
+    def _rows(self, path: str, layouts: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, str]], int]:
+        """(text, label) of each row, by the first of `layouts` that a file has, but for the columns that are named; and how
+        many rows lack one of them, as some of QQP's do."""
         rows = read_rows(local_file(path))
         names = list(rows[0]) if rows else []
         if self.task == "cola" and len(names) == len(COLA) and "sentence" not in names:
@@ -441,11 +452,11 @@ class Glue(Capability):
         for column in needed:
             if column not in names:
                 raise ConfigError(f"{path} has no column {column!r}, only {', '.join(names)}")
-        for number, row in enumerate(rows):
-            empty = [c for c in needed if row.get(c) in (None, "")]
-            if empty:
-                raise ConfigError(f"{path}, row {number}: empty {' or '.join(empty)}")
-        return [("\n".join(str(row[c]) for c in columns), str(row[needed[-1]])) for row in rows]
+        whole = [row for row in rows if all(row.get(column) not in (None, "") for column in needed)]
+        if not whole:
+            raise ConfigError(f"{path}: no row has all of {', '.join(needed)}")
+        pairs = [("\n".join(str(row[c]) for c in columns), str(row[needed[-1]])) for row in whole]
+        return pairs, len(rows) - len(whole)
 
 
 def glue_score(metric: str, truth_N: np.ndarray, guess_N: np.ndarray, positive: int = 1) -> float:

@@ -29,6 +29,7 @@ from phf.objectives import Objective
 from phf.reference import KL, kl, reference_texts, text_rows
 from phf.sample import LoadedModel, Scenario, check_lengths, prompt_ids, sample, scenario_prompts, write_samples
 from phf.scorers import Scorer
+from phf.segment import known_segmenter
 from phf.tokens import TokenStore, add_control_tokens
 from phf.train import TrainConfig
 from phf.trainer import add_line, keep_lines
@@ -99,9 +100,8 @@ class JudgeDuring(TrainerCallback):
                 check_lengths(model, Scenario(max_tokens=config.kl.max_tokens, min_tokens=0), [[model.start_id]])
 
     def _loaded(self, lm: Any) -> LoadedModel:
-        return LoadedModel(
-            lm, self.tokenizer, self.control_ids, "the model in training", None, self.shape, self.segmenter
-        )
+        cut = known_segmenter(self.tokens.manifest.get("segmenter"))
+        return LoadedModel(lm, self.tokenizer, self.control_ids, "the model in training", None, self.shape, cut)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step

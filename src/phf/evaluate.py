@@ -388,16 +388,25 @@ class _Judgement:
         known = (self.control_threshold, model.threshold, self.threshold)
         return next(limit for limit in known if limit is not None)
 
+    def kept(self, name: str, settings: Any, written: Path | None = None) -> dict[str, Any] | None:
+        """A part that is done, with `written`, a file of its, as it was."""
+        file = self.folder / "eval" / f"{name}.json"
+        if not file.exists():
+            return None
+        found = store.read_json(file)
+        whole = written is None or found["written"] == store.path_hash(written)
+        return found if found.get("key") == self.part_key(name, settings) and whole else None
+
+    def part_key(self, name: str, settings: Any) -> str:
+        return store.fingerprint([self.model_key, name, settings, "eval/5"])
+
     def part(
         self, name: str, settings: Any, make: Callable[[], dict[str, Any]], written: Path | None = None
     ) -> dict[str, Any]:
         """What `make` gives, kept under its key. `written`: a file that it writes, which must still be that one."""
-        key = store.fingerprint([self.model_key, name, settings, "eval/5"])
-        file = self.folder / "eval" / f"{name}.json"
-        if file.exists():
-            kept = store.read_json(file)
-            if kept.get("key") == key and (written is None or kept["written"] == store.path_hash(written)):
-                return kept  # type: ignore[no-any-return]
+        if (found := self.kept(name, settings, written)) is not None:
+            return found
+        key, file = self.part_key(name, settings), self.folder / "eval" / f"{name}.json"
         start = time.perf_counter()
         value = {"key": key, "value": make(), "seconds": time.perf_counter() - start}
         value["written"] = None if written is None else store.path_hash(written)
@@ -431,6 +440,9 @@ class _Judgement:
         if done.exists() and store.read_json(done).get("key") == key:
             return store.read_json(done)  # type: ignore[no-any-return]
         done.unlink(missing_ok=True)  # its samples are about to be replaced
+        for name, capability, settings in zip(names, self.capabilities, measured, strict=True):
+            if self.kept(name, settings) is None:
+                capability.check(self.model())  # said before anything takes long
         parts: dict[str, dict[str, Any]] = {}
         skipped = []
         for name, scenario in self.scenarios.items():

@@ -278,13 +278,14 @@ def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
     `arguments`: what `phf run` was given."""
     start = ["phf", "run", *arguments]
     bases = ({v.base for v in recipe.variants} | recipe.reference_runs) - {None}
-    first = [[*start, "--only", v.name] for v in recipe.variants if v.base is None]
-    blocks = [
-        [[*start, "--only", "data"]],
-        first if not bases else [c for c in first if c[-1] in bases],
-        [] if not bases else [[*start, "--only", v.name] for v in recipe.variants if v.name not in bases],
-        [start],
-    ]
+    needed = [v for v in recipe.variants if v.name in bases]
+    waves = (
+        [v for v in needed if v.base is None],
+        [v for v in needed if v.base is not None],  # a reference that is finetuned itself
+        [v for v in recipe.variants if v.name not in bases],
+    )
+    of_runs = [[[*start, "--only", v.name] for v in wave] for wave in waves]
+    blocks = [[[*start, "--only", "data"]], *of_runs, [start]]
     import shlex
 
     return [[shlex.join(command) for command in block] for block in blocks if block]

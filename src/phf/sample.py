@@ -219,7 +219,7 @@ def prompts_path(prompts: str) -> Path:
     """A file of prompts: one of yours, or one that comes with phf, by its name."""
     path = Path(prompts).expanduser()
     packaged = Path(str(resources.files("phf") / "prompts" / f"{prompts}.jsonl"))
-    return packaged if not path.exists() and packaged.exists() else path
+    return packaged if not path.is_file() and packaged.exists() else path
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -274,7 +274,7 @@ class Server:
         }  # fmt: skip
         (given,) = _choices(self.post("/completions", body), 1)
         logprobs = given.get("logprobs")
-        if not logprobs or not logprobs.get("token_logprobs"):
+        if not logprobs or not logprobs.get("token_logprobs") or None in logprobs["token_logprobs"]:
             raise ServerError(
                 f"{self.url} gives no log-probabilities with its completions, so it cannot be a reference"
             )
