@@ -154,7 +154,12 @@ def run_command(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if re.search(r"```(python|sh)\n", p.read_text())], ids=lambda p: p.name
+    "page",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] * (p.name == "recipes.md"), id=p.name)  # whole recipes: minutes
+        for p in PAGES
+        if re.search(r"```(python|sh)\n", p.read_text())
+    ],
 )
 def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
     place = tmp_path / "here"
