@@ -63,6 +63,7 @@ def people(count: int) -> list[str]:
     return [f"{filler()} {rng.choice(makers)()}. {filler()} {rng.choice(makers)()}\n" for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_the_papers_set_finds_what_scrubadub_finds():
     """Gates and the pinned day change nothing, when the pinned day is today."""
     ours, theirs = PII(detectors="paper", reference_date=TODAY), plain_scrubber()
