@@ -26,7 +26,7 @@ from phf.fused import PLAIN
 from phf.heldout import Control, heldout_loss
 from phf.model import logit_shape
 from phf.objectives import Objective
-from phf.reference import KL, kl, reference_texts, text_rows
+from phf.reference import KL, drawn_as, kl, reference_texts, text_rows
 from phf.sample import LoadedModel, Scenario, check_lengths, prompt_ids, sample, scenario_prompts, write_samples
 from phf.scorers import Scorer
 from phf.segment import known_segmenter
@@ -97,7 +97,7 @@ class JudgeDuring(TrainerCallback):
             self.reference = reference_texts(config.kl, self.cache)
             text_rows(model, self.reference["texts"], self.reference["finished"], self.segmenter)
             if config.kl.reverse:
-                check_lengths(model, Scenario(max_tokens=config.kl.max_tokens, min_tokens=0), [[model.start_id]])
+                drawn_as(model, config.kl)
 
     def _loaded(self, lm: Any) -> LoadedModel:
         cut = known_segmenter(self.tokens.manifest.get("segmenter"))

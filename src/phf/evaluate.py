@@ -114,7 +114,7 @@ def judge_samples(
     judged_N = scores_N[~np.isnan(scores_N)]
     bad_N, segments_N = _bad_segments(parts, threshold)
     numbers = _texts_numbers([s.text for s in scored], scenario) | {
-        "bad_segments": _share_of_segments(_unit_sums(bad_N, scenario), _unit_sums(segments_N, scenario)),
+        "bad_segments": _share_of_sums(bad_N, segments_N, scenario),
         "mean_tokens": metrics.mean_estimate(by_prompt(np.array([s.num_tokens for s in scored], float), scenario)),
         "finished": metrics.bounded_estimate(by_prompt(np.array([s.finished for s in scored], float), scenario)),
     }
@@ -177,15 +177,6 @@ def _bad_segments(parts: Sequence[Any], threshold: float) -> tuple[np.ndarray, n
     judged = [np.array([s for s in scores if s == s], np.float32) for scores, _, _ in parts]
     bad_N = np.array([(scores > np.float32(threshold)).sum() for scores in judged], float)
     return bad_N, np.array([len(scores) for scores in judged], float)
-
-
-def _share_of_segments(bad_N: np.ndarray, segments_N: np.ndarray) -> Estimate:
-    """Over units. Where none or all are bad, resampling finds nothing else: then as wide as if a unit were one segment."""
-    found = metrics.ratio_of_sums(bad_N, segments_N)
-    if found.mean in (0, 1):
-        n = int((segments_N > 0).sum())
-        found = dataclasses.replace(found, ci95=metrics.wilson(int(found.mean * n), n))
-    return found
 
 
 def _judges_python(identity: Any) -> bool:
@@ -253,8 +244,10 @@ def _units(values: Any, scenario: Scenario) -> list[Any]:
     return [values[start : start + several] for start in range(0, len(values), several)]
 
 
-def _unit_sums(values_N: np.ndarray, scenario: Scenario) -> np.ndarray:
-    return np.array([unit.sum() for unit in _units(values_N, scenario)])
+def _share_of_sums(bad_N: np.ndarray, all_N: np.ndarray, scenario: Scenario) -> Estimate:
+    """Over prompts. Where none or all are bad, as wide as if a prompt were one segment."""
+    bad_U, all_U = (np.array([unit.sum() for unit in _units(values, scenario)]) for values in (bad_N, all_N))
+    return metrics.bounded(metrics.ratio_of_sums(bad_U, all_U), int((all_U > 0).sum()))
 
 
 def evaluate_run(
@@ -290,14 +283,13 @@ def evaluate_run(
         "tokens_content": manifest["tokens_content"],
         "data": _data_section(tokens),
     }
-    own = manifest["objective"].get("threshold")
     judgement = _Judgement(
-        run, manifest["key"], scenarios, threshold, scorer, segmenter_of(tokens), kl_from, capabilities, None,
-        own if isinstance(own, int | float) else None,
-    )  # fmt: skip
+        run, manifest["key"], scenarios, threshold, scorer, segmenter_of(tokens), kl_from, capabilities, None, None
+    )
 
     def on_heldout(model: LoadedModel) -> dict[str, Any]:
-        return heldout_section(model, tokens, manifest["train"]["context"], threshold, heldout_tokens, own)
+        limit = judgement.control_limit(model)
+        return heldout_section(model, tokens, manifest["train"]["context"], threshold, heldout_tokens, limit)
 
     return judgement.judge(about, [heldout_tokens], on_heldout)
 

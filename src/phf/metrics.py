@@ -94,12 +94,14 @@ def share_estimate(hits_N: Sequence[bool] | np.ndarray, unjudged: int = 0) -> Es
 
 
 def bounded_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
-    """`mean_estimate` of independent values in [0, 1]. Where all are 0 or all are 1, so that resampling finds nothing else,
-    the interval is Wilson's."""
+    """`mean_estimate` of independent values in [0, 1], `bounded`."""
     found = mean_estimate(values, seed)
-    if found.n and found.mean in (0, 1):
-        return replace(found, ci95=wilson(int(found.mean * found.n), found.n))
-    return found
+    return bounded(found, found.n)
+
+
+def bounded(share: Estimate, n: int) -> Estimate:
+    """A share with Wilson's interval of `n` units where it is 0 or 1, so that resampling finds nothing else."""
+    return replace(share, ci95=wilson(int(share.mean * n), n)) if n and share.mean in (0, 1) else share
 
 
 def bootstrap(

@@ -62,13 +62,18 @@ class KL:
     batch: Annotated[int, Field(gt=0)] = 64
 
 
+def _cut(model: LoadedModel, segmenter: Segmenter) -> Segmenter:
+    """How a model reads a text: cut as in training, else by `segmenter` where control tokens go between, else as a whole."""
+    return model.segmenter or (segmenter if model.control_ids else Documents())
+
+
 def text_rows(
     model: LoadedModel, texts: Sequence[str], finished: Sequence[bool], segmenter: Segmenter, bad: Sequence[Sequence[bool]] | None = None
 ) -> list[list[int]]:  # fmt: skip
     """Token ids of texts as `text_logp` reads them. Raises ConfigError for a text longer than the model reads."""
     eos = model.tokenizer.eos_token_id
     good, worse = ([model.control_ids[name]] if name in model.control_ids else [] for name in ("good", "bad"))
-    cut = model.segmenter if model.segmenter is not None else segmenter if good else Documents()
+    cut = _cut(model, segmenter)
     rows: list[list[int]] = []
     for n, (text, ends) in enumerate(zip(texts, finished, strict=True)):
         segments = cut.split(text)
@@ -163,16 +168,21 @@ def reference_texts(config: KL, cache: str | Path) -> dict[str, Any]:
     return value
 
 
-def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
-    """Untruncated texts at temperature 1."""
+def drawn_as(model: LoadedModel, config: KL) -> Scenario:
+    """How texts are drawn for a divergence. Raises ConfigError for more tokens than the model reads."""
     if config.max_tokens > model.positions - 2:
         raise ConfigError(
             f"kl.max_tokens={config.max_tokens}: {model.path} reads {model.positions} tokens; ask for {model.positions - 2} at most"
         )
-    scenario = Scenario(
-        num_samples=config.num_samples, max_tokens=config.max_tokens, min_tokens=0, temperature=1.0,
-        top_p=1.0, seed=config.seed, batch=config.batch, precision="fp32",
+    return Scenario(
+        num_samples=config.num_samples, max_tokens=config.max_tokens, min_tokens=0, temperature=1.0, top_p=1.0, seed=config.seed,
+        batch=config.batch, precision="fp32",
     )  # fmt: skip
+
+
+def _draw(model: LoadedModel, config: KL) -> tuple[list[str], list[bool]]:
+    """Untruncated texts at temperature 1."""
+    scenario = drawn_as(model, config)
     samples = sample(model, scenario, progress=False)
     return [s.text for s in samples], [s.finished for s in samples]
 
@@ -201,7 +211,7 @@ def kl(
         "forward": _divergence(np.array(found["logp"]) - ours, texts),
     }
     if model.control_ids and scorer is not None:
-        cut = model.segmenter or segmenter
+        cut = _cut(model, segmenter)
         scores = [of_text for of_text, _, _ in judge_documents(scorer, [cut.split(text) for text in texts])]
         bad = [[not np.float32(s) <= np.float32(threshold) for s in of_text] for of_text in scores]
         oracle = text_logp(model, texts, finished, segmenter, config.batch, bad)

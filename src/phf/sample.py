@@ -36,7 +36,7 @@ from phf.device import has_quick_bf16, tune_allocator
 from phf.fused import PLAIN, LogitShape
 from phf.model import MODEL_CARD, logit_shape, model_folder
 from phf.packing import key64, mix64
-from phf.segment import Segmenter, known_segmenter
+from phf.segment import Documents, Segmenter, known_segmenter
 from phf.served import Server
 from phf.tokens import encode_segments, load_tokenizer
 from phf.types import Sample
@@ -102,7 +102,7 @@ class LoadedModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without control tokens, cut as in training."""
-        pieces = self.segmenter.split(text) if self.segmenter is not None else [text] if text else []
+        pieces = (self.segmenter or Documents()).split(text)
         return [i for ids in encode_segments(self.tokenizer, pieces) for i in ids]
 
     def continuation(self, start: Sequence[int], written: Sequence[int]) -> str:

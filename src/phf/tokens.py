@@ -17,6 +17,7 @@ a text are text: nobody can write a control token into a corpus or a prompt.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,11 +104,18 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 def encode_segments(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
     """Token ids of each segment by itself. Special tokens typed in the text are encoded as text, never as themselves."""
+    with _special_as_text(tokenizer) as backend:
+        return [e.ids for e in backend.encode_batch_fast(list(segments), add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def _special_as_text(tokenizer: Any) -> Iterator[Any]:
+    """The fast tokenizer itself, reading a special token that is typed in a text as text."""
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
     try:
-        return [e.ids for e in backend.encode_batch_fast(list(segments), add_special_tokens=False)]
+        yield backend
     finally:
         backend.encode_special_tokens = before
 
@@ -116,13 +124,8 @@ def encode_cut(tokenizer: Any, segments: Sequence[str], pieces: Sequence[str] | 
     """Token ids of the segments' text, tokenised in other `pieces` of it (left out: as a whole) and cut where segments end: a
     token belongs to the segment that its last character is in."""
     pieces = ["".join(segments)] if pieces is None else pieces
-    backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
-    backend.encode_special_tokens = True
-    try:
+    with _special_as_text(tokenizer) as backend:
         encoded = backend.encode_batch(list(pieces), add_special_tokens=False)
-    finally:
-        backend.encode_special_tokens = before
     starts = np.cumsum([0, *map(len, pieces)])
     last = [start + max(end - 1, 0) for e, start in zip(encoded, starts, strict=False) for _, end in e.offsets]
     ids = np.array([i for e in encoded for i in e.ids], np.int64)
