@@ -3,12 +3,16 @@
     python benchmarks/train_step.py --out benchmarks/results/train_step.json --cases demo,gpt2 --repeats 3
 
 Baselines: `reference` (eager attention, float32, unfused AdamW, dropout 0.1, full logits, cross-entropy twice); the same
-without dropout; plain transformers with labels in bf16. All in one process, interleaved.
+without dropout; plain transformers with labels in bf16. Every side lives in a process of its own, as it would be run by
+itself (ours sets the allocator, the others leave it as it is), and they step in turn. Objectives are compared with our
+own MLE in one process.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from transformers import AutoConfig
 
 from _measure import arguments, case, interleaved, write
 from phf.device import pick_precision, tune_allocator
-from phf.model import PHFModel, swap_conv1d
+from phf.model import PHFModel
 from phf.objectives import AWR, MLE, RWR, Objective, Unlikelihood
 from reference_step import ReferenceStep
 
@@ -33,9 +37,16 @@ OBJECTIVES: dict[str, Objective] = {
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 NO_DROPOUT = dict.fromkeys(DROPOUT, 0.0)
 SHAPES = {
-    "demo": ({"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256, "vocab_size": 2048}, 16, 256, True),
+    "demo": ({"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256, "vocab_size": 2048}, 16, 256, False),
     "mid": ({"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 256, "vocab_size": 8192}, 16, 256, True),
-    "gpt2": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50259}, 1, 1024, False),
+    "gpt2": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50259}, 1, 1024, True),
+}
+
+
+BASELINES = {
+    "reference": "",
+    "no dropout": " against reference, no dropout",
+    "labels": " against transformers, labels, bf16",
 }
 
 
@@ -44,9 +55,7 @@ class OurStep:
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(0)
-        config = AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT)
-        lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if compiled else "sdpa")
-        swap_conv1d(lm)
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT))
         self.model = PHFModel(lm, objective, pick_precision("auto"), compiled).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
 
@@ -73,8 +82,11 @@ def gemm_rate(size: int = 2048) -> float:
     return best
 
 
-def reference_step(shape: dict, objective: str) -> ReferenceStep:
-    return ReferenceStep(AutoConfig.for_model("gpt2", **shape, **DROPOUT), objective)
+def parameters(shape: dict) -> int:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape)).num_parameters()
 
 
 def random_batch(vocab: int, rows: int, context: int) -> dict[str, torch.Tensor]:
@@ -87,13 +99,46 @@ def random_batch(vocab: int, rows: int, context: int) -> dict[str, torch.Tensor]
 
 
 def step_and_batch(name: str, objective: str, side: str) -> tuple[OurStep | ReferenceStep, dict[str, torch.Tensor]]:
-    """One side's step at a shape, as each would be run by itself, and a batch for it."""
+    """One side's step at a shape, as it would be run by itself, and a batch for it."""
     shape, rows, context, compiled = SHAPES[name]
     batch = random_batch(shape["vocab_size"], rows, context)
-    if side == "reference":
-        return reference_step(shape, objective), batch
-    tune_allocator()
-    return OurStep(shape, OBJECTIVES[objective], compiled), batch
+    if side == "ours":
+        tune_allocator()
+        return OurStep(shape, OBJECTIVES[objective], compiled), batch
+    config = AutoConfig.for_model("gpt2", **shape, **(DROPOUT if side == "reference" else NO_DROPOUT))
+    if side == "labels":
+        return ReferenceStep(config, "mle", "bf16", fused=True, only_own_loss=True, attention="sdpa"), batch
+    return ReferenceStep(config, objective), batch
+
+
+class Elsewhere:
+    """A side in a process of its own: each call has it take one step."""
+
+    def __init__(self, name: str, objective: str, side: str) -> None:
+        command = [sys.executable, __file__, "--side", f"{name},{objective},{side}"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def _answer(self) -> None:
+        if self.process.stdout.readline() != "done\n":  # type: ignore[union-attr]
+            raise RuntimeError(f"{' '.join(self.process.args)} failed")  # type: ignore[arg-type]
+
+    def __call__(self) -> None:
+        print("step", file=self.process.stdin, flush=True)
+        self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
+
+
+def answer(name: str, objective: str, side: str) -> None:
+    """What such a process does."""
+    step, batch = step_and_batch(name, objective, side)
+    print("done", flush=True)
+    for _ in sys.stdin:
+        step(batch)
+        print("done", flush=True)
 
 
 def against_mle(name: str, objectives: list[str], batch: dict[str, torch.Tensor], repeats: int) -> list[dict]:
@@ -113,45 +158,27 @@ def against_mle(name: str, objectives: list[str], batch: dict[str, torch.Tensor]
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", cases="demo,mid,gpt2", objectives="mle,ul,awr")
+    args = arguments(__doc__ or "", cases="demo,mid,gpt2", objectives="mle,ul,awr", side="")
+    if args.side:
+        return answer(*args.side.split(","))
     tune_allocator()
     cases = []
     for name in args.cases.split(","):
-        shape, rows, context, compiled = SHAPES[name]
-        batch = random_batch(shape["vocab_size"], rows, context)
+        shape, rows, context, _ = SHAPES[name]
         for objective in args.objectives.split(","):
-            steps = {
-                "ours": OurStep(shape, OBJECTIVES[objective], compiled),
-                "reference": reference_step(shape, objective),
-            }
-            if objective == "mle":
-                steps["reference, no dropout"] = ReferenceStep(
-                    AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT), objective
-                )
-                steps["transformers, labels, bf16"] = ReferenceStep(
-                    AutoConfig.for_model("gpt2", **shape, **NO_DROPOUT),
-                    "mle",
-                    "bf16",
-                    fused=True,
-                    only_own_loss=True,
-                    attention="sdpa",
-                )
-            seconds = interleaved({k: (lambda s=s, b=batch: s(b)) for k, s in steps.items()}, args.repeats, warmup=2)
-            ours = sorted(seconds["ours"])[len(seconds["ours"]) // 2]
-            flops = 6 * sum(p.numel() for p in steps["ours"].model.lm.parameters()) * rows * context
-            for baseline in seconds:
-                if baseline != "ours":
-                    label = f"{name}-{objective}" + ("" if baseline == "reference" else f" against {baseline}")
-                    cases.append(
-                        case(
-                            label,
-                            seconds["ours"],
-                            seconds[baseline],
-                            tokens_per_s=rows * context / ours,
-                            share_of_gemm=flops / ours / 1e12 / gemm_rate(),
-                        )
-                    )
-                    print(cases[-1], file=sys.stderr, flush=True)
+            sides = ["ours", "reference"] + (["no dropout", "labels"] if objective == "mle" else [])
+            steps = {side: Elsewhere(name, objective, side) for side in sides}
+            seconds = interleaved(steps, args.repeats, warmup=2)
+            for step in steps.values():
+                step.close()
+            ours = statistics.median(seconds["ours"])
+            flops = 6 * parameters(shape) * rows * context
+            for side in sides[1:]:
+                case_name = f"{name}-{objective}" + BASELINES[side]
+                more = {"tokens_per_s": rows * context / ours, "share_of_gemm": flops / ours / 1e12 / gemm_rate()}
+                cases.append(case(case_name, seconds["ours"], seconds[side], **more))
+                print(cases[-1], file=sys.stderr, flush=True)
+        batch = random_batch(shape["vocab_size"], rows, context)
         cases += against_mle(name, args.objectives.split(","), batch, args.repeats)
     write(args.out, "train_step", cases)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from conftest import TINY_LLAMA
+from phf.config import ConfigError, to_plain
 from phf.model import FromConfig
-from phf.objectives import Masking
+from phf.objectives import AWR, MLE, Conditional, Masking
 from phf.train import TrainConfig, train
 
 LAUNCH = [
@@ -86,6 +91,70 @@ def test_a_run_of_one_process_goes_on_with_two(tokens_dir, tmp_path):
     assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
     assert [x["loss"] for x in two[:17]] == [x["loss"] for x in one[:17]]
     assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
+
+
+SHARDED = {
+    "llama": (TINY_LLAMA, AWR()),
+    "untied": ({**TINY_LLAMA, "tie_word_embeddings": False}, Conditional()),
+    "gpt2": ({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}, MLE()),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("untied", "gpt2"))])
+def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
+    """`train.shard` under torchrun, with accumulated gradients: losses, weights and checkpoints as of one process; a run that
+    one process began goes on sharded, from its weights and its optimizer's state, and the other way round."""
+    model, objective = FromConfig(SHARDED[family][0]), SHARDED[family][1]
+    settings = {"tokens": 15360, "context": 32, "batch_rows": 16, "lr": 1e-2, "precision": "fp32", "log_every": 1}
+    settings |= {"micro_rows": 4, "save_every": 7680}
+    (tmp_path / "m.yaml").write_text(json.dumps({"model": to_plain(model), "objective": to_plain(objective)}))
+    train(tokens_dir, tmp_path / "one", model, objective, TrainConfig(**settings))
+    train(tokens_dir, tmp_path / "onward", model, objective, TrainConfig(**settings), stop_after=7)
+    asked = [*(f"train.{k}={v}" for k, v in settings.items()), "train.shard=true"]
+    for run in ("two", "onward"):
+        command = [
+            *LAUNCH,
+            "-m",
+            "phf",
+            "train",
+            str(tokens_dir),
+            str(tmp_path / run),
+            str(tmp_path / "m.yaml"),
+            *asked,
+        ]
+        subprocess.run(command, check=True, env=ONE_THREAD)
+    one, two, onward = (lines(tmp_path / run) for run in ("one", "two", "onward"))
+    assert len(one) == 30
+    for name in ("loss", "grad_norm"):
+        wanted = pytest.approx([x[name] for x in one], rel=1e-3)
+        assert [x[name] for x in two] == wanted
+        assert [x[name] for x in onward] == wanted
+    assert [x["loss"] for x in onward[:7]] == [x["loss"] for x in one[:7]]
+    for file in (tmp_path / "one" / "model").glob("*.safetensors"):
+        weights = load_file(file)
+        for run in ("two", "onward"):
+            found = load_file(tmp_path / run / "model" / file.name)
+            assert found.keys() == weights.keys()
+            for name, tensor in weights.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-4)
+    # half of the sharded run, by one process to the end
+    whole = tmp_path / "two"
+    for gone in ("manifest.json", "checkpoints/checkpoint-30/complete.json"):
+        (whole / gone).unlink()
+    shutil.rmtree(whole / "model")
+    train(tokens_dir, whole, model, objective, TrainConfig(**settings))
+    assert not (tmp_path / "two.old-1").exists()
+    assert [x["loss"] for x in lines(whole)] == pytest.approx([x["loss"] for x in one], rel=1e-3)
+
+
+def test_sharding_needs_processes_and_no_judging(tokens_dir, tmp_path, monkeypatch):
+    config = TrainConfig(1e4, context=32, batch_rows=16, shard=True)
+    with pytest.raises(ConfigError, match="start this command with torchrun"):
+        train(tokens_dir, tmp_path / "r", FromConfig(TINY_LLAMA), MLE(), config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"judge the checkpoints \(train.milestones\) with phf eval"):
+        train(tokens_dir, tmp_path / "r", FromConfig(TINY_LLAMA), MLE(), config, callbacks=(TrainerCallback(),))
+    assert not (tmp_path / "r").exists()
 
 
 FSDP = """

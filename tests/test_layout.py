@@ -15,7 +15,7 @@ FLOORS = [
     {"corpus", "segment", "metrics"},
     {"scorers", "annotate", "cluster", "fitting", "hub"},
     {"tokens", "packing", "survey"},
-    {"objectives", "fused", "model", "trainer", "train"},
+    {"objectives", "fused", "attention", "sharding", "model", "trainer", "train"},
     {
         "served",
         "decoding",

@@ -19,6 +19,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from transformers import TrainerCallback
 
+from phf import attention
 from phf.capabilities import AnyCapability
 from phf.config import STRICT, ConfigError
 from phf.evaluate import corpus_scorer, judge_samples, segmenter_of
@@ -121,7 +122,11 @@ class JudgeDuring(TrainerCallback):
         devices = [lm.device] if lm.device.type == "cuda" else []
         streams = random.getstate(), np.random.get_state()
         # samples have every length: a compiled trunk would be compiled anew for each
-        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.compiler.set_stance("force_eager"),
+            attention.usual(lm),
+        ):
             lm.eval()
             try:
                 return self._judge(self._loaded(lm), tokens)

@@ -29,8 +29,10 @@ from phf.objectives import LossInputs, LossOutputs, Objective
 
 CHUNK_NUMBERS = 2**24
 """Default size of a chunk: C x V numbers (64 MiB in float32). Measured best within a factor of 4 either way."""
-CHUNK_TARGETS = 1024
+CHUNK_TARGETS = 512
 """And at most so many targets, however small the vocabulary: a whole small batch at once would cost memory and gain nothing."""
+WORDS = 2048
+"""On a CPU gradients are made for so many words at a time: what is added up then stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +90,27 @@ def unfused_loss(
 
 
 def _split(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p, log(1-p), exp(logit - max) over the other words, their sum). Overwrites nothing."""
+    """(log p, log(1-p), e, sum): e = exp(logit - max) over the other words, `sum` their sum, and e at the target minus
+    that sum, so that e times -d / sum is dL/dlogits. Overwrites nothing."""
     target_C1 = target_C.unsqueeze(1)
-    logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-    at_target_C = logits_CV.gather(1, target_C1).squeeze(1)
-    others_CV = logits_CV.scatter(1, target_C1, float("-inf"))
-    top_C1 = others_CV.amax(1, keepdim=True)
-    e_CV = (others_CV - top_C1).exp()
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    at_target_C = logits_CV.gather(1, target_C1).squeeze(1).to(wide)
+    e_CV = logits_CV.to(wide, copy=True).scatter_(1, target_C1, float("-inf"))
+    top_C1 = e_CV.amax(1, keepdim=True)
+    e_CV.sub_(top_C1).exp_()
     sum_C = e_CV.sum(1)
+    e_CV.scatter_(1, target_C1, -sum_C.unsqueeze(1))
     lse_C = top_C1.squeeze(1) + sum_C.log()
     zero_C = torch.zeros_like(lse_C)
     return -torch.logaddexp(zero_C, lse_C - at_target_C), -torch.logaddexp(zero_C, at_target_C - lse_C), e_CV, sum_C
 
 
-def _logits_grad(e_CV: Tensor, sum_C: Tensor, d_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """dL/dlogits of a chunk, in the type of the matrix products that follow."""
-    return (e_CV * (-d_C / sum_C).unsqueeze(1)).scatter(1, target_C.unsqueeze(1), d_C.unsqueeze(1)).to(dtype)
+def _logits_grad(e_CW: Tensor, factor_C: Tensor, slope_CW: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dL/dlogits of some words of a chunk, in the type of the matrix products that follow. Overwrites `e_CW`."""
+    e_CW.mul_(factor_C.unsqueeze(1))
+    if slope_CW is not None:
+        e_CW.mul_(slope_CW)
+    return e_CW.to(dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -122,13 +129,14 @@ class _Fused(torch.autograd.Function):
         objective: Objective,
         chunk: int,
         dtype: torch.dtype,
+        scale: Tensor | float,
         sums: dict[str, Tensor],
         split: Callable[..., Any],
         logits_grad: Callable[..., Any],
         shape: LogitShape,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         weight = weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
@@ -140,11 +148,16 @@ class _Fused(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         threshold = getattr(objective, "threshold", 0.0)
         bad_above = score_N.new_tensor(0.0 if isinstance(threshold, str) else threshold)
+        words = (
+            [slice(w, w + WORDS) for w in range(0, len(weight), WORDS)]
+            if weight.device.type == "cpu"
+            else [slice(None)]
+        )
         for start in range(0, len(target_N), chunk):
             part = slice(start, start + chunk)
             hidden, target_C = hidden_ND[part].detach().to(dtype), target_N[part]
             logits = torch.nn.functional.linear(hidden, weight, bias)
-            slope: Tensor | float = 1.0
+            slope: Tensor | float = 1.0  # of the whole chunk, or [C, V]
             if not shape.plain:
                 logits = shape(logits.to(wide))
                 slope = shape.slope(logits)
@@ -168,35 +181,40 @@ class _Fused(torch.autograd.Function):
             push = d.abs()
             sums["push"] = sums.get("push", 0) + push.sum()
             sums["push_bad"] = sums.get("push_bad", 0) + torch.where(score_N[part] > bad_above, push, 0.0).sum()
-            grad_logits = logits_grad(e_CV, sum_C, d, target_C, dtype)
+            factor_C = -d / sum_C * scale
+            if not isinstance(slope, Tensor):
+                factor_C = factor_C * slope
+            part_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+            for some in words:
+                here = slope[:, some] if isinstance(slope, Tensor) else None
+                grad_logits = logits_grad(e_CV[:, some], factor_C, here, dtype)
+                if grad_hidden is not None:
+                    part_hidden += grad_logits @ weight[some]
+                if grad_weight is not None:
+                    grad_weight[some] += grad_logits.T @ hidden
+                if grad_bias is not None:
+                    grad_bias[some] += grad_logits.sum(0, dtype=wide)
             del e_CV
-            if not shape.plain:
-                grad_logits = (grad_logits * slope).to(dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_hidden[part] = part_hidden
             if grad_value is not None and grads[2] is not None:
-                grad_value[part] = grads[2].to(grad_value.dtype)
+                grad_value[part] = (grads[2] * scale).to(grad_value.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_value)
         ctx.weight_dtype = weight_VD.dtype
-        return loss
+        return loss * scale
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
-        hidden, weight, bias, value = ctx.saved_tensors
-        scale = [None if g is None else g * grad_loss.to(g.dtype) for g in (hidden, weight, bias, value)]
-        if scale[1] is not None:
-            scale[1] = scale[1].to(ctx.weight_dtype)
-        if scale[2] is not None:
-            scale[2] = scale[2].to(ctx.weight_dtype)
-        return (*scale, *[None] * 10)
+        found = list(ctx.saved_tensors)
+        if grad_loss.device.type != "cpu" or grad_loss != 1:  # (asking a GPU would wait for it)
+            found = [None if g is None else g * grad_loss.to(g.dtype) for g in found]
+        hidden, weight, bias, value = found
+        weight, bias = (None if g is None else g.to(ctx.weight_dtype) for g in (weight, bias))
+        return (hidden, weight, bias, value, *[None] * 11)
 
 
 def default_chunk(vocab_size: int) -> int:
-    """Targets at a time."""
+    """Targets at a time, at most."""
     return min(max(CHUNK_NUMBERS // vocab_size, 1), CHUNK_TARGETS)
 
 
@@ -213,25 +231,29 @@ def fused_loss(
     dtype: torch.dtype | None = None,
     compiled: bool = False,
     shape: LogitShape = PLAIN,
+    scale: Tensor | float = 1.0,
 ) -> LossOutputs:
     """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
     embeddings, bias and value. Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
     |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
     where it has none).
 
-    `chunk`: targets at a time (default: about 2**24 logits, at most 1,024 targets). `dtype`: of the matrix products (default: that of the
+    `chunk`: targets at a time (default: about 2**24 logits, at most 512 targets). `dtype`: of the matrix products (default: that of the
     hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts. `shape`:
-    what the model does to its logits after the output layer.
+    what the model does to its logits after the output layer. `scale`: what value and gradients (not metrics) are
+    multiplied by; cheaper here than behind, where gradients of the size of the embeddings would be.
     """
     vocab_size = weight_VD.shape[0]
     if vocab_size < 2:
         raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
-    chunk = chunk or default_chunk(vocab_size)
+    if chunk is None:
+        parts = -(-len(target_N) // default_chunk(vocab_size))
+        chunk = -(-len(target_N) // max(parts, 1)) or 1  # of equal size: a small rest would cost as much as a whole one
     sums: dict[str, Tensor] = {}
     split, logits_grad = (_compiled_split(), _compiled_grad()) if compiled else (_split, _logits_grad)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         loss = _Fused.apply(
-            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, sums, split, logits_grad, shape
+            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, scale, sums, split, logits_grad, shape
         )  # fmt: skip
     return LossOutputs(loss, sums)
 

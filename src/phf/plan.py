@@ -92,8 +92,9 @@ def make_plan(
 
 
 def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None, recipe: Recipe) -> dict[str, Any]:
+    from phf.attention import KEEP
     from phf.fused import default_chunk
-    from phf.train import micro_batch, pick_attention, pick_compile
+    from phf.train import micro_batch
 
     train = variant.train
     shape = _shape(recipe)
@@ -102,8 +103,10 @@ def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None
     tokens = micro * train.context
     layers, width, vocab = shape["layers"], shape["width"], shape["vocab"]
     # per token and layer: about 34 values of the width in bf16 (Korthikanti et al. 2022), half of them where softmax is fused
-    plain = pick_attention(train, pick_compile(train, parameters)) == "eager"
-    scores = 5 * shape["heads"] * train.context * layers if plain else 0  # attention as a matrix
+    matrix = (
+        5 if train.attention == "eager" else 1.25 if train.context <= KEEP else 0
+    )  # bytes of attention's probabilities
+    scores = matrix * shape["heads"] * train.context * layers
     wide = 1 if train.precision != "fp32" else 2
     kept = 2 * layers if train.gradient_checkpointing else 34 * layers
     activations = wide * tokens * (width * kept + scores) + tokens * width * 8

@@ -42,6 +42,7 @@ from phf.model import (
     PHFModel,
     add_control_embeddings,
     build_lm,
+    load_lm_weights,
     num_parameters,
     set_attention,
     tokens_seen,
@@ -51,6 +52,7 @@ from phf.model import (
 )
 from phf.objectives import Objective
 from phf.packing import Rows
+from phf.sharding import shard
 from phf.tokens import TokenStore
 from phf.trainer import (
     PHFTrainer,
@@ -93,8 +95,8 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"
     """auto: in runs so long that it pays (`COMPILE_FROM`)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """auto: plain ("eager") attention where it is the quicker one (compiled, on a CPU, in contexts of at most 256), else
-    transformers' own choice for the model: the fused one (sdpa) where the model knows it."""
+    """auto: torch's fused attention (transformers' "sdpa") without a mask and, in bfloat16 on a CPU, our own in blocks
+    (`phf.attention`), where the model knows "sdpa"; else transformers' choice for the model."""
     save_every: Annotated[float, Field(gt=0)] | None = None
     """Tokens between checkpoints; None: only at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
@@ -104,6 +106,9 @@ class TrainConfig:
     order is that of this run's own rows, so it goes on exactly where both objectives make the same rows."""
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Tokens at which a checkpoint is made and kept for good."""
+    shard: bool = False
+    """Divide weights, gradients and optimizer state over the processes (FSDP2), for models that are too large for one
+    device's memory; under torchrun or accelerate launch."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     log_every: Annotated[int, Field(gt=0)] = 10
@@ -146,15 +151,13 @@ class TrainConfig:
         return self.steps * self.batch_rows * self.context
 
 
-FREE = ("micro_rows", "save_every", "keep", "log_every", "workers", "report_to")
+FREE = ("micro_rows", "save_every", "keep", "log_every", "workers", "report_to", "shard")
 """Settings that may change when a run goes on: the objective, the rows and their order do not depend on them."""
 
 
-COMPILE_FROM = {"cpu": 5e13, "cuda": 2e16}
-"""Floating-point operations (6 x parameters x tokens) of a run from which compiling pays: it takes about half a minute and
-saves a fifth of a small model's steps on a CPU; on a GPU such a run takes a minute."""
-PLAIN_ATTENTION = 256
-"""Context up to which compiled plain attention is quicker than the fused kernel on a CPU, whose backward pass is slow."""
+COMPILE_FROM = {"cpu": 2e14, "cuda": 2e16}
+"""Floating-point operations (6 x parameters x tokens) of a run from which compiling pays: on a CPU it takes 10 to 20
+seconds and saves a twentieth; on a GPU such a run takes a minute."""
 
 
 def pick_compile(config: TrainConfig, params: int) -> bool:
@@ -163,13 +166,6 @@ def pick_compile(config: TrainConfig, params: int) -> bool:
         return config.compile
     device = "cuda" if pick_device().startswith("cuda") else "cpu"
     return 6.0 * params * config.total_tokens >= COMPILE_FROM[device]
-
-
-def pick_attention(config: TrainConfig, compiled: bool) -> str | None:
-    """ "eager", "sdpa" or None: transformers' own choice for the model."""
-    if config.attention != "auto":
-        return config.attention
-    return "eager" if compiled and config.context <= PLAIN_ATTENTION and pick_device() == "cpu" else None
 
 
 @contextlib.contextmanager
@@ -259,7 +255,7 @@ def train(
             start_weights,
             value_head and store.file_hash(value_head),
             _code_of(objective),
-            "train/2",
+            "train/3",
         ]
     )
     if store.is_done(out, key):
@@ -274,8 +270,17 @@ def train(
             )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise ConfigError(
-            "accelerate asks for FSDP, which phf train does not save and resume; ask for plain data-parallel training (torchrun, or accelerate "
-            "launch --multi_gpu), or apply FSDP2 to PHFModel in a loop of your own (docs/scaling.md)"
+            "accelerate asks for its FSDP; ask accelerate launch for plain data-parallel training (--multi_gpu), or use torchrun, and set "
+            "train.shard=true: phf shards, saves and resumes by itself (docs/scaling.md)"
+        )
+    if config.shard and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "train.shard divides a model over processes: start this command with torchrun (docs/scaling.md)"
+        )
+    if config.shard and callbacks:
+        raise ConfigError(
+            "train.shard: judging while training needs the whole model on one process; leave during out and judge the "
+            "checkpoints (train.milestones) with phf eval"
         )
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulate = micro_batch(config, world)
@@ -298,8 +303,16 @@ def train(
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable()
     compiled = pick_compile(config, num_parameters(lm)) and can_compile()
-    set_attention(lm, pick_attention(config, compiled))
-    wrapper = PHFModel(lm, objective, pick_precision(config.precision), compiled, config.chunk)
+    if config.attention != "auto":
+        set_attention(lm, config.attention)
+    wrapper = PHFModel(
+        lm,
+        objective,
+        pick_precision(config.precision),
+        compiled and not config.shard,
+        config.chunk,
+        quick_attention=config.attention == "auto",
+    )
     if value_head is not None:
         wrapper.load_value_head(value_head.parent)
     params = num_parameters(lm)
@@ -355,6 +368,12 @@ def train(
     if arguments.n_gpu > 1:
         print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
         arguments._n_gpu = 1
+    resume = complete_checkpoints(out / "checkpoints")
+    if config.shard:
+        if resume:
+            load_lm_weights(lm, resume[-1])
+            wrapper.load_value_head(resume[-1])
+        shard(wrapper, arguments.device, compiled)
     tokens_before = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     record = Record(
         out / "metrics.jsonl",
@@ -387,7 +406,6 @@ def train(
         trainer.add_callback(SaveAt(config.milestone_steps))
     if stop_after is not None:
         trainer.add_callback(StopAfter(stop_after))
-    resume = complete_checkpoints(out / "checkpoints")
     if rank == 0:
         check_environment(out / "environment.json", bool(resume), compiled)
     if resume:
@@ -400,9 +418,9 @@ def train(
     if stop_after is not None and trainer.state.global_step < config.steps:
         return {"stage": "train", "step": trainer.state.global_step}
     trainer.accelerator.wait_for_everyone()
+    save_model(wrapper, tokenizer, out / "model", tokens.manifest.get("segmenter"), writer=rank == 0)
     if rank != 0:
         return {}
-    save_model(wrapper, tokenizer, out / "model", tokens.manifest.get("segmenter"))
     return store.finish(
         out,
         "train",

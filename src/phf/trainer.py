@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from phf import store
+from phf import sharding, store
 from phf.config import to_plain
 from phf.model import COMPLETE, MODEL_CARD, PHFModel, load_lm_weights, save_lm
 from phf.packing import Order, Rows
@@ -92,6 +93,10 @@ class PHFTrainer(Trainer):
         self.folder, self.milestones, self.seen = Path(kwargs["args"].output_dir), milestones, seen
         self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
         self.sums: dict[str, torch.Tensor] = {}
+        self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self.sharded = sharding.is_sharded(model)
+        if self.sharded:  # averages gradients over processes itself
+            self.accelerator.prepare_model = lambda model, **kwargs: model
 
     # data
     def get_train_dataloader(self) -> DataLoader:
@@ -123,15 +128,18 @@ class PHFTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        out = model(**inputs, denominator=num_items_in_batch)
+        # DDP averages gradients over processes, and the denominator is that of all of them
+        out = model(**inputs, denominator=num_items_in_batch / self.args.world_size)
         for name, value in out["metrics"].items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-        loss = out["loss"]
-        self._check_finite("loss", loss.item())
-        return loss * self.args.world_size  # DDP averages gradients over processes; the denominator is global already
+        self.losses.append(out["loss"].detach())
+        return out["loss"]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        """Called once a step, before the update: the only place where a GPU is waited for."""
+        losses, self.losses = torch.stack(self.losses), []
+        self._check_finite("loss", losses.sum().item())
+        norm = sharding.whole(super()._get_grad_norm(model, grad_norm))
         self._check_finite("norm of the gradient", norm)
         return norm
 
@@ -161,9 +169,31 @@ class PHFTrainer(Trainer):
 
     # checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        cut = self.rows.rows.tokens.manifest.get("segmenter")
+        folder = Path(output_dir) if output_dir else self.folder
+        save_model(self.wrapper, self.text_tokenizer, folder, cut, self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer, scheduler = self._inner()
+        state = sharding.optimizer_state(optimizer, keep=self.args.should_save)
         if self.args.should_save:
-            cut = self.rows.rows.tokens.manifest.get("segmenter")
-            save_model(self.wrapper, self.text_tokenizer, Path(output_dir) if output_dir else self.folder, cut)
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, scheduler = self._inner()
+        found = [torch.load(Path(checkpoint) / f, weights_only=True) for f in (OPTIMIZER_NAME, SCHEDULER_NAME)]
+        sharding.load_optimizer_state(optimizer, found[0])
+        scheduler.load_state_dict(found[1])
+
+    def _inner(self) -> tuple[Any, Any]:
+        """torch's optimizer and its scheduler, without accelerate around it."""
+        optimizer: Any = self.optimizer
+        return optimizer.optimizer, self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"
@@ -178,20 +208,31 @@ class PHFTrainer(Trainer):
                 shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_lm_weights(self.wrapper.lm, resume_from_checkpoint)
-        self.wrapper.load_value_head(resume_from_checkpoint)
+        if not self.sharded:  # else they were loaded before
+            load_lm_weights(self.wrapper.lm, resume_from_checkpoint)
+            self.wrapper.load_value_head(resume_from_checkpoint)
 
 
 def _identity(batch: Any) -> Any:
     return batch
 
 
-def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path, segmenter: dict[str, Any] | None) -> None:
+def save_model(
+    wrapper: PHFModel, tokenizer: Any, folder: Path, segmenter: dict[str, Any] | None, writer: bool = True
+) -> None:
     """The LM as `from_pretrained` wants it, with its tokenizer, the value head beside it, and a card: what was learned, and
-    how texts were cut into the segments that are tokenised by themselves."""
-    save_lm(wrapper.lm, folder)
+    how texts were cut into the segments that are tokenised by themselves. Called on all processes; `writer`: the one
+    that writes."""
+    state = sharding.state_of(wrapper, keep=writer)
+    if not writer:
+        return
+    parts = {
+        prefix: {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        for prefix in ("lm.", "value_head.")
+    }
+    save_lm(wrapper.lm, folder, parts["lm."])
     save_tokenizer(tokenizer, folder)
-    wrapper.save_value_head(folder)
+    wrapper.save_value_head(folder, parts["value_head."])
     roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
     card = {"objective": to_plain(wrapper.objective), "control_tokens": roles, "segmenter": segmenter}
     store.write_json(folder / MODEL_CARD, card)

@@ -1,0 +1,225 @@
+"""Plain causal attention over whole rows, as training needs it. Floor 4.
+
+Two things keep transformers' "sdpa" from being quick there. Compiled, it always builds a mask (it cannot see that rows
+are not packed), and with a mask torch takes no flash kernel. And torch's kernel for CPUs spends most of its time in
+bfloat16 outside matrix products, above all in the backward pass.
+
+So phf has an attention function of its own, registered with transformers as `NAME`. Within `whole_rows()` it needs no mask. In
+bfloat16 on a CPU it goes over blocks of queries: two matrix products and one softmax over the keys that a block may see.
+Half of the square is then never computed, and the backward pass computes probabilities again instead of keeping T x T
+of them. Scores are rounded to bfloat16 before the softmax, as transformers' eager attention rounds them. Everything
+else (GPUs, float32, masks, caches, dropout) is transformers' "sdpa".
+
+Legend: B rows, H heads, T positions, D width of a head; N = B x H.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "phf"
+
+_whole_rows = False
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside, every row is one sequence that begins at its first position: no padding, no packing, no cache."""
+    global _whole_rows
+    before, _whole_rows = _whole_rows, True
+    try:
+        yield
+    finally:
+        _whole_rows = before
+
+
+@contextlib.contextmanager
+def usual(lm: Any) -> Iterator[None]:
+    """Inside, `lm` attends as it will when it is loaded from its files."""
+    swapped = lm.config._attn_implementation == NAME
+    if swapped:
+        lm.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if swapped:
+            lm.set_attn_implementation(NAME)
+
+
+def _mask(*, kv_length: int, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask for whole rows that a window (if there is one) does not cut; otherwise transformers' own."""
+    if _whole_rows and (local_size is None or kv_length < local_size):
+        return None
+    return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    in_blocks = (
+        query.device.type == "cpu"
+        and dtype == torch.bfloat16
+        and causal
+        and attention_mask is None
+        and kwargs.get("position_bias") is None
+        and dropout == 0
+        and query.shape[2] == key.shape[2] > 1
+    )
+    if not in_blocks:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (x.to(dtype).contiguous() for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    out = causal_attention(query, key, value, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def swap(lm: Any) -> bool:
+    """Have `lm` attend as this module does, where it would use "sdpa" (in place). Returns whether it does.
+
+    Not where its attention is more than causal within whole rows: a short forward, which must not change, tells.
+    """
+    if lm.config._attn_implementation != "sdpa" or not lm._can_set_attn_implementation():
+        return False
+    device = lm.get_input_embeddings().weight.device
+    ids = torch.arange(8, device=device).unsqueeze(0) % lm.get_input_embeddings().num_embeddings
+    training = lm.training
+    lm.eval()
+    try:
+        with torch.no_grad():
+            usual = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            lm.set_attn_implementation(NAME)
+            with whole_rows():
+                ours = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        lm.train(training)
+    near = max(1e-4, 8 * torch.finfo(ours.dtype).eps)
+    if torch.allclose(ours, usual, rtol=near, atol=near * float(usual.abs().max())):
+        return True
+    lm.set_attn_implementation("sdpa")
+    return False
+
+
+KEEP = 1024
+"""Up to so many positions probabilities are kept for the backward pass; beyond, they are computed again."""
+
+
+def _blocks(positions: int) -> list[tuple[int, int]]:
+    """(start, end) of the blocks of queries: 128 or 256 queries measured best, from 256 positions to 4,096."""
+    size = 256 if positions >= 1024 else 128
+    return [(start, min(start + size, positions)) for start in range(0, positions, size)]
+
+
+def _room(rows: int, positions: int) -> int:
+    """Numbers in the probabilities that are kept of all blocks."""
+    return rows * sum((end - start) * end for start, end in _blocks(positions)) if positions <= KEEP else 0
+
+
+def _kept_blocks(kept: Tensor, rows: int, positions: int) -> Iterator[tuple[int, int, Tensor | None]]:
+    """(start, end, where its probabilities [N, Q, start + Q] are kept, or None) of every block."""
+    before = 0
+    for start, end in _blocks(positions):
+        part = kept[before : (before := before + rows * (end - start) * end)]
+        yield start, end, part.view(rows, end - start, end) if len(kept) else None
+
+
+def _probabilities(query_NQD: Tensor, key_NTD: Tensor, start: int, scale: float, out: Tensor | None = None) -> Tensor:
+    """Softmax over the keys that the queries at `start` and behind may see: [N, Q, start + Q]."""
+    queries = query_NQD.shape[1]
+    seen = key_NTD[:, : start + queries].transpose(1, 2)
+    scores = torch.baddbmm(query_NQD.new_empty(1), query_NQD, seen, beta=0, alpha=scale)
+    scores[:, :, start:] += torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
+    return torch.softmax(scores, -1, out=out)
+
+
+@torch.library.custom_op("phf::causal_attention", mutates_args=())
+def _forward(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value = (x.flatten(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
+    rows, positions = query.shape[:2]
+    kept, out = query.new_empty(_room(rows, positions)), value.new_empty(value.shape)
+    for start, end, room in _kept_blocks(kept, rows, positions):
+        p = _probabilities(query[:, start:end], key, start, scale, room)
+        torch.bmm(p, value[:, :end], out=out[:, start:end])
+    return out.view(value_BHTD.shape), kept
+
+
+@torch.library.custom_op("phf::causal_attention_backward", mutates_args=())
+def _backward(
+    grad_BHTD: Tensor, kept: Tensor, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, key, value = (x.flatten(0, 1) for x in (grad_BHTD, query_BHTD, key_BHTD, value_BHTD))
+    rows, positions = query.shape[:2]
+    wide = torch.promote_types(key.dtype, torch.float32)
+    grad_query = query.new_empty(query.shape)
+    grad_key, grad_value = torch.zeros(key.shape, dtype=wide), torch.zeros(value.shape, dtype=wide)
+    for start, end, p in _kept_blocks(kept, rows, positions):
+        block = slice(start, end)
+        if p is None:
+            p = _probabilities(query[:, block], key, start, scale)
+        grad_value[:, :end] += p.transpose(1, 2) @ grad[:, block]
+        grad_p = grad[:, block] @ value[:, :end].transpose(1, 2)
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        torch.bmm(grad_scores, key[:, :end], out=grad_query[:, block])
+        grad_key[:, :end] += grad_scores.transpose(1, 2) @ query[:, block]
+    return (
+        grad_query.mul_(scale).view(query_BHTD.shape),
+        grad_key.mul_(scale).to(key.dtype).view(key_BHTD.shape),
+        grad_value.to(value.dtype).view(value_BHTD.shape),
+    )
+
+
+@_forward.register_fake
+def _(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    rows, heads, positions = query_BHTD.shape[:3]
+    return value_BHTD.new_empty(value_BHTD.shape), query_BHTD.new_empty(_room(rows * heads, positions))
+
+
+@_backward.register_fake
+def _(
+    grad_BHTD: Tensor, kept: Tensor, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (query_BHTD, key_BHTD, value_BHTD))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+def causal_attention(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> Tensor:
+    """softmax(scale Q K^T + causal mask) V [B, H, T, D] on a CPU, differentiable once."""
+    out: Tensor = _forward(query_BHTD, key_BHTD, value_BHTD, scale)[0]
+    return out
