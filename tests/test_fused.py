@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phf import fused
 from phf.config import ConfigError
 from phf.fused import LogitShape, check_objective, fused_loss, unfused_loss
-from phf.objectives import MLE, LossInputs, LossOutputs, Masking, Objective, Unlikelihood
+from phf.objectives import AWR, MLE, LossInputs, LossOutputs, Masking, Objective, Unlikelihood
 from test_objectives import OBJECTIVES
 
 NAN = float("nan")
@@ -148,6 +149,58 @@ def test_the_push_of_bad_segments_is_that_on_their_targets(objective, above):
     torch.testing.assert_close(metrics["push"], push.sum())
     torch.testing.assert_close(metrics["push_bad"], push[score > above].sum())
     assert isinstance(objective, Masking) or metrics["push_bad"] > 0
+
+
+@pytest.mark.parametrize("words", [1, 4, 7, 100])
+@pytest.mark.parametrize(
+    "shape", [LogitShape(), LogitShape(0.5, 3.0), LogitShape(2.0)], ids=["plain", "capped", "scaled"]
+)
+def test_any_number_of_words_at_a_time_gives_the_same_gradients(words, shape, monkeypatch):
+    hidden, weight, bias, target, score, mask, value = inputs(13, 9, 4)
+    args = (target, score, mask, value, AWR(rewards="raw"))
+    leaves = [hidden, weight, bias, value]
+    whole = torch.autograd.grad(unfused_loss(hidden, weight, bias, *args, shape=shape).loss_sum, leaves)
+    monkeypatch.setattr(fused, "WORDS", words)
+    parts = torch.autograd.grad(fused_loss(hidden, weight, bias, *args, chunk=5, shape=shape).loss_sum, leaves)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(3.0, dtype=torch.float64)])
+def test_a_scale_multiplies_value_and_gradients_but_not_metrics(scale):
+    hidden, weight, bias, target, score, mask, value = inputs(13, 9, 4)
+    args = (hidden, weight, bias, target, score, mask, value, AWR(rewards="raw"), 5)
+    leaves = [hidden, weight, bias, value]
+    plain, scaled = fused_loss(*args), fused_loss(*args, scale=scale)
+    torch.testing.assert_close(scaled.loss_sum, plain.loss_sum * scale)
+    assert {k: float(v) for k, v in scaled.metrics.items()} == {k: float(v) for k, v in plain.metrics.items()}
+    behind = torch.autograd.grad(plain.loss_sum * scale, leaves)
+    for a, b in zip(torch.autograd.grad(scaled.loss_sum, leaves), behind, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    """The loss hands its own tensors over where nothing multiplies them: adding must not change what it keeps."""
+    hidden, weight, bias, target, score, mask, _ = inputs(13, 9, 4)
+    out = fused_loss(hidden, weight, bias, target, score, mask, None, MLE(), 5).loss_sum
+    out.backward(retain_graph=True)
+    once = [x.grad.clone() for x in (hidden, weight, bias)]
+    out.backward(retain_graph=True)
+    out.backward()
+    for x, g in zip((hidden, weight, bias), once, strict=True):
+        torch.testing.assert_close(x.grad, 3 * g)
+
+
+@pytest.mark.parametrize("targets", [0, 1, 511, 512, 513, 1500])
+def test_chunks_are_of_equal_size_and_no_larger_than_they_may_be(targets, monkeypatch):
+    sizes = []
+    known = fused._split
+    monkeypatch.setattr(fused, "_split", lambda logits, target: sizes.append(len(target)) or known(logits, target))
+    hidden, weight, bias, target, score, mask, _ = inputs(targets, 9, 4)
+    fused_loss(hidden, weight, bias, target, score, mask, None, MLE()).loss_sum.backward()
+    assert sum(sizes) == targets
+    assert len(sizes) == -(-targets // fused.CHUNK_TARGETS)
+    assert not sizes or max(sizes) - min(sizes) < len(sizes)
 
 
 def test_autocast_outside_changes_nothing():

@@ -250,6 +250,26 @@ def test_control_names_of_the_objective_are_the_models(tokenizer):
     assert Conditional(good="<+>", bad="<->").control_tokens == ("<+>", "<->")
 
 
+def test_a_swapped_gelu_is_the_same_function(tokenizer):
+    """transformers' formula in float64, values and gradients; and every one of a GPT-2 is swapped."""
+    from transformers.activations import NewGELUActivation
+
+    from phf.model import swap_gelu
+
+    found = []
+    for function in (NewGELUActivation(), torch.nn.GELU(approximate="tanh")):
+        x = torch.linspace(-12, 12, 999, dtype=torch.float64, requires_grad=True)
+        out = function(x)
+        found.append((out.detach(), *torch.autograd.grad(out.sum(), x)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    lm = build_lm(FromConfig(GPT2), tokenizer, seed=0)
+    before = lm(torch.arange(9).unsqueeze(0)).logits
+    assert swap_gelu(lm) == 2
+    assert not any(isinstance(m, NewGELUActivation) for m in lm.modules())
+    torch.testing.assert_close(lm(torch.arange(9).unsqueeze(0)).logits, before)
+
+
 def test_gpt2s_transposed_layers_are_swapped_and_saved_as_they_were(tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
