@@ -345,6 +345,20 @@ def test_a_plan_is_the_arithmetic(tiny):
     assert by_rate["runs"][0]["hours"] == pytest.approx(first["flops"] / 5e8 / 3600)
 
 
+def test_a_plan_for_several_processes(tiny):
+    """Half the hours; divided, a device holds half of the state, and the embeddings and their gradient whole."""
+    settings = {"tflops": 1e-3, "memory_gb": 8, "disk_gb": 8, "score": False}
+    one, two, divided = (
+        make_plan(load_recipe([tiny, "only=[mle]", "train.micro_rows=4", "train.gradient_checkpointing=true", *more]), processes=n, **settings)
+        for n, more in ((1, []), (2, []), (2, ["train.shard=true"]))
+    )  # fmt: skip
+    one, two, divided = (plan["runs"][0] for plan in (one, two, divided))
+    assert two["hours"] == divided["hours"] == pytest.approx(one["hours"] / 2)
+    assert two["memory_gb"] == one["memory_gb"]
+    embeddings = 300 * 16
+    assert divided["memory_gb"] - two["memory_gb"] == pytest.approx((8 * embeddings - 8 * one["parameters"]) / 1e9)
+
+
 def test_a_plan_refuses_what_cannot_fit():
     command = [sys.executable, "-m", "phf", "plan", "paper-toxicity", "mle", "--no-score", "--tflops", "100"]
     ours = subprocess.run([*command, "--memory-gb", "80", "--disk-gb", "100"], capture_output=True, text=True)

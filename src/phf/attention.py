@@ -16,6 +16,9 @@ Legend: B rows, H heads, T positions, D width of a head; N = B x H.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,18 +30,20 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "phf"
 
-_whole_rows = False
+_ASKS = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
+
+_whole_rows = 0
 
 
 @contextlib.contextmanager
 def whole_rows() -> Iterator[None]:
-    """Inside, every row is one sequence that begins at its first position: no padding, no packing, no cache."""
+    """Inside, every row is one sequence that begins at its first position: no packing."""
     global _whole_rows
-    before, _whole_rows = _whole_rows, True
+    _whole_rows += 1
     try:
         yield
     finally:
-        _whole_rows = before
+        _whole_rows -= 1
 
 
 @contextlib.contextmanager
@@ -54,11 +59,30 @@ def usual(lm: Any) -> Iterator[None]:
             lm.set_attn_implementation(NAME)
 
 
-def _mask(*, kv_length: int, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask for whole rows that a window (if there is one) does not cut; otherwise transformers' own."""
-    if _whole_rows and (local_size is None or kv_length < local_size):
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """No mask for whole rows that nothing else cuts (padding, a cache, a window, a mask function of the model's, for which
+    transformers sets `use_vmap`); otherwise transformers' own."""
+    plain = attention_mask is None and q_length == kv_length and not use_vmap
+    if _whole_rows and plain and (local_size is None or kv_length < local_size):
         return None
-    return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
 
 
 def _attention(
@@ -77,9 +101,10 @@ def _attention(
     in_blocks = (
         query.device.type == "cpu"
         and dtype == torch.bfloat16
+        and query.dtype in (torch.bfloat16, torch.float32)
         and causal
         and attention_mask is None
-        and kwargs.get("position_bias") is None
+        and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
         and dropout == 0
         and query.shape[2] == key.shape[2] > 1
     )
@@ -101,27 +126,39 @@ AttentionMaskInterface.register(NAME, _mask)
 def swap(lm: Any) -> bool:
     """Have `lm` attend as this module does, where it would use "sdpa" (in place). Returns whether it does.
 
-    Not where its attention is more than causal within whole rows: a short forward, which must not change, tells.
+    Not where the model's code asks whether "sdpa" is used (to apply a mask of its own, as sparse attention does), and not
+    where a short pass in whole rows changes, in float32 or (on a CPU) in bfloat16.
     """
-    if lm.config._attn_implementation != "sdpa" or not lm._can_set_attn_implementation():
+    if lm.config._attn_implementation != "sdpa" or lm.config.sub_configs or not lm._can_set_attn_implementation():
+        return lm.config._attn_implementation == NAME  # type: ignore[no-any-return]
+    if _ASKS.search(inspect.getsource(sys.modules[type(lm).__module__])):
         return False
-    device = lm.get_input_embeddings().weight.device
-    ids = torch.arange(8, device=device).unsqueeze(0) % lm.get_input_embeddings().num_embeddings
+    embeddings = lm.get_input_embeddings()
+    length = min(136, getattr(lm.config, "max_position_embeddings", None) or 136)  # two blocks
+    ids = torch.arange(length, device=embeddings.weight.device).unsqueeze(0) % embeddings.num_embeddings
     training = lm.training
     lm.eval()
+
+    def hidden(dtype: torch.dtype | None) -> Tensor:
+        with torch.no_grad(), torch.autocast(ids.device.type, dtype, enabled=dtype is not None), whole_rows():
+            return lm.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()  # type: ignore[no-any-return]
+
+    ways: list[torch.dtype | None] = [None, torch.bfloat16] if ids.device.type == "cpu" else [None]
+    same = False
     try:
-        with torch.no_grad():
-            usual = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            lm.set_attn_implementation(NAME)
-            with whole_rows():
-                ours = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        usual = [hidden(dtype) for dtype in ways]
+        lm.set_attn_implementation(NAME)
+        same = all(
+            (hidden(dtype) - was).norm() <= (0.1 if torch.bfloat16 in (dtype, lm.dtype) else 1e-3) * was.norm()
+            for dtype, was in zip(ways, usual, strict=True)
+        )
+    except Exception:  # its own code knows better than to go on without a mask
+        pass
     finally:
         lm.train(training)
-    near = max(1e-4, 8 * torch.finfo(ours.dtype).eps)
-    if torch.allclose(ours, usual, rtol=near, atol=near * float(usual.abs().max())):
-        return True
-    lm.set_attn_implementation("sdpa")
-    return False
+        if not same:
+            lm.set_attn_implementation("sdpa")
+    return same
 
 
 KEEP = 1024
@@ -152,7 +189,7 @@ def _probabilities(query_NQD: Tensor, key_NTD: Tensor, start: int, scale: float,
     queries = query_NQD.shape[1]
     seen = key_NTD[:, : start + queries].transpose(1, 2)
     scores = torch.baddbmm(query_NQD.new_empty(1), query_NQD, seen, beta=0, alpha=scale)
-    scores[:, :, start:] += torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
+    scores[:, :, start:] += scores.new_full((queries, queries), float("-inf")).triu_(1)
     return torch.softmax(scores, -1, out=out)
 
 
@@ -175,7 +212,7 @@ def _backward(
     rows, positions = query.shape[:2]
     wide = torch.promote_types(key.dtype, torch.float32)
     grad_query = query.new_empty(query.shape)
-    grad_key, grad_value = torch.zeros(key.shape, dtype=wide), torch.zeros(value.shape, dtype=wide)
+    grad_key, grad_value = key.new_zeros(key.shape, dtype=wide), value.new_zeros(value.shape, dtype=wide)
     for start, end, p in _kept_blocks(kept, rows, positions):
         block = slice(start, end)
         if p is None:

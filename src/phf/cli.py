@@ -697,6 +697,9 @@ def plan(
     memory_gb: Annotated[
         float | None, typer.Option(min=0.1, help="Memory of the device. Default: this machine's.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes (devices) that train a run together, as torchrun starts them.")
+    ] = 1,
     disk_gb: Annotated[float | None, typer.Option(min=0.1, help="Free disk space. Default: this machine's.")] = None,
     score: Annotated[
         bool, typer.Option("--score/--no-score", help="Read some of the corpus and time the scorer on it.")
@@ -709,7 +712,7 @@ def plan(
     from phf.plan import make_plan, told
     from phf.recipe import load_recipe
 
-    found = make_plan(load_recipe(recipe), tokens_per_s, tflops, utilisation, memory_gb, disk_gb, score)
+    found = make_plan(load_recipe(recipe), tokens_per_s, tflops, utilisation, memory_gb, disk_gb, score, processes)
     rows, lines = told(found)
     _table(
         ["run", "parameters", "tokens", "steps", "of 20 a parameter", "FLOPs", "memory GB", "disk GB", "hours"], rows

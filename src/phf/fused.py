@@ -234,7 +234,7 @@ def fused_loss(
     scale: Tensor | float = 1.0,
 ) -> LossOutputs:
     """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
-    embeddings, bias and value. Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
+    embeddings, bias and value (a graph that is kept may hand out the same tensors again: change none in place). Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
     |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
     where it has none).
 
@@ -250,7 +250,8 @@ def fused_loss(
         parts = -(-len(target_N) // default_chunk(vocab_size))
         chunk = -(-len(target_N) // max(parts, 1)) or 1  # of equal size: a small rest would cost as much as a whole one
     sums: dict[str, Tensor] = {}
-    split, logits_grad = (_compiled_split(), _compiled_grad()) if compiled else (_split, _logits_grad)
+    split = _compiled_split() if compiled else _split
+    logits_grad = _compiled_grad() if compiled and hidden_ND.device.type != "cpu" else _logits_grad
     with torch.autocast(hidden_ND.device.type, enabled=False):
         loss = _Fused.apply(
             hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, scale, sums, split, logits_grad, shape

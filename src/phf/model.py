@@ -305,6 +305,8 @@ class PHFModel(nn.Module):
         swap_gelu(lm)
         if quick_attention:
             attention.swap(lm)
+        elif lm.config._attn_implementation == attention.NAME:
+            lm.set_attn_implementation("sdpa")
         if compile:
             lm.base_model.compile(dynamic=False)
 
@@ -321,11 +323,18 @@ class PHFModel(nn.Module):
         device, dtype = input_ids.device.type, self.autocast_dtype
         if dtype is None and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None), attention.whole_rows():
+        # every weight is used once: to remember its cast is only to keep it
+        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        with autocast, attention.whole_rows():
             hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.lm.get_output_embeddings()
         value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
         counted = self.objective.counted(scores, mask).sum()
+        if denominator is None:
+            denominator = counted.clamp(min=1)
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(torch.promote_types(hidden_BTD.dtype, torch.float32))
+        behind = (dtype or hidden_BTD.dtype) == torch.float16  # what is divided first would be too small for it
         out = fused_loss(
             hidden_BTD.flatten(0, 1),
             head.weight,
@@ -339,9 +348,12 @@ class PHFModel(nn.Module):
             dtype=dtype or hidden_BTD.dtype,
             compiled=self.compiled,
             shape=self.logit_shape,
-            scale=1 / (counted.clamp(min=1) if denominator is None else denominator),
+            scale=1.0 if behind else 1 / denominator,
         )
-        return {"loss": out.loss_sum, "metrics": out.metrics | {"counted": counted, "targets": mask.sum()}}
+        return {
+            "loss": out.loss_sum / denominator if behind else out.loss_sum,
+            "metrics": out.metrics | {"counted": counted, "targets": mask.sum()},
+        }
 
     def save_value_head(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         if self.value_head is not None:

@@ -30,9 +30,10 @@ TRAIN_STATE = 12
 
 def make_plan(
     recipe: Recipe, tokens_per_s: float | None = None, tflops: float | None = None, utilisation: float = 0.4,
-    memory_gb: float | None = None, disk_gb: float | None = None, score: bool = True,
+    memory_gb: float | None = None, disk_gb: float | None = None, score: bool = True, processes: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Numbers for each run and in all, and `problems`: what cannot fit."""
+    """Numbers for each run and in all, and `problems`: what cannot fit. `tflops` and `memory_gb` are those of one device;
+    a run is trained by `processes` of them."""
     import torch
 
     from phf.device import peak_flops, pick_device, pick_precision
@@ -50,13 +51,15 @@ def make_plan(
         while not near.exists():
             near = near.parent
         disk_gb = shutil.disk_usage(near).free / 1e9
-    runs = [_run(v, tokens_per_s, None if rate is None else rate * 1e12 * utilisation, recipe) for v in recipe.variants]
+    flops_per_s = None if rate is None else rate * 1e12 * utilisation * processes
+    runs = [_run(v, tokens_per_s, flops_per_s, recipe, processes) for v in recipe.variants]
     problems = []
     for run in runs:
         if run["memory_gb"] > memory_gb:
             problems.append(
                 f"{run['run']} needs about {run['memory_gb']:.1f} GB of memory, {memory_gb:.1f} are there: lower train.micro_rows "
-                f"({run['micro_rows']}) or set train.gradient_checkpointing=true"
+                f"({run['micro_rows']}), set train.gradient_checkpointing=true, or divide the model (train.shard=true, here with "
+                "--processes)"
             )
     disk = sum(run["disk_gb"] for run in runs)
     if disk > disk_gb:
@@ -91,27 +94,34 @@ def make_plan(
     return found
 
 
-def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None, recipe: Recipe) -> dict[str, Any]:
+def _run(
+    variant: Variant, tokens_per_s: float | None, flops_per_s: float | None, recipe: Recipe, processes: int
+) -> dict[str, Any]:
     from phf.attention import KEEP
+    from phf.device import pick_device, pick_precision
     from phf.fused import default_chunk
     from phf.train import micro_batch
 
     train = variant.train
     shape = _shape(recipe)
     parameters = shape["parameters"]
-    micro, _ = micro_batch(train, 1)
+    micro, _ = micro_batch(train, processes)
     tokens = micro * train.context
     layers, width, vocab = shape["layers"], shape["width"], shape["vocab"]
     # per token and layer: about 34 values of the width in bf16 (Korthikanti et al. 2022), half of them where softmax is fused
-    matrix = (
-        5 if train.attention == "eager" else 1.25 if train.context <= KEEP else 0
-    )  # bytes of attention's probabilities
-    scores = matrix * shape["heads"] * train.context * layers
-    wide = 1 if train.precision != "fp32" else 2
+    low = train.precision != "fp32"
+    in_blocks = train.context <= KEEP and pick_device() == "cpu" and pick_precision(train.precision) is not None
+    matrix = 5 if train.attention == "eager" else 1.25 if in_blocks else 0  # bytes of attention's probabilities
+    scores = matrix * shape["heads"] * train.context * (1 if train.gradient_checkpointing else layers)
+    wide = 1 if low else 2
     kept = 2 * layers if train.gradient_checkpointing else 34 * layers
     activations = wide * tokens * (width * kept + scores) + tokens * width * 8
     logits = min(train.chunk or default_chunk(vocab), tokens) * vocab * 12
     checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
+    state = 16.0 * parameters
+    if train.shard:  # and whole: the embeddings and their gradient, and copies of the blocks in bf16
+        copies = 2 * (parameters - shape["ends"]) if low and not train.gradient_checkpointing else 0
+        state = state / processes + 8 * shape["ends"] + copies
     flops = 6.0 * parameters * train.total_tokens
     hours = train.total_tokens / tokens_per_s / 3600 if tokens_per_s else flops / (flops_per_s or 1) / 3600
     return {
@@ -122,7 +132,7 @@ def _run(variant: Variant, tokens_per_s: float | None, flops_per_s: float | None
         "micro_rows": micro,
         "positions": shape["positions"],
         "flops": flops,
-        "memory_gb": (16 * parameters + activations + logits) / 1e9,
+        "memory_gb": (state + activations + logits) / 1e9,
         "disk_gb": parameters * (TRAIN_STATE * checkpoints + 4) / 1e9,
         "hours": hours,
         "of_optimal": train.total_tokens / (20 * parameters),
@@ -157,6 +167,7 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
         lm = AutoModelForCausalLM.from_config(config)
     return {
         "parameters": num_parameters(lm),
+        "ends": num_parameters(lm) - num_parameters(lm, embeddings=False),
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "vocab": config.vocab_size,

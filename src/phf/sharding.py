@@ -22,14 +22,12 @@ def shard(model: PHFModel, device: torch.device, compiled: bool = False) -> None
     """Divide `model` over all processes (in place): every decoder block by itself, the rest (embeddings, tied or not, and
     the value head) with the wrapper, whose forward reads them. `compiled`: compile the blocks.
 
-    Raises ConfigError where transformers does not say what a decoder block of the model is.
+    Where the model computes in bfloat16, the backward pass keeps a bfloat16 copy of every block's weights, unless
+    activations are checkpointed. (FSDP's own mixed precision would need the residual stream in bfloat16 too.)
+
+    Raises ConfigError where transformers does not say what a decoder block of the model is, or where blocks share weights.
     """
-    names = set(model.lm._no_split_modules or ())
-    blocks = [module for module in model.lm.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise ConfigError(
-            f"train.shard: {type(model.lm).__name__} does not say which of its modules are decoder blocks"
-        )
+    blocks = decoder_blocks(model.lm)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks:
         if compiled:
@@ -38,15 +36,30 @@ def shard(model: PHFModel, device: torch.device, compiled: bool = False) -> None
     fully_shard(model, mesh=mesh)
 
 
+def decoder_blocks(lm: Any) -> list[nn.Module]:
+    """The modules that transformers says are not to be split, the outermost of them."""
+    names = set(lm._no_split_modules or ())
+    found: dict[str, nn.Module] = {}
+    for name, module in lm.named_modules():
+        if type(module).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    if not found:
+        raise ConfigError(f"train.shard: {type(lm).__name__} does not say which of its modules are decoder blocks")
+    weights = [id(p) for block in found.values() for p in block.parameters()]
+    if len(set(weights)) < len(weights):
+        raise ConfigError(f"train.shard: decoder blocks of {type(lm).__name__} share weights, which cannot be divided")
+    return list(found.values())
+
+
 def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def whole(tensor: Any, keep: bool = True) -> Any:
-    """A sharded tensor put together, on the CPU (None unless `keep`); anything else as it is."""
-    if not isinstance(tensor, DTensor):
+    """A tensor on the CPU, put together if it is sharded (None unless `keep`); anything else as it is."""
+    if not isinstance(tensor, Tensor):
         return tensor
-    full = tensor.full_tensor()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.cpu() if keep else None
 
 

@@ -61,6 +61,7 @@ from phf.trainer import (
     RowBatches,
     SaveAt,
     StopAfter,
+    TrainingError,
     TrainingRows,
     complete_checkpoints,
     read_metrics,
@@ -362,17 +363,18 @@ def train(
         dataloader_num_workers=config.workers if config.workers is not None else int(torch.cuda.is_available()),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
-        ddp_timeout=7 * 86_400 if callbacks else 1800,  # others wait for the one that judges
+        # others wait for the one that judges, or that writes a model too large for one device
+        ddp_timeout=7 * 86_400 if callbacks else 4 * 3600 if config.shard else 1800,
         report_to=list(config.report_to) or "none",
     )
     if arguments.n_gpu > 1:
         print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
         arguments._n_gpu = 1
-    resume = complete_checkpoints(out / "checkpoints")
+    resume = checkpoint_of_all(out / "checkpoints", arguments.device)
     if config.shard:
-        if resume:
-            load_lm_weights(lm, resume[-1])
-            wrapper.load_value_head(resume[-1])
+        if resume is not None:
+            load_lm_weights(lm, resume)
+            wrapper.load_value_head(resume)
         shard(wrapper, arguments.device, compiled)
     tokens_before = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     record = Record(
@@ -407,15 +409,15 @@ def train(
     if stop_after is not None:
         trainer.add_callback(StopAfter(stop_after))
     if rank == 0:
-        check_environment(out / "environment.json", bool(resume), compiled)
-    if resume:
-        sampler.start = store.read_json(resume[-1] / COMPLETE)["step"]
+        check_environment(out / "environment.json", resume is not None, compiled)
+    if resume is not None:
+        sampler.start = store.read_json(resume / COMPLETE)["step"]
     if sampler.start < config.steps:
         with deterministic():
-            trainer.train(resume_from_checkpoint=str(resume[-1]) if resume else None)
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     else:
-        trainer._load_from_checkpoint(str(resume[-1]))
-    if stop_after is not None and trainer.state.global_step < config.steps:
+        trainer._load_from_checkpoint(str(resume))
+    if stop_after is not None and max(trainer.state.global_step, sampler.start) < config.steps:
         return {"stage": "train", "step": trainer.state.global_step}
     trainer.accelerator.wait_for_everyone()
     save_model(wrapper, tokenizer, out / "model", tokens.manifest.get("segmenter"), writer=rank == 0)
@@ -477,6 +479,24 @@ def check_environment(path: Path, resuming: bool, compiled: bool) -> None:
         )
     if before is now or not path.exists():
         store.write_json(path, now)
+
+
+def checkpoint_of_all(folder: Path, device: torch.device) -> Path | None:
+    """The newest whole checkpoint, the same for every process: the first one says which. Raises TrainingError in a process
+    that does not see it."""
+    found = complete_checkpoints(folder)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return found[-1] if found else None
+    name = torch.tensor([int(found[-1].name.split("-")[1]) if found else -1], device=device)
+    torch.distributed.broadcast(name, src=0)
+    step = int(name)
+    chosen = folder / f"checkpoint-{step}"
+    if step >= 0 and not (chosen / COMPLETE).exists():
+        raise TrainingError(
+            f"process {torch.distributed.get_rank()} does not see {chosen}, from which the first process goes on; run on a file "
+            "system that all processes share"
+        )
+    return chosen if step >= 0 else None
 
 
 def text_tokens(rows: Rows, targets: int) -> int:

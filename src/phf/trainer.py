@@ -98,6 +98,10 @@ class PHFTrainer(Trainer):
         if self.sharded:  # averages gradients over processes itself
             self.accelerator.prepare_model = lambda model, **kwargs: model
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not sharding.is_sharded(model):  # else it is there
+            super()._move_model_to_device(model, device)
+
     # data
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(
@@ -138,8 +142,10 @@ class PHFTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once a step, before the update: the only place where a GPU is waited for."""
         losses, self.losses = torch.stack(self.losses), []
+        # the norm first: what is not finite in one process makes the norm so in all, and all stop
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if self.sharded else norm
         self._check_finite("loss", losses.sum().item())
-        norm = sharding.whole(super()._get_grad_norm(model, grad_norm))
         self._check_finite("norm of the gradient", norm)
         return norm
 
@@ -186,9 +192,9 @@ class PHFTrainer(Trainer):
         if not self.sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         optimizer, scheduler = self._inner()
-        found = [torch.load(Path(checkpoint) / f, weights_only=True) for f in (OPTIMIZER_NAME, SCHEDULER_NAME)]
-        sharding.load_optimizer_state(optimizer, found[0])
-        scheduler.load_state_dict(found[1])
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        sharding.load_optimizer_state(optimizer, state)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _inner(self) -> tuple[Any, Any]:
         """torch's optimizer and its scheduler, without accelerate around it."""
