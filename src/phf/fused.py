@@ -27,10 +27,11 @@ from torch import Tensor
 from phf.config import ConfigError
 from phf.objectives import LossInputs, LossOutputs, Objective
 
-CHUNK_NUMBERS = 2**24
-"""Default size of a chunk: C x V numbers (64 MiB in float32). Measured best within a factor of 4 either way."""
+CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**27}
+"""Default size of a chunk: C x V numbers (64 MiB in float32 on a CPU, where a factor of 4 either way is no better; on a GPU
+512 MiB, since a chunk takes some dozens of operations, however small it is)."""
 CHUNK_TARGETS = 512
-"""And at most so many targets, however small the vocabulary: a whole small batch at once would cost memory and gain nothing."""
+"""And on a CPU at most so many targets, however small the vocabulary: more would cost memory and gain nothing."""
 WORDS = 2048
 """On a CPU gradients are made for so many words at a time: what is added up then stays in the cache."""
 
@@ -147,7 +148,7 @@ class _Fused(torch.autograd.Function):
         grad_value = torch.zeros_like(value_N) if value_N is not None and needs[3] else None
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         threshold = getattr(objective, "threshold", 0.0)
-        bad_above = score_N.new_tensor(0.0 if isinstance(threshold, str) else threshold)
+        bad_above = 0.0 if isinstance(threshold, str) else threshold
         words = (
             [slice(w, w + WORDS) for w in range(0, len(weight), WORDS)]
             if weight.device.type == "cpu"
@@ -213,9 +214,10 @@ class _Fused(torch.autograd.Function):
         return (hidden, weight, bias, value, *[None] * 11)
 
 
-def default_chunk(vocab_size: int) -> int:
+def default_chunk(vocab_size: int, device: str = "cpu") -> int:
     """Targets at a time, at most."""
-    return min(max(CHUNK_NUMBERS // vocab_size, 1), CHUNK_TARGETS)
+    chunk = max(CHUNK_NUMBERS["cuda" if device == "cuda" else "cpu"] // vocab_size, 1)
+    return chunk if device == "cuda" else min(chunk, CHUNK_TARGETS)
 
 
 def fused_loss(
@@ -238,7 +240,7 @@ def fused_loss(
     |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
     where it has none).
 
-    `chunk`: targets at a time (default: about 2**24 logits, at most 512 targets). `dtype`: of the matrix products (default: that of the
+    `chunk`: targets at a time (default: about 2**24 logits, at most 512 targets; on a GPU 2**27 logits). `dtype`: of the matrix products (default: that of the
     hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts. `shape`:
     what the model does to its logits after the output layer. `scale`: what value and gradients (not metrics) are
     multiplied by; cheaper here than behind, where gradients of the size of the embeddings would be.
@@ -247,7 +249,7 @@ def fused_loss(
     if vocab_size < 2:
         raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
     if chunk is None:
-        parts = -(-len(target_N) // default_chunk(vocab_size))
+        parts = -(-len(target_N) // default_chunk(vocab_size, hidden_ND.device.type))
         chunk = -(-len(target_N) // max(parts, 1)) or 1  # of equal size: a small rest would cost as much as a whole one
     sums: dict[str, Tensor] = {}
     split = _compiled_split() if compiled else _split

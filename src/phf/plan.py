@@ -116,7 +116,7 @@ def _run(
     wide = 1 if low else 2
     kept = 2 * layers if train.gradient_checkpointing else 34 * layers
     activations = wide * tokens * (width * kept + scores) + tokens * width * 8
-    logits = min(train.chunk or default_chunk(vocab), tokens) * vocab * 12
+    logits = min(train.chunk or default_chunk(vocab, pick_device()), tokens) * vocab * 12
     checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
     state = 16.0 * parameters
     if train.shard:  # and whole: the embeddings and their gradient, and copies of the blocks in bf16

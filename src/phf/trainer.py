@@ -123,7 +123,7 @@ class PHFTrainer(Trainer):
         counted = torch.stack(
             [self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples]
         ).sum()
-        counted = counted.to(device)
+        counted = counted.to(device, non_blocking=True)
         if self.args.world_size > 1:
             counted = self.accelerator.gather(counted.reshape(1)).sum()
         return counted.clamp(min=1)

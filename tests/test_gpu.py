@@ -1,0 +1,92 @@
+"""What must hold on a GPU too: the loss, flash attention, a run and its resumption, samples. Skipped where there is none.
+
+`PHF_TEST_DEVICE=cpu` runs them without one, which shows that the tests themselves work.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conftest import TINY_LLAMA, tiny_texts
+from phf.fused import fused_loss, unfused_loss
+from phf.model import FromConfig, PHFModel, build_lm
+from phf.objectives import AWR, MLE, Conditional, Unlikelihood
+from phf.sample import Scenario, load_model, sample
+from phf.tokens import train_bpe
+from phf.train import TrainConfig, train
+from phf.trainer import read_metrics
+from test_fused import inputs
+from test_objectives import OBJECTIVES
+
+DEVICE = os.environ.get("PHF_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU (torch.cuda finds none)"
+)
+WIDE = {**TINY_LLAMA, "hidden_size": 128, "intermediate_size": 256}
+"""Heads of 64: flash attention does not take every width."""
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled):
+    if compiled and objective.name not in ("mle", "unlikelihood", "awr"):
+        pytest.skip("what is compiled is the same for all")
+    args = [x.detach() for x in inputs(70, 33, 8)]
+    found = []
+    for device, kind in (("cpu", torch.float64), (DEVICE, dtype)):
+        low = [x.to(dtype).to(kind) if x.dtype == torch.float64 else x for x in args]  # the same numbers on both sides
+        hidden, weight, bias, target, score, mask, value = (x.to(device) for x in low)
+        leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+        value = value.requires_grad_() if objective.value is not None else None
+        if kind == torch.float64:
+            out = unfused_loss(hidden, weight, bias, target, score, mask, value, objective)
+        else:
+            out = fused_loss(hidden, weight, bias, target, score, mask, value, objective, 32, compiled=compiled)
+        grads = torch.autograd.grad(out.loss_sum, [*leaves, *([] if value is None else [value])], allow_unused=True)
+        found.append([x.detach().double().cpu() for x in (out.loss_sum, *grads) if x is not None])
+    near = 1e-4 if dtype == torch.float32 else 3e-2
+    for here, there in zip(*found, strict=True):
+        assert torch.isfinite(there).all()
+        assert (there - here).norm() <= near * here.norm() + near
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_rows_go_through_flash_attention(compiled):
+    """Nothing but the flash kernel is allowed: with a mask there would be none to take."""
+    tokenizer = train_bpe(tiny_texts(), 300)
+    g = torch.Generator().manual_seed(0)
+    ids, targets = (x.to(DEVICE) for x in torch.randint(0, 300, (2, 4, 64), generator=g))
+    scores, mask = torch.zeros(4, 64, device=DEVICE), torch.ones(4, 64, dtype=torch.bool, device=DEVICE)
+    torch.compiler.reset()
+    lm = build_lm(FromConfig(WIDE), tokenizer, seed=0).to(DEVICE)
+    model = PHFModel(lm, MLE(), torch.bfloat16, compile=compiled).to(DEVICE)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        loss = model(ids, targets, scores, mask)["loss"]
+        loss.backward()
+    plain = PHFModel(build_lm(FromConfig(WIDE), tokenizer, seed=0), MLE(), quick_attention=False)
+    expected = plain(ids.cpu(), targets.cpu(), scores.cpu(), mask.cpu())["loss"]
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-2, atol=0)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("objective", [Conditional(), Unlikelihood(0.0), AWR()], ids=lambda o: o.name)
+def test_a_run_learns_resumes_and_is_sampled(tokens_dir, tmp_path, objective):
+    settings = TrainConfig(30_720, context=32, batch_rows=16, micro_rows=8, lr=1e-2, log_every=5, save_every=7_680)
+    model = FromConfig(WIDE)
+    train(tokens_dir, tmp_path / "whole", model, objective, settings)
+    train(tokens_dir, tmp_path / "again", model, objective, settings, stop_after=25)
+    train(tokens_dir, tmp_path / "again", model, objective, settings)
+    whole, again = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "again"))
+    assert [x["step"] for x in whole] == [x["step"] for x in again] == list(range(5, 61, 5))
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    # not to the byte: on a GPU sums may be added up in any order
+    assert [x["loss"] for x in again] == pytest.approx([x["loss"] for x in whole], rel=0.05, abs=0.02)
+    loaded = load_model(tmp_path / "whole")
+    assert loaded.lm.device.type == DEVICE
+    texts = sample(loaded, Scenario(num_samples=8, max_tokens=16), progress=False)
+    assert len(texts) == 8
