@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from phf.capabilities import Glue, HumanEval, Lambada, function_body, glue_score, pass_at_k, run_sandboxed, split_behind
+from phf.capabilities import Glue, HumanEval, Lambada
+from phf.capabilities.base import split_behind
+from phf.capabilities.glue import glue_score
+from phf.capabilities.humaneval import function_body, pass_at_k, run_sandboxed
 from phf.config import ConfigError
 from phf.sample import load_model
 from phf.tokens import train_bpe
@@ -81,7 +84,7 @@ def test_the_sandbox_tells_what_passes(program, passes):
 
 
 def test_the_sandbox_has_no_network_where_the_kernel_lets_it():
-    from phf.capabilities import _unshare
+    from phf.capabilities.humaneval import _unshare
 
     if not _unshare():
         pytest.skip("this kernel lets no user make a network of his own")
@@ -104,12 +107,12 @@ def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_pat
         HumanEval(path).measure(model)
     with pytest.raises(ConfigError, match="k=2 needs as many samples_per_problem"):
         HumanEval(path, k=(2,), run_untrusted_code=True).measure(model)
-    from phf import capabilities
+    from phf.capabilities import humaneval
     from phf.types import Sample
 
     written = ["    return 1\n", "    return 2\n", "    return 1\n", "    return 1\n"]
     monkeypatch.setattr(
-        capabilities, "sample_prompts", lambda m, s, p: [Sample(n, q, t, 1, 0.0, True, 0) for n, (q, t) in enumerate(zip(p, written, strict=True))]
+        humaneval, "sample_prompts", lambda m, s, p: [Sample(n, q, t, 1, 0.0, True, 0) for n, (q, t) in enumerate(zip(p, written, strict=True))]
     )  # fmt: skip
     found = HumanEval(path, samples_per_problem=2, k=(1, 2), run_untrusted_code=True).measure(model)
     assert found["pass@1"]["mean"] == 0.25  # one of two of the first problem; the second names no such function
@@ -151,10 +154,10 @@ def test_glue_finetunes_a_copy(runs, glue_files):  # noqa: F811
 
 @pytest.mark.parametrize("history, seen", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
 def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, seen):  # noqa: F811
-    from phf import capabilities
+    from phf.capabilities import glue
 
     model, given = load_model(runs / "a"), iter(history)
-    monkeypatch.setattr(capabilities, "glue_score", lambda *args: next(given))
+    monkeypatch.setattr(glue, "glue_score", lambda *args: next(given))
     found = Glue(*glue_files, max_train=32).measure(model)
     assert found["history"] == history[:seen]
     assert found["epoch"] == 1 + int(np.argmax(history[:seen]))
@@ -185,7 +188,7 @@ def test_glue_reads_its_own_files_and_the_hubs(tmp_path, task, text):
     (tmp_path / "t.tsv").write_text(text)
     metric, train, _, target_N, _, classes, torn = Glue(
         str(tmp_path / "t.tsv"), str(tmp_path / "t.tsv"), task=task
-    )._data()
+    ).read()
     assert metric == {"sst2": "accuracy", "cola": "matthews"}.get(task, "f1")
     pairs = {"sst2": ["a good film", "a bad one"], "cola": ["The book broke.", "Book the broke."]}
     assert train == pairs.get(task, ["a\nb", "c\nd"])
@@ -221,22 +224,22 @@ def test_what_comes_behind_may_share_a_token_with_the_context(runs):  # noqa: F8
 
 
 def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, monkeypatch):  # noqa: F811
-    from phf import capabilities
+    from phf.capabilities import humaneval
     from phf.types import Sample
 
     row = {"prompt": "def f():", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
     (tmp_path / "h.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.setattr(
-        capabilities, "sample_prompts", lambda m, s, p: [Sample(0, p[0], "    return 1\n", 4, 0.0, True, 0)]
+        humaneval, "sample_prompts", lambda m, s, p: [Sample(0, p[0], "    return 1\n", 4, 0.0, True, 0)]
     )
     found = HumanEval(str(tmp_path / "h.jsonl"), run_untrusted_code=True).measure(load_model(runs / "a"))
     assert found["pass@1"]["mean"] == 1
 
 
 def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):  # noqa: F811
-    from phf import capabilities
+    from phf.capabilities import humaneval
 
-    monkeypatch.setattr(capabilities, "run_sandboxed", lambda program, timeout_s: False)
+    monkeypatch.setattr(humaneval, "run_sandboxed", lambda program, timeout_s: False)
     rows = [{"prompt": "def f():\n", "test": "def check(c): pass\n", "entry_point": "f"}] * 20
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = HumanEval(str(tmp_path / "h.jsonl"), max_tokens=4, run_untrusted_code=True).measure(load_model(runs / "a"))
@@ -280,7 +283,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def test_lm_eval_tasks_with_the_control_prefix(runs, name, tmp_path, monkeypatch):  # noqa: F811
     """Real tasks of the real harness, on a file; its numbers against those of a plain loop."""
     pytest.importorskip("lm_eval", reason="extra 'eval' is not installed")
-    from phf.capabilities import LmEval, continuations, prefix_ids
+    from phf.capabilities import LmEval
+    from phf.capabilities.base import continuations, prefix_ids
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     rows = [

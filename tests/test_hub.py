@@ -114,10 +114,11 @@ def test_a_capability_reads_files_of_the_hub(hub, tmp_path):
     hub.repos["datasets", "me/lambada"] = files
     code = """
 import sys
-from phf.capabilities import Glue, HumanEval, Lambada, _rows_of, local_file
+from phf.capabilities import Glue, HumanEval, Lambada
+from phf.capabilities.base import local_file, rows_of
 from phf.config import ConfigError
 at = "hf://datasets/me/lambada/"
-one, two = (_rows_of(at + name, ["text"]) for name in ("data/l.jsonl", "l.parquet"))
+one, two = (rows_of(at + name, ["text"]) for name in ("data/l.jsonl", "l.parquet"))
 assert one == two and [r["text"] for r in one][1] == "cats and dogs", (one, two)
 assert len({*Lambada(at + "data/l.jsonl").inputs(), *Lambada(at + "l.parquet").inputs()}) == 2
 for wrong in (at + "no.jsonl", "hf://datasets/me"):

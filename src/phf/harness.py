@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from phf.capabilities import continuations, prefix_ids, split_behind
+from phf.capabilities.base import continuations, prefix_ids, split_behind
 from phf.sample import LoadedModel, Scenario, sample_prompts
 
 
