@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import TINY_LLAMA, tiny_texts
-from phf.fused import fused_loss, unfused_loss
+from phf.fused import LogitShape, fused_loss, unfused_loss
 from phf.model import FromConfig, PHFModel, build_lm
 from phf.objectives import AWR, MLE, Conditional, Unlikelihood
 from phf.sample import Scenario, load_model, sample
@@ -36,6 +37,7 @@ WIDE = {**TINY_LLAMA, "hidden_size": 128, "intermediate_size": 256}
 def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled):
     if compiled and objective.name not in ("mle", "unlikelihood", "awr"):
         pytest.skip("what is compiled is the same for all")
+    torch.compiler.reset()
     args = [x.detach() for x in inputs(70, 33, 8)]
     found = []
     for device, kind in (("cpu", torch.float64), (DEVICE, dtype)):
@@ -53,6 +55,20 @@ def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled
     for here, there in zip(*found, strict=True):
         assert torch.isfinite(there).all()
         assert (there - here).norm() <= near * here.norm() + near
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_of_a_large_vocabulary_in_chunks_of_the_usual_size(compiled):
+    """GPT-2's 50,257 words, an odd number; no bias; capped logits."""
+    torch.compiler.reset()
+    hidden, weight, _, target, score, mask, _ = (x.detach().to(DEVICE) for x in inputs(600, 50_257, 16))
+    shape, found = LogitShape(0.5, 30.0), []
+    for dtype, loss_of in ((torch.float64, unfused_loss), (torch.bfloat16, partial(fused_loss, compiled=compiled))):
+        leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (hidden, weight)]
+        out = loss_of(*leaves, None, target, score, mask, None, Unlikelihood(0.25), shape=shape).loss_sum
+        found.append([x.detach().double() for x in (out, *torch.autograd.grad(out, leaves))])
+    for exact, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 2e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -74,9 +90,15 @@ def test_training_rows_go_through_flash_attention(compiled):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("objective", [Conditional(), Unlikelihood(0.0), AWR()], ids=lambda o: o.name)
-def test_a_run_learns_resumes_and_is_sampled(tokens_dir, tmp_path, objective):
-    settings = TrainConfig(30_720, context=32, batch_rows=16, micro_rows=8, lr=1e-2, log_every=5, save_every=7_680)
+@pytest.mark.parametrize(
+    "objective, compiled",
+    [(Conditional(), True), (Unlikelihood(0.0), False), (AWR(), False)],
+    ids=lambda o: str(o)[:12],
+)
+def test_a_run_learns_resumes_and_is_sampled(tokens_dir, tmp_path, objective, compiled):
+    settings = TrainConfig(
+        30_720, context=32, batch_rows=16, micro_rows=8, lr=1e-2, log_every=5, save_every=7_680, compile=compiled
+    )
     model = FromConfig(WIDE)
     train(tokens_dir, tmp_path / "whole", model, objective, settings)
     train(tokens_dir, tmp_path / "again", model, objective, settings, stop_after=25)

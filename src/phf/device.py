@@ -57,8 +57,11 @@ def tune_allocator() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
-"""Dense bf16 (V100, T4: fp16) operations a second of GPUs, by their makers' data sheets."""
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+"""Dense bf16 (V100, T4: fp16) operations a second of GPUs, by their makers' data sheets; the first name that fits."""
 
 
 @functools.cache

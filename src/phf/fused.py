@@ -27,11 +27,14 @@ from torch import Tensor
 from phf.config import ConfigError
 from phf.objectives import LossInputs, LossOutputs, Objective
 
-CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**27}
+CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}
 """Default size of a chunk: C x V numbers (64 MiB in float32 on a CPU, where a factor of 4 either way is no better; on a GPU
-512 MiB, since a chunk takes some dozens of operations, however small it is)."""
+512 MiB in bfloat16, since a chunk takes some dozens of operations, however small it is)."""
 CHUNK_TARGETS = 512
 """And on a CPU at most so many targets, however small the vocabulary: more would cost memory and gain nothing."""
+MULTIPLE = 64
+"""On a GPU the vocabulary is padded to a multiple of it: matrix products are slow where rows are of odd length (GPT-2's of
+50,257)."""
 WORDS = 2048
 """On a CPU gradients are made for so many words at a time: what is added up then stays in the cache."""
 
@@ -114,6 +117,43 @@ def _logits_grad(e_CW: Tensor, factor_C: Tensor, slope_CW: Tensor | None, dtype:
     return e_CW.to(dtype)
 
 
+def _statistics(logits_CV: Tensor, target_C: Tensor, words: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p, log(1-p), max, sum of exp(logit - max)), the latter over the other words: `_split` without a float32 tensor of
+    the size of the logits, once the compiler has made one pass of it. Columns from `words` on are padding."""
+    out_CV, _ = _outside(logits_CV, target_C, words)
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    at_target_C = logits_CV.gather(1, target_C.unsqueeze(1)).squeeze(1).to(wide)
+    others_CV = logits_CV.to(wide).masked_fill(out_CV, float("-inf"))
+    top_C1 = others_CV.amax(1, keepdim=True)
+    sum_C = (others_CV - top_C1).exp().sum(1)
+    lse_C = top_C1.squeeze(1) + sum_C.log()
+    zero_C = torch.zeros_like(lse_C)
+    return -torch.logaddexp(zero_C, lse_C - at_target_C), -torch.logaddexp(zero_C, at_target_C - lse_C), top_C1, sum_C
+
+
+def _padded_grad(
+    logits_CV: Tensor, target_C: Tensor, words: int, top_C1: Tensor, sum_C: Tensor, factor_C: Tensor,
+    slope_CV: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """dL/dlogits behind `_statistics`, 0 in padding. Exponentials are computed again, not kept."""
+    out_CV, hit_CV = _outside(logits_CV, target_C, words)
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    e_CV = (logits_CV.to(wide) - top_C1).exp().masked_fill(out_CV, 0.0)
+    grad_CV = torch.where(hit_CV, -sum_C.unsqueeze(1), e_CV) * factor_C.unsqueeze(1)
+    return (grad_CV if slope_CV is None else grad_CV * slope_CV).to(dtype)
+
+
+def _outside(logits_CV: Tensor, target_C: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """Where a column is the target or padding, and where it is the target."""
+    column_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    hit_CV = column_V == target_C.unsqueeze(1)
+    return hit_CV | (column_V >= words), hit_CV
+
+
+def _is_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 class _Fused(torch.autograd.Function):
     """Gradients are computed in the forward pass, while a chunk's softmax is at hand, and scaled in the backward."""
 
@@ -132,14 +172,18 @@ class _Fused(torch.autograd.Function):
         dtype: torch.dtype,
         scale: Tensor | float,
         sums: dict[str, Tensor],
-        split: Callable[..., Any],
-        logits_grad: Callable[..., Any],
+        compiled: bool,
         shape: LogitShape,
     ) -> Tensor:
         needs = ctx.needs_input_grad
         wide = torch.promote_types(dtype, torch.float32)
+        vocab_size, gpu = len(weight_VD), _is_gpu(weight_VD)
+        padding = -vocab_size % MULTIPLE if gpu else 0
         weight = weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
+        if padding:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, padding))
+            bias = None if bias is None else torch.nn.functional.pad(bias, (0, padding))
         grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
         grad_bias = (
@@ -149,11 +193,7 @@ class _Fused(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         threshold = getattr(objective, "threshold", 0.0)
         bad_above = 0.0 if isinstance(threshold, str) else threshold
-        words = (
-            [slice(w, w + WORDS) for w in range(0, len(weight), WORDS)]
-            if weight.device.type == "cpu"
-            else [slice(None)]
-        )
+        blocks = [slice(None)] if gpu else [slice(w, w + WORDS) for w in range(0, vocab_size, WORDS)]
         for start in range(0, len(target_N), chunk):
             part = slice(start, start + chunk)
             hidden, target_C = hidden_ND[part].detach().to(dtype), target_N[part]
@@ -162,8 +202,13 @@ class _Fused(torch.autograd.Function):
             if not shape.plain:
                 logits = shape(logits.to(wide))
                 slope = shape.slope(logits)
-            logp, log1mp, e_CV, sum_C = split(logits, target_C)
-            del logits
+            if gpu:
+                statistics = _maybe_compiled(_statistics, compiled)
+                logp, log1mp, top_C1, sum_C = statistics(logits, target_C, vocab_size)
+            else:
+                logp, log1mp, logits, sum_C = _maybe_compiled(_split, compiled)(
+                    logits, target_C
+                )  # exponentials from here on
             with torch.enable_grad():
                 logp, log1mp = logp.requires_grad_(), log1mp.requires_grad_()
                 value = None if value_N is None else value_N[part].detach().to(wide).requires_grad_()
@@ -182,24 +227,31 @@ class _Fused(torch.autograd.Function):
             push = d.abs()
             sums["push"] = sums.get("push", 0) + push.sum()
             sums["push_bad"] = sums.get("push_bad", 0) + torch.where(score_N[part] > bad_above, push, 0.0).sum()
-            factor_C = -d / sum_C * scale
-            if not isinstance(slope, Tensor):
+            factor_C, slope_CV = -d / sum_C * scale, None
+            if isinstance(slope, Tensor):
+                slope_CV = slope
+            elif slope != 1:
                 factor_C = factor_C * slope
+            if gpu:
+                grad_of = _maybe_compiled(_padded_grad, compiled)
+                logits = grad_of(logits, target_C, vocab_size, top_C1, sum_C, factor_C, slope_CV, dtype)
             part_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-            for some in words:
-                here = slope[:, some] if isinstance(slope, Tensor) else None
-                grad_logits = logits_grad(e_CV[:, some], factor_C, here, dtype)
+            for some in blocks:
+                here = None if slope_CV is None else slope_CV[:, some]
+                grad_logits = logits if gpu else _logits_grad(logits[:, some], factor_C, here, dtype)
                 if grad_hidden is not None:
                     part_hidden += grad_logits @ weight[some]
                 if grad_weight is not None:
                     grad_weight[some] += grad_logits.T @ hidden
                 if grad_bias is not None:
                     grad_bias[some] += grad_logits.sum(0, dtype=wide)
-            del e_CV
+            del logits, grad_logits
             if grad_hidden is not None:
                 grad_hidden[part] = part_hidden
             if grad_value is not None and grads[2] is not None:
                 grad_value[part] = (grads[2] * scale).to(grad_value.dtype)
+        if padding:
+            grad_weight, grad_bias = (None if g is None else g[:vocab_size] for g in (grad_weight, grad_bias))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_value)
         ctx.weight_dtype = weight_VD.dtype
         return loss * scale
@@ -207,16 +259,16 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
         found = list(ctx.saved_tensors)
-        if grad_loss.device.type != "cpu" or grad_loss != 1:  # (asking a GPU would wait for it)
+        if _is_gpu(grad_loss) or grad_loss != 1:  # (asking a GPU would wait for it)
             found = [None if g is None else g * grad_loss.to(g.dtype) for g in found]
         hidden, weight, bias, value = found
         weight, bias = (None if g is None else g.to(ctx.weight_dtype) for g in (weight, bias))
-        return (hidden, weight, bias, value, *[None] * 11)
+        return (hidden, weight, bias, value, *[None] * 10)
 
 
 def default_chunk(vocab_size: int, device: str = "cpu") -> int:
     """Targets at a time, at most."""
-    chunk = max(CHUNK_NUMBERS["cuda" if device == "cuda" else "cpu"] // vocab_size, 1)
+    chunk = max(CHUNK_NUMBERS.get(device, CHUNK_NUMBERS["cpu"]) // vocab_size, 1)
     return chunk if device == "cuda" else min(chunk, CHUNK_TARGETS)
 
 
@@ -240,7 +292,7 @@ def fused_loss(
     |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
     where it has none).
 
-    `chunk`: targets at a time (default: about 2**24 logits, at most 512 targets; on a GPU 2**27 logits). `dtype`: of the matrix products (default: that of the
+    `chunk`: targets at a time (default: about 2**24 logits, at most 512 targets; on a GPU 2**28 logits). `dtype`: of the matrix products (default: that of the
     hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts. `shape`:
     what the model does to its logits after the output layer. `scale`: what value and gradients (not metrics) are
     multiplied by; cheaper here than behind, where gradients of the size of the embeddings would be.
@@ -252,11 +304,9 @@ def fused_loss(
         parts = -(-len(target_N) // default_chunk(vocab_size, hidden_ND.device.type))
         chunk = -(-len(target_N) // max(parts, 1)) or 1  # of equal size: a small rest would cost as much as a whole one
     sums: dict[str, Tensor] = {}
-    split = _compiled_split() if compiled else _split
-    logits_grad = _compiled_grad() if compiled and hidden_ND.device.type != "cpu" else _logits_grad
     with torch.autocast(hidden_ND.device.type, enabled=False):
         loss = _Fused.apply(
-            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, scale, sums, split, logits_grad, shape
+            hidden_ND, weight_VD, bias_V, value_N, target_N, score_N, mask_N, objective, chunk, dtype or hidden_ND.dtype, scale, sums, compiled, shape
         )  # fmt: skip
     return LossOutputs(loss, sums)
 
@@ -288,16 +338,12 @@ def check_objective(objective: Objective) -> None:
         )
 
 
-_compiled: dict[str, Callable[..., Any]] = {}
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def _compiled_split() -> Callable[..., Any]:
-    if "split" not in _compiled:
-        _compiled["split"] = torch.compile(_split, dynamic=False)
-    return _compiled["split"]
-
-
-def _compiled_grad() -> Callable[..., Any]:
-    if "grad" not in _compiled:
-        _compiled["grad"] = torch.compile(_logits_grad, dynamic=False)
-    return _compiled["grad"]
+def _maybe_compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    if not compiled:
+        return function
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=False)
+    return _compiled[function]

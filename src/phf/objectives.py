@@ -161,7 +161,7 @@ class _ByThreshold(Objective):
     def _good(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         """Counted targets of good and of bad segments (bool)."""
         counted_BT = self.counted(x.score_BT, x.mask_BT)
-        good_BT = x.score_BT <= x.score_BT.new_tensor(_number(self.threshold))
+        good_BT = x.score_BT <= _number(self.threshold)
         return counted_BT & good_BT, counted_BT & ~good_BT
 
 
@@ -211,7 +211,7 @@ class Masking(_ByThreshold):
     name: Literal["masking"] = "masking"
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return mask_BT & (score_BT <= score_BT.new_tensor(_number(self.threshold)))  # NaN is not at most anything
+        return mask_BT & (score_BT <= _number(self.threshold))  # NaN is not at most anything
 
     def loss(self, x: LossInputs) -> LossOutputs:
         nll_BT = torch.where(self.counted(x.score_BT, x.mask_BT), -x.logp_BT, 0.0)

@@ -188,7 +188,7 @@ def deterministic() -> Iterator[None]:
 def can_compile() -> bool:
     """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers. Says so if not."""
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(4))
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(4, device=pick_device()))
     except Exception as error:  # whatever is missing, the uncompiled model gives the same result, slower
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         print(
