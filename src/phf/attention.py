@@ -6,8 +6,8 @@ bfloat16 outside matrix products, above all in the backward pass.
 
 So phf has an attention function of its own, registered with transformers as `NAME`. Within `whole_rows()` it needs no mask. In
 bfloat16 on a CPU it goes over blocks of queries: two matrix products and one softmax over the keys that a block may see.
-Half of the square is then never computed, and the backward pass computes probabilities again instead of keeping T x T
-of them. Scores are rounded to bfloat16 before the softmax, as transformers' eager attention rounds them. Everything
+Half of the square is then never computed, and beyond `KEEP` positions the backward pass computes probabilities again
+instead of keeping them. Scores are rounded to bfloat16 before the softmax, as transformers' eager attention rounds them. Everything
 else (GPUs, float32, masks, caches, dropout) is transformers' "sdpa".
 
 Legend: B rows, H heads, T positions, D width of a head; N = B x H.
@@ -146,11 +146,11 @@ def swap(lm: Any) -> bool:
     ways: list[torch.dtype | None] = [None, torch.bfloat16] if ids.device.type == "cpu" else [None]
     same = False
     try:
-        usual = [hidden(dtype) for dtype in ways]
+        before = [hidden(dtype) for dtype in ways]
         lm.set_attn_implementation(NAME)
         same = all(
             (hidden(dtype) - was).norm() <= (0.1 if torch.bfloat16 in (dtype, lm.dtype) else 1e-3) * was.norm()
-            for dtype, was in zip(ways, usual, strict=True)
+            for dtype, was in zip(ways, before, strict=True)
         )
     except Exception:  # its own code knows better than to go on without a mask
         pass

@@ -70,8 +70,12 @@ def log_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tens
     """
     target_C1 = target_C.unsqueeze(-1)
     at_target = logits_CV.gather(-1, target_C1).squeeze(-1)
-    others = logits_CV.scatter(-1, target_C1, float("-inf")).logsumexp(-1)
-    zero = torch.zeros_like(at_target)
+    return _two_logs(at_target, logits_CV.scatter(-1, target_C1, float("-inf")).logsumexp(-1))
+
+
+def _two_logs(at_target: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log(1 - p) from the target's logit and the log-sum-exp over the other words."""
+    zero = torch.zeros_like(others)
     return -torch.logaddexp(zero, others - at_target), -torch.logaddexp(zero, at_target - others)
 
 
@@ -104,9 +108,7 @@ def _split(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor,
     e_CV.sub_(top_C1).exp_()
     sum_C = e_CV.sum(1)
     e_CV.scatter_(1, target_C1, -sum_C.unsqueeze(1))
-    lse_C = top_C1.squeeze(1) + sum_C.log()
-    zero_C = torch.zeros_like(lse_C)
-    return -torch.logaddexp(zero_C, lse_C - at_target_C), -torch.logaddexp(zero_C, at_target_C - lse_C), e_CV, sum_C
+    return *_two_logs(at_target_C, top_C1.squeeze(1) + sum_C.log()), e_CV, sum_C
 
 
 def _logits_grad(e_CW: Tensor, factor_C: Tensor, slope_CW: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -126,9 +128,7 @@ def _statistics(logits_CV: Tensor, target_C: Tensor, words: int) -> tuple[Tensor
     others_CV = logits_CV.to(wide).masked_fill(out_CV, float("-inf"))
     top_C1 = others_CV.amax(1, keepdim=True)
     sum_C = (others_CV - top_C1).exp().sum(1)
-    lse_C = top_C1.squeeze(1) + sum_C.log()
-    zero_C = torch.zeros_like(lse_C)
-    return -torch.logaddexp(zero_C, lse_C - at_target_C), -torch.logaddexp(zero_C, at_target_C - lse_C), top_C1, sum_C
+    return *_two_logs(at_target_C, top_C1.squeeze(1) + sum_C.log()), top_C1, sum_C
 
 
 def _padded_grad(
@@ -206,9 +206,8 @@ class _Fused(torch.autograd.Function):
                 statistics = _maybe_compiled(_statistics, compiled)
                 logp, log1mp, top_C1, sum_C = statistics(logits, target_C, vocab_size)
             else:
-                logp, log1mp, logits, sum_C = _maybe_compiled(_split, compiled)(
-                    logits, target_C
-                )  # exponentials from here on
+                split = _maybe_compiled(_split, compiled)
+                logp, log1mp, logits, sum_C = split(logits, target_C)  # exponentials from here on
             with torch.enable_grad():
                 logp, log1mp = logp.requires_grad_(), log1mp.requires_grad_()
                 value = None if value_N is None else value_N[part].detach().to(wide).requires_grad_()
