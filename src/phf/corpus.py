@@ -17,7 +17,7 @@ import io
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +34,8 @@ Item = Document | Rejected
 DOCS_PER_SHARD = 512
 SHARD_BYTES = 64 * 2**20
 HASHED_WHOLE_BYTES = 64 * 2**20
+MAX_DEPTH = 100
+TOO_DEEP = "nested too deeply"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -47,10 +49,19 @@ def admit(id: str, text: Any, meta: dict[str, Any], max_chars: int) -> Item:
         return Rejected(id, "longer than max_chars")
     if _SURROGATE.search(text):
         return Rejected(id, "lone surrogate")
-    try:
-        return Document(id.encode("utf-8", "backslashreplace").decode(), text, jsonable(meta))
-    except RecursionError:
-        return Rejected(id, "metadata nested too deeply")
+    if _deeper(meta, MAX_DEPTH):
+        return Rejected(id, TOO_DEEP)
+    return Document(id.encode("utf-8", "backslashreplace").decode(), text, jsonable(meta))
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and mappings stand in each other more than `depth` deep. Asked before anything that calls itself
+    for each of them: how deep Python lets that go depends on who called, and what is set aside must not."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return depth == 0 or any(_deeper(v, depth - 1) for v in value)
 
 
 def rows_of(table: Any) -> Iterator[dict[str, Any] | None]:
@@ -190,8 +201,10 @@ class Jsonl(Corpus):
             row = json.loads(line)
         except UnicodeDecodeError:
             return Rejected(id, "not UTF-8")
-        except (ValueError, RecursionError):
+        except ValueError:
             return Rejected(id, "malformed JSON")
+        except RecursionError:
+            return Rejected(id, TOO_DEEP)
         if not isinstance(row, dict):
             return Rejected(id, "not a JSON object")
         if self.field not in row:
@@ -281,11 +294,10 @@ def _part(total: int, number: int, of: int) -> int:
 
 
 def _plain_meta(row: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold; anything else by its `str`."""
-    try:
-        return json.loads(json.dumps(jsonable(row), default=str))  # type: ignore[no-any-return]
-    except RecursionError:
-        return {}
+    """What JSON can hold; anything else by its `str`. What is too deep stays as it is, for `admit` to set it aside."""
+    if _deeper(row, MAX_DEPTH):
+        return row
+    return json.loads(json.dumps(jsonable(row), default=str))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, config=STRICT)
