@@ -74,7 +74,7 @@ class JudgeDuring(TrainerCallback):
         self.scorer: Scorer | None = None
         self.reference: dict[str, Any] | None = None
         self.path = self.run / "during.jsonl"
-        self.step_tokens = train.batch_rows * train.context
+        self.step_tokens = train.step_tokens
         self.every_steps = max(round(config.every / self.step_tokens), 1)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

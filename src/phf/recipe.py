@@ -227,10 +227,9 @@ class Recipe:
         config: TrainConfig = validate(merged, TrainConfig, f"train of {name}")
         shares = sorted({p.share for p in self.phases.values() if p.share < 1}, reverse=True)
         if keeps_milestones:
-            step_tokens = config.batch_rows * config.context
             asked = [*config.milestones, *((1 - share) * config.total_tokens for share in shares)]
-            steps = {min(max(round(m / step_tokens), 1), config.steps) for m in asked}
-            config = replace(config, milestones=tuple(float(s * step_tokens) for s in sorted(steps)))
+            steps = replace(config, milestones=tuple(asked)).milestone_steps
+            config = replace(config, milestones=tuple(float(s * config.step_tokens) for s in sorted(steps)))
         return config
 
     def _variant(self, name: str, phase_name: str, seed: int, settings: dict[str, Any]) -> Variant:
@@ -245,9 +244,9 @@ class Recipe:
             folder = "-".join([name, *([phase_name] if phase_name != "pretrain" else []), *tags, f"s{seed}"])
             return Variant(folder, name, objective, phase_name, 1.0, seed, train, model, base, settings)
         start = self._base(seed)
-        step_tokens = start.train.batch_rows * start.train.context
-        step = min(max(round((1 - phase.share) * start.train.total_tokens / step_tokens), 1), start.train.steps)
-        seen = step * step_tokens
+        left_at = (1 - phase.share) * start.train.total_tokens
+        (step,) = replace(start.train, milestones=(left_at,)).milestone_steps
+        seen = step * start.train.step_tokens
         rest = {"tokens": max(start.train.total_tokens - seen, 1), "skip_tokens": start.train.skip_tokens + seen}
         layers = [rest | {"milestones": []}, self.finetune, self.finetune_for.get(name, {}), phase.train]
         train = self._train(name, settings, layers)

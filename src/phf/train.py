@@ -128,8 +128,12 @@ class TrainConfig:
                 f"{self.batch_rows} x {self.context}; lower warmup, in tokens or as a share of them"
             )
 
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_rows * self.context
+
     def _steps_of(self, tokens: float) -> int:
-        return round(tokens * self.steps if tokens <= 1 else tokens / (self.batch_rows * self.context))
+        return round(tokens * self.steps if tokens <= 1 else tokens / self.step_tokens)
 
     @property
     def warmup_steps(self) -> int:
@@ -141,15 +145,15 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.tokens / (self.batch_rows * self.context))
+        return math.ceil(self.tokens / self.step_tokens)
 
     @property
     def milestone_steps(self) -> set[int]:
-        return {min(max(round(m / (self.batch_rows * self.context)), 1), self.steps) for m in self.milestones}
+        return {min(max(round(m / self.step_tokens), 1), self.steps) for m in self.milestones}
 
     @property
     def total_tokens(self) -> int:
-        return self.steps * self.batch_rows * self.context
+        return self.steps * self.step_tokens
 
 
 FREE = ("micro_rows", "save_every", "keep", "log_every", "workers", "report_to", "shard")
@@ -236,53 +240,11 @@ def train(
     objective = objective.fit(tokens.table)
     if type(objective).__module__ != "phf.objectives":
         check_objective(objective)
-    resolved = {
-        "model": to_plain(model),
-        "objective": to_plain(objective),
-        "train": to_plain(config),
-        "seed": seed,
-        "tokens": str(tokens_dir),
-    }
-    start_weights = weights_mark(model.path) if isinstance(model, FromWeights) else None
     value_head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
-    decides = {k: v for k, v in resolved.items() if k != "tokens"}
-    decides["train"] = {k: v for k, v in to_plain(config).items() if k not in FREE}
-    if start_weights is not None:  # wherever they lie
-        decides["model"] = {k: v for k, v in to_plain(model).items() if k != "path"}
-    key = store.fingerprint(
-        [
-            decides,
-            tokens.manifest["content"],
-            start_weights,
-            value_head and store.file_hash(value_head),
-            _code_of(objective),
-            "train/3",
-        ]
-    )
+    key = run_key(tokens, model, objective, config, seed, value_head)
     if store.is_done(out, key):
         return store.read_manifest(out, "train")
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-
-    known = get_available_reporting_integrations()
-    for tracker in config.report_to:
-        if tracker not in known:
-            raise ConfigError(
-                f"train.report_to: {tracker!r} is not installed or not known here{did_you_mean(tracker, known)}"
-            )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise ConfigError(
-            "accelerate asks for its FSDP; ask accelerate launch for plain data-parallel training (--multi_gpu), or use torchrun, and set "
-            "train.shard=true: phf shards, saves and resumes by itself (docs/scaling.md)"
-        )
-    if config.shard and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            "train.shard divides a model over processes: start this command with torchrun (docs/scaling.md)"
-        )
-    if config.shard and callbacks:
-        raise ConfigError(
-            "train.shard: judging while training needs the whole model on one process; leave during out and judge the "
-            "checkpoints (train.milestones) with phf eval"
-        )
+    check_surroundings(config, judged=bool(callbacks))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulate = micro_batch(config, world)
     tune_allocator()
@@ -291,21 +253,9 @@ def train(
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
     tokenizer = tokens.tokenizer
-    lm = build_lm(model, tokenizer, seed, config.context)
-    trained = trained_control_tokens(model.path) if isinstance(model, FromWeights) else {}
-    control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed, trained)
-    lm.generation_config.eos_token_id = tokenizer.eos_token_id
-    edit = objective.edit(tokens.table, seed)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (edit.keep_D, edit.control_S):
-        digest.update(b"-" if part is None else part.tobytes())
-    index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], digest.hexdigest()])}.npy"
-    rows = Rows(tokens, edit, config.context, control_ids, index_file=index)
-    if config.gradient_checkpointing:
-        lm.activation_checkpointing_enable()
+    lm, control_ids = make_lm(model, objective, tokenizer, config, seed)
+    rows = make_rows(tokens, objective, config, seed, control_ids)
     compiled = pick_compile(config, num_parameters(lm)) and can_compile()
-    if config.attention != "auto":
-        set_attention(lm, config.attention)
     wrapper = PHFModel(
         lm,
         objective,
@@ -319,57 +269,15 @@ def train(
     params = num_parameters(lm)
 
     if rank == 0:
-        mark = store.read_json(out / ".started.json") if (out / ".started.json").exists() else None
-        if mark is not None and mark["stage"] == "train" and mark["key"] != key:
-            set_aside(out)
-        store.begin(out, "train", key)
-        store.write_text(out / "config.yaml", dump_yaml(resolved))
-        for folder in (out / "checkpoints").glob("checkpoint-*"):
-            if not (folder / COMPLETE).exists():
-                shutil.rmtree(folder)
-    save_steps = (
-        config.steps
-        if config.save_every is None
-        else max(round(config.save_every / (config.batch_rows * config.context)), 1)
-    )
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=config.steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=config.lr,
-        lr_scheduler_type={
-            "linear": "linear",
-            "cosine": "cosine",
-            "constant": "constant_with_warmup",
-            "wsd": "warmup_stable_decay",
-        }[config.schedule],
-        lr_scheduler_kwargs={"num_decay_steps": config.decay_steps} if config.schedule == "wsd" else {},
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        max_grad_norm=config.clip,
-        optim="adamw_torch_fused",
-        logging_steps=min(config.log_every, config.steps),
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=save_steps,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        label_names=[],
-        dataloader_num_workers=config.workers if config.workers is not None else int(torch.cuda.is_available()),
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        # others wait for the one that judges, or that writes a model too large for one device
-        ddp_timeout=7 * 86_400 if callbacks else 4 * 3600 if config.shard else 1800,
-        report_to=list(config.report_to) or "none",
-    )
-    if arguments.n_gpu > 1:
-        print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
-        arguments._n_gpu = 1
+        described = {
+            "model": to_plain(model),
+            "objective": to_plain(objective),
+            "train": to_plain(config),
+            "seed": seed,
+            "tokens": str(tokens_dir),
+        }
+        begin_run(out, key, described)
+    arguments = trainer_arguments(config, out / "checkpoints", micro, accumulate, seed, judged=bool(callbacks))
     resume = checkpoint_of_all(out / "checkpoints", arguments.device)
     if config.shard:
         if resume is not None:
@@ -380,7 +288,7 @@ def train(
     record = Record(
         out / "metrics.jsonl",
         config.steps,
-        config.batch_rows * config.context,
+        config.step_tokens,
         params,
         peak_flops(wrapper.autocast_dtype, world) if rank == 0 else None,
         rank == 0,
@@ -397,7 +305,7 @@ def train(
         tokenizer,
         config.keep,
         config.milestone_steps,
-        lambda step: tokens_before + step * config.batch_rows * config.context,
+        lambda step: tokens_before + step * config.step_tokens,
         args=arguments,
         callbacks=[*callbacks, Resume(record)],
     )
@@ -449,6 +357,140 @@ def train(
         threads=torch.get_num_threads(),
         precision="bf16" if wrapper.autocast_dtype is not None else "fp32",
     )
+
+
+def run_key(
+    tokens: TokenStore,
+    model: FromConfig | FromWeights,
+    objective: Objective,
+    config: TrainConfig,
+    seed: int,
+    value_head: Path | None,
+) -> str:
+    """What decides the bytes of a run, wherever its weights and its data lie."""
+    start = weights_mark(model.path) if isinstance(model, FromWeights) else None
+    decides = {
+        "model": {k: v for k, v in to_plain(model).items() if start is None or k != "path"},
+        "objective": to_plain(objective),
+        "train": {k: v for k, v in to_plain(config).items() if k not in FREE},
+        "seed": seed,
+    }
+    head = value_head and store.file_hash(value_head)
+    return store.fingerprint([decides, tokens.manifest["content"], start, head, _code_of(objective), "train/3"])
+
+
+def check_surroundings(config: TrainConfig, judged: bool) -> None:
+    """Raise ConfigError for a tracker that is not there, and for a way of starting that `config` cannot be run in."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    known = get_available_reporting_integrations()
+    for tracker in config.report_to:
+        if tracker not in known:
+            raise ConfigError(
+                f"train.report_to: {tracker!r} is not installed or not known here{did_you_mean(tracker, known)}"
+            )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ConfigError(
+            "accelerate asks for its FSDP; ask accelerate launch for plain data-parallel training (--multi_gpu), or use torchrun, and set "
+            "train.shard=true: phf shards, saves and resumes by itself (docs/scaling.md)"
+        )
+    if config.shard and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "train.shard divides a model over processes: start this command with torchrun (docs/scaling.md)"
+        )
+    if config.shard and judged:
+        raise ConfigError(
+            "train.shard: judging while training needs the whole model on one process; leave during out and judge the "
+            "checkpoints (train.milestones) with phf eval"
+        )
+
+
+def make_lm(
+    model: FromConfig | FromWeights, objective: Objective, tokenizer: Any, config: TrainConfig, seed: int
+) -> tuple[Any, list[int]]:
+    """The LM with the objective's control tokens, which `tokenizer` is given too (in place), and their ids."""
+    lm = build_lm(model, tokenizer, seed, config.context)
+    trained = trained_control_tokens(model.path) if isinstance(model, FromWeights) else {}
+    control_ids = add_control_embeddings(lm, tokenizer, objective.control_tokens, seed, trained)
+    lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    if config.gradient_checkpointing:
+        lm.activation_checkpointing_enable()
+    if config.attention != "auto":
+        set_attention(lm, config.attention)
+    return lm, control_ids
+
+
+def make_rows(tokens: TokenStore, objective: Objective, config: TrainConfig, seed: int, control_ids: list[int]) -> Rows:
+    """The rows that an objective makes of a token store; where they lie is kept beside it for the next run."""
+    edit = objective.edit(tokens.table, seed)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (edit.keep_D, edit.control_S):
+        digest.update(b"-" if part is None else part.tobytes())
+    index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest['content'], digest.hexdigest()])}.npy"
+    return Rows(tokens, edit, config.context, control_ids, index_file=index)
+
+
+def begin_run(out: Path, key: str, described: dict[str, Any]) -> None:
+    """Mark a run's folder as begun. What other settings made there is set aside; half-written checkpoints are removed."""
+    mark = store.read_json(out / ".started.json") if (out / ".started.json").exists() else None
+    if mark is not None and mark["stage"] == "train" and mark["key"] != key:
+        set_aside(out)
+    store.begin(out, "train", key)
+    store.write_text(out / "config.yaml", dump_yaml(described))
+    for folder in (out / "checkpoints").glob("checkpoint-*"):
+        if not (folder / COMPLETE).exists():
+            shutil.rmtree(folder)
+
+
+SCHEDULERS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
+"""transformers' names."""
+
+
+def trainer_arguments(
+    config: TrainConfig, folder: Path, micro: int, accumulate: int, seed: int, judged: bool
+) -> TrainingArguments:
+    """The Trainer's settings. `judged`: whether one process judges the model while the others wait."""
+    save_steps = config.steps if config.save_every is None else max(round(config.save_every / config.step_tokens), 1)
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=config.lr,
+        lr_scheduler_type=SCHEDULERS[config.schedule],
+        lr_scheduler_kwargs={"num_decay_steps": config.decay_steps} if config.schedule == "wsd" else {},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.clip,
+        optim="adamw_torch_fused",
+        logging_steps=min(config.log_every, config.steps),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        seed=seed,
+        use_cpu=not on_gpu,
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_num_workers=config.workers if config.workers is not None else int(on_gpu),
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        # others wait for the one that judges, or that writes a model too large for one device
+        ddp_timeout=7 * 86_400 if judged else 4 * 3600 if config.shard else 1800,
+        report_to=list(config.report_to) or "none",
+    )
+    if arguments.n_gpu > 1:
+        print("note: one GPU is used; for all of them start this command with torchrun", file=sys.stderr)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _code_of(objective: Objective) -> str:
