@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import TINY_LLAMA
+from phf import store
 from phf.config import ConfigError, to_plain
 from phf.model import FromConfig, build_lm
 from phf.objectives import AWR, MLE, Conditional, Masking
@@ -30,21 +31,30 @@ LAUNCH = [
     "--rdzv-endpoint",
     "localhost:0",
 ]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+"""accelerate launch does not start several processes on CPUs unless the variable says so."""
 
 
 def lines(run, file="metrics.jsonl"):
     return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
-def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, tmp_path):
+@pytest.mark.parametrize(
+    "objective, launch", [("masking", LAUNCH), ("awr", ACCELERATE)], ids=["torchrun", "accelerate"]
+)
+def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_path, objective, launch):
     """The same rows in each step, sums in another order: float32 losses agree to 1e-4 over 40 steps."""
     (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
     settings = [
-        "objective.name=masking",
+        f"objective.name={objective}",
         "train.tokens=20480",
         "train.context=32",
         "train.batch_rows=16",
+        "train.micro_rows=4",
         "train.lr=1e-2",
         "train.precision=fp32",
         "train.log_every=1",
@@ -52,7 +62,7 @@ def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, t
         "during.scenarios.plain.num_samples=4",
         "during.scenarios.plain.max_tokens=12",
     ]
-    for name, launcher in (("one", [sys.executable]), ("two", LAUNCH)):
+    for name, launcher in (("one", [sys.executable]), ("two", launch)):
         command = [
             *launcher,
             "-m",
@@ -69,6 +79,11 @@ def test_the_command_under_torchrun_gives_the_curve_of_one_process(tokens_dir, t
     assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
     assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
     assert [x["grad_norm"] for x in two] == pytest.approx([x["grad_norm"] for x in one], rel=1e-2)
+    reduced = {"bad_gradient_share", "effective_sample_share", "weight_mean", "value_correlation", "value_loss"}
+    for name in reduced & set(one[0]):
+        assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=1e-3, abs=1e-4), name
+    assert objective != "awr" or reduced <= set(one[-1])
+    assert store.read_json(tmp_path / "two" / "environment.json")["processes"] == 2
     one, two = lines(tmp_path / "one", "during.jsonl"), lines(tmp_path / "two", "during.jsonl")  # one process judges
     assert [x["tokens"] for x in two] == [x["tokens"] for x in one] == [10240, 20480]
     assert [x["heldout"]["all"] for x in two] == pytest.approx([x["heldout"]["all"] for x in one], rel=1e-3)

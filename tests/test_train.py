@@ -22,6 +22,7 @@ from phf.config import ConfigError
 from phf.device import pick_precision
 from phf.model import FromConfig, FromWeights, build_lm, set_attention
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
+from phf.tokens import TrainBPE, tokenize_corpus
 from phf.train import TrainConfig, micro_batch, pick_compile, train
 from phf.trainer import COMPLETE, PHFTrainer, TrainingError, chinchilla_loss, complete_checkpoints
 
@@ -143,13 +144,18 @@ def test_a_run_goes_on_under_settings_that_decide_nothing(tokens_dir, tmp_path):
     assert store.read_json(tmp_path / "r" / "manifest.json")["train"]["micro_rows"] == 4
 
 
-def test_done_is_not_done_again_and_other_settings_set_the_run_aside(tokens_dir, tmp_path):
+def test_done_is_not_done_again_and_other_settings_set_the_run_aside(tokens_dir, tmp_path, capsys):
     first = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3))
     stamp = (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns
     assert train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3)) == first
     assert (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
-    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(4))
+    assert capsys.readouterr().err == ""
+    train(tokens_dir, tmp_path / "r", MODEL, Unlikelihood(), config(4, keep=7), seed=1)
     assert (tmp_path / "r.old-1" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+    said = capsys.readouterr().err
+    assert "training anew, since objective." in said
+    assert "train.tokens, seed changed; what was there is now" in said
+    assert "keep" not in said
 
 
 def test_half_written_checkpoints_do_not_exist(tokens_dir, tmp_path):
@@ -344,17 +350,26 @@ def test_precision_is_never_half():
     assert pick_precision("auto") in (None, torch.bfloat16)
 
 
-def test_another_store_is_not_the_runs(tokens_dir, trained):
-    run, manifest = trained["mle"]
-    assert store.read_manifest(run, "train") == store.jsonable(manifest)
+def test_another_store_is_another_run(tokens_dir, tmp_path, capsys):
+    first = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(3))
+    tokenize_corpus(tokens_dir.parent / "scored", TrainBPE(280), tmp_path / "tokens", heldout=0.1)
+    second = train(tmp_path / "tokens", tmp_path / "r", MODEL, MLE(), config(3))
+    assert second["tokens_content"] != first["tokens_content"]
+    assert store.read_manifest(tmp_path / "r.old-1", "train") == store.jsonable(first)
+    assert "training anew, since the data, the weights or the code changed" in capsys.readouterr().err
 
 
 def test_milestones_are_kept_for_good(tokens_dir, tmp_path):
     train(
-        tokens_dir, tmp_path / "r", MODEL, MLE(), config(save_every=5 * STEP, keep=1, milestones=(3 * STEP, 9.6 * STEP))
+        tokens_dir,
+        tmp_path / "r",
+        MODEL,
+        MLE(),
+        config(save_every=0.25, keep=1, milestones=(3 * STEP, 0.3, 9.6 * STEP)),
     )
     assert [p.name for p in complete_checkpoints(tmp_path / "r" / "checkpoints")] == [
         "checkpoint-3",
+        "checkpoint-6",
         "checkpoint-10",
         "checkpoint-20",
     ]
@@ -383,9 +398,10 @@ def test_going_on_under_other_conditions_is_said(tokens_dir, tmp_path, capsys):
     train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(), stop_after=10)
     assert "warning" not in capsys.readouterr().err
     recorded = store.read_json(tmp_path / "r" / "environment.json")
-    store.write_json(tmp_path / "r" / "environment.json", recorded | {"threads": 99})
-    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config())
-    assert "threads was 99" in capsys.readouterr().err
+    store.write_json(tmp_path / "r" / "environment.json", recorded | {"threads": 99, "precision": "bf16"})
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(micro_rows=4))
+    said = capsys.readouterr().err
+    assert all(x in said for x in ("threads was 99", "precision was bf16, is fp32", "micro_rows was 16, is 4"))
 
 
 def test_without_a_compiler_training_goes_on_uncompiled(tokens_dir, tmp_path, monkeypatch, capsys):

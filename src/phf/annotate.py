@@ -34,6 +34,7 @@ from tqdm import tqdm
 from phf import store
 from phf.config import ConfigError, did_you_mean, to_plain
 from phf.corpus import AnyCorpus, Corpus, rows_of
+from phf.device import num_cpus
 from phf.scorers import AnyScorer, Scorer
 from phf.segment import AnySegmenter, Given, Segmenter
 from phf.types import Rejected, ScoredDocument
@@ -192,9 +193,8 @@ def _run(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
         yield from map(score_shard, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin_worker, initargs=(max(1, cores // workers),)
+        workers, context, initializer=_begin_worker, initargs=(max(1, num_cpus() // workers),)
     ) as pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(score_shard, job) for job in jobs]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import Any
 
@@ -57,6 +58,11 @@ def tune_allocator() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def num_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 PEAK_FLOPS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
@@ -69,7 +75,8 @@ def peak_flops(dtype: Any, processes: int = 1) -> float | None:
     """Operations a second that the hardware of `processes` processes can do at most; None where it is not known.
 
     For a GPU from its data sheet. For a CPU measured here and now on products of matrices (`dtype` None: float32), in a
-    third of a second; processes on one machine share it.
+    third of a second, with the threads of this process; the processes of a machine have as much each while there are
+    cores for them.
     """
     import time
 
@@ -85,4 +92,5 @@ def peak_flops(dtype: Any, processes: int = 1) -> float | None:
     while (begin := time.perf_counter()) - start < 0.3:
         a @ b
         best = max(best, 2 * size**3 / (time.perf_counter() - begin))
-    return best
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return best * processes / here * min(here, max(num_cpus() / torch.get_num_threads(), 1))

@@ -432,6 +432,21 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
         lm.train(training)
 
 
+def flops_per_token(lm: Any, context: int) -> float:
+    """Operations that training takes for a token, forward and backward: 6 for each parameter that is multiplied and
+    12 x layers x heads x width of a head x context for attention (Chowdhery et al. 2022, PaLM, appendix B; positions that a
+    causal mask leaves out are counted, as there). Tables that are only looked up are left out; of a mixture of experts,
+    all are counted."""
+    output = lm.get_output_embeddings().weight
+    tables = {id(m.weight): m.weight.numel() for m in lm.modules() if isinstance(m, nn.Embedding)}
+    tables.pop(id(output), None)
+    config = lm.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    multiplied = num_parameters(lm) - sum(tables.values())
+    return float(6 * multiplied + 12 * config.num_hidden_layers * heads * width * context)
+
+
 def num_parameters(lm: Any, embeddings: bool = True) -> int:
     """Distinct parameters; without `embeddings`, those of the input and output embeddings are left out."""
     total = int(sum(p.numel() for p in lm.parameters()))

@@ -32,7 +32,7 @@ from pydantic.dataclasses import dataclass
 from transformers import TrainerCallback, TrainingArguments
 
 from phf import store
-from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, to_plain
+from phf.config import STRICT, ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.device import peak_flops, pick_device, pick_precision, tune_allocator
 from phf.fused import check_objective
 from phf.model import (
@@ -42,6 +42,7 @@ from phf.model import (
     PHFModel,
     add_control_embeddings,
     build_lm,
+    flops_per_token,
     load_lm_weights,
     num_parameters,
     set_attention,
@@ -99,14 +100,15 @@ class TrainConfig:
     """auto: torch's fused attention (transformers' "sdpa") without a mask and, in bfloat16 on a CPU, our own in blocks
     (`phf.attention`), where the model knows "sdpa"; else transformers' choice for the model."""
     save_every: Annotated[float, Field(gt=0)] | None = None
-    """Tokens between checkpoints; None: only at the end."""
+    """Tokens between checkpoints or, up to 1, their share of the budget; None: only at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
     """Checkpoints kept, the newest."""
     skip_tokens: Annotated[float, Field(ge=0)] = 0
     """Targets at the start of the order of the data that are left out: when finetuning, those that the weights have seen. The
     order is that of this run's own rows, so it goes on exactly where both objectives make the same rows."""
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Tokens at which a checkpoint is made and kept for good."""
+    """Tokens at which a checkpoint is made and kept for good, or, up to 1, shares of the budget; what lies behind the
+    budget is its end."""
     shard: bool = False
     """Divide weights, gradients and optimizer state over the processes (FSDP2), for models that are too large for one
     device's memory; under torchrun or accelerate launch."""
@@ -149,7 +151,11 @@ class TrainConfig:
 
     @property
     def milestone_steps(self) -> set[int]:
-        return {min(max(round(m / self.step_tokens), 1), self.steps) for m in self.milestones}
+        return {min(max(self._steps_of(m), 1), self.steps) for m in self.milestones}
+
+    @property
+    def save_steps(self) -> int:
+        return self.steps if self.save_every is None else max(self._steps_of(self.save_every), 1)
 
     @property
     def total_tokens(self) -> int:
@@ -290,6 +296,7 @@ def train(
         config.steps,
         config.step_tokens,
         params,
+        flops_per_token(lm, config.context),
         peak_flops(wrapper.autocast_dtype, world) if rank == 0 else None,
         rank == 0,
         tokens_before,
@@ -306,6 +313,7 @@ def train(
         config.keep,
         config.milestone_steps,
         lambda step: tokens_before + step * config.step_tokens,
+        record,
         args=arguments,
         callbacks=[*callbacks, Resume(record)],
     )
@@ -317,9 +325,10 @@ def train(
     if stop_after is not None:
         trainer.add_callback(StopAfter(stop_after))
     if rank == 0:
-        check_environment(out / "environment.json", resume is not None, compiled)
+        check_environment(out / "environment.json", resume is not None, compiled, wrapper.autocast_dtype, micro)
     if resume is not None:
         sampler.start = store.read_json(resume / COMPLETE)["step"]
+        trainer.go_on_from(resume)
     if sampler.start < config.steps:
         with deterministic():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -355,8 +364,12 @@ def train(
         },
         seconds=training_seconds(read_metrics(out / "metrics.jsonl")),
         threads=torch.get_num_threads(),
-        precision="bf16" if wrapper.autocast_dtype is not None else "fp32",
+        precision=_name_of(wrapper.autocast_dtype),
     )
+
+
+def _name_of(precision: torch.dtype | None) -> str:
+    return "fp32" if precision is None else "bf16"
 
 
 def run_key(
@@ -434,7 +447,12 @@ def begin_run(out: Path, key: str, described: dict[str, Any]) -> None:
     """Mark a run's folder as begun. What other settings made there is set aside; half-written checkpoints are removed."""
     mark = store.read_json(out / ".started.json") if (out / ".started.json").exists() else None
     if mark is not None and mark["stage"] == "train" and mark["key"] != key:
-        set_aside(out)
+        before = read_yaml(out / "config.yaml") if (out / "config.yaml").exists() else {}
+        changed = changed_settings(before, described) or ["the data, the weights or the code"]
+        print(
+            f"note: training anew, since {', '.join(changed)} changed; what was there is now {set_aside(out)}",
+            file=sys.stderr,
+        )
     store.begin(out, "train", key)
     store.write_text(out / "config.yaml", dump_yaml(described))
     for folder in (out / "checkpoints").glob("checkpoint-*"):
@@ -455,7 +473,6 @@ def trainer_arguments(
     config: TrainConfig, folder: Path, micro: int, accumulate: int, seed: int, judged: bool
 ) -> TrainingArguments:
     """The Trainer's settings. `judged`: whether one process judges the model while the others wait."""
-    save_steps = config.steps if config.save_every is None else max(round(config.save_every / config.step_tokens), 1)
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -474,7 +491,7 @@ def trainer_arguments(
         logging_steps=min(config.log_every, config.steps),
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=save_steps,
+        save_steps=config.save_steps,
         seed=seed,
         use_cpu=not on_gpu,
         ignore_data_skip=True,
@@ -504,17 +521,24 @@ def _code_of(objective: Objective) -> str:
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def check_environment(path: Path, resuming: bool, compiled: bool) -> None:
+def check_environment(
+    path: Path, resuming: bool, compiled: bool, precision: torch.dtype | None, micro_rows: int
+) -> None:
     """Record what the run's bytes depend on; warn where a run goes on under something else."""
     now = {
         "versions": store.versions(),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else torch.backends.cpu.get_cpu_capability(),
+        "precision": _name_of(precision),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "micro_rows": micro_rows,
         "compiled": compiled,
     }
     before = store.read_json(path) if resuming and path.exists() else now
-    differs = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+    differs = [f"{k} was {before[k]}, is {v}" for k, v in now.items() if before.get(k, v) != v]
     if differs:
         print(
             f"warning: going on under other conditions, so not to the same bytes: {'; '.join(differs)}", file=sys.stderr
@@ -547,6 +571,18 @@ def text_tokens(rows: Rows, targets: int) -> int:
     kept = lengths > 0
     text = np.diff(rows.tokens.seg_ends, prepend=0)[kept].sum()
     return round(targets * float(text) / max(rows.num_tokens, 1))
+
+
+def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
+    """Names of the settings that differ and that a run's bytes depend on."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            name
+            for key in {**before, **now}
+            for name in changed_settings(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    decides = path != "tokens" and path.removeprefix("train.") not in FREE
+    return [path] if before != now and decides else []
 
 
 def set_aside(folder: Path) -> Path:

@@ -86,9 +86,11 @@ class PHFTrainer(Trainer):
         keep: int,
         milestones: set[int],
         seen: Callable[[int], int],
+        record: Record,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=rows, **kwargs)
+        self.record = record
         self.wrapper, self.rows, self.sampler, self.text_tokenizer, self.keep = model, rows, sampler, tokenizer, keep
         self.folder, self.milestones, self.seen = Path(kwargs["args"].output_dir), milestones, seen
         self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
@@ -108,7 +110,8 @@ class PHFTrainer(Trainer):
             self.rows,
             batch_sampler=self.sampler,
             collate_fn=_identity,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=(workers := self.args.dataloader_num_workers),
+            prefetch_factor=max(2, self.args.gradient_accumulation_steps) if workers else None,  # a step takes so many
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would draw from the global stream, once more after a resume
         )
@@ -134,7 +137,8 @@ class PHFTrainer(Trainer):
     ) -> Any:
         # DDP averages gradients over processes, and the denominator is that of all of them
         out = model(**inputs, denominator=num_items_in_batch / self.args.world_size)
-        for name, value in out["metrics"].items():
+        sums = out["metrics"] | {"loss": out["loss"].detach().double() / self.args.world_size}
+        for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
         self.losses.append(out["loss"].detach())
         return out["loss"]
@@ -157,16 +161,25 @@ class PHFTrainer(Trainer):
                 "not updated. Lower train.lr, look at the scores with extreme values, or use train.precision=fp32"
             )
 
-    def take_sums(self) -> dict[str, float]:
-        """Metric sums since the last call, over all processes."""
+    def sums_of_all(self) -> dict[str, float]:
+        """Metric sums since the last line of metrics, over all processes."""
         names = sorted(self.sums)
         if not names:
             return {}
         values = torch.stack([self.sums[n] for n in names])
         if self.args.world_size > 1:
             values = self.accelerator.reduce(values, "sum")
-        self.sums = {}
         return dict(zip(names, values.tolist(), strict=True))
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take up the metrics where a checkpoint left them, so that the next line is that of a run that did not stop."""
+        since = store.read_json(checkpoint / COMPLETE).get("since_line", {"steps": 0, "seconds": 0.0, "sums": {}})
+        first = self.args.process_index == 0  # sums are of all processes already
+        self.sums = {
+            name: torch.tensor(value if first else 0.0, dtype=torch.float64, device=self.args.device)
+            for name, value in since["sums"].items()
+        }
+        self.record.steps_before, self.record.seconds = since["steps"], since["seconds"]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -202,12 +215,16 @@ class PHFTrainer(Trainer):
         return optimizer.optimizer, self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        folder, step = self.folder / f"checkpoint-{self.state.global_step}", self.state.global_step
+        since = {
+            "steps": step - self.record.last_step,
+            "seconds": self.record.seconds,
+            "sums": self.sums_of_all(),
+        }
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            step = self.state.global_step
-            store.write_json(folder / COMPLETE, {"step": step, "tokens": self.seen(step)})
+            store.write_json(folder / COMPLETE, {"step": step, "tokens": self.seen(step), "since_line": since})
             passing = [c for c in complete_checkpoints(self.folder) if _step_of(c) not in self.milestones]
             for old in passing[: -self.keep]:
                 (old / COMPLETE).unlink()
@@ -289,14 +306,15 @@ class Record(TrainerCallback):
     """metrics.jsonl, what trackers see, and the progress bar. Stands before all other callbacks."""
 
     def __init__(
-        self, path: Path, steps: int, step_tokens: int, params: int, peak_flops: float | None, writer: bool, tokens_before: int
+        self, path: Path, steps: int, step_tokens: int, params: int, token_flops: float, peak_flops: float | None,
+        writer: bool, tokens_before: int,
     ) -> None:  # fmt: skip
         self.path, self.steps, self.step_tokens, self.params, self.writer = path, steps, step_tokens, params, writer
-        self.peak_flops, self.tokens_before = peak_flops, tokens_before
+        self.token_flops, self.peak_flops, self.tokens_before = token_flops, peak_flops, tokens_before
         self.trainer: PHFTrainer | None = None
         self.bar: Any = None
-        self.last_step = 0
-        self.seconds = 0.0  # in training steps, since the last line: what other callbacks do does not count
+        self.last_step = self.steps_before = 0
+        self.seconds = 0.0  # in training steps, since the last line: judging and saving do not count
         self.resumed_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -304,7 +322,9 @@ class Record(TrainerCallback):
             keep_lines(self.path, state.global_step)
             self.bar = tqdm(total=self.steps * self.step_tokens, initial=state.global_step * self.step_tokens, desc="training", unit="tok",
                             unit_scale=True, disable=None, file=sys.stderr)  # fmt: skip
-        self.last_step, self.seconds = state.global_step, 0.0
+        # a checkpoint brings those of the run that made it
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+        self.last_step = state.global_step - self.steps_before
         self.resume()
 
     def resume(self) -> None:
@@ -315,6 +335,7 @@ class Record(TrainerCallback):
         self.seconds += time.perf_counter() - self.resumed_at
         self.resume()
         state.epoch = state.global_step / self.steps  # the Trainer's own count starts anew after a resume
+        control.should_log |= state.global_step == self.steps
         if self.bar is not None:
             self.bar.update(self.step_tokens)
 
@@ -322,14 +343,14 @@ class Record(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         assert self.trainer is not None
-        sums = self.trainer.take_sums()
+        sums, self.trainer.sums = self.trainer.sums_of_all(), {}
         step = state.global_step
         seconds, steps = self.seconds, step - self.last_step
         self.last_step, self.seconds = step, 0.0
         line: dict[str, Any] = {
             "step": step,
             "tokens": step * self.step_tokens,
-            "loss": logs["loss"],
+            "loss": sums.pop("loss") / steps,
             "lr": logs["learning_rate"],
         }
         line["grad_norm"] = float(logs["grad_norm"]) if "grad_norm" in logs else None
@@ -345,12 +366,12 @@ class Record(TrainerCallback):
             line["effective_sample_share"] = weight**2 / (counted * weight_sq)
         line |= {name: value / counted for name, value in sums.items() if counted}
         line["expected_loss"] = chinchilla_loss(self.params, max(self.tokens_before + line["tokens"], 1))
-        flops = 6 * self.params * steps * self.step_tokens / seconds if seconds > 0 else None
+        flops = self.token_flops * steps * self.step_tokens / seconds if seconds > 0 else None
         line["model_tflops"] = flops / 1e12 if flops is not None else None
         line["mfu"] = flops / self.peak_flops if flops is not None and self.peak_flops else None
         line["tokens_per_s"] = steps * self.step_tokens / seconds if seconds > 0 else None
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
         # for the trackers, which come behind
         logs.update({k: v for k, v in line.items() if isinstance(v, int | float)})
         if self.writer:
@@ -362,12 +383,15 @@ class Record(TrainerCallback):
 
 
 class Resume(TrainerCallback):
-    """Stands behind all other callbacks and tells the record that they are done."""
+    """Stands behind all other callbacks and tells the record that they, or a checkpoint, are done."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.record.resume()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.record.resume()
 
 
@@ -378,7 +402,7 @@ def _correlation(sums: dict[str, float], count: float) -> dict[str, float]:
         return {}
     v, vv, r, rr, vr = (sums.pop(n) / count for n in names)
     spread = (vv - v * v) * (rr - r * r)
-    return {"value_correlation": (vr - v * r) / math.sqrt(spread)} if spread > 0 else {}
+    return {"value_correlation": max(-1.0, min((vr - v * r) / math.sqrt(spread), 1.0))} if spread > 0 else {}
 
 
 def chinchilla_loss(params: int, tokens: int) -> float:
