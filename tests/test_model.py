@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from phf import store
 from phf.config import ConfigError
 from phf.fused import LogitShape, log_probabilities
 from phf.model import (
+    COMPLETE,
     FromConfig,
     FromWeights,
     PHFModel,
@@ -16,6 +19,7 @@ from phf.model import (
     build_lm,
     logit_shape,
     num_parameters,
+    save_lm,
 )
 from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
 from phf.sample import LoadedModel
@@ -126,8 +130,9 @@ def test_dropout_is_off_unless_asked(tokenizer):
     "config, message",
     [
         ({"hidden_size": 8}, "needs model_type"),
-        ({**TINY_LLAMA, "hiden_size": 8}, "does not know hiden_size"),
-        ({"model_type": "lama"}, "lama"),
+        ({**TINY_LLAMA, "hiden_size": 8}, r"does not know hiden_size \(did you mean 'hidden_size'\?\)"),
+        ({"model_type": "lama"}, r"'lama' is none of transformers' types \(did you mean 'llama'\?\)$"),
+        ({"model_type": "zzzzzz"}, "'zzzzzz' is none of transformers' types$"),
         ({**TINY_LLAMA, "initializer_range": 5.0}, "initializer_range"),
         ({**TINY_LLAMA, "max_position_embeddings": 16}, "context is 32 but the model holds 16"),
     ],
@@ -135,6 +140,31 @@ def test_dropout_is_off_unless_asked(tokenizer):
 def test_wrong_model_settings_are_errors(tokenizer, config, message):
     with pytest.raises(ConfigError, match=message):
         build_lm(FromConfig(config), tokenizer, seed=0, context=32)
+
+
+def test_weights_may_be_given_another_config(tokenizer, tmp_path):
+    save_lm(build_lm(FromConfig({**GPT2, "resid_pdrop": 0.1}), tokenizer, seed=0), tmp_path)
+    kept, off = (build_lm(FromWeights(str(tmp_path), config=c), tokenizer, seed=0) for c in ({}, {"resid_pdrop": 0}))
+    assert (kept.config.resid_pdrop, off.config.resid_pdrop) == (0.1, 0)
+    assert off.transformer.h[0].mlp.dropout.p == 0
+    torch.testing.assert_close(off.state_dict(), kept.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"does not know resid_drop \(did you mean 'resid_pdrop'"):
+        build_lm(FromWeights(str(tmp_path), config={"resid_drop": 0}), tokenizer, seed=0)
+
+
+def test_weights_that_are_not_there_are_errors_at_once(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "runs" / "half" / "checkpoints" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / COMPLETE).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    for path, message in (
+        ("runs/half", "no config.json.*a run that is not finished; its newest checkpoint is checkpoints/checkpoint-20"),
+        ("runs/helf", "model runs/helf: no such folder"),  # not looked for on the Hub
+        (str(tmp_path), "Unrecognized model"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_lm(FromWeights(path), tokenizer, seed=0)
 
 
 SHAPED = {
@@ -333,7 +363,8 @@ def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
         "<|bad|>": first.control_ids["bad"],
     }
     export(tmp_path / "first", tmp_path / "release")
-    for start in ("first", "release"):
+    shutil.copytree(tmp_path / "first" / "model", tmp_path / "copied")
+    for start in ("first", "release", "copied"):
         still = TrainConfig(tokens=512, context=32, batch_rows=16, lr=1e-30, precision="fp32", weight_decay=0)
         train(tokens_dir, tmp_path / f"from-{start}", FromWeights(str(tmp_path / start)), Conditional(), still)
         then = load_model(tmp_path / f"from-{start}")

@@ -143,12 +143,12 @@ def _unwrap(type_: Any) -> list[Any]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' where a known word is near, else the list of what is known."""
+    """' (did you mean X?)' where a known word is near, else the list of what is known, if it is short."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1)
     if near:
         return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(known)})" if known else ""
+    return f" (known: {', '.join(known)})" if 0 < len(known) <= 30 else ""
 
 
 def validate(value: Any, type_: type[T] | Any, where: str = "recipe") -> T:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from phf import attention, store
-from phf.config import STRICT, ConfigError
+from phf.config import STRICT, ConfigError, did_you_mean
 from phf.fused import LogitShape, fused_loss
 from phf.objectives import Objective
 
@@ -23,7 +23,8 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 COMPLETE = "complete.json"
 """Marks a whole checkpoint: its step and the target tokens seen."""
 MODEL_CARD = "phf.json"
-"""Beside a model's weights: its objective and what its control tokens mean ({"good": name, "bad": name} or nothing)."""
+"""Beside a model's weights: its objective, what its control tokens mean ({"good": name, "bad": name} or nothing), how texts
+were cut, and the target tokens that it has seen."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -37,11 +38,15 @@ class FromConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class FromWeights:
-    """A model from a run of phf, a local folder or the Hub, for finetuning. Code from the Hub is never run."""
+    """A model from a run of phf, a local folder or the Hub, for finetuning. Code from the Hub is never run.
+
+    `config`: what shall differ from the model's own config, `{resid_pdrop: 0}` for example: dropout that it asks for stays.
+    """
 
     path: str
     name: Literal["from_weights"] = "from_weights"
     revision: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
 
 
 AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
@@ -49,8 +54,80 @@ AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
 
 def model_folder(path: str | Path) -> str:
     """Where the weights are: a run's folder stands for its final model; anything else for itself (a Hub name too)."""
-    final = Path(path) / "model"
-    return str(final) if (final / "config.json").exists() else str(path)
+    folder = Path(path).expanduser()
+    final = folder / "model"
+    return str(final if (final / "config.json").exists() else folder)
+
+
+def pretrained_config(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
+    """The config of the model in a folder (a run's stands for its final model) or on the Hub, with `changes` laid on it.
+
+    Raises ConfigError where there is no model, or where its config does not know a name.
+    """
+    from transformers import AutoConfig
+
+    source = Path(model_folder(path))
+    below_here = source.parent != Path() and source.parent.is_dir()
+    if not source.exists() and (below_here or str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
+        raise ConfigError(f"model {path}: no such folder, and not taken for a name on the Hub (owner/name)")
+    if source.exists() and not (source / "config.json").exists():
+        steps = [int(c.parent.name.split("-")[1]) for c in source.glob(f"checkpoints/checkpoint-*/{COMPLETE}")]
+        hint = (
+            f": a run that is not finished; its newest checkpoint is checkpoints/checkpoint-{max(steps)}"
+            if steps
+            else ""
+        )
+        raise ConfigError(f"model {path}: no model there (no config.json){hint}")
+    try:
+        config = AutoConfig.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError) as error:
+        missing = "" if source.exists() else "no such folder, and it is not to be had from the Hub: "
+        raise ConfigError(f"model {path}: {missing}{error}") from None
+    for name, value in (changes or {}).items():
+        if not hasattr(config, name):
+            raise ConfigError(
+                f"model.config: {config.model_type} does not know {name}{did_you_mean(name, config.to_dict())}"
+            )
+        setattr(config, name, value)
+    return config
+
+
+def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
+    """The LM there, in float32; errors as `pretrained_config`."""
+    from transformers import AutoModelForCausalLM
+
+    config = pretrained_config(path, revision, changes)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder(path), revision=revision, config=config, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model {path}: {error}") from None
+
+
+def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
+    """The config of a model from scratch: `settings` with their `model_type`, and `more` laid on them. Raises ConfigError for
+    what the model class does not know."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = settings.get("model_type")
+    if kind is None:
+        raise ConfigError("model.config needs model_type, for example llama or gpt2")
+    if kind not in CONFIG_MAPPING:
+        near = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise ConfigError(f"model.config.model_type: {kind!r} is none of transformers' types{near}")
+    settings = {name: value for name, value in settings.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(kind, **settings | more)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {error}") from None
+    known = set(AutoConfig.for_model(kind).to_dict()) | set(config.attribute_map)
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError(
+            f"model.config: {kind} does not know {', '.join(n + did_you_mean(n, known) for n in unknown)}"
+        )
+    return config
 
 
 def model_mark(model: str, revision: str | None = None) -> str:
@@ -70,7 +147,10 @@ def model_mark(model: str, revision: str | None = None) -> str:
 def tokens_seen(path: str | Path) -> int:
     """Target tokens that the run which made these weights (or this checkpoint) has seen, its own start included; 0 if no
     run of phf did."""
-    if (Path(path) / COMPLETE).exists():
+    card = Path(model_folder(path)) / MODEL_CARD
+    if card.exists() and (tokens := store.read_json(card).get("tokens")) is not None:
+        return int(tokens)
+    if (Path(path) / COMPLETE).exists():  # of before the card said it
         return int(store.read_json(Path(path) / COMPLETE).get("tokens", 0))
     for folder in (Path(path), Path(path).parent):
         if (folder / store.MANIFEST).exists():
@@ -85,33 +165,21 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, contex
 
     Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if isinstance(config, FromWeights):
-        lm: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(config.path), revision=config.revision, dtype=torch.float32
-        )
+        lm = pretrained_lm(config.path, config.revision, config.config)
         if lm.get_input_embeddings().num_embeddings < len(tokenizer):
             raise ConfigError(
                 f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings but the token store's tokenizer "
                 f"{len(tokenizer)} entries: tokenise the corpus with this model's own tokenizer"
             )
     else:
-        settings = dict(config.config)
-        model_type = settings.pop("model_type", None)
-        if model_type is None:
-            raise ConfigError("model.config needs model_type, for example llama or gpt2")
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-        try:
-            made = AutoConfig.for_model(model_type, **ids | settings | {"vocab_size": len(tokenizer)})
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.config: {error}") from None
-        unknown = sorted(set(settings) - set(AutoConfig.for_model(model_type).to_dict()) - set(made.attribute_map))
-        if unknown:
-            raise ConfigError(f"model.config: {model_type} does not know {', '.join(unknown)}")
+        own = {name: value for name, value in ids.items() if name not in config.config}
+        made = new_config(config.config, **own, vocab_size=len(tokenizer))
         for name in DROPOUTS:
-            if name not in settings and getattr(made, name, None):
+            if name not in config.config and getattr(made, name, None):
                 setattr(made, name, 0.0)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -142,27 +142,16 @@ def _run(
 def _shape(recipe: Recipe) -> dict[str, Any]:
     """Parameters, layers, width and vocabulary of the recipe's model, made without memory."""
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from phf.model import FromWeights, model_folder, num_parameters
+    from phf.model import FromWeights, new_config, num_parameters, pretrained_config
 
     tokenizer = recipe.tokenizer
     if isinstance(recipe.model, FromWeights):
-        try:
-            config = AutoConfig.from_pretrained(model_folder(recipe.model.path), revision=recipe.model.revision)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model {recipe.model.path}: {error}") from None
+        config = pretrained_config(recipe.model.path, recipe.model.revision, recipe.model.config)
     else:
-        settings = dict(recipe.model.config)
-        kind = settings.pop("model_type", None)
-        if kind is None:
-            raise ConfigError("model.config needs model_type, for example llama or gpt2")
-        vocab = tokenizer.vocab_size if tokenizer.name == "bpe" else settings.get("vocab_size")
-        try:
-            config = AutoConfig.for_model(kind, **settings | ({} if vocab is None else {"vocab_size": vocab}))
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.config: {error}") from None
+        vocab = {"vocab_size": tokenizer.vocab_size} if tokenizer.name == "bpe" else {}
+        config = new_config(recipe.model.config, **vocab)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     return {

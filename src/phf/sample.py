@@ -34,7 +34,7 @@ from phf.config import STRICT, ConfigError, did_you_mean
 from phf.decoding import QUICK, WHOLE_ROOM, WIDE, GrowingLayer, draw, guide, twin
 from phf.device import has_quick_bf16, tune_allocator
 from phf.fused import PLAIN, LogitShape
-from phf.model import MODEL_CARD, logit_shape, model_folder
+from phf.model import MODEL_CARD, logit_shape, model_folder, pretrained_lm
 from phf.packing import key64, mix64
 from phf.segment import Documents, Segmenter, known_segmenter
 from phf.served import Server
@@ -149,20 +149,12 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     """Any causal LM from a folder or the Hub, in evaluation mode. A run's folder stands for its final model. Control
     tokens are those that `phf.json` beside the model names or, of a model trained elsewhere, those of `CONTROL_TOKENS`;
     such a model's texts begin with its own beginning-of-text token, where it has one."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
     from transformers.utils.hub import cached_file
 
     hf_logging.disable_progress_bar()
-    local = Path(model_folder(path))
-    if not local.exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
-        raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
-    source = str(local) if local.exists() else str(path)
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        missing = "" if local.exists() else "no such folder, and it is not to be had from the Hub: "
-        raise ConfigError(f"model {path}: {missing}{error}") from None
+    source = model_folder(path)
+    lm = pretrained_lm(path, revision).eval()
     shape = logit_shape(lm)
     if torch.cuda.is_available():
         lm = lm.to("cuda")

@@ -337,7 +337,8 @@ def train(
     if stop_after is not None and max(trainer.state.global_step, sampler.start) < config.steps:
         return {"stage": "train", "step": trainer.state.global_step}
     trainer.accelerator.wait_for_everyone()
-    save_model(wrapper, tokenizer, out / "model", tokens.manifest.get("segmenter"), writer=rank == 0)
+    cut, seen = tokens.manifest.get("segmenter"), tokens_before + config.total_tokens
+    save_model(wrapper, tokenizer, out / "model", cut, seen, writer=rank == 0)
     if rank != 0:
         return {}
     return store.finish(

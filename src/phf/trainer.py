@@ -190,7 +190,8 @@ class PHFTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         cut = self.rows.rows.tokens.manifest.get("segmenter")
         folder = Path(output_dir) if output_dir else self.folder
-        save_model(self.wrapper, self.text_tokenizer, folder, cut, self.args.should_save)
+        tokens = self.seen(self.state.global_step)
+        save_model(self.wrapper, self.text_tokenizer, folder, cut, tokens, self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -241,11 +242,16 @@ def _identity(batch: Any) -> Any:
 
 
 def save_model(
-    wrapper: PHFModel, tokenizer: Any, folder: Path, segmenter: dict[str, Any] | None, writer: bool = True
+    wrapper: PHFModel,
+    tokenizer: Any,
+    folder: Path,
+    segmenter: dict[str, Any] | None,
+    tokens: int,
+    writer: bool = True,
 ) -> None:
-    """The LM as `from_pretrained` wants it, with its tokenizer, the value head beside it, and a card: what was learned, and
-    how texts were cut into the segments that are tokenised by themselves. Called on all processes; `writer`: the one
-    that writes."""
+    """The LM as `from_pretrained` wants it, with its tokenizer, the value head beside it, and a card: what was learned, how
+    texts were cut into the segments that are tokenised by themselves, and how many target `tokens` were seen. Called on
+    all processes; `writer`: the one that writes."""
     state = sharding.state_of(wrapper, keep=writer)
     if not writer:
         return
@@ -257,7 +263,7 @@ def save_model(
     save_tokenizer(tokenizer, folder)
     wrapper.save_value_head(folder, parts["value_head."])
     roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
-    card = {"objective": to_plain(wrapper.objective), "control_tokens": roles, "segmenter": segmenter}
+    card = {"objective": to_plain(wrapper.objective), "control_tokens": roles, "segmenter": segmenter, "tokens": tokens}
     store.write_json(folder / MODEL_CARD, card)
 
 
