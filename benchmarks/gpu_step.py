@@ -3,8 +3,9 @@
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step.json
 
 GPT-2 small at context 1,024, bf16, compiled, fused AdamW, the same on both sides. Baseline: transformers' own loss of
-`labels`. `mfu`: 6 x parameters x tokens over the peak of the GPU's data sheet, as metrics.jsonl counts. Each time is that of
-`steps` steps, read once they are done; sides and objectives take turns. (`--device cpu` shows that it runs.)
+`labels`. `mfu`: PaLM's operations for a token (`flops_per_token`) over the peak of the GPU's data sheet, as metrics.jsonl
+counts. Each time is that of `steps` steps, read once they are done; sides and objectives take turns. (`--device cpu`
+shows that it runs.)
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from _measure import arguments, case, interleaved, write
 from phf.device import peak_flops
-from phf.model import PHFModel, num_parameters
-from train_step import NO_DROPOUT, OBJECTIVES, random_batch
+from phf.model import PHFModel, flops_per_token
+from phf.objectives import Conditional
+from train_step import NO_DROPOUT, random_batch
+from train_step import OBJECTIVES as TIMED
+
+OBJECTIVES = TIMED | {"conditional": Conditional()}
 
 
 class Steps:
@@ -59,7 +64,7 @@ def new_lm(args: Any) -> Any:
 
 def main() -> None:
     args = arguments(
-        __doc__ or "", objectives="mle,ul,rwr,awr", rows=32, context=1024, steps=10, layers=12, device="cuda"
+        __doc__ or "", objectives=",".join(OBJECTIVES), rows=32, context=1024, steps=10, layers=12, device="cuda"
     )
     batch = {k: v.to(args.device) for k, v in random_batch(50259, args.rows, args.context).items()}
     sides: dict[str, Steps] = {}
@@ -71,7 +76,7 @@ def main() -> None:
     sides["labels"] = Steps(plain, batch, args.steps, plain=True)
     seconds = {k: [s / args.steps for s in v] for k, v in interleaved(sides, args.repeats, warmup=2).items()}
     tokens = args.rows * args.context
-    flops = 6 * num_parameters(plain) * tokens
+    flops = flops_per_token(plain, args.context) * tokens
     cases = []
     for objective in args.objectives.split(","):
         ours = sorted(seconds[objective])[len(seconds[objective]) // 2]

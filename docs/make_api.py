@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+import itertools
 import re
+import textwrap
 from pathlib import Path
 
 import phf
@@ -36,12 +39,33 @@ def signature(thing: object) -> str:
     return f"({', '.join(shown)})"
 
 
+def fields(thing: type) -> dict[str, str]:
+    """What is said behind each field of a class, its bases' first."""
+    found: dict[str, str] = {}
+    for cls in reversed([c for c in thing.__mro__ if c.__module__.startswith("phf")]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for field, behind in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(behind, ast.Expr)
+                and isinstance(behind.value, ast.Constant)
+            ):
+                found[ast.unparse(field.target)] = " ".join(str(behind.value.value).split())
+    return found
+
+
+def as_text(doc: str) -> str:
+    return doc if "```" in doc else doc.replace("<", "&lt;").replace("|", "\\|")
+
+
 def entry(name: str) -> str:
     thing = getattr(phf, name)
     doc = inspect.getdoc(thing) or ""
     lines = [f"### {name}", "", f"`{name}{signature(thing)}`", ""]
     if not (dataclasses.is_dataclass(thing) and re.match(rf"{name}\(", doc)):
-        lines += [doc.replace("<", "&lt;").replace("|", "\\|") if "```" not in doc else doc, ""]
+        lines += [as_text(doc), ""]
+    if inspect.isclass(thing) and (said := fields(thing)):
+        lines += [*(f"- `{field}`: {as_text(text)}" for field, text in said.items()), ""]
     return "\n".join(lines)
 
 

@@ -64,6 +64,13 @@ def test_every_problem_is_named_at_once_with_its_path():
     assert "5 problems" in message
 
 
+def test_one_value_where_a_list_belongs_is_shown_as_a_list():
+    with pytest.raises(
+        ConfigError, match=r"report_to: expected a list, for example \[tensorboard\], got 'tensorboard'"
+    ):
+        validate({"tokens": 10, "report_to": "tensorboard"}, TrainConfig)
+
+
 def test_impossible_values_are_errors():
     with pytest.raises(ConfigError, match="alpha"):
         validate({"name": "unlikelihood", "alpha": -1}, AnyObjective)

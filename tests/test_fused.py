@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -191,6 +193,48 @@ def test_as_on_a_gpu_with_a_padded_vocabulary(objective, shape, compiled, monkey
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(b, torch.zeros_like(b) if a is None else a, rtol=1e-8, atol=1e-9)
     fused._compiled.clear()
+
+
+SOFTMAX = """
+import torch
+from torch._inductor.fx_passes import post_grad
+from phf.fused import _statistics
+
+found = []
+post_grad.prepare_softmax_extra_check = lambda match: found.append(match) or False
+torch._inductor.config.force_disable_caches = True
+torch.compile(_statistics)(torch.randn(4, 64), torch.arange(4), 60)
+assert len(found) == 1, found
+"""
+
+
+@pytest.mark.slow
+def test_the_compiler_knows_the_softmax_of_a_gpu():
+    """It makes one pass over the logits of what it knows, two of what it does not. (It asks as long as nothing was
+    compiled before.)"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", SOFTMAX], check=True)
+
+
+@given(
+    targets=st.integers(1, 10**6),
+    vocab_size=st.integers(2, 300_000),
+    memory=st.one_of(st.none(), st.integers(2**30, 2**38)),
+)
+def test_chunks_are_equal_and_not_too_large(targets, vocab_size, memory):
+    most, chunk = fused.default_chunk(vocab_size, memory), fused.pick_chunk(targets, vocab_size, memory)
+    assert 1 <= chunk <= most
+    parts = -(-targets // chunk)
+    assert parts <= -(-targets // most)  # no more than needed
+    step = 1 if memory is None else fused.TILE
+    assert chunk % step == 0
+    assert chunk < -(-targets // parts) + parts + step  # of nearly equal size
+    numbers = most * vocab_size
+    if memory is None:
+        assert most <= fused.CHUNK_TARGETS
+        assert numbers <= max(fused.CHUNK_NUMBERS["cpu"], vocab_size)
+    else:
+        assert numbers <= max(fused.CHUNK_NUMBERS["cuda"], fused.TILE * vocab_size)
+        assert numbers <= max(memory // fused.CHUNK_SHARE, fused.TILE * vocab_size)
 
 
 @pytest.mark.parametrize("scale", [0.25, torch.tensor(3.0, dtype=torch.float64)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import TINY_LLAMA
 from phf import device, trainer
 from phf.model import FromConfig, flops_per_token
-from phf.objectives import AWR, MLE, LossInputs
+from phf.objectives import AWR, MLE, LossInputs, Unlikelihood
 from phf.train import TrainConfig, train
 from phf.trainer import complete_checkpoints, read_metrics
 
@@ -134,7 +135,11 @@ def test_value_correlation_where_values_hardly_differ():
     assert not math.isclose(expected, 1.0, rel_tol=1e-2)
 
 
-def test_lines_are_plain_json(tokens_dir, tmp_path):
-    train(tokens_dir, tmp_path / "r", MODEL, AWR(), config(4, log_every=2))
+@pytest.mark.parametrize("objective", [Unlikelihood(), AWR()], ids=lambda o: o.name)
+def test_lines_are_plain_json_and_explained(tokens_dir, tmp_path, objective):
+    train(tokens_dir, tmp_path / "r", MODEL, objective, config(4, log_every=2))
+    table = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines():
-        assert all(v is None or isinstance(v, int | float) for v in json.loads(line).values())
+        values = json.loads(line)
+        assert all(v is None or isinstance(v, int | float) for v in values.values())
+        assert [name for name in values if f"`{name}`" not in table] == ["step", "tokens"]

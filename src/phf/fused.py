@@ -27,11 +27,16 @@ from torch import Tensor
 from phf.config import ConfigError
 from phf.objectives import LossInputs, LossOutputs, Objective
 
-CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}
+CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**30}
 """Default size of a chunk: C x V numbers (64 MiB in float32 on a CPU, where a factor of 4 either way is no better; on a GPU
-512 MiB in bfloat16, since a chunk takes some dozens of operations, however small it is)."""
+2 GiB in bfloat16, since a chunk takes some dozens of operations and one pass over the embeddings' gradient, however small
+it is, and indices stay below 2**31)."""
+CHUNK_SHARE = 128
+"""And on a GPU at most one number for so many bytes of its memory."""
 CHUNK_TARGETS = 512
 """And on a CPU at most so many targets, however small the vocabulary: more would cost memory and gain nothing."""
+TILE = 128
+"""On a GPU chunks are a multiple of so many targets, as the tiles of its matrix products are."""
 MULTIPLE = 64
 """On a GPU the vocabulary is padded to a multiple of it: matrix products are slow where rows are of odd length (GPT-2's of
 50,257)."""
@@ -127,7 +132,7 @@ def _statistics(logits_CV: Tensor, target_C: Tensor, words: int) -> tuple[Tensor
     at_target_C = logits_CV.gather(1, target_C.unsqueeze(1)).squeeze(1).to(wide)
     others_CV = logits_CV.to(wide).masked_fill(out_CV, float("-inf"))
     top_C1 = others_CV.amax(1, keepdim=True)
-    sum_C = (others_CV - top_C1).exp().sum(1)
+    sum_C = (others_CV - top_C1).exp().sum(1, keepdim=True).squeeze(1)  # as inductor knows a softmax of one pass
     return *_two_logs(at_target_C, top_C1.squeeze(1) + sum_C.log()), top_C1, sum_C
 
 
@@ -265,10 +270,22 @@ class _Fused(torch.autograd.Function):
         return (hidden, weight, bias, value, *[None] * 10)
 
 
-def default_chunk(vocab_size: int, device: str = "cpu") -> int:
-    """Targets at a time, at most."""
-    chunk = max(CHUNK_NUMBERS.get(device, CHUNK_NUMBERS["cpu"]) // vocab_size, 1)
-    return chunk if device == "cuda" else min(chunk, CHUNK_TARGETS)
+def default_chunk(vocab_size: int, gpu_memory: int | None = None) -> int:
+    """Targets at a time, at most: on a CPU, or on a GPU with so many bytes of memory."""
+    if gpu_memory is None:
+        return min(max(CHUNK_NUMBERS["cpu"] // vocab_size, 1), CHUNK_TARGETS)
+    return max(min(CHUNK_NUMBERS["cuda"], gpu_memory // CHUNK_SHARE) // vocab_size // TILE, 1) * TILE
+
+
+def pick_chunk(targets: int, vocab_size: int, gpu_memory: int | None = None) -> int:
+    """Chunks of equal size, since a small rest would cost as much as a whole one."""
+    parts = max(-(-targets // default_chunk(vocab_size, gpu_memory)), 1)
+    chunk = -(-targets // parts) or 1
+    return chunk if gpu_memory is None else -(-chunk // TILE) * TILE
+
+
+def _memory_of(tensor: Tensor) -> int | None:
+    return torch.cuda.get_device_properties(tensor.device).total_memory if tensor.device.type == "cuda" else None
 
 
 def fused_loss(
@@ -287,21 +304,20 @@ def fused_loss(
     scale: Tensor | float = 1.0,
 ) -> LossOutputs:
     """Value (a sum over targets) and metrics of `objective`, differentiable once with respect to hidden states,
-    embeddings, bias and value (a graph that is kept may hand out the same tensors again: change none in place). Beside the objective's own metrics, where gradients are wanted: `push`, the sum of
-    |dL/dlogit_target|, and `push_bad`, the part of it from segments that score above the objective's threshold (0
-    where it has none).
+    embeddings, bias and value (a graph that is kept may hand out the same tensors again: change none in place). Beside the
+    objective's own metrics, where gradients are wanted: `push`, the sum of |dL/dlogit_target|, and `push_bad`, the part
+    of it from segments that score above the objective's threshold (0 where it has none).
 
-    `chunk`: targets at a time (default: about 2**24 logits, at most 512 targets; on a GPU 2**28 logits). `dtype`: of the matrix products (default: that of the
-    hidden states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts. `shape`:
-    what the model does to its logits after the output layer. `scale`: what value and gradients (not metrics) are
-    multiplied by; cheaper here than behind, where gradients of the size of the embeddings would be.
+    `chunk`: targets at a time (default: `pick_chunk`). `dtype`: of the matrix products (default: that of the hidden
+    states); everything else is float32 (float64 for float64). `compiled`: compile the elementwise parts. `shape`: what the
+    model does to its logits after the output layer. `scale`: what value and gradients (not metrics) are multiplied by;
+    cheaper here than behind, where gradients of the size of the embeddings would be.
     """
     vocab_size = weight_VD.shape[0]
     if vocab_size < 2:
         raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
     if chunk is None:
-        parts = -(-len(target_N) // default_chunk(vocab_size, hidden_ND.device.type))
-        chunk = -(-len(target_N) // max(parts, 1)) or 1  # of equal size: a small rest would cost as much as a whole one
+        chunk = pick_chunk(len(target_N), vocab_size, _memory_of(hidden_ND))
     sums: dict[str, Tensor] = {}
     with torch.autocast(hidden_ND.device.type, enabled=False):
         loss = _Fused.apply(

@@ -97,6 +97,8 @@ def make_plan(
 def _run(
     variant: Variant, tokens_per_s: float | None, flops_per_s: float | None, recipe: Recipe, processes: int
 ) -> dict[str, Any]:
+    import torch
+
     from phf.attention import KEEP
     from phf.device import pick_device, pick_precision
     from phf.fused import default_chunk
@@ -116,7 +118,8 @@ def _run(
     wide = 1 if low else 2
     kept = 2 * layers if train.gradient_checkpointing else 34 * layers
     activations = wide * tokens * (width * kept + scores) + tokens * width * 8
-    logits = min(train.chunk or default_chunk(vocab, pick_device()), tokens) * vocab * 12
+    gpu_memory = torch.cuda.get_device_properties(0).total_memory if pick_device() == "cuda" else None
+    logits = min(train.chunk or default_chunk(vocab, gpu_memory), tokens) * vocab * 12
     checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
     state = 16.0 * parameters
     if train.shard:  # and whole: the embeddings and their gradient, and copies of the blocks in bf16
