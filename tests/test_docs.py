@@ -7,6 +7,7 @@ Commands that need the Hub, a cluster or a server are only parsed (`ELSEWHERE` s
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import shlex
@@ -16,12 +17,15 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from conftest import TINY_LLAMA, tiny_texts
 from phf.config import dump_yaml
 from phf.model import FromConfig
 from phf.objectives import MLE, Conditional
+from phf.trainer import to_tensors
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -49,8 +53,6 @@ CUTS = {
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
     """What a reader of any page has, in the smallest size."""
-    import numpy as np
-
     from phf.annotate import score_corpus
     from phf.corpus import Jsonl
     from phf.evaluate import evaluate_run
@@ -184,6 +186,21 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
         else:
             assert language == "", f"{page.name}: a block of {language!r} is neither run nor plain output"
     assert ran
+    if page.name == "objective.md":
+        check_own_models(module.rows)
+
+
+def check_own_models(rows) -> None:
+    """The loop of one's own and the Trainer of one's own each made a model that plain transformers loads and that has
+    learned: less than a nat below chance is not learning."""
+    from transformers import AutoModelForCausalLM
+
+    batch = to_tensors(rows.batch(np.arange(32)))
+    for name in ("mine", "trainers"):
+        lm = AutoModelForCausalLM.from_pretrained(name)
+        logits = lm(batch["input_ids"]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+        assert loss < math.log(logits.shape[-1]) - 1, name
 
 
 def test_only_known_commands_may_stand_in_a_page():
