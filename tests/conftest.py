@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 # before torch is imported anywhere: tests are many small steps, and two processes of them share two cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # servers of tests are here
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -22,6 +25,10 @@ from phf.corpus import Jsonl
 from phf.scorers import Regex
 from phf.segment import Lines
 from phf.tokens import TokenStore, TrainBPE, tokenize_corpus
+
+hypothesis.settings.register_profile("phf", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("phf")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 WORDS = [
     "the",

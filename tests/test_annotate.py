@@ -233,6 +233,16 @@ def test_published_scored_data_can_be_read(tmp_path):
         ScoredCorpus(tmp_path)
 
 
+def test_metadata_that_is_no_mapping_stays_what_it_was(tmp_path):
+    deep = "[" * 1500 + "]" * 1500
+    metas = ['{"n": 1}', "no JSON", deep, "[1]"]
+    table = pa.table({"texts": [["a"]] * 4, "meta": metas, "scores": [[0.5]] * 4})
+    pq.write_table(table, tmp_path / "train.parquet")
+    scored = ScoredCorpus(tmp_path)
+    found = [item.meta for item in scored.read(scored.files[0])]
+    assert found == [{"n": 1}, {"meta": "no JSON"}, {"meta": deep}, {"meta": "[1]"}]
+
+
 def test_another_segmenter_is_another_corpus(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(5))
     lines = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")

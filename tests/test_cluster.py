@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conftest import LINK, tiny_texts, write_jsonl
@@ -127,8 +131,9 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
     token = tmp_path / "token"
     token.write_text("a" * 64)
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    port = 20000 + os.getpid() % 20000
+    port = 20000 + os.getpid() % 12000  # above Ray's own, below those that the system hands out
     address = f"127.0.0.1:{port}"
+    place = Path(tempfile.mkdtemp(prefix="ray-phf-", dir="/tmp"))  # its sockets' paths must be short
     nodes = []
     try:
         common = [
@@ -138,7 +143,7 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
             "--include-dashboard=false",
             "--object-store-memory=80000000",
         ]
-        temporary = f"--temp-dir=/tmp/ray-phf-{os.getpid()}"  # its sockets' paths must be short
+        temporary = f"--temp-dir={place}"
         for arguments in (
             ["--head", f"--port={port}", temporary, "--node-ip-address=127.0.0.1"],
             [f"--address={address}"],
@@ -173,7 +178,11 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
         for node in nodes:
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
-        subprocess.run([ray, "stop", "--force"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for process in psutil.process_iter(["cmdline"]):  # those of this cluster, and of no other
+            if any(str(place) in part or address in part for part in process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        shutil.rmtree(place, ignore_errors=True)
     from phf.scorers import Function
 
     score_corpus(Jsonl(str(folder)), Lines(), Function(function), tmp_path / "local")

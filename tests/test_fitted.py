@@ -163,6 +163,9 @@ def test_labels_are_read_and_odd_rows_are_counted(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": 1\n')
     with pytest.raises(ConfigError, match="line 1: malformed JSON"):
         read_labels(tmp_path / "b.jsonl")
+    (tmp_path / "deep.jsonl").write_text('{"text": "a", "m": ' + "[" * 1500 + "]" * 1500 + "}\n")
+    with pytest.raises(ConfigError, match="line 1: nested too deeply"):
+        read_labels(tmp_path / "deep.jsonl")
     with pytest.raises(ConfigError, match="does not exist"):
         read_labels(tmp_path / "none.csv")
 

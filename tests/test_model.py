@@ -338,7 +338,8 @@ def test_activation_checkpointing_and_autocast_change_only_what_they_should(toke
 
 def test_autocast_around_the_wrapper_is_autocast_in_it(tokenizer):
     """As a Trainer's bf16 or a loop of somebody's own asks for it."""
-    ids, scores, mask = torch.arange(18).reshape(2, 9), torch.rand(2, 9).round(), torch.ones(2, 9, dtype=torch.bool)
+    scores = torch.tensor([0.0, 1.0, 1.0] * 6).reshape(2, 9)
+    ids, mask = torch.arange(18).reshape(2, 9), torch.ones(2, 9, dtype=torch.bool)
     losses = []
     for inner, outer in ((torch.bfloat16, False), (None, True), (None, False)):
         wrapper = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), Unlikelihood(0.0), autocast=inner)

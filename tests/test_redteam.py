@@ -220,14 +220,15 @@ def test_a_trial_ends_with_its_budget(runs, prompts, tmp_path):
 
 def test_a_killed_search_goes_on_to_the_same_result(runs, prompts, tmp_path):
     command = [sys.executable, "-m", "phf", "redteam", str(runs / "mle"), f"prompts={prompts}", "--no-control-tokens"]
-    command += [f"{k}={v}" for k, v in SMALL.items()]
+    more = SMALL | {"trials": 5}  # enough to be killed before the end
+    command += [f"{k}={v}" for k, v in more.items()]
 
     def search_of(folder: Path) -> dict:
         found = store.read_json(folder / "redteam.json")["search"]
         del found["budget"]["seconds"]
         return found
 
-    redteam(runs / "mle", tmp_path / "whole", RedTeam(prompts=prompts, **SMALL), None)
+    redteam(runs / "mle", tmp_path / "whole", RedTeam(prompts=prompts, **more), None)
     ours = runs / "mle" / "redteam"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (ours / "search" / "trial-0" / "round-01.json").exists():
@@ -539,7 +540,10 @@ def real_server(runs, tmp_path_factory):
                 if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
                     break
             except httpx.HTTPError:
-                time.sleep(0.1)
+                pass
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"the server does not answer:\n{(folder.parent / 'log').read_text()}")
         yield f"http://127.0.0.1:{port}/v1", str(folder)
     finally:
         process.kill()

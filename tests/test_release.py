@@ -185,8 +185,8 @@ def test_a_release_is_judged_and_finetuned_like_any_model(release, tokens_dir, t
         ("tokenizer_config.json", {"split_special_tokens": False}, "reads a typed control token as the token"),
         (
             "generation_config.json",
-            {"suppress_tokens": None, "temperature": 5.0, "top_p": 1.0},
-            "generate writes the bad token",
+            {"suppress_tokens": None},
+            "generate may write the bad token",
         ),
         ("tokenizer.json", {"post_processor": None}, "the tokenizer begins a text with"),
     ],

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conftest import TINY_LLAMA
+from conftest import BROWSER, TINY_LLAMA
 from phf import store
 from phf.config import dump_yaml
 from phf.model import FromConfig, build_lm
@@ -252,9 +252,6 @@ def test_hostile_samples_stay_text(hostile):
     assert "\x00" not in page
 
 
-BROWSER = next(
-    (p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome") if Path(p).exists()), None
-)
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
 )

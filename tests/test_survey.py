@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import LINK, write_jsonl
+from conftest import BROWSER, LINK, write_jsonl
 from phf import store
 from phf.annotate import add_scores, score_corpus
 from phf.config import ConfigError
@@ -120,13 +119,12 @@ def test_the_page_is_safe_and_quiet_in_a_browser(tmp_path):
     add_scores(tmp_path / "s", LINK, "links")
     page, found = write_inspection(tmp_path / "s")
     assert json.loads(page.with_suffix(".json").read_text())["counts"] == found["counts"]
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if BROWSER is None:
         pytest.skip("no chromium: the page is not opened")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 390, "height": 800})
         said: list[str] = []
         requests: list[str] = []

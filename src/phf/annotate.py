@@ -491,12 +491,13 @@ class ScoredCorpus:
 
 def _meta(value: Any) -> dict[str, Any]:
     """Metadata of a row: ours is JSON text, the published data sets' a structure."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return {"meta": value}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, str):
+        return value if isinstance(value, dict) else {}
+    try:
+        parsed = store.parse_json(value)
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"meta": value}
 
 
 def read_schema(file: Path) -> Any:

@@ -17,7 +17,7 @@ import io
 import json
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.config import STRICT, ConfigError, did_you_mean
-from phf.store import as_path, file_hash, fingerprint, is_local, jsonable
+from phf.store import TooDeep, as_path, file_hash, fingerprint, is_local, jsonable, parse_json, too_deep
 from phf.types import Document, Rejected
 
 Shard = dict[str, Any]
@@ -34,7 +34,6 @@ Item = Document | Rejected
 DOCS_PER_SHARD = 512
 SHARD_BYTES = 64 * 2**20
 HASHED_WHOLE_BYTES = 64 * 2**20
-MAX_DEPTH = 100
 TOO_DEEP = "nested too deeply"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -49,19 +48,9 @@ def admit(id: str, text: Any, meta: dict[str, Any], max_chars: int) -> Item:
         return Rejected(id, "longer than max_chars")
     if _SURROGATE.search(text):
         return Rejected(id, "lone surrogate")
-    if _deeper(meta, MAX_DEPTH):
+    if too_deep(meta):
         return Rejected(id, TOO_DEEP)
     return Document(id.encode("utf-8", "backslashreplace").decode(), text, jsonable(meta))
-
-
-def _deeper(value: Any, depth: int) -> bool:
-    """Whether lists and mappings stand in each other more than `depth` deep. Asked before anything that calls itself
-    for each of them: how deep Python lets that go depends on who called, and what is set aside must not."""
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return False
-    return depth == 0 or any(_deeper(v, depth - 1) for v in value)
 
 
 def rows_of(table: Any) -> Iterator[dict[str, Any] | None]:
@@ -198,13 +187,13 @@ class Jsonl(Corpus):
 
     def _item(self, line: bytes, id: str) -> Item:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except UnicodeDecodeError:
             return Rejected(id, "not UTF-8")
+        except TooDeep:
+            return Rejected(id, TOO_DEEP)
         except ValueError:
             return Rejected(id, "malformed JSON")
-        except RecursionError:
-            return Rejected(id, TOO_DEEP)
         if not isinstance(row, dict):
             return Rejected(id, "not a JSON object")
         if self.field not in row:
@@ -295,7 +284,7 @@ def _part(total: int, number: int, of: int) -> int:
 
 def _plain_meta(row: dict[str, Any]) -> dict[str, Any]:
     """What JSON can hold; anything else by its `str`. What is too deep stays as it is, for `admit` to set it aside."""
-    if _deeper(row, MAX_DEPTH):
+    if too_deep(row):
         return row
     return json.loads(json.dumps(jsonable(row), default=str))  # type: ignore[no-any-return]
 

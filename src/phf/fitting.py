@@ -109,11 +109,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:  # such a text is set aside
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        rows.append(json.loads(line))
+                        rows.append(store.parse_json(line))
                         if not isinstance(rows[-1], dict):
                             raise ConfigError(f"{path}, line {number}: not a JSON object")
-        except json.JSONDecodeError:
-            raise ConfigError(f"{path}, line {number}: malformed JSON") from None
+        except (json.JSONDecodeError, store.TooDeep) as error:
+            reason = "malformed JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ConfigError(f"{path}, line {number}: {reason}") from None
         except (gzip.BadGzipFile, EOFError) as error:
             raise ConfigError(f"{path} is not a readable gzip file: {error}") from None
         return rows

@@ -95,6 +95,35 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+MAX_DEPTH = 100
+
+
+class TooDeep(ValueError):
+    """Lists and mappings in each other more than `MAX_DEPTH` deep."""
+
+
+def too_deep(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether lists and mappings stand in each other more than `depth` deep. To be asked before anything that calls
+    itself for each of them: how deep Python lets that go depends on who called, and a result must not."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return depth == 0 or any(too_deep(v, depth - 1) for v in value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that somebody else wrote. Raises ValueError where it is none, its subclass TooDeep where it is nested too
+    deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise TooDeep("nested too deeply") from None
+    if too_deep(value):
+        raise TooDeep("nested too deeply")
+    return value
+
+
 def fingerprint(value: Any) -> str:
     """A short stable hash of plain data (hex, 128 bits)."""
     return bytes_hash(canonical(value).encode("utf-8", "surrogatepass"))

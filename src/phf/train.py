@@ -184,15 +184,16 @@ def deterministic() -> Iterator[None]:
     """The same bytes from the same run, on a CPU: a compiled embedding's gradient is otherwise added up in whatever
     order the threads come. Costs nothing measurable. (On a GPU it would cost speed, and is left as it is.)"""
     settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = settings.fill_uninitialized_memory
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        settings.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filled
 
 
 def can_compile() -> bool:
