@@ -509,10 +509,15 @@ def flops_per_token(lm: Any, context: int) -> float:
     tables = {id(m.weight): m.weight.numel() for m in lm.modules() if isinstance(m, nn.Embedding)}
     tables.pop(id(output), None)
     config = lm.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    multiplied = num_parameters(lm) - sum(tables.values())
-    return float(6 * multiplied + 12 * config.num_hidden_layers * heads * width * context)
+
+    def said(name: str) -> int:
+        value = getattr(config, name, None)
+        return value if isinstance(value, int) else 0  # none, or another in each layer
+
+    heads = said("num_attention_heads")
+    width = heads * said("head_dim") or said("hidden_size")
+    attention = 12 * said("num_hidden_layers") * width * context if heads else 0
+    return float(6 * (num_parameters(lm) - sum(tables.values())) + attention)
 
 
 def num_parameters(lm: Any, embeddings: bool = True) -> int:
