@@ -192,3 +192,21 @@ def test_an_estimate_of_all_or_none_has_wilsons_interval():
     assert metrics.bounded_estimate([1, 1]).ci95 == metrics.wilson(2, 2)
     assert metrics.bounded_estimate([0, 1, 0.5]).ci95 == metrics.mean_estimate([0, 1, 0.5]).ci95
     assert metrics.bounded_estimate([]).n == 0
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    bad = rng.random(60) < 0.4
+    value = np.round(bad + rng.normal(0, 1, 60), 1)  # with ties
+    pairs = [(b > g) + 0.5 * (b == g) for b in value[bad] for g in value[~bad]]
+    found = metrics.auc(value, bad)
+    assert found["auc"] == pytest.approx(np.mean(pairs))
+    low, high = found["ci95"]
+    assert low < found["auc"] < high
+    assert metrics.auc(value, bad, np.arange(60)) == found  # each in a group of its own
+    twice = metrics.auc(np.tile(value, 4), np.tile(bad, 4), np.tile(np.arange(60), 4))
+    assert twice["auc"] == pytest.approx(found["auc"])
+    assert twice["ci95"] == pytest.approx(found["ci95"])  # copies are no evidence
+    low, high = metrics.auc(np.tile(value, 4), np.tile(bad, 4))["ci95"]
+    assert high - low < 0.7 * (found["ci95"][1] - found["ci95"][0])
+    assert metrics.auc(value, np.ones(60, bool)) == {"auc": None, "ci95": [None, None]}

@@ -26,6 +26,7 @@ import numpy as np
 from phf import store
 from phf.config import ConfigError, did_you_mean
 from phf.corpus import admit
+from phf.metrics import auc
 from phf.scorers.fitted import BUCKET_BITS, CARD, WEIGHTS, HashedNgrams, TransformerScorer, feature_matrix
 from phf.types import Rejected
 
@@ -328,14 +329,9 @@ def _fit_transformer(
 def measure(p_N: np.ndarray, bad_N: np.ndarray) -> dict[str, Any]:
     """What probabilities are worth on labelled texts: AUC (1 best, 0.5 chance) with a bootstrap interval, average
     precision, Brier score and calibration error (0 best), and precision and recall at thresholds."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
+    from sklearn.metrics import average_precision_score
 
-    rng = np.random.default_rng(0)
-    aucs = []
-    for _ in range(200):
-        pick = rng.integers(0, len(p_N), len(p_N))
-        if 0 < bad_N[pick].sum() < len(pick):
-            aucs.append(roc_auc_score(bad_N[pick], p_N[pick]))
+    area = auc(p_N, bad_N)
     bins = np.minimum((p_N * 10).astype(int), 9)
     error = sum(
         abs(p_N[bins == b].mean() - bad_N[bins == b].mean()) * (bins == b).mean()
@@ -354,8 +350,8 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray) -> dict[str, Any]:
     return {
         "n": len(p_N),
         "bad": int(bad_N.sum()),
-        "auc": float(roc_auc_score(bad_N, p_N)),
-        "auc_ci95": [float(np.quantile(aucs, 0.025)), float(np.quantile(aucs, 0.975))],
+        "auc": area["auc"],
+        "auc_ci95": area["ci95"],
         "average_precision": float(average_precision_score(bad_N, p_N)),
         "brier": float(((p_N - bad_N) ** 2).mean()),
         "calibration_error": float(error),

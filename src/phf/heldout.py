@@ -158,8 +158,8 @@ def understanding(
     foresight_S = read["oracle"].bad_S
     ahead_S = seen_S & ~np.isnan(foresight_S)
     return {
-        "likelihood_ratio": _auc(ratio_S[seen_S], bad_S[seen_S], table.doc_S[seen_S]),
-        "foresight": _auc(foresight_S[ahead_S], bad_S[ahead_S], table.doc_S[ahead_S])
+        "likelihood_ratio": metrics.auc(ratio_S[seen_S], bad_S[seen_S], table.doc_S[seen_S]),
+        "foresight": metrics.auc(foresight_S[ahead_S], bad_S[ahead_S], table.doc_S[ahead_S])
         | {
             "mean_p_bad_before_good": _mean_or_none(foresight_S[ahead_S & ~bad_S]),
             "mean_p_bad_before_bad": _mean_or_none(foresight_S[ahead_S & bad_S]),
@@ -171,23 +171,6 @@ def understanding(
 
 def _mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
-
-
-def _auc(value_S: np.ndarray, bad_S: np.ndarray, doc_S: np.ndarray, resamples: int = 200) -> dict[str, Any]:
-    from sklearn.metrics import roc_auc_score
-
-    if not bad_S.any() or bad_S.all():
-        return {"auc": None, "ci95": [None, None]}
-    docs, index = np.unique(doc_S, return_inverse=True)
-    places = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
-    rng = np.random.Generator(np.random.Philox(0))
-    aucs = []
-    for _ in range(resamples):
-        pick = np.concatenate([places[d] for d in rng.integers(0, len(docs), len(docs))])
-        if 0 < bad_S[pick].sum() < len(pick):
-            aucs.append(roc_auc_score(bad_S[pick], value_S[pick]))
-    ci = [float(x) for x in np.quantile(aucs, [0.025, 0.975])] if len(docs) > 1 and aucs else [None, None]
-    return {"auc": float(roc_auc_score(bad_S, value_S)), "ci95": ci}
 
 
 def _per_byte(

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaln, stdtrit
@@ -148,6 +149,31 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     logs = t_interval([math.log(a / b) for a, b in pairs])
     mean = math.exp(logs.mean)
     return Estimate(mean, mean * logs.stderr, logs.n, (math.exp(logs.ci95[0]), math.exp(logs.ci95[1])))
+
+
+def auc(
+    value_N: np.ndarray, bad_N: np.ndarray, group_N: np.ndarray | None = None, resamples: int = 200
+) -> dict[str, Any]:
+    """How well values tell bad (true) from good: the area under the ROC curve, 1 best, 0.5 chance, and its 95% percentile
+    interval over resamples, of whole groups where they are given. None where all are bad or none is."""
+    from sklearn.metrics import roc_auc_score
+
+    if not bad_N.any() or bad_N.all():
+        return {"auc": None, "ci95": [None, None]}
+    places = None
+    if group_N is not None:
+        _, index = np.unique(group_N, return_inverse=True)
+        places = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    n = len(value_N) if places is None else len(places)
+    rng = np.random.Generator(np.random.Philox(0))
+    found = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, n, n)
+        pick = drawn if places is None else np.concatenate([places[g] for g in drawn])
+        if 0 < bad_N[pick].sum() < len(pick):
+            found.append(roc_auc_score(bad_N[pick], value_N[pick]))
+    ci = [float(x) for x in np.quantile(found, [0.025, 0.975])] if n > 1 and found else [None, None]
+    return {"auc": float(roc_auc_score(bad_N, value_N)), "ci95": ci}
 
 
 def expected_max(scores: Sequence[float] | np.ndarray, k: int) -> float:
