@@ -153,8 +153,7 @@ def test_done_is_not_done_again_and_other_settings_set_the_run_aside(tokens_dir,
     train(tokens_dir, tmp_path / "r", MODEL, Unlikelihood(), config(4, keep=7), seed=1)
     assert (tmp_path / "r.old-1" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     said = capsys.readouterr().err
-    assert "training anew, since objective." in said
-    assert "train.tokens, seed changed; what was there is now" in said
+    assert "training anew, since objective.name, train.tokens, seed changed; what was there is now" in said
     assert "keep" not in said
 
 

@@ -578,6 +578,8 @@ def text_tokens(rows: Rows, targets: int) -> int:
 def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
     """Names of the settings that differ and that a run's bytes depend on."""
     if isinstance(before, dict) and isinstance(now, dict):
+        if before.get("name") != now.get("name"):  # the rest belongs to it
+            return [f"{path}.name"]
         return [
             name
             for key in {**before, **now}
