@@ -28,7 +28,7 @@ from phf.tokens import TokenStore, TrainBPE, tokenize_corpus
 
 hypothesis.settings.register_profile("phf", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("phf")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 WORDS = [
     "the",

@@ -195,12 +195,14 @@ def check_own_models(rows) -> None:
     learned: less than a nat below chance is not learning."""
     from transformers import AutoModelForCausalLM
 
-    batch = to_tensors(rows.batch(np.arange(32)))
+    batch, weights = to_tensors(rows.batch(np.arange(32))), []
     for name in ("mine", "trainers"):
         lm = AutoModelForCausalLM.from_pretrained(name)
+        weights.append(torch.nn.utils.parameters_to_vector(lm.parameters()))
         logits = lm(batch["input_ids"]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
         assert loss < math.log(logits.shape[-1]) - 1, name
+    assert not torch.equal(*weights)  # the second goes on from the first
 
 
 def test_only_known_commands_may_stand_in_a_page():

@@ -133,6 +133,8 @@ def test_dropout_is_off_unless_asked(tokenizer):
         ({**TINY_LLAMA, "hiden_size": 8}, r"does not know hiden_size \(did you mean 'hidden_size'\?\)"),
         ({"model_type": "lama"}, r"'lama' is none of transformers' types \(did you mean 'llama'\?\)$"),
         ({"model_type": "zzzzzz"}, "'zzzzzz' is none of transformers' types$"),
+        ({"model_type": ["llama"]}, "is none of transformers' types"),
+        ({**TINY_LLAMA, "hidden_act": "foo"}, "model.config: .*foo"),
         ({**TINY_LLAMA, "initializer_range": 5.0}, "initializer_range"),
         ({**TINY_LLAMA, "max_position_embeddings": 16}, "context is 32 but the model holds 16"),
     ],
@@ -148,8 +150,25 @@ def test_weights_may_be_given_another_config(tokenizer, tmp_path):
     assert (kept.config.resid_pdrop, off.config.resid_pdrop) == (0.1, 0)
     assert off.transformer.h[0].mlp.dropout.p == 0
     torch.testing.assert_close(off.state_dict(), kept.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match=r"does not know resid_drop \(did you mean 'resid_pdrop'"):
-        build_lm(FromWeights(str(tmp_path), config={"resid_drop": 0}), tokenizer, seed=0)
+    for config, message in (
+        ({"resid_drop": 0}, r"does not know resid_drop \(did you mean 'resid_pdrop'"),
+        ({"save_pretrained": 0}, "does not know save_pretrained"),
+        ({"resid_pdrop": "x"}, "resid_pdrop"),
+        ({"n_layer": 3}, r"makes another model of it \(transformer.h.2.attn.c_attn.bias, .*, \.\.\.\)"),
+        ({"n_layer": 1}, "makes another model of it"),
+        ({"tie_word_embeddings": False}, r"makes another model of it \(lm_head.weight\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_lm(FromWeights(str(tmp_path), config=config), tokenizer, seed=0)
+
+
+def test_weights_that_are_not_all_there_are_an_error(tokenizer, tmp_path):
+    """transformers would make them up."""
+    lm = build_lm(FromConfig({**TINY_LLAMA, "tie_word_embeddings": False}), tokenizer, seed=0)
+    state = {name: tensor for name, tensor in lm.state_dict().items() if name != "lm_head.weight"}
+    save_lm(lm, tmp_path, state)
+    with pytest.raises(ConfigError, match=r"weights are missing \(lm_head.weight\)"):
+        build_lm(FromWeights(str(tmp_path)), tokenizer, seed=0)
 
 
 def test_weights_that_are_not_there_are_errors_at_once(tokenizer, tmp_path, monkeypatch):
@@ -159,8 +178,9 @@ def test_weights_that_are_not_there_are_errors_at_once(tokenizer, tmp_path, monk
     (checkpoint / COMPLETE).write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     for path, message in (
-        ("runs/half", "no config.json.*a run that is not finished; its newest checkpoint is checkpoints/checkpoint-20"),
-        ("runs/helf", "model runs/helf: no such folder"),  # not looked for on the Hub
+        ("runs/half", "no config.json.*an unfinished run; its newest checkpoint is checkpoints/checkpoint-20"),
+        ("runs/helf", "model runs/helf: no such folder, and it is not to be had from the Hub"),
+        ("./runs/helf", "no such folder, and not a name on the Hub"),
         (str(tmp_path), "Unrecognized model"),
     ):
         with pytest.raises(ConfigError, match=message):

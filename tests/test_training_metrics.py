@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic.dataclasses import dataclass
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TINY_LLAMA
 from phf import device, trainer
+from phf.config import STRICT
 from phf.model import FromConfig, flops_per_token
-from phf.objectives import AWR, MLE, LossInputs, Unlikelihood
+from phf.objectives import AWR, MLE, RWR, LossInputs, LossOutputs, Masking, Unlikelihood
 from phf.train import TrainConfig, train
 from phf.trainer import complete_checkpoints, read_metrics
 
@@ -42,6 +44,21 @@ def test_lines_are_those_of_a_run_that_did_not_stop(tokens_dir, tmp_path):
         train(tokens_dir, tmp_path / "parts", MODEL, AWR(), settings, stop_after=stop)
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
     assert [line["step"] for line in timeless(tmp_path / "whole")] == [10, 20, 25]  # the last steps too
+
+
+@dataclass(frozen=True, config=STRICT)
+class Overflowing(MLE):
+    """Its loss is fine, a metric of its is not."""
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        out = super().loss(x)
+        return LossOutputs(out.loss_sum, out.metrics | {"margin": out.loss_sum.detach() * float("inf")})
+
+
+def test_a_metric_that_is_not_finite_is_no_hindrance(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "r", MODEL, Overflowing(), config(6, log_every=4), stop_after=3)
+    train(tokens_dir, tmp_path / "r", MODEL, Overflowing(), config(6, log_every=4))
+    assert [line["margin"] for line in timeless(tmp_path / "r")] == [None, None]
 
 
 def test_lines_say_what_every_step_says(tokens_dir, tmp_path):
@@ -135,7 +152,9 @@ def test_value_correlation_where_values_hardly_differ():
     assert not math.isclose(expected, 1.0, rel_tol=1e-2)
 
 
-@pytest.mark.parametrize("objective", [Unlikelihood(), AWR()], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "objective", [MLE(), Masking(), Unlikelihood(), Unlikelihood(by="score"), RWR(), AWR()], ids=str
+)
 def test_lines_are_plain_json_and_explained(tokens_dir, tmp_path, objective):
     train(tokens_dir, tmp_path / "r", MODEL, objective, config(4, log_every=2))
     table = (Path(__file__).parents[1] / "docs" / "training.md").read_text()

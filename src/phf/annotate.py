@@ -496,8 +496,8 @@ def _meta(value: Any) -> dict[str, Any]:
     try:
         parsed = store.parse_json(value)
     except ValueError:
-        parsed = None
-    return parsed if isinstance(parsed, dict) else {"meta": value}
+        return {"meta": value}
+    return parsed if isinstance(parsed, dict) else {} if parsed is None else {"meta": value}
 
 
 def read_schema(file: Path) -> Any:

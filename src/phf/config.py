@@ -166,9 +166,7 @@ def validate(value: Any, type_: type[T] | Any, where: str = "recipe") -> T:
             elif problem["type"] in ("missing", "missing_argument"):
                 lines.append(f"  {path}: missing")
             elif problem["type"] in ("tuple_type", "list_type"):
-                lines.append(
-                    f"  {path}: expected a list, for example [{problem['input']}], got {_short(problem['input'])}"
-                )
+                lines.append(f"  {path}: expected a list, in brackets ([one, another]), got {_short(problem['input'])}")
             else:
                 lines.append(f"  {path}: {problem['msg']}, got {_short(problem['input'])}")
         raise ConfigError(f"{where} has {len(lines)} problem{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None

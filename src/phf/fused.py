@@ -33,6 +33,8 @@ CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**30}
 it is, and indices stay below 2**31)."""
 CHUNK_SHARE = 128
 """And on a GPU at most one number for so many bytes of its memory."""
+UNCOMPILED = 4
+"""And where the elementwise parts are not compiled, so many times less: a number takes up to 24 bytes then, not 6."""
 CHUNK_TARGETS = 512
 """And on a CPU at most so many targets, however small the vocabulary: more would cost memory and gain nothing."""
 TILE = 128
@@ -270,16 +272,17 @@ class _Fused(torch.autograd.Function):
         return (hidden, weight, bias, value, *[None] * 10)
 
 
-def default_chunk(vocab_size: int, gpu_memory: int | None = None) -> int:
+def default_chunk(vocab_size: int, gpu_memory: int | None = None, compiled: bool = False) -> int:
     """Targets at a time, at most: on a CPU, or on a GPU with so many bytes of memory."""
     if gpu_memory is None:
         return min(max(CHUNK_NUMBERS["cpu"] // vocab_size, 1), CHUNK_TARGETS)
-    return max(min(CHUNK_NUMBERS["cuda"], gpu_memory // CHUNK_SHARE) // vocab_size // TILE, 1) * TILE
+    numbers = min(CHUNK_NUMBERS["cuda"], gpu_memory // CHUNK_SHARE) // (1 if compiled else UNCOMPILED)
+    return max(numbers // vocab_size // TILE, 1) * TILE
 
 
-def pick_chunk(targets: int, vocab_size: int, gpu_memory: int | None = None) -> int:
+def pick_chunk(targets: int, vocab_size: int, gpu_memory: int | None = None, compiled: bool = False) -> int:
     """Chunks of equal size, since a small rest would cost as much as a whole one."""
-    parts = max(-(-targets // default_chunk(vocab_size, gpu_memory)), 1)
+    parts = max(-(-targets // default_chunk(vocab_size, gpu_memory, compiled)), 1)
     chunk = -(-targets // parts) or 1
     return chunk if gpu_memory is None else -(-chunk // TILE) * TILE
 
@@ -317,7 +320,7 @@ def fused_loss(
     if vocab_size < 2:
         raise ValueError("a vocabulary of at least 2 words is needed for log(1 - p)")
     if chunk is None:
-        chunk = pick_chunk(len(target_N), vocab_size, _memory_of(hidden_ND))
+        chunk = pick_chunk(len(target_N), vocab_size, _memory_of(hidden_ND), compiled)
     sums: dict[str, Tensor] = {}
     with torch.autocast(hidden_ND.device.type, enabled=False):
         loss = _Fused.apply(

@@ -64,45 +64,56 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
 
     Raises ConfigError where there is no model, or where its config does not know a name.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     source = Path(model_folder(path))
-    below_here = source.parent != Path() and source.parent.is_dir()
-    if not source.exists() and (below_here or str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
-        raise ConfigError(f"model {path}: no such folder, and not taken for a name on the Hub (owner/name)")
+    if not source.exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
+        raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
     if source.exists() and not (source / "config.json").exists():
         steps = [int(c.parent.name.split("-")[1]) for c in source.glob(f"checkpoints/checkpoint-*/{COMPLETE}")]
-        hint = (
-            f": a run that is not finished; its newest checkpoint is checkpoints/checkpoint-{max(steps)}"
-            if steps
-            else ""
-        )
+        hint = f": an unfinished run; its newest checkpoint is checkpoints/checkpoint-{max(steps)}" if steps else ""
         raise ConfigError(f"model {path}: no model there (no config.json){hint}")
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         missing = "" if source.exists() else "no such folder, and it is not to be had from the Hub: "
         raise ConfigError(f"model {path}: {missing}{error}") from None
-    for name, value in (changes or {}).items():
-        if not hasattr(config, name):
-            raise ConfigError(
-                f"model.config: {config.model_type} does not know {name}{did_you_mean(name, config.to_dict())}"
-            )
-        setattr(config, name, value)
+    _check_names(config, changes or {}, config)
+    try:
+        for name, value in (changes or {}).items():
+            setattr(config, name, value)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {error}") from None
     return config
 
 
+def _check_names(config: Any, settings: Mapping[str, Any], usual: Any) -> None:
+    """Raise ConfigError for settings that `config` has not among the `usual` ones of its class."""
+    known = set(usual.to_dict()) - {"model_type"} | set(config.attribute_map)
+    if unknown := sorted(set(settings) - known):
+        hints = ", ".join(name + did_you_mean(name, known) for name in unknown)
+        raise ConfigError(f"model.config: {config.model_type} does not know {hints}")
+
+
 def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
-    """The LM there, in float32; errors as `pretrained_config`."""
+    """The LM there, in float32; errors as `pretrained_config`, and where its weights are not those that the config asks for
+    (transformers would make up what is missing)."""
     from transformers import AutoModelForCausalLM
 
     config = pretrained_config(path, revision, changes)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model_folder(path), revision=revision, config=config, dtype=torch.float32
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder(path), revision=revision, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"model {path}: {error}") from None
+    lm, found = loaded
+    wrong = [*found["missing_keys"], *(found["unexpected_keys"] if changes else ())]
+    if wrong:
+        what = "model.config makes another model of it" if changes else "weights are missing"
+        raise ConfigError(f"model {path}: {what} ({', '.join(sorted(wrong)[:3])}{', ...' * (len(wrong) > 3)})")
+    return lm
 
 
 def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
@@ -114,7 +125,7 @@ def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
     kind = settings.get("model_type")
     if kind is None:
         raise ConfigError("model.config needs model_type, for example llama or gpt2")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = did_you_mean(str(kind), CONFIG_MAPPING)
         raise ConfigError(f"model.config.model_type: {kind!r} is none of transformers' types{near}")
     settings = {name: value for name, value in settings.items() if name != "model_type"}
@@ -122,11 +133,7 @@ def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
         config = AutoConfig.for_model(kind, **settings | more)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {error}") from None
-    known = set(AutoConfig.for_model(kind).to_dict()) | set(config.attribute_map)
-    if unknown := sorted(set(settings) - known):
-        raise ConfigError(
-            f"model.config: {kind} does not know {', '.join(n + did_you_mean(n, known) for n in unknown)}"
-        )
+    _check_names(config, settings, AutoConfig.for_model(kind))
     return config
 
 
@@ -185,7 +192,7 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, contex
             torch.manual_seed(seed)
             try:
                 lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-            except ValueError as error:
+            except (ValueError, KeyError) as error:
                 raise ConfigError(f"model.config: {error}") from None
     limit = getattr(lm.config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:

@@ -315,9 +315,10 @@ class AWR(_ByReward):
         w_BT = torch.where(counted_BT, log_w_BT.clamp(max=math.log(MAX_WEIGHT)).exp(), 0.0)
         nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
         value_loss_BT = torch.where(counted_BT, (x.value_BT - reward_BT) ** 2, 0.0)
-        # squares in float64: the spread of values may be far smaller than their mean
-        value = torch.where(counted_BT, x.value_BT.detach(), 0.0).double()
-        reward = torch.where(counted_BT, reward_BT, 0.0).double()
+        # squares in float64 where there is one: the spread of values may be far smaller than their mean
+        wide = torch.float32 if reward_BT.device.type == "mps" else torch.float64
+        value = torch.where(counted_BT, x.value_BT.detach(), 0.0).to(wide)
+        reward = torch.where(counted_BT, reward_BT, 0.0).to(wide)
         metrics = _weight_metrics(w_BT, counted_BT, nll_BT) | {
             "value_loss": value_loss_BT.detach().sum(),
             "value": value.sum(),

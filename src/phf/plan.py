@@ -102,7 +102,7 @@ def _run(
     from phf.attention import KEEP
     from phf.device import pick_device, pick_precision
     from phf.fused import default_chunk
-    from phf.train import micro_batch
+    from phf.train import micro_batch, pick_compile
 
     train = variant.train
     shape = _shape(recipe)
@@ -119,7 +119,9 @@ def _run(
     kept = 2 * layers if train.gradient_checkpointing else 34 * layers
     activations = wide * tokens * (width * kept + scores) + tokens * width * 8
     gpu_memory = torch.cuda.get_device_properties(0).total_memory if pick_device() == "cuda" else None
-    logits = min(train.chunk or default_chunk(vocab, gpu_memory), tokens) * vocab * 12
+    compiled = pick_compile(train, parameters)
+    number = 12 if gpu_memory is None else 6 if compiled else 24  # bytes
+    logits = min(train.chunk or default_chunk(vocab, gpu_memory, compiled), tokens) * vocab * number
     checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
     state = 16.0 * parameters
     if train.shard:  # and whole: the embeddings and their gradient, and copies of the blocks in bf16

@@ -291,6 +291,7 @@ def train(
             load_lm_weights(lm, resume)
             wrapper.load_value_head(resume)
         shard(wrapper, arguments.device, compiled)
+        wrapper.compiled = compiled  # of the loss
     tokens_before = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     record = Record(
         out / "metrics.jsonl",
@@ -385,7 +386,7 @@ def run_key(
     """What decides the bytes of a run, wherever its weights and its data lie."""
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = {
-        "model": {k: v for k, v in to_plain(model).items() if start is None or k != "path"},
+        "model": {k: v for k, v in to_plain(model).items() if v != {} and (start is None or k != "path")},
         "objective": to_plain(objective),
         "train": {k: v for k, v in to_plain(config).items() if k not in FREE},
         "seed": seed,
@@ -585,8 +586,9 @@ def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
             for key in {**before, **now}
             for name in changed_settings(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
-    decides = path != "tokens" and path.removeprefix("train.") not in FREE
-    return [path] if before != now and decides else []
+    decides = path not in ("tokens", "model.path") and path.removeprefix("train.") not in FREE
+    same = before == now or (before is None and now == {})
+    return [path] if decides and not same else []
 
 
 def set_aside(folder: Path) -> Path:

@@ -176,7 +176,9 @@ class PHFTrainer(Trainer):
         since = store.read_json(checkpoint / COMPLETE).get("since_line", {"steps": 0, "seconds": 0.0, "sums": {}})
         first = self.args.process_index == 0  # sums are of all processes already
         self.sums = {
-            name: torch.tensor(value if first else 0.0, dtype=torch.float64, device=self.args.device)
+            name: torch.tensor(
+                (math.nan if value is None else value) if first else 0.0, dtype=torch.float64, device=self.args.device
+            )
             for name, value in since["sums"].items()
         }
         self.record.steps_before, self.record.seconds = since["steps"], since["seconds"]
