@@ -114,7 +114,12 @@ def test_a_run_of_one_process_goes_on_with_two(tokens_dir, tmp_path):
 SHARDED = {
     "llama": (TINY_LLAMA, AWR(), {}, 1e-3),
     "untied": ({**TINY_LLAMA, "tie_word_embeddings": False}, Conditional(), {"gradient_checkpointing": True}, 1e-3),
-    "gpt2": ({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}, MLE(), {"precision": "bf16"}, 1e-2),
+    "gpt2": (
+        {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2},
+        MLE(),
+        {"precision": "bf16", "compile": True},
+        1e-2,
+    ),
 }
 
 SHARDED_RUN = """
