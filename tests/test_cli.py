@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from conftest import TINY_LLAMA, tiny_texts, write_jsonl
+from phf.config import dump_yaml
 
 PHF = [str(Path(sys.executable).with_name("phf"))]
 
@@ -213,3 +216,25 @@ def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
     assert "suggested thresholds" in said
     assert (tmp_path / "scored" / "inspect.html").exists()
     assert json.loads((tmp_path / "scored" / "inspect.json").read_text())["labelled"]["mean"]["auc"] > 0.9
+
+
+def test_ctrl_c_says_how_to_go_on(tokens_dir, tmp_path):
+    (tmp_path / "m.yaml").write_text(dump_yaml({"model": {"name": "from_config", "config": TINY_LLAMA}}))
+    settings = [
+        "objective.name=mle",
+        "train.tokens=1e7",
+        "train.context=32",
+        "train.batch_rows=16",
+        "train.save_every=5e4",
+    ]
+    process = subprocess.Popen(
+        [*PHF, "train", str(tokens_dir), str(tmp_path / "r"), str(tmp_path / "m.yaml"), *settings],
+        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not list((tmp_path / "r" / "checkpoints").glob("*/complete.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.strip() == "interrupted; run the same command again to go on"

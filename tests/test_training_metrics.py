@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from phf.config import STRICT
 from phf.model import FromConfig, flops_per_token
 from phf.objectives import AWR, MLE, RWR, LossInputs, LossOutputs, Masking, Unlikelihood
 from phf.train import TrainConfig, train
-from phf.trainer import complete_checkpoints, read_metrics
+from phf.trainer import TrainingError, complete_checkpoints, read_metrics
+
+train_module = sys.modules["phf.train"]
 
 MODEL = FromConfig(TINY_LLAMA)
 STEP = 16 * 32
@@ -77,6 +81,45 @@ def test_checkpoints_and_lines_as_often_as_is_asked_when_going_on(tokens_dir, tm
     names = [p.name for p in complete_checkpoints(tmp_path / "r" / "checkpoints")]
     assert names == ["checkpoint-10", "checkpoint-15", "checkpoint-20"]
     assert [line["step"] for line in timeless(tmp_path / "r")] == [10, 12, 16, 20]
+
+
+def test_checkpoints_by_the_clock_unless_by_tokens(tokens_dir, tmp_path, monkeypatch):
+    def made(name, **kwargs):
+        train(tokens_dir, tmp_path / name, MODEL, MLE(), config(20, keep=9, log_every=4, **kwargs))
+        return [int(p.name.split("-")[1]) for p in complete_checkpoints(tmp_path / name / "checkpoints")]
+
+    assert made("short") == [20]
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
+    assert made("long") == [4, 8, 12, 16, 20]
+    assert made("tokens", save_every=10 * STEP) == [10, 20]
+    lines = timeless(tmp_path / "short")
+    assert timeless(tmp_path / "long") == timeless(tmp_path / "tokens") == lines
+    assert "waited" not in lines[0]
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["checkpoint", "model"])
+def test_a_full_disk_is_said(tokens_dir, tmp_path, monkeypatch, final):
+    """torch and safetensors have words of their own for it; nothing half-written is gone on from."""
+    settings = config(8, save_every=4 * STEP)
+
+    def fails(*args, **kwargs):
+        if final or len(complete_checkpoints(tmp_path / "r" / "checkpoints")) == 1:
+            raise RuntimeError("unexpected pos 5312 vs 5204")
+        return save(*args, **kwargs)
+
+    module, name = (train_module, "save_model") if final else (torch, "save")
+    save = getattr(module, name)
+    with monkeypatch.context() as m:
+        m.setattr(module, name, fails)
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # and there is room: something else is wrong
+            train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+        m.setattr(trainer.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(TrainingError, match=r"no space left for .*r.* \(0 MB free\); make room and run the same"):
+            train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+    train(tokens_dir, tmp_path / "whole", MODEL, MLE(), settings)
+    model = Path("model", "model.safetensors")
+    assert (tmp_path / "r" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
 
 def test_checkpoints_are_not_counted_as_training(tokens_dir, tmp_path, monkeypatch):

@@ -103,6 +103,7 @@ def _run(
     from phf.device import pick_device, pick_precision
     from phf.fused import default_chunk
     from phf.train import micro_batch, pick_compile
+    from phf.trainer import SAVE_SECONDS
 
     train = variant.train
     shape = _shape(recipe)
@@ -122,13 +123,14 @@ def _run(
     compiled = pick_compile(train, parameters)
     number = 12 if gpu_memory is None else 6 if compiled else 24  # bytes
     logits = min(train.chunk or default_chunk(vocab, gpu_memory, compiled), tokens) * vocab * number
-    checkpoints = train.keep + len(train.milestones) if train.save_every else 1 + len(train.milestones)
     state = 16.0 * parameters
     if train.shard:  # and whole: the embeddings and their gradient, and copies of the blocks in bf16
         copies = 2 * (parameters - shape["ends"]) if low and not train.gradient_checkpointing else 0
         state = state / processes + 8 * shape["ends"] + copies
     flops = 6.0 * parameters * train.total_tokens
     hours = train.total_tokens / tokens_per_s / 3600 if tokens_per_s else flops / (flops_per_s or 1) / 3600
+    several = train.save_every is not None or hours * 3600 > SAVE_SECONDS
+    checkpoints = (train.keep if several else 1) + len(train.milestones)
     return {
         "run": variant.name,
         "parameters": parameters,

@@ -67,6 +67,7 @@ from phf.trainer import (
     complete_checkpoints,
     read_metrics,
     save_model,
+    saying_if_full,
     training_seconds,
 )
 
@@ -100,7 +101,8 @@ class TrainConfig:
     """auto: torch's fused attention (transformers' "sdpa") without a mask and, in bfloat16 on a CPU, our own in blocks
     (`phf.attention`), where the model knows "sdpa"; else transformers' choice for the model."""
     save_every: Annotated[float, Field(gt=0)] | None = None
-    """Tokens between checkpoints or, up to 1, their share of the budget; None: only at the end."""
+    """Tokens between checkpoints or, up to 1, their share of the budget; None: ten minutes of training between them. And
+    one at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
     """Checkpoints kept, the newest."""
     skip_tokens: Annotated[float, Field(ge=0)] = 0
@@ -302,6 +304,7 @@ def train(
         peak_flops(wrapper.autocast_dtype, world) if rank == 0 else None,
         rank == 0,
         tokens_before,
+        saves=config.save_every is None,
     )
     sampler = RowBatches(config.steps, config.batch_rows, micro, accumulate, rank)
     data = TrainingRows(
@@ -340,7 +343,8 @@ def train(
         return {"stage": "train", "step": trainer.state.global_step}
     trainer.accelerator.wait_for_everyone()
     cut, seen = tokens.manifest.get("segmenter"), tokens_before + config.total_tokens
-    save_model(wrapper, tokenizer, out / "model", cut, seen, writer=rank == 0)
+    with saying_if_full(out):
+        save_model(wrapper, tokenizer, out / "model", cut, seen, writer=rank == 0)
     if rank != 0:
         return {}
     return store.finish(

@@ -5,6 +5,8 @@ A small subclass of the Hugging Face Trainer and its callbacks. `train.py` sets 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import shutil
@@ -26,9 +28,27 @@ from phf.model import COMPLETE, MODEL_CARD, PHFModel, load_lm_weights, save_lm
 from phf.packing import Order, Rows
 from phf.tokens import save_tokenizer
 
+SAVE_SECONDS = 600
+"""Between checkpoints where no number of tokens is asked for."""
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
+
+
+@contextlib.contextmanager
+def saying_if_full(folder: Path) -> Iterator[None]:
+    """A disk that is full is a TrainingError that says so: every library has words of its own for it."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if getattr(error, "errno", None) == errno.ENOSPC or free < 2**24:
+            raise TrainingError(
+                f"no space left for {folder} ({free / 1e6:.0f} MB free); make room and run the same command again: it goes on "
+                "from the newest whole checkpoint"
+            ) from error
+        raise
 
 
 class RowBatches(Sampler[list[int]]):
@@ -224,7 +244,8 @@ class PHFTrainer(Trainer):
             "seconds": self.record.seconds,
             "sums": self.sums_of_all(),
         }
-        super()._save_checkpoint(model, trial)
+        with saying_if_full(self.folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             store.write_json(folder / COMPLETE, {"step": step, "tokens": self.seen(step), "since_line": since})
@@ -315,10 +336,11 @@ class Record(TrainerCallback):
 
     def __init__(
         self, path: Path, steps: int, step_tokens: int, params: int, token_flops: float, peak_flops: float | None,
-        writer: bool, tokens_before: int,
+        writer: bool, tokens_before: int, saves: bool,
     ) -> None:  # fmt: skip
         self.path, self.steps, self.step_tokens, self.params, self.writer = path, steps, step_tokens, params, writer
         self.token_flops, self.peak_flops, self.tokens_before = token_flops, peak_flops, tokens_before
+        self.saves, self.saved_at = saves, 0.0  # whether it asks for checkpoints, every SAVE_SECONDS of a clock
         self.trainer: PHFTrainer | None = None
         self.bar: Any = None
         self.last_step = self.steps_before = 0
@@ -333,6 +355,7 @@ class Record(TrainerCallback):
         # a checkpoint brings those of the run that made it
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
         self.last_step = state.global_step - self.steps_before
+        self.saved_at = time.perf_counter()
         self.resume()
 
     def resume(self) -> None:
@@ -351,7 +374,10 @@ class Record(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         assert self.trainer is not None
+        waited = time.perf_counter() - self.saved_at if self.writer else 0.0  # by one clock, for all processes
+        self.trainer.sums["waited"] = torch.tensor(waited, dtype=torch.float64, device=args.device)
         sums, self.trainer.sums = self.trainer.sums_of_all(), {}
+        control.should_save |= sums.pop("waited") >= SAVE_SECONDS and self.saves
         step = state.global_step
         seconds, steps = self.seconds, step - self.last_step
         self.last_step, self.seconds = step, 0.0
@@ -384,6 +410,9 @@ class Record(TrainerCallback):
         logs.update({k: v for k, v in line.items() if isinstance(v, int | float)})
         if self.writer:
             add_line(self.path, line)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

@@ -51,9 +51,10 @@ def main() -> None:
     except (ConfigError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except (RuntimeError, OSError) as error:
         if type(error).__name__ == "Submitted":
             print(f"submitted: {error}", file=sys.stderr)
