@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from phf.device import num_cpus
 
 
 def arguments(about: str, **more: Any) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
         "processor": model or platform.processor(),
         "bf16": [f for f in ("amx_bf16", "avx512_bf16") if f in flags],
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cpus(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

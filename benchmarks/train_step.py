@@ -16,8 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from phf.device import num_cpus
+
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+os.environ.setdefault("OMP_NUM_THREADS", str(num_cpus()))
 
 import torch
 from transformers import AutoConfig

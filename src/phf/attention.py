@@ -59,6 +59,17 @@ def usual(lm: Any) -> Iterator[None]:
             lm.set_attn_implementation(NAME)
 
 
+@contextlib.contextmanager
+def evaluating(lm: Any) -> Iterator[None]:
+    """Inside, `lm` is in evaluation mode: no dropout."""
+    training = lm.training
+    lm.eval()
+    try:
+        yield
+    finally:
+        lm.train(training)
+
+
 def _mask(
     *,
     q_length: int,
@@ -136,8 +147,6 @@ def swap(lm: Any) -> bool:
     embeddings = lm.get_input_embeddings()
     length = min(136, getattr(lm.config, "max_position_embeddings", None) or 136)  # two blocks
     ids = torch.arange(length, device=embeddings.weight.device).unsqueeze(0) % embeddings.num_embeddings
-    training = lm.training
-    lm.eval()
 
     def hidden(dtype: torch.dtype | None) -> Tensor:
         with torch.no_grad(), torch.autocast(ids.device.type, dtype, enabled=dtype is not None), whole_rows():
@@ -146,16 +155,16 @@ def swap(lm: Any) -> bool:
     ways: list[torch.dtype | None] = [None, torch.bfloat16] if ids.device.type == "cpu" else [None]
     same = False
     try:
-        before = [hidden(dtype) for dtype in ways]
-        lm.set_attn_implementation(NAME)
-        same = all(
-            (hidden(dtype) - was).norm() <= (0.1 if torch.bfloat16 in (dtype, lm.dtype) else 1e-3) * was.norm()
-            for dtype, was in zip(ways, before, strict=True)
-        )
+        with evaluating(lm):
+            before = [hidden(dtype) for dtype in ways]
+            lm.set_attn_implementation(NAME)
+            same = all(
+                (hidden(dtype) - was).norm() <= (0.1 if torch.bfloat16 in (dtype, lm.dtype) else 1e-3) * was.norm()
+                for dtype, was in zip(ways, before, strict=True)
+            )
     except Exception:  # its own code knows better than to go on without a mask
         pass
     finally:
-        lm.train(training)
         if not same:
             lm.set_attn_implementation("sdpa")
     return same

@@ -118,7 +118,6 @@ class JudgeDuring(TrainerCallback):
 
     def judge(self, lm: Any, tokens: int) -> dict[str, Any]:
         """Judge `lm` as it is after so many tokens, and leave it and every random stream as they were."""
-        was_training = lm.training
         devices = [lm.device] if lm.device.type == "cuda" else []
         streams = random.getstate(), np.random.get_state()
         # samples have every length: a compiled trunk would be compiled anew for each
@@ -126,12 +125,11 @@ class JudgeDuring(TrainerCallback):
             torch.random.fork_rng(devices=devices),
             torch.compiler.set_stance("force_eager"),
             attention.usual(lm),
+            attention.evaluating(lm),
         ):
-            lm.eval()
             try:
                 return self._judge(self._loaded(lm), tokens)
             finally:
-                lm.train(was_training)
                 random.setstate(streams[0])
                 np.random.set_state(streams[1])
 

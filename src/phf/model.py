@@ -477,8 +477,6 @@ def logit_shape(lm: Any) -> LogitShape:
 def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
     """(hidden @ output embeddings + bias, what `lm` makes of them), float32 [1, 4, V], with output embeddings enlarged to
     logits of about 100, where a cap shows: those of a new model are too small for that."""
-    training = lm.training
-    lm.eval()
     seen: list[Tensor] = []
     hook = lm.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
     name = next(n for n, p in lm.named_parameters() if p is head.weight)
@@ -497,14 +495,13 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
         return ours.float(), theirs.float()
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attention.evaluating(lm):
             largest = float(both(head.weight)[0].abs().max())
             if largest == 0:  # nothing is learned yet, and nothing would tell a factor from another
                 return both(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(head.weight))
             return both(head.weight * (100 / largest))
     finally:
         hook.remove()
-        lm.train(training)
 
 
 def flops_per_token(lm: Any, context: int) -> float:

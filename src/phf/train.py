@@ -332,7 +332,6 @@ def train(
     if rank == 0:
         check_environment(out / "environment.json", resume is not None, compiled, wrapper.autocast_dtype, micro)
     if resume is not None:
-        sampler.start = store.read_json(resume / COMPLETE)["step"]
         trainer.go_on_from(resume)
     if sampler.start < config.steps:
         with deterministic():

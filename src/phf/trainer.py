@@ -115,7 +115,6 @@ class PHFTrainer(Trainer):
         self.folder, self.milestones, self.seen = Path(kwargs["args"].output_dir), milestones, seen
         self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
         self.sums: dict[str, torch.Tensor] = {}
-        self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.sharded = sharding.is_sharded(model)
         if self.sharded:  # averages gradients over processes itself
             self.accelerator.prepare_model = lambda model, **kwargs: model
@@ -160,16 +159,14 @@ class PHFTrainer(Trainer):
         sums = out["metrics"] | {"loss": out["loss"].detach().double() / self.args.world_size}
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-        self.losses.append(out["loss"].detach())
         return out["loss"]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once a step, before the update: the only place where a GPU is waited for."""
-        losses, self.losses = torch.stack(self.losses), []
         # the norm first: what is not finite in one process makes the norm so in all, and all stop
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if self.sharded else norm
-        self._check_finite("loss", losses.sum().item())
+        self._check_finite("loss", self.sums["loss"].item())  # one that is not finite makes the sum so
         self._check_finite("norm of the gradient", norm)
         return norm
 
@@ -192,8 +189,9 @@ class PHFTrainer(Trainer):
         return dict(zip(names, values.tolist(), strict=True))
 
     def go_on_from(self, checkpoint: Path) -> None:
-        """Take up the metrics where a checkpoint left them, so that the next line is that of a run that did not stop."""
-        since = store.read_json(checkpoint / COMPLETE).get("since_line", {"steps": 0, "seconds": 0.0, "sums": {}})
+        """Take up rows and metrics where a checkpoint left them, so that the next line is that of a run that did not stop."""
+        mark = store.read_json(checkpoint / COMPLETE)
+        since = mark.get("since_line", {"steps": 0, "seconds": 0.0, "sums": {}})
         first = self.args.process_index == 0  # sums are of all processes already
         self.sums = {
             name: torch.tensor(
@@ -201,7 +199,8 @@ class PHFTrainer(Trainer):
             )
             for name, value in since["sums"].items()
         }
-        self.record.steps_before, self.record.seconds = since["steps"], since["seconds"]
+        self.record.last_step, self.record.seconds = mark["step"] - since["steps"], since["seconds"]
+        self.sampler.start = mark["step"]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -343,7 +342,7 @@ class Record(TrainerCallback):
         self.saves, self.saved_at = saves, 0.0  # whether it asks for checkpoints, every SAVE_SECONDS of a clock
         self.trainer: PHFTrainer | None = None
         self.bar: Any = None
-        self.last_step = self.steps_before = 0
+        self.last_step = 0
         self.seconds = 0.0  # in training steps, since the last line: judging and saving do not count
         self.resumed_at = 0.0
 
@@ -354,7 +353,6 @@ class Record(TrainerCallback):
                             unit_scale=True, disable=None, file=sys.stderr)  # fmt: skip
         # a checkpoint brings those of the run that made it
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
-        self.last_step = state.global_step - self.steps_before
         self.saved_at = time.perf_counter()
         self.resume()
 

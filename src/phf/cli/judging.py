@@ -9,6 +9,11 @@ import typer
 
 from phf.cli.shared import Overrides, laid_on, mapping, only_overrides, print_table, split_settings
 
+AnotherScorer = Annotated[
+    str | None, typer.Option(help="Another scorer than the corpus's (as for `phf score`, with scorer.* settings).")
+]
+MayDiffer = Annotated[bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")]
+
 
 def sample(
     model: Annotated[
@@ -63,13 +68,8 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="Scores above it are bad. Default: 0, with --paper toxicity 0.5.")
     ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(help="Another scorer than the corpus's (as for `phf score`, with scorer.* settings)."),
-    ] = None,
-    other_scorer: Annotated[
-        bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")
-    ] = False,
+    scorer: AnotherScorer = None,
+    other_scorer: MayDiffer = False,
     out: Annotated[str | None, typer.Option(help="Folder for what is found of a model that is not a run.")] = None,
     paper: Annotated[
         str | None, typer.Option(metavar="TASK", help="The paper's scenarios and lengths: toxicity, pii or pep8.")
@@ -221,12 +221,8 @@ def redteam(
             help="Trained runs, any model (a folder or a name on the Hub) or a server (http://host:8000/v1), then settings.",
         ),
     ],
-    scorer: Annotated[
-        str | None, typer.Option(help="Another scorer than the corpus's (as for `phf score`, with scorer.* settings).")
-    ] = None,
-    other_scorer: Annotated[
-        bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")
-    ] = False,
+    scorer: AnotherScorer = None,
+    other_scorer: MayDiffer = False,
     threshold: Annotated[float, typer.Option(help="Scores above it are bad.")] = 0.0,
     tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for what is found of a model that is not a run.")] = None,
