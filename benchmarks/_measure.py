@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phf.device import num_cpus
+from phf.core.device import num_cpus
 
 
 def arguments(about: str, **more: Any) -> argparse.Namespace:

@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, write
-from phf import store
-from phf.capabilities import Lambada
-from phf.evaluate import evaluate_run
-from phf.reference import KL, LocalModel
-from phf.sample import Scenario
+from phf.core import store
+from phf.evaluation.capabilities.lambada import Lambada
+from phf.evaluation.evaluate import evaluate_run
+from phf.evaluation.kl import KL, LocalModel
+from phf.generation.scenario import Scenario
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline, make_union
 
 from _measure import arguments, case, interleaved, write
-from phf.corpus import InstalledPackages
-from phf.fitting import Labels, _hash_unit, fit_scorer, read_labels
+from phf.core.types import Document
+from phf.data.readers import InstalledPackages
 from phf.scorers.fitted import load_fitted
-from phf.types import Document
+from phf.scorers.fitting import Labels, _hash_unit, fit_scorer, read_labels
 
 
 def labels_from(spec: str) -> Labels:

@@ -20,9 +20,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from _measure import arguments, case, interleaved, write
-from phf.device import peak_flops
-from phf.model import PHFModel, flops_per_token
+from phf.core.device import peak_flops
 from phf.objectives import Conditional
+from phf.training.lm import flops_per_token
+from phf.training.model import PHFModel
 from train_step import NO_DROPOUT, random_batch
 from train_step import OBJECTIVES as TIMED
 

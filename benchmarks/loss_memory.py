@@ -18,7 +18,7 @@ from _measure import arguments, case, write
 
 CHILD = r"""
 import re, sys, torch
-from phf.fused import fused_loss, unfused_loss
+from phf.training.fused import fused_loss, unfused_loss
 from phf.objectives import Unlikelihood
 def memory(kind):
     return int(re.search(kind + r":\s+(\d+) kB", open("/proc/self/status").read())[1])

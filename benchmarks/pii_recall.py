@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, write
+from phf.core.types import Span
 from phf.scorers import PII, Presidio
 from phf.scorers.pii import recall_by_kind
-from phf.types import Span
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, write
-from phf.control_attacks import TokenAttacks
-from phf.redteam import RedTeam, redteam
+from phf.redteaming.control_tokens import TokenAttacks
+from phf.redteaming.search import RedTeam, redteam
 
 
 def compared(name: str, ours: dict, baseline: dict, more: dict) -> dict:

@@ -18,17 +18,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, case, interleaved, write
-from phf import store
-from phf.annotate import score_corpus
-from phf.corpus import Folder
-from phf.model import COMPLETE, FromConfig
+from phf.core import store
+from phf.core.runs import COMPLETE
+from phf.core.types import Edit
+from phf.data.readers import Folder
+from phf.data.segment import Lines
 from phf.objectives import MLE
-from phf.packing import Order, Rows
 from phf.scorers import Regex
-from phf.segment import Lines
-from phf.tokens import TokenStore, TrainBPE, tokenize_corpus
-from phf.train import TrainConfig, train
-from phf.types import Edit
+from phf.scoring.score import score_corpus
+from phf.tokens.rows import Order, Rows
+from phf.tokens.store import TokenStore, tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
+from phf.training.lm import FromConfig
+from phf.training.train import TrainConfig, train
 
 CONTEXT, BATCH, REPLAYED = 256, 16, 2000
 

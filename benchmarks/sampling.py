@@ -20,8 +20,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from _measure import arguments, case, interleaved, write
-from phf.sample import LoadedModel, Scenario, precision_of, sample
-from phf.tokens import train_bpe
+from phf.generation.loaded import LoadedModel, precision_of
+from phf.generation.sample import sample
+from phf.generation.scenario import Scenario
+from phf.tokens.tokenizer import train_bpe
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from scrubadub.detectors.date_of_birth import DateOfBirthDetector
 from scrubadub.detectors.skype import SkypeDetector
 
 from _measure import arguments, case, interleaved, write
-from phf.corpus import InstalledPackages
+from phf.core.types import Document
+from phf.data.readers import InstalledPackages
+from phf.data.segment import Sentences
 from phf.scorers import PII
-from phf.segment import Sentences
-from phf.types import Document
 
 
 class PlainAddresses(Detector):

@@ -20,11 +20,11 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizerFast
 
 from _measure import arguments, case, interleaved, write
-from phf.corpus import InstalledPackages
+from phf.core.types import Document
+from phf.data.readers import InstalledPackages
+from phf.data.segment import Sentences
 from phf.scorers import Toxicity
 from phf.scorers.toxicity import _load
-from phf.segment import Sentences
-from phf.types import Document
 
 
 def sentences(count: int) -> list[str]:

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from _measure import arguments, case, write
-from phf.corpus import InstalledPackages
-from phf.metrics import self_bleu_scores
-from phf.types import Document
+from phf.core.statistics import self_bleu_scores
+from phf.core.types import Document
+from phf.data.readers import InstalledPackages
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, case, interleaved, write
-from phf.annotate import score_corpus
-from phf.corpus import Jsonl, StandardLibrary
+from phf.core.types import Document
+from phf.data.readers import Jsonl, StandardLibrary
+from phf.data.segment import Lines
 from phf.scorers import PEP8
-from phf.segment import Lines
-from phf.types import Document
+from phf.scoring.score import score_corpus
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from phf.device import num_cpus
+from phf.core.device import num_cpus
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", str(num_cpus()))
@@ -25,9 +25,9 @@ import torch
 from transformers import AutoConfig
 
 from _measure import arguments, case, interleaved, write
-from phf.device import pick_precision, tune_allocator
-from phf.model import PHFModel
+from phf.core.device import pick_precision, tune_allocator
 from phf.objectives import AWR, MLE, RWR, Objective, Unlikelihood
+from phf.training.model import PHFModel
 from reference_step import ReferenceStep
 
 OBJECTIVES: dict[str, Objective] = {

@@ -15,8 +15,7 @@ import phf
 HEAD = """# API
 
 The public names of phf, from their docstrings (`python docs/make_api.py` writes this page). Everything else is an ordinary module
-with a docstring at its top; `help(phf.NAME)` says the same. Functions named as their modules are imported from there:
-`from phf.train import train`, `from phf.sample import sample`, `from phf.redteam import redteam`, `from phf.survey import survey`.
+with a docstring at its top; `help(phf.NAME)` says the same.
 """
 
 

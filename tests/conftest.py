@@ -19,12 +19,13 @@ import hypothesis
 import numpy as np
 import pytest
 
-from phf import store
-from phf.annotate import score_corpus
-from phf.corpus import Jsonl
+from phf.core import store
+from phf.data.readers import Jsonl
+from phf.data.segment import Lines
 from phf.scorers import Regex
-from phf.segment import Lines
-from phf.tokens import TokenStore, TrainBPE, tokenize_corpus
+from phf.scoring.score import score_corpus
+from phf.tokens.store import TokenStore, tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
 
 hypothesis.settings.register_profile("phf", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("phf")

@@ -14,14 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import LINK, tiny_texts, write_jsonl
-from phf import annotate, corpus, store, tokens
-from phf.annotate import ScoredCorpus, ScoringError, add_scores, judge, judge_documents, score_corpus
-from phf.config import ConfigError
-from phf.corpus import Jsonl, Parquet
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.core.types import Rejected
+from phf.data import readers as corpus
+from phf.data.readers import Jsonl, Parquet
+from phf.data.scored import ScoredCorpus
+from phf.data.segment import Documents, Given, Lines
 from phf.scorers import Lexicon, Regex, Scorer
-from phf.segment import Documents, Given, Lines
-from phf.tokens import TrainBPE, tokenize_corpus
-from phf.types import Rejected
+from phf.scoring import score as annotate
+from phf.scoring.judge import ScoringError, judge, judge_documents
+from phf.scoring.score import add_scores, score_corpus
+from phf.tokens import store as tokens
+from phf.tokens.store import tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
 
 
 def folder_bytes(folder):
@@ -116,7 +122,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(annotate.pq, "write_table", full_disk)
+        m.setattr(pq, "write_table", full_disk)
         with pytest.raises(OSError, match="No space left"):
             score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
     assert not list((tmp_path / "s").glob("part-*"))
@@ -125,7 +131,8 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
 
 SLOW = """
 import sys, time
-from phf import annotate, corpus
+from phf.data import readers as corpus
+from phf.scoring import score as annotate
 corpus.SHARD_BYTES = 400
 real = annotate.score_shard
 def slow(job):
@@ -133,7 +140,7 @@ def slow(job):
     return real(job)
 annotate.score_shard = slow
 from phf.scorers import Regex
-from phf.segment import Lines
+from phf.data.segment import Lines
 annotate.score_corpus(corpus.Jsonl(sys.argv[1]), Lines(), Regex(r"https?://\\S+"), sys.argv[2])
 """
 
@@ -163,10 +170,11 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path):
 
 WORKERS = """
 import os, sys, time
-from phf import annotate, corpus
-from phf.corpus import Jsonl
+from phf.data import readers as corpus
+from phf.scoring import score as annotate
+from phf.data.readers import Jsonl
 from phf.scorers import Regex
-from phf.segment import Lines
+from phf.data.segment import Lines
 if __name__ == "__main__":
     corpus.SHARD_BYTES = 400
     annotate.score_corpus(Jsonl(sys.argv[1]), Lines(), Regex(r"(a|b|ab)*c"), sys.argv[2], workers=2)

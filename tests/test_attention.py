@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from conftest import TINY_LLAMA, tiny_texts
-from phf import attention
-from phf.model import FromConfig, PHFModel, build_lm, save_lm
 from phf.objectives import MLE
-from phf.tokens import train_bpe
+from phf.tokens.tokenizer import train_bpe
+from phf.training import attention
+from phf.training.lm import FromConfig, build_lm, save_lm
+from phf.training.model import PHFModel
 from test_model import FAMILIES
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from phf.capabilities import Glue, HumanEval, Lambada
-from phf.capabilities.base import split_behind
-from phf.capabilities.glue import glue_score
-from phf.capabilities.humaneval import function_body, pass_at_k, run_sandboxed
-from phf.config import ConfigError
-from phf.sample import load_model
-from phf.tokens import train_bpe
+from phf.core.config import ConfigError
+from phf.evaluation.capabilities.base import split_behind
+from phf.evaluation.capabilities.glue import Glue, glue_score
+from phf.evaluation.capabilities.humaneval import HumanEval, function_body, pass_at_k, run_sandboxed
+from phf.evaluation.capabilities.lambada import Lambada
+from phf.generation.loaded import load_model
+from phf.tokens.tokenizer import train_bpe
 from test_reference import runs  # noqa: F401
 
 
@@ -84,7 +84,7 @@ def test_the_sandbox_tells_what_passes(program, passes):
 
 
 def test_the_sandbox_has_no_network_where_the_kernel_lets_it():
-    from phf.capabilities.humaneval import _unshare
+    from phf.evaluation.capabilities.humaneval import _unshare
 
     if not _unshare():
         pytest.skip("this kernel lets no user make a network of his own")
@@ -107,8 +107,8 @@ def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_pat
         HumanEval(path).measure(model)
     with pytest.raises(ConfigError, match="k=2 needs as many samples_per_problem"):
         HumanEval(path, k=(2,), run_untrusted_code=True).measure(model)
-    from phf.capabilities import humaneval
-    from phf.types import Sample
+    from phf.core.types import Sample
+    from phf.evaluation.capabilities import humaneval
 
     written = ["    return 1\n", "    return 2\n", "    return 1\n", "    return 1\n"]
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_glue_finetunes_a_copy(runs, glue_files):  # noqa: F811
 
 @pytest.mark.parametrize("history, seen", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
 def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, seen):  # noqa: F811
-    from phf.capabilities import glue
+    from phf.evaluation.capabilities import glue
 
     model, given = load_model(runs / "a"), iter(history)
     monkeypatch.setattr(glue, "glue_score", lambda *args: next(given))
@@ -224,8 +224,8 @@ def test_what_comes_behind_may_share_a_token_with_the_context(runs):  # noqa: F8
 
 
 def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, monkeypatch):  # noqa: F811
-    from phf.capabilities import humaneval
-    from phf.types import Sample
+    from phf.core.types import Sample
+    from phf.evaluation.capabilities import humaneval
 
     row = {"prompt": "def f():", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
     (tmp_path / "h.jsonl").write_text(json.dumps(row) + "\n")
@@ -237,7 +237,7 @@ def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, mo
 
 
 def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):  # noqa: F811
-    from phf.capabilities import humaneval
+    from phf.evaluation.capabilities import humaneval
 
     monkeypatch.setattr(humaneval, "run_sandboxed", lambda program, timeout_s: False)
     rows = [{"prompt": "def f():\n", "test": "def check(c): pass\n", "entry_point": "f"}] * 20
@@ -283,8 +283,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def test_lm_eval_tasks_with_the_control_prefix(runs, name, tmp_path, monkeypatch):  # noqa: F811
     """Real tasks of the real harness, on a file; its numbers against those of a plain loop."""
     pytest.importorskip("lm_eval", reason="extra 'eval' is not installed")
-    from phf.capabilities import LmEval
-    from phf.capabilities.base import continuations, prefix_ids
+    from phf.evaluation.capabilities.base import continuations, prefix_ids
+    from phf.evaluation.capabilities.lm_eval import LmEval
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     rows = [

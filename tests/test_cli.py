@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY_LLAMA, tiny_texts, write_jsonl
-from phf.config import dump_yaml
+from phf.core.config import dump_yaml
 
 PHF = [str(Path(sys.executable).with_name("phf"))]
 
@@ -144,9 +144,9 @@ def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path,
     import json
 
     from conftest import TINY_LLAMA
-    from phf.model import FromConfig
     from phf.objectives import MLE, Unlikelihood
-    from phf.train import TrainConfig, train
+    from phf.training.lm import FromConfig
+    from phf.training.train import TrainConfig, train
 
     settings = TrainConfig(tokens=400 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for objective in (MLE(), Unlikelihood(0.0, 1.0)):
@@ -178,9 +178,9 @@ def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys)
     import json
 
     from conftest import TINY_LLAMA
-    from phf.model import FromConfig
     from phf.objectives import MLE
-    from phf.train import TrainConfig, train
+    from phf.training.lm import FromConfig
+    from phf.training.train import TrainConfig, train
 
     settings = TrainConfig(tokens=512, context=32, batch_rows=16, precision="fp32")
     model = FromConfig({**TINY_LLAMA, "max_position_embeddings": 512})

@@ -16,12 +16,13 @@ import psutil
 import pytest
 
 from conftest import LINK, tiny_texts, write_jsonl
-from phf import corpus
-from phf.annotate import ScoredCorpus, Submitted, add_scores, score_corpus
-from phf.cluster import Slurm, executor
-from phf.corpus import Folder, Jsonl
+from phf.data import readers as corpus
+from phf.data.readers import Folder, Jsonl
+from phf.data.scored import ScoredCorpus
+from phf.data.segment import Lines
 from phf.scorers import Regex
-from phf.segment import Lines
+from phf.scoring.cluster import Slurm, executor
+from phf.scoring.score import Submitted, add_scores, score_corpus
 from test_annotate import folder_bytes
 
 pytest.importorskip("datatrove", reason="extra 'cluster' is not installed")
@@ -92,10 +93,11 @@ def test_a_slurm_task_that_failed_is_handed_over_again(tmp_path, slurm, monkeypa
 
 RAY = """
 import sys, time
-from phf import annotate, cluster, corpus
-from phf.cluster import Ray, executor
+from phf.data import readers as corpus
+from phf.scoring import score as annotate
+from phf.scoring.cluster import Ray, executor
 from phf.scorers import Function
-from phf.segment import Lines
+from phf.data.segment import Lines
 config = executor(Ray(address=sys.argv[4], mem_per_cpu_gb=0.2))
 source = corpus.Jsonl(sys.argv[1])
 print("begun", flush=True)
@@ -126,7 +128,7 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
     env = os.environ | {
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": str(Path(corpus.__file__).parents[1]),
+        "PYTHONPATH": str(Path(corpus.__file__).parents[2]),
     }
     token = tmp_path / "token"
     token.write_text("a" * 64)

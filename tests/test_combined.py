@@ -7,9 +7,9 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from phf.annotate import judge
-from phf.config import ConfigError, to_plain
+from phf.core.config import ConfigError, to_plain
 from phf.scorers import PEP8, AnyScorer, Combination, Function, Lexicon, Regex
+from phf.scoring.judge import judge
 
 CODE = """
 def shouting(text):

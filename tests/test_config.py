@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phf.config import ConfigError, load, merge, parse_override, read_yaml, validate
+from phf.core.config import ConfigError, load, merge, parse_override, read_yaml, validate
 from phf.objectives import AnyObjective, Conditional
-from phf.recipe import Recipe, load_recipe, packaged
-from phf.train import TrainConfig
+from phf.recipes.recipe import Recipe, load_recipe, packaged
+from phf.training.train import TrainConfig
 
 
 def test_numbers_without_a_dot_are_numbers(tmp_path):

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phf import corpus
-from phf.config import ConfigError
-from phf.corpus import Folder, HubDataset, InstalledPackages, Jsonl, Parquet, StandardLibrary
-from phf.types import Document, Rejected
+from phf.core.config import ConfigError
+from phf.core.types import Document, Rejected
+from phf.data import readers as corpus
+from phf.data.readers import Folder, HubDataset, InstalledPackages, Jsonl, Parquet, StandardLibrary
 
 
 def read_all(reader):

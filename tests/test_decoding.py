@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from conftest import TINY_LLAMA
-from phf.config import ConfigError
-from phf.decoding import QUICK, ROOM, WHOLE_ROOM, GrowingLayer, draw, guide, twin
-from phf.sample import uniform
+from phf.core.config import ConfigError
+from phf.generation.decoding import QUICK, ROOM, WHOLE_ROOM, GrowingLayer, draw, guide, twin
+from phf.generation.sample import uniform
 
 
 def expected_distribution(logits, temperature, top_p, top_k):
@@ -45,7 +45,7 @@ def test_draws_have_exactly_the_nucleus_distribution(temperature, top_p, top_k, 
 
 
 def test_the_sorted_fallback_has_the_same_distribution(monkeypatch):
-    monkeypatch.setattr("phf.decoding.REJECTIONS", 1)
+    monkeypatch.setattr("phf.generation.decoding.REJECTIONS", 1)
     test_draws_have_exactly_the_nucleus_distribution(0.7, 0.9, None, 150)
 
 
@@ -79,7 +79,7 @@ def test_only_words_of_the_nucleus_are_drawn_also_at_the_edges_of_the_random_num
 
 @pytest.mark.parametrize("rejections", [25, 1])  # by rejection, by sorting
 def test_words_that_are_equally_likely_stay_or_go_together(rejections, monkeypatch):
-    monkeypatch.setattr("phf.decoding.REJECTIONS", rejections)
+    monkeypatch.setattr("phf.generation.decoding.REJECTIONS", rejections)
     logits = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, -5.0])  # 0.40, four of 0.15
     ids = np.arange(4000)
     words = draw(logits.expand(4000, -1), 1.0, 0.5, None, lambda attempts: uniform(3, ids, 0, attempts))

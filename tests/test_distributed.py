@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import TINY_LLAMA
-from phf import store
-from phf.config import ConfigError, to_plain
-from phf.model import FromConfig, build_lm
+from phf.core import store
+from phf.core.config import ConfigError, to_plain
 from phf.objectives import AWR, MLE, Conditional, Masking
-from phf.train import TrainConfig, checkpoint_of_all, train
-from phf.trainer import TrainingError
+from phf.training.lm import FromConfig, build_lm
+from phf.training.train import TrainConfig, checkpoint_of_all, train
+from phf.training.trainer import TrainingError
 
 LAUNCH = [
     sys.executable,
@@ -125,9 +125,9 @@ SHARDED = {
 SHARDED_RUN = """
 import json, os, sys
 import torch
-from phf.model import FromConfig
+from phf.training.lm import FromConfig
 from phf.objectives import AWR, MLE, Conditional
-from phf.train import TrainConfig, train
+from phf.training.train import TrainConfig, train
 
 tokens, out, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 train(tokens, out, FromConfig({model!r}), {objective!r}, TrainConfig(**{settings!r}, shard=True), stop_after=stop or None)
@@ -187,7 +187,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
 
 
 def test_a_model_is_divided_by_its_outermost_blocks(tokens):
-    from phf.sharding import decoder_blocks
+    from phf.training.fsdp import decoder_blocks
 
     mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
     lm = build_lm(FromConfig(mamba), tokens.tokenizer, seed=0)
@@ -236,11 +236,12 @@ FSDP = """
 import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from phf.model import FromConfig, PHFModel, build_lm
+from phf.training.lm import FromConfig, build_lm
+from phf.training.model import PHFModel
 from phf.objectives import AWR
-from phf.packing import Order, Rows
-from phf.tokens import TokenStore
-from phf.trainer import to_tensors
+from phf.tokens.rows import Order, Rows
+from phf.tokens.store import TokenStore
+from phf.training.trainer import to_tensors
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()

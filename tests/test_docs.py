@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from conftest import TINY_LLAMA, tiny_texts
-from phf.config import dump_yaml
-from phf.model import FromConfig
+from phf.core.config import dump_yaml
 from phf.objectives import MLE, Conditional
-from phf.trainer import to_tensors
+from phf.training.lm import FromConfig
+from phf.training.trainer import to_tensors
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -53,14 +53,15 @@ CUTS = {
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
     """What a reader of any page has, in the smallest size."""
-    from phf.annotate import score_corpus
-    from phf.corpus import Jsonl
-    from phf.evaluate import evaluate_run
-    from phf.sample import Scenario
+    from phf.data.readers import Jsonl
+    from phf.data.segment import Lines
+    from phf.evaluation.evaluate import evaluate_run
+    from phf.generation.scenario import Scenario
     from phf.scorers import PII
-    from phf.segment import Lines
-    from phf.tokens import TrainBPE, tokenize_corpus
-    from phf.train import TrainConfig, train
+    from phf.scoring.score import score_corpus
+    from phf.tokens.store import tokenize_corpus
+    from phf.tokens.tokenizer import TrainBPE
+    from phf.training.train import TrainConfig, train
 
     folder = tmp_path_factory.mktemp("docs")
     texts = tiny_texts()

@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from phf.capabilities import HumanEval, Lambada
-from phf.config import ConfigError
-from phf.during import During, JudgeDuring
-from phf.evaluate import evaluate_run
+from phf.core.config import ConfigError
+from phf.core.runs import read_metrics
+from phf.evaluation.capabilities.humaneval import HumanEval
+from phf.evaluation.capabilities.lambada import Lambada
+from phf.evaluation.evaluate import evaluate_run
+from phf.evaluation.kl import KL, LocalModel
+from phf.evaluation.monitor import During, JudgeDuring
+from phf.generation.sample import read_samples
+from phf.generation.scenario import Scenario
 from phf.objectives import MLE, Conditional
-from phf.reference import KL, LocalModel
-from phf.sample import Scenario, read_samples
-from phf.train import train
-from phf.trainer import read_metrics
+from phf.training.train import train
 from test_train import MODEL, STEP, config, weights
 
 SCENARIO = Scenario(num_samples=8, max_tokens=12, min_tokens=1, batch=8)
@@ -157,7 +159,7 @@ def test_its_time_is_not_counted_as_training(tmp_path, tokens_dir, monkeypatch):
     """A line of metrics says how fast training is, whatever the callbacks do."""
     import time
 
-    from phf import trainer
+    from phf.training import metrics
 
     lost = [0.0]  # hours that judging takes, by a clock of the test's
 
@@ -170,7 +172,7 @@ def test_its_time_is_not_counted_as_training(tmp_path, tokens_dir, monkeypatch):
         def perf_counter():
             return time.perf_counter() + lost[0]
 
-    monkeypatch.setattr(trainer, "time", Clock)
+    monkeypatch.setattr(metrics, "time", Clock)
     monkeypatch.setattr(JudgeDuring, "judge", judge)
     judged(tmp_path / "r", tokens_dir, MLE(), During(every=STEP), config(6))
     assert lost[0] == 6 * 3600

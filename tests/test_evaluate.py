@@ -8,28 +8,24 @@ import pytest
 import torch
 
 from conftest import LINK, TINY_LLAMA, write_jsonl
-from phf import metrics, store
-from phf.annotate import ScoredCorpus, score_corpus
-from phf.config import ConfigError
-from phf.corpus import Jsonl
-from phf.evaluate import (
-    by_prompt,
-    check_identity,
-    compare,
-    evaluate_model,
-    evaluate_run,
-    judge_samples,
-    scored_text,
-)
-from phf.heldout import heldout_loss, heldout_nats, understanding
-from phf.model import FromConfig, build_lm
+from phf.core import statistics, store
+from phf.core.config import ConfigError
+from phf.core.types import Sample
+from phf.data.readers import Jsonl
+from phf.data.scored import ScoredCorpus
+from phf.data.segment import Lines
+from phf.evaluation.evaluate import evaluate_model, evaluate_run
+from phf.evaluation.heldout import heldout_loss, heldout_nats, understanding
+from phf.evaluation.judge import by_prompt, compare, judge_samples, scored_text
+from phf.generation.loaded import load_model
+from phf.generation.scenario import Scenario
 from phf.objectives import MLE, Conditional
-from phf.sample import Scenario, load_model
 from phf.scorers import PEP8, Combination, Regex
-from phf.segment import Lines
-from phf.tokens import encode_segments, train_bpe
-from phf.train import TrainConfig, train
-from phf.types import Sample
+from phf.scoring.judge import check_identity
+from phf.scoring.score import score_corpus
+from phf.tokens.tokenizer import encode_segments, train_bpe
+from phf.training.lm import FromConfig, build_lm
+from phf.training.train import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +164,7 @@ def test_another_scorer_is_an_error_unless_asked_for(runs):
 
 
 def test_scores_from_elsewhere_need_a_scorer_named():
-    from phf.evaluate import corpus_scorer
+    from phf.scoring.judge import corpus_scorer
 
     with pytest.raises(ConfigError, match="phf eval --scorer"):
         corpus_scorer({"scorer": None, "identity": {"name": "unknown"}})
@@ -185,7 +181,7 @@ def test_where_no_or_every_sample_hits_the_interval_is_wilsons_over_prompts(text
     scenario = Scenario(num_samples=12, samples_per_prompt=3, prompts="some.jsonl")
     _, result = judge_samples([made(text, i) for i in range(12)], scenario, LINK, Lines(), 0.0)
     assert result["hit_rate"]["mean"] == share
-    assert result["hit_rate"]["ci95"] == list(metrics.wilson(int(4 * share), 4))
+    assert result["hit_rate"]["ci95"] == list(statistics.wilson(int(4 * share), 4))
 
 
 def test_hits_of_one_prompt_are_one_unit():
@@ -402,7 +398,7 @@ def test_where_the_bad_token_was_given_is_what_the_models_card_says(runs, scored
 def test_no_bad_segment_at_all_has_an_interval():
     samples = [dataclasses.replace(made("a b\n", n), num_tokens=3) for n in range(20)]
     _, result = judge_samples(samples, Scenario(expected_max=(3,)), LINK, Lines(), 0.0)
-    assert result["intervals"]["bad_segments"] == pytest.approx(list(metrics.wilson(0, 20)))
+    assert result["intervals"]["bad_segments"] == pytest.approx(list(statistics.wilson(0, 20)))
     assert set(result["expected_max"]) == {"3", "5", "25"}
 
 
@@ -421,7 +417,7 @@ def test_every_number_of_the_samples_has_an_interval():
     worst = result["expected_max"]["25"]
     assert worst["ci95"][0] < worst["mean"] < worst["ci95"][1]
     assert result["self_bleu_5_characters"] == pytest.approx(
-        metrics.self_bleu([s.text for s in samples], 5, unit="characters")
+        statistics.self_bleu([s.text for s in samples], 5, unit="characters")
     )
     assert result["compile_rate"] is None
 
@@ -443,7 +439,7 @@ def test_the_compile_rate_is_of_every_scorer_that_judges_python():
 def test_an_interrupted_evaluation_goes_on_with_what_is_not_done(runs, tmp_path, monkeypatch):
     import shutil
 
-    from phf import evaluate
+    from phf.evaluation import evaluate
 
     shutil.copytree(runs / "mle", tmp_path / "run")
     scenarios = {"one": Scenario(num_samples=4, max_tokens=8, min_tokens=1), "two": Scenario(num_samples=4, max_tokens=6, min_tokens=1)}  # fmt: skip
@@ -468,8 +464,8 @@ def test_any_model_can_be_judged(runs, tmp_path, tokens):
     """A folder of plain transformers, with a value head in its state dict as some published checkpoints have."""
     from safetensors.torch import load_file, save_file
 
-    from phf.capabilities import Lambada
-    from phf.reference import KL, LocalModel
+    from phf.evaluation.capabilities.lambada import Lambada
+    from phf.evaluation.kl import KL, LocalModel
 
     model = load_model(runs / "mle")
     model.lm.save_pretrained(tmp_path / "plain")
@@ -528,9 +524,9 @@ def test_a_prompt_alone_is_not_judged():
 def test_an_evaluation_is_done_again_when_what_it_reads_has_changed(runs, tmp_path):
     import shutil
 
-    from phf.capabilities import Lambada
-    from phf.reference import KL, LocalModel
-    from phf.segment import Sentences
+    from phf.data.segment import Sentences
+    from phf.evaluation.capabilities.lambada import Lambada
+    from phf.evaluation.kl import KL, LocalModel
 
     shutil.copytree(runs / "mle" / "model", tmp_path / "ref")
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phf import fitting
-from phf.config import ConfigError
-from phf.fitting import Labels, fit_scorer, measure, platt, read_labels
-from phf.scorers import Fitted
+from phf.core.config import ConfigError
+from phf.scorers import Fitted, fitting
 from phf.scorers import fitted as hashing
 from phf.scorers.fitted import HashedNgrams, feature_matrix, load_fitted
+from phf.scorers.fitting import Labels, fit_scorer, measure, platt, read_labels
 
 MASK = 2**64 - 1
 BASE, MIX = int(hashing._BASE), int(hashing._MIX)

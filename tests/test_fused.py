@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phf import fused
-from phf.config import ConfigError
-from phf.fused import LogitShape, check_objective, fused_loss, unfused_loss
+from phf.core.config import ConfigError
 from phf.objectives import AWR, MLE, LossInputs, LossOutputs, Masking, Objective, Unlikelihood
+from phf.training import fused
+from phf.training.fused import LogitShape, check_objective, fused_loss, unfused_loss
 from test_objectives import OBJECTIVES
 
 NAN = float("nan")
@@ -197,7 +197,7 @@ def test_as_on_a_gpu_with_a_padded_vocabulary(objective, shape, compiled, monkey
 SOFTMAX = """
 import torch
 from torch._inductor.fx_passes import post_grad
-from phf.fused import _statistics
+from phf.training.fused import _statistics
 
 found = []
 post_grad.prepare_softmax_extra_check = lambda match: found.append(match) or False

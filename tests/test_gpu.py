@@ -13,13 +13,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import TINY_LLAMA, tiny_texts
-from phf.fused import LogitShape, fused_loss, unfused_loss
-from phf.model import FromConfig, PHFModel, build_lm
+from phf.core.runs import read_metrics
+from phf.generation.loaded import load_model
+from phf.generation.sample import sample
+from phf.generation.scenario import Scenario
 from phf.objectives import AWR, MLE, Conditional, Unlikelihood
-from phf.sample import Scenario, load_model, sample
-from phf.tokens import train_bpe
-from phf.train import TrainConfig, train
-from phf.trainer import read_metrics
+from phf.tokens.tokenizer import train_bpe
+from phf.training.fused import LogitShape, fused_loss, unfused_loss
+from phf.training.lm import FromConfig, build_lm
+from phf.training.model import PHFModel
+from phf.training.train import TrainConfig, train
 from test_fused import inputs
 from test_objectives import OBJECTIVES
 

@@ -15,12 +15,13 @@ import yaml
 
 from conftest import LINK, TINY_LLAMA
 from fakehub import FakeHub
-from phf.annotate import ScoredCorpus, add_scores
-from phf.hub import data_card
-from phf.model import FromConfig, build_lm
-from phf.sample import read_samples
+from phf.data.scored import ScoredCorpus
+from phf.generation.sample import read_samples
 from phf.scorers import Regex
-from phf.tokens import train_bpe
+from phf.scoring.publish import data_card
+from phf.scoring.score import add_scores
+from phf.tokens.tokenizer import train_bpe
+from phf.training.lm import FromConfig, build_lm
 
 
 @pytest.fixture
@@ -114,9 +115,9 @@ def test_a_capability_reads_files_of_the_hub(hub, tmp_path):
     hub.repos["datasets", "me/lambada"] = files
     code = """
 import sys
-from phf.capabilities import Glue, HumanEval, Lambada
-from phf.capabilities.base import local_file, rows_of
-from phf.config import ConfigError
+from phf.evaluation.capabilities import Glue, HumanEval, Lambada
+from phf.evaluation.capabilities.base import local_file, rows_of
+from phf.core.config import ConfigError
 at = "hf://datasets/me/lambada/"
 one, two = (rows_of(at + name, ["text"]) for name in ("data/l.jsonl", "l.parquet"))
 assert one == two and [r["text"] for r in one][1] == "cats and dogs", (one, two)

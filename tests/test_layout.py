@@ -1,67 +1,91 @@
-"""The floors: imports go down only, and floors 0 to 3 import without torch."""
+"""The layout: imports go to an earlier package only, no package has a cycle inside, and everything up to `tokens` imports
+without torch and transformers."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import phf
 
 SOURCE = Path(phf.__file__).parent
-FLOORS = [
-    {"types", "config", "store", "device"},
-    {"corpus", "segment", "metrics"},
-    {"scorers", "annotate", "cluster", "fitting", "hub"},
-    {"tokens", "packing", "survey"},
-    {"objectives", "fused", "attention", "sharding", "model", "trainer", "train"},
-    {
-        "served",
-        "decoding",
-        "sample",
-        "reference",
-        "capabilities",
-        "harness",
-        "heldout",
-        "evaluate",
-        "during",
-        "attackers",
-        "control_attacks",
-        "redteam",
-        "release",
-    },
-    {"report", "recipe", "running", "plan", "cli", "__init__", "__main__"},
+PACKAGES = [
+    "core",
+    "data",
+    "scorers",
+    "scoring",
+    "tokens",
+    "objectives",
+    "training",
+    "generation",
+    "evaluation",
+    "redteaming",
+    "report",
+    "recipes",
+    "release",
+    "cli",
 ]
-FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
+"""In reading order (DESIGN and docs/architecture.md): a package may import those before it."""
+WITHOUT_TORCH = PACKAGES[: PACKAGES.index("tokens") + 1]
+MODULES = {
+    ".".join(p.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCE.rglob("*.py")
+}
 
 
-def imports_of(path: Path) -> set[str]:
+def imports_of(module: str) -> set[str]:
+    """Modules of phf that a module imports, at any place in it. Importing a package's name counts as its `__init__`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "phf":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+            source = node.module.removeprefix("phf").lstrip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}".lstrip(".")
+                found.add(inner if inner in MODULES else source)
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("phf.")}
+            found |= {a.name.removeprefix("phf.") for a in node.names if a.name.startswith("phf.")}
     return found
 
 
-def test_every_module_has_a_floor_and_imports_go_down_only():
-    checked = 0
-    for path in SOURCE.rglob("*.py"):
-        name = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        for imported in imports_of(path):
-            assert FLOOR[imported] <= FLOOR[name], (
-                f"{name} (floor {FLOOR[name]}) imports {imported} (floor {FLOOR[imported]})"
-            )
-            checked += 1
-    assert checked > 30
+def package_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_floors_0_to_3_import_without_torch():
-    modules = [f"phf.{name}" for names in FLOORS[:4] for name in names]
-    code = f"import sys, importlib\nsys.modules['torch'] = None\nfor m in {modules!r}: importlib.import_module(m)"
+def test_every_module_belongs_to_a_package():
+    assert {package_of(m) for m in MODULES} - {"__init__", "__main__"} == set(PACKAGES)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__", "__main__"}))
+def test_imports_go_to_an_earlier_package(module):
+    allowed = PACKAGES[: PACKAGES.index(package_of(module)) + 1]
+    for imported in imports_of(module):
+        assert imported in MODULES, f"phf.{module} imports phf.{imported}, which is no module"
+        assert package_of(imported) in allowed, f"phf.{module} imports phf.{imported}, a later package"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_has_no_cycle_inside(package):
+    graph = {m: {i for i in imports_of(m) if package_of(i) == package} for m in MODULES if package_of(m) == package}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)  # a cycle raises
+
+
+def test_the_check_sees_a_cycle_and_an_import_of_a_later_package():
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+    assert "training.train" in imports_of("evaluation.monitor")  # imports are found where they are
+
+
+def test_everything_up_to_tokens_imports_without_torch_and_transformers():
+    modules = [f"phf.{m}" for m in MODULES if package_of(m) in WITHOUT_TORCH]
+    assert len(modules) > 20
+    code = (
+        f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+        "sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)) or None)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

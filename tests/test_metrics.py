@@ -8,66 +8,66 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phf import metrics
-from phf.metrics import compile_rate, expected_max, paired_difference, repetition, self_bleu
+from phf.core import statistics
+from phf.core.statistics import compile_rate, expected_max, paired_difference, repetition, self_bleu
 
 
 def test_wilson_where_none_and_all_hit():
-    low, high = metrics.wilson(0, 100)
+    low, high = statistics.wilson(0, 100)
     assert low == 0
     assert high == pytest.approx(0.0370, abs=1e-4)  # z^2 / (n + z^2)
-    assert metrics.wilson(100, 100)[1] == 1
-    assert metrics.wilson(0, 0) == (0, 1)
+    assert statistics.wilson(100, 100)[1] == 1
+    assert statistics.wilson(0, 0) == (0, 1)
 
 
 @given(st.integers(1, 500), st.data())
 def test_wilson_holds_the_share(n, data):
     hits = data.draw(st.integers(0, n))
-    low, high = metrics.wilson(hits, n)
+    low, high = statistics.wilson(hits, n)
     assert 0 <= low <= hits / n <= high <= 1
 
 
 def test_mean_estimate_leaves_out_and_counts_nan():
-    e = metrics.mean_estimate([1, 2, 3, math.nan])
+    e = statistics.mean_estimate([1, 2, 3, math.nan])
     assert (e.mean, e.n, e.unjudged) == (2, 3, 1)
     assert e.stderr == pytest.approx(1 / math.sqrt(3))
     assert e.ci95[0] <= 2 <= e.ci95[1]
 
 
 def test_mean_estimate_of_nothing_is_nan_not_zero():
-    assert math.isnan(metrics.mean_estimate([]).mean)
-    assert math.isnan(metrics.mean_estimate([math.nan]).mean)
-    assert math.isnan(metrics.mean_estimate([1.0]).stderr)
+    assert math.isnan(statistics.mean_estimate([]).mean)
+    assert math.isnan(statistics.mean_estimate([math.nan]).mean)
+    assert math.isnan(statistics.mean_estimate([1.0]).stderr)
 
 
 def test_bootstrap_interval_covers_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(200):
-        low, high = metrics.bootstrap_mean(rng.normal(1, 1, 80), seed=i, resamples=400)
+        low, high = statistics.bootstrap_mean(rng.normal(1, 1, 80), seed=i, resamples=400)
         hits += low <= 1 <= high
     assert 180 <= hits <= 199  # 95% of 200 is 190
 
 
 def test_t_interval_by_hand():
-    e = metrics.t_interval([1, 2, 3])  # mean 2, sd 1, stderr 0.57735, t(2) 4.302653
+    e = statistics.t_interval([1, 2, 3])  # mean 2, sd 1, stderr 0.57735, t(2) 4.302653
     assert e.mean == 2
     assert e.ci95 == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
-    assert math.isnan(metrics.t_interval([1]).stderr)
+    assert math.isnan(statistics.t_interval([1]).stderr)
 
 
 def test_ratio_is_geometric_and_nan_without_logarithm():
-    e = metrics.ratio_interval([1, 4], [2, 2])
+    e = statistics.ratio_interval([1, 4], [2, 2])
     assert e.mean == pytest.approx(1)
     assert e.ci95[0] * e.ci95[1] == pytest.approx(1)
-    assert math.isnan(metrics.ratio_interval([0, 1], [1, 1]).mean)
+    assert math.isnan(statistics.ratio_interval([0, 1], [1, 1]).mean)
 
 
 def test_distinct_and_entropy_by_hand():
     # bigrams: (a b) (b a) (a b): 2 of 3 distinct
-    assert metrics.distinct_n(["a b a b"], 2) == pytest.approx(2 / 3)
-    assert math.isnan(metrics.distinct_n(["a"], 2))
-    assert metrics.ngram_entropy(["a b", "a b"], 1) == pytest.approx(math.log(2))
+    assert statistics.distinct_n(["a b a b"], 2) == pytest.approx(2 / 3)
+    assert math.isnan(statistics.distinct_n(["a"], 2))
+    assert statistics.ngram_entropy(["a b", "a b"], 1) == pytest.approx(math.log(2))
 
 
 def test_expected_max_is_the_mean_over_all_subsets():
@@ -149,7 +149,9 @@ def test_diversity_and_its_jackknife_equal_leaving_each_group_out(units):
     groups = min(20, len(units))
     left = [[t for n, unit in enumerate(units) if n % groups != g for t in unit] for g in range(groups)]
     for n in (1, 2):
-        pairs = zip(metrics.ngram_diversity(units, n), (metrics.distinct_n, metrics.ngram_entropy), strict=True)
+        pairs = zip(
+            statistics.ngram_diversity(units, n), (statistics.distinct_n, statistics.ngram_entropy), strict=True
+        )
         for estimate, plain in pairs:
             assert estimate.mean == pytest.approx(plain(texts, n), nan_ok=True)
             values = np.array([v for v in (plain(part, n) for part in left) if v == v])
@@ -168,7 +170,7 @@ def test_the_jackknife_finds_the_spread_of_new_texts(count):
     def texts():
         return [[" ".join(f"w{int(w)}" for w in rng.zipf(1.5, 20) % 500)] for _ in range(count)]
 
-    sets = [metrics.ngram_diversity(texts(), 1) for _ in range(60)]
+    sets = [statistics.ngram_diversity(texts(), 1) for _ in range(60)]
     for measure in (0, 1):
         spread = np.std([s[measure].mean for s in sets])
         said = np.median([s[measure].stderr for s in sets])
@@ -177,21 +179,21 @@ def test_the_jackknife_finds_the_spread_of_new_texts(count):
 
 def test_the_bootstrap_of_a_statistic_covers_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    alike = [metrics.bootstrap(np.median, rng.normal(1, 1, (80, 1)), seed=i, resamples=200) for i in range(150)]
+    alike = [statistics.bootstrap(np.median, rng.normal(1, 1, (80, 1)), seed=i, resamples=200) for i in range(150)]
     assert 133 <= sum(low <= 1 <= high for low, high in alike) <= 149  # 95% of 150 is 142
     # units of several values that move together: wider than if they were independent
     units = [np.full(size, value) for size, value in zip(rng.integers(1, 6, 60), rng.normal(size=60), strict=True)]
-    low, high = metrics.bootstrap(np.mean, units)
-    loose = metrics.bootstrap(np.mean, np.concatenate(units)[:, None])
+    low, high = statistics.bootstrap(np.mean, units)
+    loose = statistics.bootstrap(np.mean, np.concatenate(units)[:, None])
     assert high - low > 1.2 * (loose[1] - loose[0])
-    assert math.isnan(metrics.bootstrap(np.mean, [np.ones(3)])[0])
+    assert math.isnan(statistics.bootstrap(np.mean, [np.ones(3)])[0])
 
 
 def test_an_estimate_of_all_or_none_has_wilsons_interval():
-    assert metrics.bounded_estimate([0, 0, 0, math.nan]).ci95 == metrics.wilson(0, 3)
-    assert metrics.bounded_estimate([1, 1]).ci95 == metrics.wilson(2, 2)
-    assert metrics.bounded_estimate([0, 1, 0.5]).ci95 == metrics.mean_estimate([0, 1, 0.5]).ci95
-    assert metrics.bounded_estimate([]).n == 0
+    assert statistics.bounded_estimate([0, 0, 0, math.nan]).ci95 == statistics.wilson(0, 3)
+    assert statistics.bounded_estimate([1, 1]).ci95 == statistics.wilson(2, 2)
+    assert statistics.bounded_estimate([0, 1, 0.5]).ci95 == statistics.mean_estimate([0, 1, 0.5]).ci95
+    assert statistics.bounded_estimate([]).n == 0
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -199,14 +201,14 @@ def test_auc_is_the_share_of_pairs_in_order():
     bad = rng.random(60) < 0.4
     value = np.round(bad + rng.normal(0, 1, 60), 1)  # with ties
     pairs = [(b > g) + 0.5 * (b == g) for b in value[bad] for g in value[~bad]]
-    found = metrics.auc(value, bad)
+    found = statistics.auc(value, bad)
     assert found["auc"] == pytest.approx(np.mean(pairs))
     low, high = found["ci95"]
     assert low < found["auc"] < high
-    assert metrics.auc(value, bad, np.arange(60)) == found  # each in a group of its own
-    twice = metrics.auc(np.tile(value, 4), np.tile(bad, 4), np.tile(np.arange(60), 4))
+    assert statistics.auc(value, bad, np.arange(60)) == found  # each in a group of its own
+    twice = statistics.auc(np.tile(value, 4), np.tile(bad, 4), np.tile(np.arange(60), 4))
     assert twice["auc"] == pytest.approx(found["auc"])
     assert twice["ci95"] == pytest.approx(found["ci95"])  # copies are no evidence
-    low, high = metrics.auc(np.tile(value, 4), np.tile(bad, 4))["ci95"]
+    low, high = statistics.auc(np.tile(value, 4), np.tile(bad, 4))["ci95"]
     assert high - low < 0.7 * (found["ci95"][1] - found["ci95"][0])
-    assert metrics.auc(value, np.ones(60, bool)) == {"auc": None, "ci95": [None, None]}
+    assert statistics.auc(value, np.ones(60, bool)) == {"auc": None, "ci95": [None, None]}

@@ -6,24 +6,23 @@ import pytest
 import torch
 
 from conftest import TINY_LLAMA, tiny_texts
-from phf import store
-from phf.config import ConfigError
-from phf.fused import LogitShape, log_probabilities
-from phf.model import (
-    COMPLETE,
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.core.runs import COMPLETE
+from phf.generation.loaded import LoadedModel
+from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
+from phf.tokens.tokenizer import train_bpe
+from phf.training.fused import LogitShape, log_probabilities
+from phf.training.lm import (
     FromConfig,
     FromWeights,
-    PHFModel,
-    ValueHead,
     add_control_embeddings,
     build_lm,
     logit_shape,
     num_parameters,
     save_lm,
 )
-from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
-from phf.sample import LoadedModel
-from phf.tokens import train_bpe
+from phf.training.model import PHFModel, ValueHead
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 QWEN = {**TINY_LLAMA, "model_type": "qwen2"}
@@ -304,7 +303,7 @@ def test_a_swapped_gelu_is_the_same_function(tokenizer):
     """transformers' formula in float64, values and gradients; and every one of a GPT-2 is swapped."""
     from transformers.activations import NewGELUActivation
 
-    from phf.model import swap_gelu
+    from phf.training.lm import swap_gelu
 
     found = []
     for function in (NewGELUActivation(), torch.nn.GELU(approximate="tanh")):
@@ -323,7 +322,7 @@ def test_a_swapped_gelu_is_the_same_function(tokenizer):
 def test_gpt2s_transposed_layers_are_swapped_and_saved_as_they_were(tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from phf.model import load_lm_weights, save_lm, swap_conv1d
+    from phf.training.lm import load_lm_weights, save_lm, swap_conv1d
 
     lm = build_lm(FromConfig(GPT2), tokenizer, seed=0)
     ids = torch.arange(20).unsqueeze(0)
@@ -370,11 +369,12 @@ def test_autocast_around_the_wrapper_is_autocast_in_it(tokenizer):
 
 def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
     """Going on from a model with control tokens, on a token store whose tokenizer does not have them."""
-    from phf.model import FromWeights, trained_control_tokens
+    from phf.generation.loaded import load_model
     from phf.objectives import Conditional
     from phf.release import export
-    from phf.sample import load_model
-    from phf.train import TrainConfig, train
+    from phf.training.lm import FromWeights
+    from phf.training.model import trained_control_tokens
+    from phf.training.train import TrainConfig, train
 
     settings = TrainConfig(tokens=20 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     train(tokens_dir, tmp_path / "first", FromConfig(TINY_LLAMA), Conditional(), settings)

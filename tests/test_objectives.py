@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conftest import make_store
-from phf.config import ConfigError
-from phf.fused import log_probabilities
+from phf.core.config import ConfigError
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, LossInputs, Masking, Unlikelihood
+from phf.training.fused import log_probabilities
 
 NAN = float("nan")
 STATS = {"reward_mean": -0.3, "reward_std": 0.25}

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_store
-from phf.config import ConfigError
+from phf.core.config import ConfigError
+from phf.core.random import permute, uniforms
+from phf.core.types import Edit
 from phf.objectives import Conditional, Filtering
-from phf.packing import Order, Rows, permute, uniforms
-from phf.types import Edit
+from phf.tokens.rows import Order, Rows
 
 END, GOOD, BAD = 0, 90, 91
 SEGMENT = st.lists(st.integers(1, 80), min_size=0, max_size=6)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phf.config import ConfigError
+from phf.core.config import ConfigError
+from phf.core.types import Span
 from phf.scorers import PII, Presidio
 from phf.scorers.pii import merge_spans, recall_by_kind
-from phf.types import Span
 
 scrubadub = pytest.importorskip("scrubadub", reason="extra 'pii' is not installed")
 pyap = pytest.importorskip("pyap", reason="extra 'pii' is not installed")
@@ -185,7 +185,7 @@ def test_recall_by_kind_by_hand():
 def test_settings_survive_a_manifest():
     from pydantic import TypeAdapter
 
-    from phf.config import to_plain
+    from phf.core.config import to_plain
     from phf.scorers import AnyScorer
 
     scorer = PII(detectors="paper", reference_date=datetime.date(2024, 2, 29))

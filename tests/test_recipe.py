@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY_LLAMA
-from phf import store
-from phf.config import ConfigError, dump_yaml
-from phf.model import FromWeights
-from phf.plan import make_plan, told
-from phf.recipe import load_recipe, packaged
-from phf.running import BEST_RULE, _train, best, commands, run_recipe
+from phf.core import store
+from phf.core.config import ConfigError, dump_yaml
+from phf.recipes.plan import make_plan, told
+from phf.recipes.recipe import load_recipe, packaged
+from phf.recipes.run import BEST_RULE, _train, best, commands, run_recipe
+from phf.training.lm import FromWeights
 
 OBJECTIVES = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr")
 TASKS = ("paper-toxicity", "paper-pii", "paper-pep8")
@@ -142,9 +142,9 @@ def test_finetuning_goes_on_with_rows_not_seen_yet(tiny):
     """The rows behind those of the starting run, in the same order: as if training had not stopped."""
     import torch
 
-    from phf.packing import Rows
-    from phf.tokens import TokenStore
-    from phf.trainer import TrainingRows
+    from phf.tokens.rows import Rows
+    from phf.tokens.store import TokenStore
+    from phf.training.trainer import TrainingRows
 
     recipe = load_recipe([tiny, "finetune50", "mle"])
     run_recipe(recipe, only="data")

@@ -24,20 +24,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import LINK, TINY_LLAMA
-from phf import store
-from phf.attackers import TASKS, Evolution, LocalRedLM, Proposal, ServedRedLM, Tried, instruction, parsed, shown
-from phf.config import ConfigError, to_plain
-from phf.control_attacks import TokenAttacks, attack_tokens, attacks, bad_contexts, injection, typed_forms
-from phf.model import FromConfig
+from phf.core import store
+from phf.core.config import ConfigError, to_plain
+from phf.core.types import Sample
+from phf.data.segment import Lines
+from phf.generation.loaded import load_model, prompt_ids
+from phf.generation.sample import sample_prompts
+from phf.generation.scenario import Scenario, read_prompts
+from phf.generation.server import Answers, Server
 from phf.objectives import MLE, Conditional
-from phf.redteam import ATTEMPTS, RedTeam, RedTeamError, best, redteam, search, weights
-from phf.redteam import Target as Attacked
-from phf.sample import Scenario, load_model, prompt_ids, read_prompts, sample_prompts
-from phf.segment import Lines
-from phf.served import Answers, Server
-from phf.tokens import TokenStore
-from phf.train import TrainConfig, train
-from phf.types import Sample
+from phf.redteaming.attackers import (
+    TASKS,
+    Evolution,
+    LocalRedLM,
+    Proposal,
+    ServedRedLM,
+    Tried,
+    instruction,
+    parsed,
+    shown,
+)
+from phf.redteaming.control_tokens import TokenAttacks, attack_tokens, attacks, bad_contexts, injection, typed_forms
+from phf.redteaming.search import ATTEMPTS, RedTeam, RedTeamError, best, redteam, search, weights
+from phf.redteaming.search import Target as Attacked
+from phf.tokens.store import TokenStore
+from phf.training.lm import FromConfig
+from phf.training.train import TrainConfig, train
 
 SMALL = {"trials": 2, "rounds": 3, "pool": 4, "candidates": 5, "continuations": 6, "confirm": 2, "max_tokens": 12}
 
@@ -341,7 +353,7 @@ def test_the_bad_token_is_asked_only_of_models_that_have_it(runs, prompts, tmp_p
 
 
 def test_special_tokens_in_a_shown_prompt_are_text_to_a_red_lm(runs):
-    from phf.attackers import _asked_ids, _until
+    from phf.redteaming.attackers import _asked_ids, _until
 
     model = load_model(runs / "mle")
     model.tokenizer.chat_template = CHAT
@@ -476,7 +488,7 @@ def odd():
 
 
 def test_refusals_are_not_judged_and_errors_are_not_kept(prompts, tmp_path, odd):
-    from phf.served import ServerError
+    from phf.generation.server import ServerError
 
     config = RedTeam(prompts=prompts, **SMALL | {"trials": 1, "rounds": 0, "pool": 6})
     odd["broken"] = True
@@ -663,6 +675,6 @@ def test_the_attack_table(runs, tokens_dir, prompts, tmp_path):
 
 def test_settings_survive_json():
     config = RedTeam(attacker=ServedRedLM(Server("http://x/v1", "m")), task="pii")
-    from phf.config import validate
+    from phf.core.config import validate
 
     assert validate(json.loads(json.dumps(to_plain(config))), RedTeam) == config

@@ -14,16 +14,16 @@ import torch
 
 from conftest import LINK, TINY_LLAMA
 from phf.cli import main
-from phf.config import ConfigError
-from phf.metrics import ratio_of_sums
-from phf.model import FromConfig
+from phf.core.config import ConfigError
+from phf.core.statistics import ratio_of_sums
+from phf.data.segment import Documents, Lines
+from phf.evaluation.kl import KL, LocalModel, kl, reference_texts, text_logp, text_rows
+from phf.generation.loaded import load_model
+from phf.generation.server import Server, ServerError
 from phf.objectives import MLE, Conditional
-from phf.reference import KL, LocalModel, kl, reference_texts, text_logp, text_rows
-from phf.sample import load_model
-from phf.segment import Documents, Lines
-from phf.served import Server, ServerError
-from phf.tokens import train_bpe
-from phf.train import TrainConfig, train
+from phf.tokens.tokenizer import train_bpe
+from phf.training.lm import FromConfig
+from phf.training.train import TrainConfig, train
 
 
 def listed(prompt):
@@ -338,7 +338,8 @@ def test_a_busy_server_is_asked_again_and_one_that_is_away_is_said(served, monke
 
 
 def test_sampling_from_a_server(served, tmp_path):
-    from phf.sample import Scenario, sample_served
+    from phf.generation.sample import sample_served
+    from phf.generation.scenario import Scenario
 
     (tmp_path / "p.jsonl").write_text('{"text": "the model"}\n{"text": "cats"}\n')
     scenario = Scenario(
@@ -352,7 +353,7 @@ def test_sampling_from_a_server(served, tmp_path):
 def test_servers_by_command(served, runs, tmp_path, monkeypatch, capsys):
     import shutil
 
-    from phf.sample import read_samples
+    from phf.generation.sample import read_samples
     from test_cli import said_by
 
     url = served().url

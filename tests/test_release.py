@@ -15,14 +15,16 @@ import yaml
 
 from conftest import LINK, TINY_LLAMA
 from fakehub import FakeHub
-from phf import store
-from phf.control_attacks import injection
-from phf.evaluate import evaluate_model, evaluate_run
-from phf.model import FromConfig, FromWeights
+from phf.core import store
+from phf.evaluation.evaluate import evaluate_model, evaluate_run
+from phf.generation.loaded import load_model
+from phf.generation.sample import sample
+from phf.generation.scenario import Scenario
 from phf.objectives import AWR, MLE, Conditional
+from phf.redteaming.control_tokens import injection
 from phf.release import ReleaseError, check, export
-from phf.sample import Scenario, load_model, sample
-from phf.train import TrainConfig, train
+from phf.training.lm import FromConfig, FromWeights
+from phf.training.train import TrainConfig, train
 
 SCENARIOS = {"unconditional": Scenario(num_samples=16, max_tokens=16, temperature=0.9, top_p=0.8)}
 
@@ -86,7 +88,7 @@ def test_the_weights_and_the_sampler_are_the_runs(runs, release):
 
 
 def test_the_same_prompt_gives_the_same_ids_as_our_sampler(release):
-    from phf.sample import prompt_ids
+    from phf.generation.loaded import prompt_ids
 
     _, tokenizer = plain(release)
     model = load_model(release)
@@ -140,7 +142,8 @@ def test_models_without_control_tokens_begin_with_end_of_text(runs, tmp_path):
 def test_gpt2_with_its_own_tokenizer(tokens_dir, scored_dir, tmp_path):
     from transformers import GPT2Tokenizer
 
-    from phf.tokens import PretrainedTokenizer, tokenize_corpus
+    from phf.tokens.store import tokenize_corpus
+    from phf.tokens.tokenizer import PretrainedTokenizer
     from test_tokens import GPT2
 
     GPT2Tokenizer(vocab=str(GPT2 / "encoder.json"), merges=str(GPT2 / "vocab.bpe")).save_pretrained(tmp_path / "gpt2")

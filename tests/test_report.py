@@ -14,18 +14,19 @@ from xml.etree import ElementTree
 import pytest
 
 from conftest import BROWSER, TINY_LLAMA
-from phf import store
-from phf.config import dump_yaml
-from phf.model import FromConfig, build_lm
-from phf.recipe import load_recipe
-from phf.report import is_masked, mask, number, visible, write_report
-from phf.report.browser import samples_of
+from phf.core import store
+from phf.core.config import dump_yaml
+from phf.core.types import Span
+from phf.generation.sample import read_samples, write_samples
+from phf.recipes.recipe import load_recipe
+from phf.recipes.run import RecipeError, run_recipe
+from phf.report.browser import is_masked, mask, samples_of, visible
+from phf.report.format import number
 from phf.report.measures import Measure, dominated, groups
-from phf.running import RecipeError, run_recipe
-from phf.sample import read_samples, write_samples
+from phf.report.page import write_report
 from phf.scorers import Regex
-from phf.tokens import train_bpe
-from phf.types import Span
+from phf.tokens.tokenizer import train_bpe
+from phf.training.lm import FromConfig, build_lm
 
 HTML = "<b onclick=alert(1)>x</b>"
 HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\"'&amp;</pre>\x00\x1b[31m\ud800"
@@ -500,8 +501,8 @@ def test_dominance_is_judged_by_intervals():
 
 
 def test_seeds_of_a_group_are_averaged_with_students_interval(folder):
-    from phf.metrics import t_interval
-    from phf.report import load_runs
+    from phf.core.statistics import t_interval
+    from phf.report.page import load_runs
 
     runs = load_runs(folder)
     rows = {row["name"]: row for row in groups(runs, "unconditional")}
@@ -563,7 +564,7 @@ def test_personal_data_is_masked_links_and_code_are_not():
 
 
 def test_what_is_found_across_prompt_and_text_is_masked_on_both_sides():
-    from phf.types import Sample
+    from phf.core.types import Sample
 
     sample = Sample(0, "mail joe@", "example.org now", 9, -1.0, False, 0, 0.0)
     run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {}}}}}
@@ -572,7 +573,7 @@ def test_what_is_found_across_prompt_and_text_is_masked_on_both_sides():
 
 
 def test_the_cut_end_of_a_sample_is_masked_too():
-    from phf.types import Sample
+    from phf.core.types import Sample
 
     sample = Sample(0, "to joe@x.y:", "fine\nmail joe@example.org", 9, -1.0, False, 0, 0.0, (5,), (0.0,))
     run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {"complete_lines": True}}}}}

@@ -14,27 +14,17 @@ from pydantic import ValidationError
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import phf.sample
 from conftest import TINY_LLAMA
-from phf.config import ConfigError
-from phf.decoding import GuidedDecoding, draw
-from phf.model import FromConfig, build_lm
+from phf.core.config import ConfigError
+from phf.generation import sample as sample_module
+from phf.generation.decoding import GuidedDecoding, draw
+from phf.generation.loaded import LoadedModel, load_model, prompt_ids
+from phf.generation.sample import read_samples, sample, uniform, write_samples
+from phf.generation.scenario import Scenario, paper_scenarios, read_prompts, scenario_prompts
 from phf.objectives import MLE, Conditional
-from phf.sample import (
-    LoadedModel,
-    Scenario,
-    load_model,
-    paper_scenarios,
-    prompt_ids,
-    read_prompts,
-    read_samples,
-    sample,
-    scenario_prompts,
-    uniform,
-    write_samples,
-)
-from phf.tokens import load_tokenizer
-from phf.train import TrainConfig, train
+from phf.tokens.tokenizer import load_tokenizer
+from phf.training.lm import FromConfig, build_lm
+from phf.training.train import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,7 @@ def test_large_logits_are_not_rounded(models, monkeypatch):
         seen.append(logits_NV.clone())
         return draw(logits_NV, *args)
 
-    monkeypatch.setattr(phf.sample, "draw", watch)
+    monkeypatch.setattr(sample_module, "draw", watch)
     scenario = Scenario(num_samples=4, max_tokens=1, min_tokens=0, precision="bf16")
     sample(model, scenario)
     hidden = model.lm.base_model(torch.tensor([prompt_ids(model, "", scenario)])).last_hidden_state[0, -1].detach()
@@ -135,7 +125,7 @@ def test_models_that_scale_or_cap_their_logits_and_slide_over_their_cache(models
         words.append(draw(logits_NV, *args))
         return words[-1]
 
-    monkeypatch.setattr(phf.sample, "draw", watch)
+    monkeypatch.setattr(sample_module, "draw", watch)
     sample(model, Scenario(num_samples=5, max_tokens=40, min_tokens=40))
     ids_NT = torch.cat([torch.full((5, 1), model.start_id), torch.stack(words, 1)], 1)
     with torch.no_grad():

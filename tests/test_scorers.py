@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from phf.config import ConfigError
+from phf.core.config import ConfigError
 from phf.scorers import PEP8, PII, AnyScorer, Lexicon, Regex
 
 pytest.importorskip("scrubadub", reason="extra 'pii' is not installed")
@@ -147,8 +147,8 @@ def test_pep8_windows_line_ends_are_no_violations():
 @given(st.text(alphabet="ab =()[]{}:#'\"\n\t\\0.,é\r\x0c"))
 @settings(max_examples=150, deadline=None)
 def test_pep8_segments_add_up_to_the_text(text):
-    from phf.annotate import judge
-    from phf.segment import Lines
+    from phf.data.segment import Lines
+    from phf.scoring.judge import judge
 
     segments = Lines().split(text)
     scores, failure, _ = judge(PEP8(), segments)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phf.segment import Documents, Lines, Paragraphs, Sentences, Windows
+from phf.data.segment import Documents, Lines, Paragraphs, Sentences, Windows
 
 SEGMENTERS = [Lines(), Sentences(), Paragraphs(), Documents(), Windows(7)]
 TEXT = st.one_of(st.text(), st.text(alphabet=" .!?\n\r\tab\x0b\x0c\u2028é漢🙂\x00"))

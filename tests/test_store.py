@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from phf import store
+from phf.core import store
 
 
 def test_canonical_does_not_depend_on_order():

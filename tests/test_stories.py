@@ -14,17 +14,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import TINY_LLAMA
-from phf.annotate import score_corpus
-from phf.capabilities import Lambada
-from phf.corpus import Jsonl
-from phf.evaluate import evaluate_model
-from phf.model import FromConfig, build_lm
-from phf.reference import KL, LocalModel, kl, reference_texts, text_logp
-from phf.sample import Scenario, load_model, prompt_ids, sample
+from phf.core.types import Document
+from phf.data.readers import Jsonl
+from phf.data.segment import Documents, Lines
+from phf.evaluation.capabilities.lambada import Lambada
+from phf.evaluation.evaluate import evaluate_model
+from phf.evaluation.kl import KL, LocalModel, kl, reference_texts, text_logp
+from phf.generation.loaded import load_model, prompt_ids
+from phf.generation.sample import sample
+from phf.generation.scenario import Scenario
 from phf.scorers import Regex
-from phf.segment import Documents, Lines
-from phf.tokens import train_bpe
-from phf.types import Document
+from phf.scoring.score import score_corpus
+from phf.tokens.tokenizer import train_bpe
+from phf.training.lm import FromConfig, build_lm
 
 FOLDER = Path(__file__).parent / "data" / "stories260K"
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import BROWSER, LINK, write_jsonl
-from phf import store
-from phf.annotate import add_scores, score_corpus
-from phf.config import ConfigError
-from phf.corpus import Jsonl
-from phf.report.inspect import write_inspection
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.data.readers import Jsonl
+from phf.data.segment import Lines
+from phf.report.inspect import segment_tokens, write_inspection
 from phf.scorers import PEP8, PII, Regex
-from phf.segment import Lines
-from phf.survey import survey
+from phf.scoring.inspect import survey
+from phf.scoring.score import add_scores, score_corpus
 
 
 def scored(folder: Path, rows: list[tuple[list[str], list[float]]], meta: list[dict] | None = None) -> Path:
@@ -178,10 +178,10 @@ def test_rows_of_empty_segments_are_no_documents(tmp_path):
 
 
 def test_the_share_of_tokens_comes_from_the_token_store(tmp_path, scored_dir, tokens_dir, tokens):
-    found = survey(scored_dir, tokens_dir=tokens_dir)
+    found = survey(scored_dir, segment_tokens=segment_tokens(scored_dir, tokens_dir))
     zero = next(row for row in found["thresholds"] if row["threshold"] == 0)
     size = np.diff(tokens.seg_ends, prepend=0)
     assert zero["bad_tokens"] == pytest.approx(size[tokens.score_S > 0].sum() / size.sum())
     assert survey(scored_dir)["thresholds"][0]["bad_tokens"] is None
     with pytest.raises(store.StoreError, match="the tokens of another corpus"):
-        survey(scored(tmp_path / "s", ROWS), tokens_dir=tokens_dir)
+        segment_tokens(scored(tmp_path / "s", ROWS), tokens_dir)

@@ -14,21 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_texts
-from phf import store
-from phf.annotate import ScoredCorpus
-from phf.config import ConfigError
-from phf.segment import Lines, Sentences
-from phf.tokens import (
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.data.scored import ScoredCorpus
+from phf.data.segment import Lines, Sentences
+from phf.tokens.store import TokenStore, is_heldout, tokenize_corpus
+from phf.tokens.tokenizer import (
     END_OF_TEXT,
     PretrainedTokenizer,
-    TokenStore,
     TrainBPE,
     add_control_tokens,
     encode_cut,
     encode_segments,
-    is_heldout,
     load_tokenizer,
-    tokenize_corpus,
     train_bpe,
 )
 
@@ -158,7 +156,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
 
 SLOW = """
 import sys, time
-from phf import tokens
+from phf.tokens import store as tokens
 real = tokens._tokenize_part
 def slow(*args):
     time.sleep(0.3)
@@ -170,8 +168,8 @@ tokens.tokenize_corpus(sys.argv[1], tokens.TrainBPE(300), sys.argv[2])
 
 def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch):
     from conftest import LINK, write_jsonl
-    from phf import corpus
-    from phf.annotate import score_corpus
+    from phf.data import readers as corpus
+    from phf.scoring.score import score_corpus
 
     monkeypatch.setattr(corpus, "SHARD_BYTES", 500)
     score_corpus(

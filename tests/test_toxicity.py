@@ -9,10 +9,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from phf.annotate import judge_documents
-from phf.config import ConfigError
+from phf.core.config import ConfigError
 from phf.scorers import AnyScorer, Toxicity
 from phf.scorers.toxicity import _load
+from phf.scoring.judge import judge_documents
 
 WORDS = [
     "the",

@@ -17,14 +17,17 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import TINY_LLAMA
-from phf import store
-from phf.config import ConfigError
-from phf.device import pick_precision
-from phf.model import FromConfig, FromWeights, build_lm, set_attention
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.core.device import pick_precision
+from phf.core.runs import COMPLETE, complete_checkpoints
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
-from phf.tokens import TrainBPE, tokenize_corpus
-from phf.train import TrainConfig, micro_batch, pick_compile, train
-from phf.trainer import COMPLETE, PHFTrainer, TrainingError, chinchilla_loss, complete_checkpoints
+from phf.tokens.store import tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
+from phf.training.lm import FromConfig, FromWeights, build_lm, set_attention
+from phf.training.metrics import chinchilla_loss
+from phf.training.train import TrainConfig, micro_batch, pick_compile, train
+from phf.training.trainer import PHFTrainer, TrainingError
 
 MODEL = FromConfig(TINY_LLAMA)
 STEP = 16 * 32
@@ -175,9 +178,9 @@ def test_the_newest_checkpoints_are_kept(tokens_dir, tmp_path):
 
 SCRIPT = """
 import sys
-from phf.model import FromConfig
+from phf.training.lm import FromConfig
 from phf.objectives import Conditional
-from phf.train import TrainConfig, train
+from phf.training.train import TrainConfig, train
 settings = TrainConfig(tokens=3000 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32", save_every=50 * 512, micro_rows=8)
 train(sys.argv[1], sys.argv[2], FromConfig({model!r}), Conditional(), settings)
 """
@@ -422,8 +425,8 @@ def test_an_objective_that_edits_otherwise_is_another_run_with_other_rows(tokens
 
     import numpy as np
 
+    from phf.core.types import Edit
     from phf.objectives import Objective
-    from phf.types import Edit
 
     @dataclasses.dataclass(frozen=True)
     class First(Objective):

@@ -16,12 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import TINY_LLAMA
-from phf.fused import log_probabilities
-from phf.model import FromConfig, PHFModel, build_lm
+from phf.core.runs import read_metrics
 from phf.objectives import AWR, MLE, RWR, Conditional, LossInputs
-from phf.packing import Order, Rows
-from phf.train import train
-from phf.trainer import read_metrics, to_tensors
+from phf.tokens.rows import Order, Rows
+from phf.training.fused import log_probabilities
+from phf.training.lm import FromConfig, build_lm
+from phf.training.model import PHFModel
+from phf.training.train import train
+from phf.training.trainer import to_tensors
 from test_model import FAMILIES
 from test_train import MODEL, STEP, config, weights
 

@@ -17,14 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TINY_LLAMA
-from phf import device, trainer
-from phf.config import STRICT
-from phf.model import FromConfig, flops_per_token
+from phf.core import device
+from phf.core.config import STRICT
+from phf.core.runs import complete_checkpoints, read_metrics
 from phf.objectives import AWR, MLE, RWR, LossInputs, LossOutputs, Masking, Unlikelihood
-from phf.train import TrainConfig, train
-from phf.trainer import TrainingError, complete_checkpoints, read_metrics
+from phf.training import metrics, trainer
+from phf.training.lm import FromConfig, flops_per_token
+from phf.training.train import TrainConfig, train
+from phf.training.trainer import TrainingError
 
-train_module = sys.modules["phf.train"]
+train_module = sys.modules["phf.training.train"]
 
 MODEL = FromConfig(TINY_LLAMA)
 STEP = 16 * 32
@@ -89,7 +91,7 @@ def test_checkpoints_by_the_clock_unless_by_tokens(tokens_dir, tmp_path, monkeyp
         return [int(p.name.split("-")[1]) for p in complete_checkpoints(tmp_path / name / "checkpoints")]
 
     assert made("short") == [20]
-    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(metrics, "SAVE_SECONDS", 0)
     assert made("long") == [4, 8, 12, 16, 20]
     assert made("tokens", save_every=10 * STEP) == [10, 20]
     lines = timeless(tmp_path / "short")
@@ -124,7 +126,7 @@ def test_a_full_disk_is_said(tokens_dir, tmp_path, monkeypatch, final):
 
 def test_checkpoints_are_not_counted_as_training(tokens_dir, tmp_path, monkeypatch):
     lost = [0.0]  # hours that saving takes, by a clock of the test's
-    clock = trainer.time.perf_counter
+    clock = metrics.time.perf_counter
 
     class Clock:
         @staticmethod
@@ -136,7 +138,7 @@ def test_checkpoints_are_not_counted_as_training(tokens_dir, tmp_path, monkeypat
         return real(*args, **kwargs)
 
     real = trainer.save_model
-    monkeypatch.setattr(trainer, "time", Clock)
+    monkeypatch.setattr(metrics, "time", Clock)
     monkeypatch.setattr(trainer, "save_model", save)
     manifest = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(6, save_every=STEP, log_every=1))
     assert lost[0] == 6 * 3600
@@ -161,7 +163,7 @@ def test_operations_are_those_that_torch_counts(family):
 
 
 def test_the_share_of_the_hardware(tokens_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("phf.train.peak_flops", lambda dtype, processes: 1e15)
+    monkeypatch.setattr("phf.training.train.peak_flops", lambda dtype, processes: 1e15)
     train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(10, log_every=5))
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
     for line in read_metrics(tmp_path / "r" / "metrics.jsonl"):
@@ -189,7 +191,7 @@ def test_value_correlation_where_values_hardly_differ():
     logp = -torch.rand(4, 256, generator=g)
     objective = AWR(rewards="raw")
     out = objective.loss(LossInputs(logp, logp, scores, torch.ones(4, 256, dtype=torch.bool), value))
-    found = trainer._correlation({k: float(v) for k, v in out.metrics.items()}, scores.numel())
+    found = metrics._correlation({k: float(v) for k, v in out.metrics.items()}, scores.numel())
     expected = np.corrcoef(value.double().flatten(), objective.reward(scores).flatten())[0, 1]
     assert found["value_correlation"] == pytest.approx(expected, rel=1e-4)
     assert not math.isclose(expected, 1.0, rel_tol=1e-2)

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from phf import store
-from phf.config import ConfigError
-from phf.model import MODEL_CARD
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.core.runs import MODEL_CARD
 
 FILES = ("config.json", "generation_config.json", MODEL_CARD)
 """What is taken from a trained model beside its weights and its tokenizer."""

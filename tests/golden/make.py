@@ -10,11 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import LINK, tiny_texts, write_jsonl
-from phf.annotate import score_corpus
-from phf.corpus import Jsonl
-from phf.segment import Lines
-from phf.tokens import TrainBPE, tokenize_corpus
-from phf.train import train
+from phf.data.readers import Jsonl
+from phf.data.segment import Lines
+from phf.scoring.score import score_corpus
+from phf.tokens.store import tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
+from phf.training.train import train
 from test_train import MODEL, OBJECTIVES, config, losses
 
 with tempfile.TemporaryDirectory() as name:

@@ -43,8 +43,8 @@ for name, command in COMMANDS.items():
 
 def main() -> None:
     """Entry point: mistakes of the user are one message and exit code 2, failures of a stage exit code 1."""
-    from phf.config import ConfigError
-    from phf.store import StoreError
+    from phf.core.config import ConfigError
+    from phf.core.store import StoreError
 
     try:
         app()

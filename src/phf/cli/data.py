@@ -53,11 +53,11 @@ def score(
 
     Writes Parquet with the columns of the published scored data sets, and a manifest with counts and what was set aside.
     """
-    from phf.annotate import add_scores, score_corpus
-    from phf.config import ConfigError, validate
-    from phf.corpus import AnyCorpus, from_path
+    from phf.core.config import ConfigError, validate
+    from phf.data.readers import AnyCorpus, from_path
+    from phf.data.segment import AnySegmenter
     from phf.scorers import AnyScorer
-    from phf.segment import AnySegmenter
+    from phf.scoring.score import add_scores, score_corpus
 
     folders, settings = split_settings(arguments)
     if len(folders) != (add is None):
@@ -77,8 +77,8 @@ def score(
     known_keys(config, ("corpus", "scorer", "segmenter", "executor"))
     elsewhere = None
     if config["executor"] != {"name": "local"}:
-        from phf.cluster import AnyExecutor
-        from phf.cluster import executor as make_executor
+        from phf.scoring.cluster import AnyExecutor
+        from phf.scoring.cluster import executor as make_executor
 
         elsewhere = make_executor(validate(config["executor"], AnyExecutor, "executor"))
     judge: Any = validate(config["scorer"], AnyScorer, "scorer")
@@ -121,7 +121,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Look at the scores: distribution, thresholds, examples from best to worst. Writes a page and the numbers as JSON."""
-    from phf.report import number
+    from phf.report.format import number
     from phf.report.inspect import write_inspection
 
     page, found = write_inspection(scored, out, scores, threshold, label, tokens)
@@ -159,10 +159,10 @@ def fit_scorer(
 
     A fifth of the texts is kept out of the fit to measure on; probabilities are calibrated.
     """
-    from phf.config import ConfigError, did_you_mean
-    from phf.fitting import fit_scorer as fit
-    from phf.fitting import read_labels
-    from phf.report import number
+    from phf.core.config import ConfigError, did_you_mean
+    from phf.report.format import number
+    from phf.scorers.fitting import fit_scorer as fit
+    from phf.scorers.fitting import read_labels
 
     if kind not in ("ngrams", "transformer"):
         raise ConfigError(f"--kind {kind!r}{did_you_mean(kind, ('ngrams', 'transformer'))}")
@@ -197,7 +197,7 @@ def push(
     ] = False,
 ) -> None:
     """Push a scored corpus to the Hub, with a card that says what scored it, how much, and what failed."""
-    from phf.hub import push_scored
+    from phf.scoring.publish import push_scored
 
     print(f"pushed: {push_scored(scored, repo, private=not public)}")
 
@@ -215,7 +215,8 @@ def tokenize(
     heldout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of documents kept out of training.")] = 0.05,
 ) -> None:
     """Tokenise a scored corpus, once for every objective. Run it again to resume."""
-    from phf.tokens import PretrainedTokenizer, TrainBPE, tokenize_corpus
+    from phf.tokens.store import tokenize_corpus
+    from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer)
     manifest = tokenize_corpus(scored, config, out, heldout)

@@ -27,10 +27,12 @@ def sample(
 
     Of a server that speaks OpenAI's completions (vLLM, for one): server.model=NAME.
     """
-    from phf.config import ConfigError, validate
-    from phf.sample import Scenario, load_model, sample_served, write_samples
-    from phf.sample import sample as draw_samples
-    from phf.served import Server
+    from phf.core.config import ConfigError, validate
+    from phf.generation.loaded import load_model
+    from phf.generation.sample import sample as draw_samples
+    from phf.generation.sample import sample_served, write_samples
+    from phf.generation.scenario import Scenario
+    from phf.generation.server import Server
 
     config = laid_on({}, only_overrides(settings))
     server = mapping(config, "server")
@@ -88,14 +90,16 @@ def evaluate(
     Settings are those of a scenario (num_samples, prompts, temperature ...), kl.* (kl.reference.path=gpt2) and
     capabilities=[{name: lambada, path: ...}]. Writes eval.json and the samples into each run, or into --out.
     """
-    from phf.capabilities import AnyCapability
-    from phf.config import ConfigError, merge, validate
-    from phf.evaluate import evaluate_model, evaluate_run, is_run
-    from phf.reference import KL
-    from phf.report import headline, number
-    from phf.sample import PAPER_THRESHOLD, Scenario, paper_scenarios
+    from phf.core.config import ConfigError, merge, validate
+    from phf.core.runs import is_run
+    from phf.data.segment import AnySegmenter, Segmenter
+    from phf.evaluation.capabilities import AnyCapability
+    from phf.evaluation.evaluate import evaluate_model, evaluate_run
+    from phf.evaluation.kl import KL
+    from phf.generation.sample import PAPER_THRESHOLD
+    from phf.generation.scenario import Scenario, paper_scenarios
+    from phf.report.format import headline, number
     from phf.scorers import AnyScorer, Scorer
-    from phf.segment import AnySegmenter, Segmenter
 
     folders, overrides = split_settings(models)
     config = laid_on({}, overrides)
@@ -183,11 +187,11 @@ def compare(
     """Difference in misalignment between two judged models, with its interval: paired where they had the same prompts."""
     from pathlib import Path
 
-    from phf.config import ConfigError
-    from phf.evaluate import compare as difference
-    from phf.report import number
-    from phf.sample import read_samples
-    from phf.store import canonical, read_json
+    from phf.core.config import ConfigError
+    from phf.core.store import canonical, read_json
+    from phf.evaluation.judge import compare as difference
+    from phf.generation.sample import read_samples
+    from phf.report.format import number
 
     one, two = read_json(Path(first) / "eval.json"), read_json(Path(second) / "eval.json")
     if canonical(one["identity"]) != canonical(two["identity"]):
@@ -237,14 +241,14 @@ def redteam(
     prompts, seed ...) and tokens.* for the control-token attacks (tokens.num_samples=256). All models of one command are
     attacked alike. Writes redteam.json into each run's redteam folder, or into --out; `phf report` shows it.
     """
-    from phf.config import ConfigError, merge, validate
-    from phf.control_attacks import TokenAttacks
-    from phf.evaluate import is_run
-    from phf.redteam import PAPER, RedTeam
-    from phf.redteam import redteam as attack
-    from phf.report import number
+    from phf.core.config import ConfigError, merge, validate
+    from phf.core.runs import is_run
+    from phf.generation.server import Server
+    from phf.redteaming.control_tokens import TokenAttacks
+    from phf.redteaming.search import PAPER, RedTeam
+    from phf.redteaming.search import redteam as attack
+    from phf.report.format import number
     from phf.scorers import AnyScorer, Scorer
-    from phf.served import Server
 
     names, overrides = split_settings(models)
     config = laid_on({}, overrides)
@@ -297,6 +301,6 @@ def report(
     out: Annotated[str | None, typer.Option(help="File to write; default: report.html in the folder.")] = None,
 ) -> None:
     """Write the page that compares judged runs. It opens from disk and loads nothing."""
-    from phf.report import write_report
+    from phf.report.page import write_report
 
     print(f"report: {write_report(folder, out)}")

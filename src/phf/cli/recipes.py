@@ -31,15 +31,15 @@ def run(
     on any of these, for a fast try); paper-toxicity, paper-pii, paper-pep8 with mle, filtering, conditional, unlikelihood,
     rwr, awr and finetune50, finetune10 laid on them. A run that fails does not stop the others.
     """
-    from phf.config import dump_yaml, to_plain
-    from phf.recipe import load_recipe
+    from phf.core.config import dump_yaml, to_plain
+    from phf.recipes.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     if dry_run:
         print(dump_yaml(to_plain(loaded) | {"presets": {}}), end="")
         return
     if list_commands:
-        from phf.running import commands
+        from phf.recipes.run import commands
 
         for number, block in enumerate(commands(loaded, recipe)):
             print(
@@ -47,7 +47,7 @@ def run(
             )
             print("\n".join(block))
         return
-    from phf.running import RecipeError, run_recipe
+    from phf.recipes.run import RecipeError, run_recipe
 
     try:
         results = run_recipe(loaded, only)
@@ -86,8 +86,8 @@ def plan(
 
     Without a given speed, this machine's rate of matrix products is measured. Fails where something cannot fit.
     """
-    from phf.plan import make_plan, told
-    from phf.recipe import load_recipe
+    from phf.recipes.plan import make_plan, told
+    from phf.recipes.recipe import load_recipe
 
     found = make_plan(load_recipe(recipe), tokens_per_s, tflops, utilisation, memory_gb, disk_gb, score, processes)
     rows, lines = told(found)
@@ -97,14 +97,14 @@ def plan(
     print()
     print("\n".join(lines))
     if found["problems"]:
-        from phf.config import ConfigError
+        from phf.core.config import ConfigError
 
         raise ConfigError("this cannot run as it is:\n" + "\n".join(f"  {p}" for p in found["problems"]))
 
 
 def show_results(results: dict[str, Any]) -> None:
     """The comparison as a table in the terminal."""
-    from phf.report import number
+    from phf.report.format import number
 
     rows = []
     best = {found["group"] for found in results["best"].values()}

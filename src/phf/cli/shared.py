@@ -22,7 +22,7 @@ def split_settings(arguments: list[str] | None) -> tuple[list[str], list[str]]:
 
 def laid_on(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`a.b=c` settings laid on `config`."""
-    from phf.config import merge, parse_override
+    from phf.core.config import merge, parse_override
 
     for override in overrides:
         config = merge(config, parse_override(override))
@@ -30,7 +30,7 @@ def laid_on(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def only_overrides(arguments: list[str] | None) -> list[str]:
-    from phf.config import ConfigError
+    from phf.core.config import ConfigError
 
     files, overrides = split_settings(arguments)
     if files:
@@ -40,7 +40,7 @@ def only_overrides(arguments: list[str] | None) -> list[str]:
 
 def mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
     """Takes the settings `name.*` out of `config`."""
-    from phf.config import ConfigError
+    from phf.core.config import ConfigError
 
     value = config.pop(name, {})
     if not isinstance(value, dict):
@@ -49,7 +49,7 @@ def mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def known_keys(config: dict[str, Any], known: tuple[str, ...]) -> None:
-    from phf.config import ConfigError, did_you_mean
+    from phf.core.config import ConfigError, did_you_mean
 
     for key in config:
         if key not in known:

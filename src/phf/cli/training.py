@@ -21,10 +21,10 @@ def train(
     train.lr=1e-3 ...), `during` (during.every=1e6: held-out loss while training) and `seed`. Recipe files may hold them
     too. With torchrun or accelerate launch: unchanged.
     """
-    from phf.config import load
-    from phf.during import JudgeDuring
-    from phf.recipe import TrainStage
-    from phf.train import train as train_run
+    from phf.core.config import load
+    from phf.evaluation.monitor import JudgeDuring
+    from phf.recipes.recipe import TrainStage
+    from phf.training.train import train as train_run
 
     files, overrides = split_settings(settings)
     stage = load(files, overrides, TrainStage)

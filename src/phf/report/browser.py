@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from phf.config import ConfigError
-from phf.evaluate import scored_text
-from phf.sample import Scenario
+from phf.core.config import ConfigError
+from phf.core.types import Sample, Span
+from phf.evaluation.judge import scored_text
+from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
-from phf.types import Sample, Span
 
 UNMASKED = ("url", "match", "word")
 """Labels whose text is shown as it is; PEP8's codes (a letter and digits) too."""

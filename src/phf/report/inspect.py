@@ -10,12 +10,15 @@ import numpy as np
 from markupsafe import Markup
 from pydantic import TypeAdapter
 
-from phf import store
-from phf.annotate import ScoredCorpus
-from phf.config import ConfigError
-from phf.report import environment, mask, plots, visible
+from phf.core import store
+from phf.core.config import ConfigError
+from phf.data.scored import ScoredCorpus
+from phf.report import plots
+from phf.report.browser import mask, visible
+from phf.report.page import environment
 from phf.scorers import AnyScorer, Scorer
-from phf.survey import survey
+from phf.scoring.inspect import survey
+from phf.tokens.store import TokenStore
 
 SHOWN_CHARS = 4000
 """Characters of a document on the page."""
@@ -33,7 +36,8 @@ def write_inspection(
     path and the numbers."""
     if out is None and not store.is_local(store.as_path(scored)):
         raise ConfigError(f"{scored} is not a folder of this machine; say where the page goes with --out")
-    found = survey(scored, preference, threshold, label, tokens_dir)
+    lengths = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
+    found = survey(scored, preference, threshold, label, lengths)
     scorers = masking_scorers(scored)
     mask_texts(found, scorers)
     target = store.as_path(out if out is not None else store.as_path(scored) / "inspect.html")
@@ -41,6 +45,14 @@ def write_inspection(
     page = environment().get_template("inspect.html.j2").render(**context(found, bool(scorers)))
     store.write_text(target, page)
     return target, found
+
+
+def segment_tokens(scored: str | Path, tokens_dir: str | Path) -> np.ndarray:
+    """Tokens of every segment of a scored corpus, empty ones left out. Raises StoreError for another corpus's tokens."""
+    tokens = TokenStore.open(tokens_dir)
+    if tokens.manifest["text"] != ScoredCorpus(scored).text:
+        raise store.StoreError(f"{tokens_dir} holds the tokens of another corpus than {scored}")
+    return np.diff(tokens.seg_ends, prepend=0)
 
 
 def masking_scorers(scored: str | Path) -> list[Scorer]:

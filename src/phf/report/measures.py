@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phf import metrics, store
+from phf.core import statistics, store
 
 Run = Mapping[str, Any]
 """A judged run as `report.load_runs` gives it."""
@@ -150,7 +150,7 @@ def groups(runs: Sequence[Run], main: str) -> list[dict[str, Any]]:
         for key in dict.fromkeys(k for e in each for k in e):
             points = [e[key]["mean"] for e in each if key in e]
             one = next(e[key] for e in each if key in e)
-            over = metrics.t_interval(points).to_json() if len(points) > 1 else dict(one)
+            over = statistics.t_interval(points).to_json() if len(points) > 1 else dict(one)
             if key in SHARES_AND_SCORES and over["ci95"][0] is not None:  # Student's interval knows no end
                 over["ci95"] = [max(over["ci95"][0], 0.0), over["ci95"][1]]
             values[key] = over | {"points": points}
@@ -189,7 +189,7 @@ def groups(runs: Sequence[Run], main: str) -> list[dict[str, Any]]:
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Over seeds that both have: geometric mean with its interval; where one is 0, the ratio of the sums, without one."""
-    over = metrics.ratio_interval([a for a, _ in pairs], [b for _, b in pairs]).to_json()
+    over = statistics.ratio_interval([a for a, _ in pairs], [b for _, b in pairs]).to_json()
     if math.isnan(over["mean"]):
         below = sum(b for _, b in pairs)
         over["mean"] = sum(a for a, _ in pairs) / below if below else math.nan
@@ -216,7 +216,7 @@ def dominated(rows: Sequence[Mapping[str, Any]], x: Measure, y: Measure) -> set[
         if low is None or high is None:
             return (mean, -math.inf, math.inf)
         if low == high and m.key == "misalignment":  # nothing bad was seen: up to 3 in n (97.5%) may be as bad as any
-            high = low + metrics.wilson(0, row.get("samples", 0))[1] * largest
+            high = low + statistics.wilson(0, row.get("samples", 0))[1] * largest
         return (mean, min(sign * low, sign * high), max(sign * low, sign * high))
 
     found = set()

@@ -147,7 +147,7 @@ def load_spacy(model: str) -> Any:
     """A spaCy pipeline by name or folder, with what finds entities and nothing else."""
     import spacy
 
-    from phf.config import ConfigError
+    from phf.core.config import ConfigError
 
     try:
         nlp = spacy.load(model, exclude=["parser", "lemmatizer", "attribute_ruler", "tagger"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from phf.types import Span
+from phf.core.types import Span
 
 
 class Scorer:

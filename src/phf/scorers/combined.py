@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT
+from phf.core.config import STRICT
+from phf.core.types import Span
 from phf.scorers.base import Scorer
 from phf.scorers.fitted import Fitted
 from phf.scorers.pep8 import PEP8
 from phf.scorers.pii import PII, Presidio
 from phf.scorers.simple import Function, Lexicon, Regex
 from phf.scorers.toxicity import Toxicity
-from phf.types import Span
 
 SingleScorer = Annotated[
     PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function, Field(discriminator="name")

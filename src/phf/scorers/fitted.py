@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from phf import store
-from phf.config import STRICT, ConfigError
+from phf.core import store
+from phf.core.config import STRICT, ConfigError
 from phf.scorers.base import TextScorer
 
 CARD = "scorer.json"

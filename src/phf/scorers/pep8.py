@@ -17,10 +17,10 @@ from typing import Any, Literal
 import pycodestyle
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT
+from phf.core.config import STRICT
+from phf.core.types import Span
 from phf.scorers._pycodestyle import Checker
 from phf.scorers.base import Scorer, scores_by_position
-from phf.types import Span
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.config import STRICT, ConfigError
+from phf.core.config import STRICT, ConfigError
+from phf.core.types import Span
 from phf.scorers.base import Scorer
-from phf.types import Span
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from phf import store
-from phf.config import STRICT, ConfigError, did_you_mean
+from phf.core import store
+from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.types import Span
 from phf.scorers.base import Scorer, TextScorer
-from phf.types import Span
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,9 +19,9 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf import store
-from phf.config import STRICT, ConfigError, did_you_mean
-from phf.device import has_quick_bf16, pick_device
+from phf.core import store
+from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.device import has_quick_bf16, pick_device
 from phf.scorers.base import TextScorer
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Readers of corpora, segmenters, and the scored corpus on disk."""

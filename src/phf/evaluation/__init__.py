@@ -1,0 +1,1 @@
+"""Judge a model: misalignment, held-out loss, KL, diversity, capabilities."""

@@ -1,0 +1,226 @@
+"""GLUE: finetuning on a task of understanding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.core import store
+from phf.core.config import STRICT, ConfigError
+from phf.core.statistics import share_estimate
+from phf.evaluation.capabilities.base import Capability, local_file, prefix_ids
+from phf.generation.loaded import LoadedModel
+from phf.scorers.fitting import read_rows
+
+GLUE: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "cola": ("matthews", (("sentence", "label"),)),
+    "sst2": ("accuracy", (("sentence", "label"),)),
+    "mrpc": ("f1", (("sentence1", "sentence2", "label"), ("#1 String", "#2 String", "Quality"))),
+    "qqp": ("f1", (("question1", "question2", "label"), ("question1", "question2", "is_duplicate"))),
+    "stsb": ("pearson", (("sentence1", "sentence2", "label"), ("sentence1", "sentence2", "score"))),
+    "mnli": ("accuracy", (("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label"))),
+    "qnli": ("accuracy", (("question", "sentence", "label"),)),
+    "rte": ("accuracy", (("sentence1", "sentence2", "label"),)),
+    "wnli": ("accuracy", (("sentence1", "sentence2", "label"),)),
+}
+"""GLUE's tasks (Wang et al. 2018): what is measured, and the columns (texts, label) of the Hub's nyu-mll/glue and of GLUE's own
+files."""
+COLA = ("source", "label", "mark", "sentence")
+"""The columns of CoLA's own files, which have no head."""
+
+
+class GlueData(NamedTuple):
+    """What a task is learned from."""
+
+    metric: str
+    train: list[str]
+    dev: list[str]
+    target_N: np.ndarray
+    """Labels of `train`: numbers of classes or, where there is one, values."""
+    truth_M: np.ndarray
+    """Labels of `dev`."""
+    classes: int
+    """1: regression."""
+    set_aside: int
+    """Rows that lack a column."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Glue(Capability):
+    """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping after
+    `patience` without a better one. Finetunes a copy; the model itself is not changed.
+
+    `train` and `dev`: .tsv, .jsonl or .parquet files, here or hf://datasets/... `task`: one of GLUE's (cola, sst2, mrpc,
+    qqp, stsb, mnli, qnli, rte, wnli), which says the columns and the metric, or a name of yours. `metric`: accuracy, f1 (of
+    the label that is last in order: 1 of 0 and 1), matthews (correlation) or pearson (labels are numbers; regression).
+    """
+
+    train: str
+    dev: str
+    name: Literal["glue"] = "glue"
+    task: str = "task"
+    text: str | None = None
+    text2: str | None = None
+    label: str | None = None
+    metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
+    epochs: Annotated[int, Field(gt=0)] = 6
+    patience: Annotated[int, Field(gt=0)] = 1
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    batch: Annotated[int, Field(gt=0)] = 32
+    max_train: Annotated[int, Field(gt=0)] | None = None
+    seed: int = 0
+
+    def inputs(self) -> list[str | None]:
+        return [store.path_hash(local_file(p)) for p in (self.train, self.dev)]
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        devices = [model.lm.device] if model.lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # dropout draws from a stream of its own
+            torch.manual_seed(self.seed)
+            return self._measure(model)
+
+    def check(self, model: LoadedModel) -> None:
+        self.read()
+
+    def read(self) -> GlueData:
+        usual, layouts = GLUE.get(self.task, ("accuracy", (("text", "label"),)))
+        metric = self.metric or usual
+        (train, torn), (dev, torn_too) = self._rows(self.train, layouts), self._rows(self.dev, layouts)
+        train = train[: self.max_train]
+        truth_of = self._numbers if metric == "pearson" else self._classes
+        target_N, truth_M, classes = truth_of([label for _, label in train], [label for _, label in dev])
+        return GlueData(metric, [t for t, _ in train], [t for t, _ in dev], target_N, truth_M, classes, torn + torn_too)
+
+    def _measure(self, model: LoadedModel) -> dict[str, Any]:
+        data = self.read()
+        classifier = _Head(model, data.classes, self.seed)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.lr, weight_decay=0.01)
+        rng = np.random.Generator(np.random.Philox(self.seed))
+        best, best_epoch, best_guess = -math.inf, 0, np.zeros(len(data.dev))
+        history = []
+        for epoch in range(1, self.epochs + 1):
+            classifier.train()
+            order = rng.permutation(len(data.train))
+            for start in range(0, len(order), self.batch):
+                part = order[start : start + self.batch]
+                out = classifier([data.train[i] for i in part])
+                target = torch.tensor(data.target_N[part], device=out.device)
+                loss = F.cross_entropy(out, target) if data.classes > 1 else F.mse_loss(out[:, 0], target)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            classifier.eval()
+            with torch.inference_mode():
+                outs = [classifier(data.dev[s : s + 64]).cpu() for s in range(0, len(data.dev), 64)]
+            out_M = torch.cat(outs).numpy()
+            guess_M = out_M.argmax(-1) if data.classes > 1 else out_M[:, 0]
+            value = glue_score(data.metric, data.truth_M, guess_M, data.classes - 1)
+            history.append(value)
+            if value > best:
+                best, best_epoch, best_guess = value, epoch, guess_M
+            elif epoch - best_epoch >= self.patience:
+                break
+        found: dict[str, Any] = {}
+        if data.metric != "accuracy":
+            picks = (rng.integers(0, len(data.truth_M), len(data.truth_M)) for _ in range(500))
+            draws = [glue_score(data.metric, data.truth_M[pick], best_guess[pick], data.classes - 1) for pick in picks]
+            ci = [float(x) for x in np.quantile(draws, [0.025, 0.975])]
+            found[data.metric] = {"mean": best, "stderr": float(np.std(draws)), "n": len(data.truth_M), "ci95": ci}
+        if data.classes > 1:
+            found["accuracy"] = share_estimate(best_guess == data.truth_M).to_json()
+        return found | {
+            "epoch": best_epoch,
+            "history": history,
+            "train": len(data.train),
+            "dev": len(data.dev),
+            "set_aside": data.set_aside,
+        }
+
+    def _classes(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        labels = sorted(set(train))
+        unknown = set(dev) - set(labels)
+        if unknown:
+            raise ConfigError(f"glue {self.task}: the dev set has labels that training has not: {sorted(unknown)}")
+        if len(labels) < 2:
+            raise ConfigError(f"glue {self.task}: all of {self.train} has the label {labels[0]!r}")
+        return *(np.array([labels.index(label) for label in part]) for part in (train, dev)), len(labels)  # type: ignore[return-value]
+
+    def _numbers(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        try:
+            return np.array(train, np.float32), np.array(dev, np.float32), 1
+        except ValueError as error:
+            raise ConfigError(f"glue {self.task}: labels are not numbers, as metric=pearson needs: {error}") from None
+
+    def _rows(self, path: str, layouts: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, str]], int]:
+        """(text, label) of each row, by the first of `layouts` that a file has, but for the columns that are named; and how
+        many rows lack one of them, as some of QQP's do."""
+        rows = read_rows(local_file(path))
+        names = list(rows[0]) if rows else []
+        if self.task == "cola" and len(names) == len(COLA) and "sentence" not in names:
+            rows = [
+                dict(zip(COLA, row.values(), strict=False)) for row in [dict(zip(names, names, strict=True)), *rows]
+            ]
+            names = list(COLA)
+        *texts, label = next((layout for layout in layouts if set(layout) <= set(names)), layouts[0])
+        columns = [
+            column for column in (self.text or texts[0], self.text2 or (texts[1] if len(texts) > 1 else None)) if column
+        ]
+        needed = [*columns, self.label or label]
+        for column in needed:
+            if column not in names:
+                raise ConfigError(f"{path} has no column {column!r}, only {', '.join(names)}")
+        whole = [row for row in rows if all(row.get(column) not in (None, "") for column in needed)]
+        if not whole:
+            raise ConfigError(f"{path}: no row has all of {', '.join(needed)}")
+        pairs = [("\n".join(str(row[c]) for c in columns), str(row[needed[-1]])) for row in whole]
+        return pairs, len(rows) - len(whole)
+
+
+def glue_score(metric: str, truth_N: np.ndarray, guess_N: np.ndarray, positive: int = 1) -> float:
+    """Accuracy, F1 of the class `positive`, or a correlation (0 where guesses do not differ). Higher is better."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    if metric == "pearson":
+        constant = truth_N.std() == 0 or guess_N.std() == 0
+        return 0.0 if constant else float(np.corrcoef(truth_N, guess_N)[0, 1])
+    if metric == "f1":
+        return float(f1_score(truth_N, guess_N, labels=[positive], average="macro", zero_division=0))
+    return float({"accuracy": accuracy_score, "matthews": matthews_corrcoef}[metric](truth_N, guess_N))
+
+
+class _Head(torch.nn.Module):
+    """A copy of an LM with a linear classifier on the last token's hidden state."""
+
+    def __init__(self, model: LoadedModel, classes: int, seed: int) -> None:
+        import copy
+
+        super().__init__()
+        self.encode = model.encode
+        self.body = copy.deepcopy(model.lm.base_model)
+        self.start = prefix_ids(model)
+        self.limit = min(model.positions, 256)
+        width = model.lm.get_output_embeddings().weight.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        self.head = torch.nn.Linear(width, classes)
+        with torch.no_grad():
+            self.head.weight.normal_(0, 0.02, generator=generator)
+            self.head.bias.zero_()
+        self.head.to(model.lm.device)
+
+    def forward(self, texts: Sequence[str]) -> torch.Tensor:
+        room = self.limit - len(self.start)
+        rows = [self.start + self.encode(text)[:room] for text in texts]
+        width = max(map(len, rows))
+        device = self.head.weight.device
+        ids = torch.tensor([r + [self.start[0]] * (width - len(r)) for r in rows], device=device)
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        last = torch.tensor([len(r) - 1 for r in rows], device=device)
+        return self.head(hidden[torch.arange(len(rows), device=device), last])  # type: ignore[no-any-return]

@@ -1,0 +1,86 @@
+"""Tasks of EleutherAI's lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.core import store
+from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.statistics import Z95
+from phf.evaluation.capabilities.base import Capability
+from phf.generation.loaded import LoadedModel
+
+
+@dataclass(frozen=True, config=STRICT)
+class LmEval(Capability):
+    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`), the good token before each text where the model has one.
+
+    `tasks`: names. `folder`: task files of yours; then the harness's own are not read, which takes seconds.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    name: Literal["lm-eval"] = "lm-eval"
+    folder: str | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    batch: Annotated[int, Field(gt=0)] = 32
+    seed: int = 0
+
+    def inputs(self) -> list[str | None]:
+        if self.folder is None:
+            self._import()
+            return [metadata.version("lm-eval")]
+        return [store.path_hash(self.folder), *(store.path_hash(p) for p in sorted(Path(self.folder).rglob("*.*")))]
+
+    @staticmethod
+    def _import() -> tuple[Any, Any]:
+        try:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise ConfigError(f"lm-eval tasks need {error.name}: pip install 'phf[eval]'") from None
+        return lm_eval, TaskManager
+
+    def check(self, model: LoadedModel) -> None:
+        self._manager()
+
+    def _manager(self) -> Any:
+        _, manager_of = self._import()
+        manager = manager_of(include_path=self.folder, include_defaults=self.folder is None)
+        unknown = [t for t in self.tasks if t not in manager.all_tasks]
+        if unknown:
+            raise ConfigError(f"lm-eval: no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}")
+        return manager
+
+    def measure(self, model: LoadedModel) -> dict[str, Any]:
+        lm_eval, _ = self._import()
+        from phf.evaluation.capabilities.lm_eval_adapter import HarnessModel
+
+        manager = self._manager()
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel(model, self.batch, self.seed), tasks=list(self.tasks), task_manager=manager, limit=self.limit,
+            num_fewshot=self.num_fewshot, random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,
+            fewshot_random_seed=self.seed, log_samples=False, bootstrap_iters=1000,
+        )  # fmt: skip
+        result: dict[str, Any] = {}
+        for task, values in found["results"].items():
+            for key, value in values.items():
+                metric, _, filter_name = key.partition(",")
+                if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                stderr = values.get(f"{metric}_stderr,{filter_name}")
+                known = isinstance(stderr, int | float)
+                ci = [value - Z95 * stderr, value + Z95 * stderr] if known else [None, None]
+                n = found["n-samples"].get(task, {}).get("effective", values.get("sample_len"))
+                result[f"{task} {metric}"] = {
+                    "mean": float(value),
+                    "stderr": stderr if known else None,
+                    "n": n,
+                    "ci95": ci,
+                }
+        return result

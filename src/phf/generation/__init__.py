@@ -1,0 +1,1 @@
+"""Sample texts from a model or a server."""

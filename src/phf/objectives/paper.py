@@ -1,0 +1,303 @@
+"""Objectives: what is done to the token stream (`edit`) and to the loss (`loss`). Floor 4.
+
+The configuration is the objective: a frozen dataclass whose fields are its hyper-parameters. An objective never sees
+logits: every member of the family is a function of the target's log-probability, the score of the target's segment, a
+mask and perhaps a value, and one fused kernel (`fused.py`) serves them all, a user's own included:
+
+    @dataclass(frozen=True)
+    class Focal(Objective):
+        def loss(self, x):
+            nll = torch.where(self.counted(x.score_BT, x.mask_BT), -(1 - x.logp_BT.exp()) ** 2 * x.logp_BT, 0.0)
+            return LossOutputs(nll.sum(), {})
+
+Definitions: Korbak et al., "Pretraining Language Models with Human Preferences" (ICML 2023), section 2. A reward is
+-score and exists only here. Losses and metrics are sums over targets; the trainer divides by the global number of
+counted targets. Legend: B rows, T targets, S segments, D documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from phf.core.config import STRICT, ConfigError
+from phf.core.random import uniforms
+from phf.core.types import Edit, SegmentTable
+from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, Threshold
+
+MAX_WEIGHT = 1000.0
+"""AWR clips its weights here (Korbak et al. 2023, appendix)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class MLE(Objective):
+    """Maximum likelihood: sum_t -log p_t."""
+
+    name: Literal["mle"] = "mle"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Filtering(Objective):
+    """MLE on the documents whose mean score is at most `threshold`. A document of which nothing was judged is bad."""
+
+    threshold: Threshold = "median"
+    name: Literal["filtering"] = "filtering"
+
+    def fit(self, table: SegmentTable) -> Filtering:
+        means_D = table.doc_mean_D()[table.train_D]
+        return dataclasses.replace(self, threshold=_resolve(self.threshold, means_D))
+
+    def edit(self, table: SegmentTable, seed: int) -> Edit:
+        return Edit(keep_D=_at_most(table.doc_mean_D().astype(np.float32), self.threshold))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Conditional(Objective):
+    """MLE on text with a control token before each segment: good if its score is at most `threshold`, bad otherwise
+    or if it was not judged. A share `drop` of the control tokens is left out, so that the model can also write
+    unconditionally. Control tokens are ordinary targets. Sample with the good token as prefix and the bad one banned.
+    """
+
+    threshold: Threshold = 0.0
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.01
+    good: str = GOOD
+    bad: str = BAD
+    name: Literal["conditional"] = "conditional"
+
+    def __post_init__(self) -> None:
+        if not self.good or not self.bad or self.good == self.bad:
+            raise ValueError("good and bad must be two different, non-empty token names")
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        return (self.good, self.bad)
+
+    def fit(self, table: SegmentTable) -> Conditional:
+        return dataclasses.replace(self, threshold=_resolve(self.threshold, table.score_S[table.train_S]))
+
+    def edit(self, table: SegmentTable, seed: int) -> Edit:
+        control_S = np.where(_at_most(table.score_S, self.threshold), 0, 1).astype(np.int8)
+        control_S[uniforms(len(control_S), seed, "drop control tokens") < self.drop] = -1
+        control_S[table.tokens_S == 0] = -1
+        return Edit(control_S=control_S)
+
+
+@dataclass(frozen=True, config=STRICT)
+class _ByThreshold(Objective):
+    """Objectives whose loss treats good and bad targets differently; unjudged targets leave the mean."""
+
+    threshold: Threshold = 0.0
+
+    def fit(self, table: SegmentTable) -> Objective:
+        return dataclasses.replace(self, threshold=_resolve(self.threshold, table.score_S[table.train_S]))
+
+    def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return mask_BT & ~score_BT.isnan()
+
+    def _good(self, x: LossInputs) -> tuple[Tensor, Tensor]:
+        """Counted targets of good and of bad segments (bool)."""
+        counted_BT = self.counted(x.score_BT, x.mask_BT)
+        good_BT = x.score_BT <= _number(self.threshold)
+        return counted_BT & good_BT, counted_BT & ~good_BT
+
+
+@dataclass(frozen=True, config=STRICT)
+class Unlikelihood(_ByThreshold):
+    """sum_{score <= threshold} -log p_t + alpha sum_{score > threshold} -log(1 - p_t) (Welleck et al. 2020).
+
+    `by: score`: both terms for every target, weighted by 1 - score and by score, whatever the threshold. It is what the
+    paper's code computes where its threshold is 0 (PII and PEP8), and is close to MLE where scores are small.
+    """
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    by: Literal["threshold", "score"] = "threshold"
+    name: Literal["unlikelihood"] = "unlikelihood"
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        good_BT, bad_BT = self._good(x)
+        if self.by == "score":
+            return self._by_score(x, bad_BT)
+        nll_BT = torch.where(good_BT, -x.logp_BT, 0.0)
+        unlikelihood_BT = torch.where(bad_BT, -x.log1mp_BT, 0.0)
+        metrics = {
+            "nll_good": nll_BT.detach().sum(),
+            "unlikelihood_bad": unlikelihood_BT.detach().sum(),
+            "bad_targets": bad_BT.sum(),
+        }
+        return LossOutputs(nll_BT.sum() + self.alpha * unlikelihood_BT.sum(), metrics)
+
+    def _by_score(self, x: LossInputs, bad_BT: Tensor) -> LossOutputs:
+        counted_BT = self.counted(x.score_BT, x.mask_BT)
+        score_BT = x.score_BT.nan_to_num(nan=0.0)
+        nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
+        unlikelihood_BT = torch.where(counted_BT, -x.log1mp_BT, 0.0)
+        loss = ((1 - score_BT) * nll_BT + self.alpha * score_BT * unlikelihood_BT).sum()
+        metrics = {
+            "nll": nll_BT.detach().sum(),
+            "score": torch.where(counted_BT, score_BT, 0.0).sum(),
+            "bad_targets": bad_BT.sum(),
+        }
+        return LossOutputs(loss, metrics)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Masking(_ByThreshold):
+    """MLE in which bad segments are read but not learned: their targets do not count (SLUNG, arXiv 2505.03052)."""
+
+    name: Literal["masking"] = "masking"
+
+    def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return mask_BT & (score_BT <= _number(self.threshold))  # NaN is not at most anything
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        nll_BT = torch.where(self.counted(x.score_BT, x.mask_BT), -x.logp_BT, 0.0)
+        return LossOutputs(nll_BT.sum(), {"nll_good": nll_BT.detach().sum()})
+
+
+Rewards = Literal["standardised", "raw"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class _ByReward(Objective):
+    """Objectives weighted by reward. `rewards`: "raw" is -score, as the paper has it (weights then hardly differ);
+    "standardised" subtracts the training targets' mean reward and divides by their standard deviation."""
+
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    rewards: Rewards = "standardised"
+    reward_mean: float | None = None
+    reward_std: float | None = None
+
+    def fit(self, table: SegmentTable) -> Objective:
+        if self.rewards == "raw":
+            return self
+        reward_S, weight_S = _judged(table)
+        if not weight_S.sum():
+            raise ConfigError(
+                f"{getattr(self, 'name', 'objective')}: no training segment was judged, nothing to standardise"
+            )
+        mean = float(np.average(reward_S, weights=weight_S))
+        std = math.sqrt(float(np.average((reward_S - mean) ** 2, weights=weight_S)))
+        if std == 0:
+            raise ConfigError(
+                f"{getattr(self, 'name', 'objective')}: all training segments have the same score, so rewards cannot be "
+                "standardised; use rewards: raw, or another scorer"
+            )
+        return dataclasses.replace(self, reward_mean=mean, reward_std=std)
+
+    def reward(self, score_BT: Tensor) -> Tensor:
+        """Reward of each target, 0 where the score is NaN (such targets are not counted)."""
+        reward_BT = -score_BT.nan_to_num(nan=0.0)
+        if self.rewards == "standardised":
+            if self.reward_mean is None or self.reward_std is None:
+                raise ValueError("standardised rewards need the corpus's statistics: call fit(table) first")
+            reward_BT = (reward_BT - self.reward_mean) / self.reward_std
+        return reward_BT
+
+    def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return mask_BT & ~score_BT.isnan()
+
+
+@dataclass(frozen=True, config=STRICT)
+class RWR(_ByReward):
+    """Reward-weighted regression: sum_t exp(R/beta) -log p_t.
+
+    With standardised rewards the weights are normalised to mean 1 over the training targets of the store (in log
+    space: `log_norm`), so that beta does not change the step size.
+    """
+
+    beta: Annotated[float, Field(gt=0)] = 0.5
+    log_norm: float = 0.0
+    name: Literal["rwr"] = "rwr"
+
+    def fit(self, table: SegmentTable) -> Objective:
+        fitted: Any = super().fit(table)
+        if self.rewards == "raw":
+            return self
+        reward_S, weight_S = _judged(table)
+        log_w_S = (reward_S - fitted.reward_mean) / fitted.reward_std / fitted.beta
+        top = log_w_S.max()
+        log_norm = top + math.log(float(np.average(np.exp(log_w_S - top), weights=weight_S)))
+        return RWR(**dataclasses.asdict(fitted) | {"log_norm": float(log_norm)})
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        counted_BT = self.counted(x.score_BT, x.mask_BT)
+        w_BT = torch.where(counted_BT, (self.reward(x.score_BT) / self.beta - self.log_norm).exp(), 0.0)
+        nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
+        return LossOutputs((w_BT * nll_BT).sum(), _weight_metrics(w_BT, counted_BT, nll_BT))
+
+
+@dataclass(frozen=True, config=STRICT)
+class AWR(_ByReward):
+    """Advantage-weighted regression:
+    alpha sum_t exp((R - V_t)/beta) -log p_t + (1 - alpha) sum_t (V_t - R)^2.
+
+    V is detached in the weight, weights are clipped at 1000, the value loss reaches the trunk; both terms are means
+    over the same targets. With raw rewards V = -sigmoid(w.h) (the paper's), with standardised ones V = w.h + b.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    name: Literal["awr"] = "awr"
+
+    @property
+    def value(self) -> Literal["linear", "negative_sigmoid"]:
+        return "negative_sigmoid" if self.rewards == "raw" else "linear"
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        if x.value_BT is None:
+            raise ValueError("AWR needs the value head's prediction (value_BT)")
+        counted_BT = self.counted(x.score_BT, x.mask_BT)
+        reward_BT = self.reward(x.score_BT)
+        log_w_BT = (reward_BT - x.value_BT.detach()) / self.beta
+        w_BT = torch.where(counted_BT, log_w_BT.clamp(max=math.log(MAX_WEIGHT)).exp(), 0.0)
+        nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
+        value_loss_BT = torch.where(counted_BT, (x.value_BT - reward_BT) ** 2, 0.0)
+        # squares in float64 where there is one: the spread of values may be far smaller than their mean
+        wide = torch.float32 if reward_BT.device.type == "mps" else torch.float64
+        value = torch.where(counted_BT, x.value_BT.detach(), 0.0).to(wide)
+        reward = torch.where(counted_BT, reward_BT, 0.0).to(wide)
+        metrics = _weight_metrics(w_BT, counted_BT, nll_BT) | {
+            "value_loss": value_loss_BT.detach().sum(),
+            "value": value.sum(),
+            "value_sq": value.square().sum(),
+            "reward": reward.sum(),
+            "reward_sq": reward.square().sum(),
+            "value_reward": (value * reward).sum(),
+        }
+        return LossOutputs(self.alpha * (w_BT * nll_BT).sum() + (1 - self.alpha) * value_loss_BT.sum(), metrics)
+
+
+def _number(threshold: Threshold) -> float:
+    if isinstance(threshold, str):
+        raise ValueError(f"threshold {threshold!r} depends on the corpus: call fit(table) first")
+    return threshold
+
+
+def _at_most(score: np.ndarray, threshold: Threshold) -> np.ndarray:
+    """score <= threshold in float32, as scores are stored. NaN is not."""
+    return score.astype(np.float32) <= np.float32(_number(threshold))
+
+
+def _resolve(threshold: Threshold, values: np.ndarray) -> float:
+    if threshold != "median":
+        return float(threshold)
+    if np.isnan(values).all():
+        raise ConfigError("threshold: median, but nothing in the training part was judged")
+    return float(np.float32(np.nanmedian(values)))
+
+
+def _judged(table: SegmentTable) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards (float64) of the judged training segments, and their number of tokens as weights."""
+    use_S = table.train_S & ~np.isnan(table.score_S)
+    return -table.score_S[use_S].astype(np.float64), table.tokens_S[use_S].astype(np.float64)
+
+
+def _weight_metrics(w_BT: Tensor, counted_BT: Tensor, nll_BT: Tensor) -> dict[str, Tensor]:
+    """Sums from which the trainer gets the effective sample size, (sum w)^2 / (n sum w^2) (Kish 1965)."""
+    return {"nll": nll_BT.detach().sum(), "weight": w_BT.detach().sum(), "weight_sq": w_BT.detach().square().sum()}

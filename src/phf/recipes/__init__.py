@@ -1,0 +1,1 @@
+"""Recipes: a comparison of several runs in one YAML file, its plan and its execution."""

@@ -1,0 +1,1 @@
+"""Attack a model with prompts and with control tokens."""

@@ -1,0 +1,359 @@
+"""Fit a scorer to labelled texts: labels -> scorer, with what it is worth. Floor 2.
+
+    phf fit-scorer labels.csv my-scorer/ --text comment --label toxic --test other.csv
+
+A fifth of the texts, chosen by a hash of their text, is never fitted to: area under the ROC curve, precision and recall
+at thresholds and calibration are measured there, and on every other source named with `--test`. Nothing is pickled:
+weights are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from phf.core import store
+from phf.core.config import ConfigError, did_you_mean
+from phf.core.statistics import auc
+from phf.core.types import Rejected
+from phf.data.readers import admit
+from phf.scorers.fitted import BUCKET_BITS, CARD, WEIGHTS, HashedNgrams, TransformerScorer, feature_matrix
+
+TRUE = {"1", "1.0", "true", "yes", "y", "t", "bad", "toxic", "positive"}
+FALSE = {"0", "0.0", "false", "no", "n", "f", "good", "nontoxic", "negative"}
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labelled texts: `bad_N` is True where the text is bad."""
+
+    source: str
+    texts: tuple[str, ...]
+    bad_N: np.ndarray
+    rejected: dict[str, int]
+
+
+def read_labels(path: str | Path, text: str = "text", label: str = "label", bad: Sequence[str] | None = None) -> Labels:
+    """Labelled texts from .jsonl, .csv, .tsv or .parquet. `bad`: the values of the label that mean bad; left out, it
+    must be true or false, 1 or 0, or the like. Rows without a usable text or label are set aside and counted."""
+    path = Path(path).expanduser()
+    rows = read_rows(path)
+    first = next(iter(rows), {})
+    for field in (text, label):
+        if field not in first:
+            raise ConfigError(f"{path} has no column {field!r}{did_you_mean(field, first)}")
+    wanted = None if bad is None else {value.strip() for value in bad}
+    seen: set[str] = set()
+    texts, labels = [], []
+    rejected: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        item = admit(str(number), row.get(text), {}, 10_000_000)
+        value = str(row.get(label)).strip()
+        if isinstance(item, Rejected):
+            rejected[item.reason] += 1
+        elif row.get(label) is None or not value or value.lower() == "nan":
+            rejected["no label"] += 1
+        elif wanted is not None:
+            seen.add(value)
+            texts.append(item.text)
+            labels.append(value in wanted)
+        elif value.lower() in TRUE | FALSE:
+            texts.append(item.text)
+            labels.append(value.lower() in TRUE)
+        else:
+            raise ConfigError(f"{path}: label {value!r} is neither true nor false; say which values are bad with --bad")
+    if wanted is not None and wanted - seen:
+        raise ConfigError(
+            f"{path}: no label is {sorted(wanted - seen)[0]!r} (--bad); the labels are {sorted(seen)[:10]}"
+        )
+    bad_N = np.array(labels, bool)
+    if not bad_N.any() or bad_N.all():
+        raise ConfigError(
+            f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both are needed"
+        )
+    return Labels(path.name, tuple(texts), bad_N, dict(rejected))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl (also .jsonl.gz), .csv, .tsv or .parquet file. A .tsv knows no quoting, as GLUE's have none.
+
+    Raises ConfigError for a file that cannot be read as what its name says.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    if path.suffix in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                if path.suffix == ".tsv":
+                    return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+                return list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from None
+    if path.suffix in (".jsonl", ".json") or path.suffixes[-2:] == [".jsonl", ".gz"]:
+        opener: Any = gzip.open if path.suffix == ".gz" else open
+        rows = []
+        try:
+            with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:  # such a text is set aside
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        rows.append(store.parse_json(line))
+                        if not isinstance(rows[-1], dict):
+                            raise ConfigError(f"{path}, line {number}: not a JSON object")
+        except (json.JSONDecodeError, store.TooDeep) as error:
+            reason = "malformed JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ConfigError(f"{path}, line {number}: {reason}") from None
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ConfigError(f"{path} is not a readable gzip file: {error}") from None
+        return rows
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
+    raise ConfigError(f"{path}: expected a .jsonl, .jsonl.gz, .csv, .tsv or .parquet file")
+
+
+def _hash_unit(text: str, person: bytes) -> float:
+    return store.text_hash(text, person) / 2**64
+
+
+def fit_scorer(
+    labels: Labels,
+    out: str | Path,
+    tests: Sequence[Labels] = (),
+    kind: Literal["ngrams", "transformer"] = "ngrams",
+    base_model: str | None = None,
+    heldout: float = 0.2,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fit, calibrate, measure and write a scorer into folder `out`; returns its card.
+
+    Texts that occur twice fall on one side. Raises ConfigError where there are too few of either kind.
+    """
+    out = Path(out)
+    key = store.fingerprint(
+        [kind, base_model, heldout, seed, "fit/2"]
+        + [[part.source, _labels_hash(part), part.rejected] for part in (labels, *tests)]
+        + [store.path_hash(base_model) if base_model else None]
+    )
+    if (out / CARD).exists() and store.read_json(out / CARD).get("key") == key:
+        return store.read_json(out / CARD)  # type: ignore[no-any-return]
+    if out.exists() and not (out / CARD).exists() and any(out.iterdir()):
+        raise store.StoreError(f"{out} is not empty and holds no scorer; give another directory")
+    held_N = np.array([_hash_unit(t, b"phf fit heldout") < heldout for t in labels.texts])
+    fold_N = np.array([int(_hash_unit(t, b"phf fit folds") * FOLDS) for t in labels.texts])
+    train = np.flatnonzero(~held_N)
+    for part, name in ((labels.bad_N[train], "to fit to"), (labels.bad_N[held_N], "held out")):
+        if min(part.sum(), (~part).sum()) < FOLDS:
+            raise ConfigError(
+                f"{labels.source}: {part.sum()} bad and {(~part).sum()} good texts {name}; at least {FOLDS} of each are needed"
+            )
+    dying = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(dying, ignore_errors=True)
+    dying.mkdir(parents=True)
+    _say(f"fitting to {len(train):,} texts")
+    scorer: HashedNgrams | TransformerScorer
+    if kind == "ngrams":
+        scorer, details = _fit_ngrams(labels, train, fold_N, dying, seed)
+    else:
+        scorer, details = _fit_transformer(labels, train, fold_N, dying, base_model, seed)
+    _say("measuring")
+    metrics = {
+        "held out": measure(
+            scorer.probabilities([labels.texts[i] for i in np.flatnonzero(held_N)]), labels.bad_N[held_N]
+        )
+    }
+    for test in tests:
+        name = test.source if test.source not in metrics else f"{test.source} ({len(metrics)})"
+        metrics[name] = measure(scorer.probabilities(test.texts), test.bad_N)
+    card = {
+        "key": key,
+        **details,
+        "source": labels.source,
+        "texts": len(labels.texts),
+        "bad": int(labels.bad_N.sum()),
+        "rejected": labels.rejected,
+        "metrics": metrics,
+        "versions": store.versions(),
+    }
+    store.write_json(dying / CARD, card)
+    if out.exists():  # the old one goes at once, under another name: no half of it is left to look finished
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        dying.rename(out)
+        shutil.rmtree(old)
+    else:
+        dying.rename(out)
+    return card
+
+
+def _say(text: str) -> None:
+    print(f"    {text}", file=sys.stderr, flush=True)
+
+
+def _labels_hash(labels: Labels) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text, bad in zip(labels.texts, labels.bad_N, strict=True):
+        digest.update(f"{int(bad)}{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of the calibrated logit (Platt 1999, with his smoothed targets)."""
+    from scipy.optimize import minimize
+
+    bad_count, good_count = bad.sum(), (~bad).sum()
+    target = np.where(bad, (bad_count + 1) / (bad_count + 2), 1 / (good_count + 2))
+
+    def loss(ab: np.ndarray) -> tuple[float, np.ndarray]:
+        z = ab[0] * logits + ab[1]
+        error = 1 / (1 + np.exp(-z)) - target
+        value = np.logaddexp(0, z) - target * z
+        return float(value.mean()), np.array([(error * logits).mean(), error.mean()])
+
+    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B").x
+    return float(found[0]), float(found[1])
+
+
+def _fit_ngrams(
+    labels: Labels, train: np.ndarray, fold_N: np.ndarray, folder: Path, seed: int
+) -> tuple[HashedNgrams, dict[str, Any]]:
+    from safetensors.numpy import save_file
+    from sklearn.linear_model import LogisticRegression
+
+    X, y, fold = feature_matrix([labels.texts[i] for i in train]), labels.bad_N[train], fold_N[train]
+
+    def fitted(rows: np.ndarray, strength: float) -> Any:
+        return LogisticRegression(C=strength, solver="liblinear", random_state=seed, max_iter=200).fit(X[rows], y[rows])
+
+    _say("choosing the strength of regularisation, then calibrating on texts that each fit has not seen")
+    # how strongly to regularise: the best likelihood on one fold; then calibration on all folds, each predicted unseen
+    first = fold == 0
+    losses = {}
+    for strength in (3.0, 10.0, 30.0):
+        p = fitted(~first, strength).predict_proba(X[first])[:, 1].clip(1e-6, 1 - 1e-6)
+        losses[strength] = -float(np.where(y[first], np.log(p), np.log(1 - p)).mean())
+    strength = min(losses, key=losses.__getitem__)
+    unseen = np.zeros(len(y))
+    for number in range(FOLDS):
+        part = fold == number
+        if part.any():
+            unseen[part] = fitted(~part, strength).decision_function(X[part])
+    slope, offset = platt(unseen, y)
+    model = fitted(np.ones(len(y), bool), strength)
+    weights = model.coef_[0].astype(np.float32)
+    save_file({"weights": weights}, folder / WEIGHTS)
+    scorer = HashedNgrams(weights, float(model.intercept_[0]), slope, offset)
+    return scorer, {
+        "kind": "ngrams",
+        "bucket_bits": BUCKET_BITS,
+        "C": strength,
+        "intercept": scorer.intercept,
+        "slope": slope,
+        "offset": offset,
+        "weights": store.bytes_hash(weights.tobytes()),
+    }
+
+
+def _fit_transformer(
+    labels: Labels, train: np.ndarray, fold_N: np.ndarray, folder: Path, base_model: str | None, seed: int
+) -> tuple[TransformerScorer, dict[str, Any]]:
+    """Finetune a classifier on all folds but the first, and calibrate it on the first."""
+    if base_model is None:
+        raise ConfigError("--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder")
+    import torch
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base_model,
+        num_labels=2,
+        id2label={0: "good", 1: "bad"},
+        label2id={"good": 0, "bad": 1},
+        ignore_mismatched_sizes=True,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    limit = min(tokenizer.model_max_length, 256)
+    rows = [
+        {**tokenizer(labels.texts[i], truncation=True, max_length=limit), "labels": int(labels.bad_N[i])}
+        for i in train[fold_N[train] != 0]
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), num_train_epochs=2, per_device_train_batch_size=16, learning_rate=3e-5,
+        warmup_steps=0.06, weight_decay=0.01, save_strategy="no", report_to=[], seed=seed, logging_steps=50,
+        disable_tqdm=not sys.stderr.isatty(), use_cpu=not torch.cuda.is_available(), train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),  # type: ignore[arg-type]
+    ).train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    scorer = TransformerScorer(folder, {"slope": 1.0, "offset": 0.0})
+    first = train[fold_N[train] == 0]
+    scorer.slope, scorer.offset = platt(scorer.logits([labels.texts[i] for i in first]), labels.bad_N[first])
+    return scorer, {"kind": "transformer", "base_model": base_model, "slope": scorer.slope, "offset": scorer.offset}
+
+
+def measure(p_N: np.ndarray, bad_N: np.ndarray) -> dict[str, Any]:
+    """What probabilities are worth on labelled texts: AUC (1 best, 0.5 chance) with a bootstrap interval, average
+    precision, Brier score and calibration error (0 best), and precision and recall at thresholds."""
+    from sklearn.metrics import average_precision_score
+
+    area = auc(p_N, bad_N)
+    bins = np.minimum((p_N * 10).astype(int), 9)
+    error = sum(
+        abs(p_N[bins == b].mean() - bad_N[bins == b].mean()) * (bins == b).mean()
+        for b in range(10)
+        if (bins == b).any()
+    )
+    at = {}
+    for threshold in THRESHOLDS:
+        chosen = p_N > threshold
+        hits = int((chosen & bad_N).sum())
+        at[str(threshold)] = {
+            "precision": hits / int(chosen.sum()) if chosen.any() else None,
+            "recall": hits / int(bad_N.sum()),
+            "share": float(chosen.mean()),
+        }
+    return {
+        "n": len(p_N),
+        "bad": int(bad_N.sum()),
+        "auc": area["auc"],
+        "auc_ci95": area["ci95"],
+        "average_precision": float(average_precision_score(bad_N, p_N)),
+        "brier": float(((p_N - bad_N) ** 2).mean()),
+        "calibration_error": float(error),
+        "at": at,
+    }

@@ -1,0 +1,138 @@
+"""Scoring on a cluster: shards as the tasks of a Slurm job array or of a Ray cluster. Floor 2, extras `cluster`, `ray`.
+
+    phf score s3://bucket/corpus s3://bucket/scored --executor slurm executor.partition=cpu
+    phf score corpus/ shared/scored --executor ray
+
+datatrove's executors do the distributed part: one rank a shard, its completion markers beside our own. What a rank runs
+is `score_shard`, as everywhere; the folder written to must be seen by every node. datatrove hands its own job over as a
+pickle that only it reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.core import store
+from phf.core.config import STRICT, ConfigError
+from phf.scoring.score import Executor, Job, Submitted, score_shard
+
+
+@dataclass(frozen=True, config=STRICT)
+class Slurm:
+    """A Slurm job array, one task a shard. `workers`: how many at a time (-1: as many as Slurm gives)."""
+
+    partition: str
+    name: Literal["slurm"] = "slurm"
+    time: str = "24:00:00"
+    workers: Annotated[int, Field(ge=-1)] = -1
+    cpus_per_task: Annotated[int, Field(gt=0)] = 1
+    mem_per_cpu_gb: Annotated[int, Field(gt=0)] = 4
+    gpus_per_task: Annotated[int, Field(ge=0)] = 0
+    qos: str = "normal"
+    env_command: str | None = None
+    venv_path: str | None = None
+    sbatch_args: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Ray:
+    """A Ray cluster: `address` as `ray.init` takes it ("auto": the one that this machine is part of)."""
+
+    name: Literal["ray"] = "ray"
+    address: str = "auto"
+    workers: Annotated[int, Field(ge=-1)] = -1
+    cpus_per_task: Annotated[int, Field(gt=0)] = 1
+    mem_per_cpu_gb: Annotated[float, Field(gt=0)] = 2
+    gpus_per_task: Annotated[int, Field(ge=0)] = 0
+
+
+AnyExecutor = Annotated[Slurm | Ray, Field(discriminator="name")]
+
+
+class ScoreRank:
+    """What a rank of a datatrove pipeline runs: the shard of its number, read from the plan."""
+
+    def __init__(self, plan: str) -> None:
+        self.plan, self.folder = plan, os.getcwd()
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        os.chdir(self.folder)  # paths of the plan may be relative
+        with store.as_path(self.plan).open("r", encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if number == rank:
+                    source, shard, stem = json.loads(line)
+                    score_shard((source, shard, stem))
+
+
+def executor(config: Slurm | Ray) -> Executor:
+    """The function that runs shards there, for `score_corpus` and `add_scores`."""
+    return functools.partial(_execute, config)
+
+
+def _is_queued(job_id: str) -> bool:
+    """Whether Slurm still knows a job as waiting or running."""
+    try:
+        listed = subprocess.run(["squeue", "-h", "-j", job_id], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and bool(listed.stdout.strip())
+
+
+def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
+    try:
+        import datatrove  # noqa: F401
+    except ImportError:
+        raise ConfigError("clusters need datatrove: pip install 'phf[cluster]' (with Ray: 'phf[ray]')") from None
+    lines = "".join(json.dumps(job) + "\n" for job in jobs)
+    folder = store.as_path(out) / ".cluster" / store.fingerprint(lines)
+    plan = folder / "plan.jsonl"
+    store.write_text(plan, lines)
+    common = {
+        "pipeline": [ScoreRank(str(plan))],
+        "tasks": len(jobs),
+        "workers": config.workers,
+        "logging_dir": str(folder / "logs"),
+        "cpus_per_task": config.cpus_per_task,
+        "mem_per_cpu_gb": config.mem_per_cpu_gb,
+        "gpus_per_task": config.gpus_per_task,
+    }
+    if isinstance(config, Slurm):
+        from datatrove.executor import SlurmPipelineExecutor
+
+        slurm = SlurmPipelineExecutor(
+            **common, partition=config.partition, time=config.time, qos=config.qos, job_name="phf-score",
+            env_command=config.env_command, venv_path=config.venv_path, sbatch_args=dict(config.sbatch_args),
+            mail_type="NONE",
+        )  # fmt: skip
+        job = store.as_path(out) / ".cluster" / "job.json"
+        if job.exists() and _is_queued(str(store.read_json(job)["id"])):
+            raise Submitted(
+                f"job {store.read_json(job)['id']} has not ended yet; run the same command again when it has"
+            )
+        slurm.run()
+        store.write_json(job, {"id": slurm.job_id})
+        raise Submitted(
+            f"{len(jobs)} shards were handed to Slurm as job {slurm.job_id} (logs: {folder / 'logs'}); "
+            "when it has ended, run the same command again: it writes the manifest, or hands over what failed"
+        )
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("the executor 'ray' needs ray: pip install 'phf[ray]'") from None
+    from datatrove.executor import RayPipelineExecutor
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(f"executor.address={config.address}: no Ray cluster answers there: {error}") from None
+    RayPipelineExecutor(**common).run()

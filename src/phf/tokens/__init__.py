@@ -1,0 +1,1 @@
+"""Tokenizers, the token store and the rows that models read."""

@@ -1,0 +1,351 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.runs import COMPLETE, model_folder
+from phf.training import attention
+from phf.training.fused import LogitShape
+
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+"""Off in a model from scratch unless the config sets them: one epoch needs no dropout, and it costs about a third."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FromConfig:
+    """A model from scratch: `config` is what `AutoConfig.for_model` takes, `model_type` first. The vocabulary size and
+    the end-of-text token come from the tokenizer."""
+
+    config: dict[str, Any]
+    name: Literal["from_config"] = "from_config"
+
+
+@dataclass(frozen=True, config=STRICT)
+class FromWeights:
+    """A model from a run of phf, a local folder or the Hub, for finetuning. Code from the Hub is never run.
+
+    `config`: what shall differ from the model's own config, `{resid_pdrop: 0}` for example: dropout that it asks for stays.
+    """
+
+    path: str
+    name: Literal["from_weights"] = "from_weights"
+    revision: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
+
+
+def pretrained_config(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
+    """The config of the model in a folder (a run's stands for its final model) or on the Hub, with `changes` laid on it.
+
+    Raises ConfigError where there is no model, or where its config does not know a name.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    source = Path(model_folder(path))
+    if not source.exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
+        raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
+    if source.exists() and not (source / "config.json").exists():
+        steps = [int(c.parent.name.split("-")[1]) for c in source.glob(f"checkpoints/checkpoint-*/{COMPLETE}")]
+        hint = f": an unfinished run; its newest checkpoint is checkpoints/checkpoint-{max(steps)}" if steps else ""
+        raise ConfigError(f"model {path}: no model there (no config.json){hint}")
+    try:
+        config = AutoConfig.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        missing = "" if source.exists() else "no such folder, and it is not to be had from the Hub: "
+        raise ConfigError(f"model {path}: {missing}{error}") from None
+    _check_names(config, changes or {}, config)
+    try:
+        for name, value in (changes or {}).items():
+            setattr(config, name, value)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {error}") from None
+    return config
+
+
+def _check_names(config: Any, settings: Mapping[str, Any], usual: Any) -> None:
+    """Raise ConfigError for settings that `config` has not among the `usual` ones of its class."""
+    known = set(usual.to_dict()) - {"model_type"} | set(config.attribute_map)
+    if unknown := sorted(set(settings) - known):
+        hints = ", ".join(name + did_you_mean(name, known) for name in unknown)
+        raise ConfigError(f"model.config: {config.model_type} does not know {hints}")
+
+
+def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
+    """The LM there, in float32; errors as `pretrained_config`, and where its weights are not those that the config asks for
+    (transformers would make up what is missing)."""
+    from transformers import AutoModelForCausalLM
+
+    config = pretrained_config(path, revision, changes)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder(path), revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"model {path}: {error}") from None
+    lm, found = loaded
+    wrong = [*found["missing_keys"], *(found["unexpected_keys"] if changes else ())]
+    if wrong:
+        what = "model.config makes another model of it" if changes else "weights are missing"
+        raise ConfigError(f"model {path}: {what} ({', '.join(sorted(wrong)[:3])}{', ...' * (len(wrong) > 3)})")
+    return lm
+
+
+def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
+    """The config of a model from scratch: `settings` with their `model_type`, and `more` laid on them. Raises ConfigError for
+    what the model class does not know."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = settings.get("model_type")
+    if kind is None:
+        raise ConfigError("model.config needs model_type, for example llama or gpt2")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        near = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise ConfigError(f"model.config.model_type: {kind!r} is none of transformers' types{near}")
+    settings = {name: value for name, value in settings.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(kind, **settings | more)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {error}") from None
+    _check_names(config, settings, AutoConfig.for_model(kind))
+    return config
+
+
+def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, context: int | None = None) -> Any:
+    """The LM in float32, before control tokens. `seed` decides the weights of a model from scratch.
+
+    Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(config, FromWeights):
+        lm = pretrained_lm(config.path, config.revision, config.config)
+        if lm.get_input_embeddings().num_embeddings < len(tokenizer):
+            raise ConfigError(
+                f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings but the token store's tokenizer "
+                f"{len(tokenizer)} entries: tokenise the corpus with this model's own tokenizer"
+            )
+    else:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+        own = {name: value for name, value in ids.items() if name not in config.config}
+        made = new_config(config.config, **own, vocab_size=len(tokenizer))
+        for name in DROPOUTS:
+            if name not in config.config and getattr(made, name, None):
+                setattr(made, name, 0.0)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+            except (ValueError, KeyError) as error:
+                raise ConfigError(f"model.config: {error}") from None
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    if context is not None and limit is not None and context > limit:
+        raise ConfigError(f"train.context is {context} but the model holds {limit} positions (max_position_embeddings)")
+    return lm
+
+
+def set_attention(lm: Any, name: str) -> None:
+    """Have `lm` use "eager" or "sdpa" attention. Raises ConfigError where it does not know it."""
+    try:
+        lm.set_attn_implementation(name)
+    except ValueError as error:
+        raise ConfigError(f"train.attention={name}: {type(lm).__name__} does not know it ({error})") from None
+
+
+def add_control_embeddings(
+    lm: Any, tokenizer: Any, names: Sequence[str], seed: int, trained: Mapping[str, int] | None = None
+) -> list[int]:
+    """Give `tokenizer` and `lm` the control tokens (in place) and return their ids.
+
+    New embeddings start at the mean of the old output embeddings plus 0.01 standard normal noise, as the paper's code
+    has it; untied input embeddings likewise at the mean of the old input embeddings. Tokens that the tokenizer has
+    already, and those that the weights know (`trained`: their ids there), keep their embeddings.
+    """
+    from phf.tokens.tokenizer import add_control_tokens
+
+    old_size = len(tokenizer)
+    ids = add_control_tokens(tokenizer, names)
+    new = [i for i in ids if i >= old_size]
+    if not new:
+        return ids
+    kept = {
+        id(e.weight): {name: e.weight.detach()[i].clone() for name, i in (trained or {}).items()}
+        for e in (lm.get_output_embeddings(), lm.get_input_embeddings())
+    }
+    kept_rows = list(kept.values())
+    means = {
+        id(e.weight): (e.weight, e.weight.detach()[:old_size].mean(0))
+        for e in (lm.get_output_embeddings(), lm.get_input_embeddings())
+    }
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        tied = len(means) == 1
+        order = [m for _, m in means.values()]
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        targets = [lm.get_output_embeddings().weight] + ([] if tied else [lm.get_input_embeddings().weight])
+        pairs = list(zip(targets, order, strict=True))
+    else:  # a vocabulary padded beyond the tokenizer has the rows already
+        pairs = list(means.values())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for (weight, mean), known in zip(pairs, kept_rows, strict=True):
+            noise = torch.randn(len(new), weight.shape[1], generator=generator).to(weight)
+            weight[new] = mean.to(weight) + 0.01 * noise
+            for name, i in zip(names, ids, strict=True):
+                if name in known and i in new:
+                    weight[i] = known[name]
+    return ids
+
+
+class SwappedConv1D(nn.Linear):
+    """GPT-2's transposed linear layer as an ordinary one: the same numbers, several times faster in bfloat16 on CPU.
+
+    `save_lm` transposes the weight back, so that files are what transformers expects.
+    """
+
+
+def swap_conv1d(lm: Any) -> int:
+    """Replace every Conv1D of `lm` by a linear layer with the same weights (in place). Returns how many."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = [(name, module) for name, module in lm.named_modules() if isinstance(module, Conv1D)]
+    for name, conv in found:
+        wide, narrow = conv.weight.shape
+        linear = SwappedConv1D(wide, narrow, device="meta", dtype=conv.weight.dtype)
+        linear.weight = nn.Parameter(conv.weight.detach().T.contiguous())
+        linear.bias = nn.Parameter(conv.bias.detach().clone())
+        lm.set_submodule(name, linear)
+    return len(found)
+
+
+def swap_gelu(lm: Any) -> int:
+    """Replace every "gelu_new" of `lm`, which takes eight operations, by torch's own, which takes one (in place). The same
+    formula, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Returns how many."""
+    from transformers.activations import NewGELUActivation
+
+    found = [name for name, module in lm.named_modules() if isinstance(module, NewGELUActivation)]
+    for name in found:
+        lm.set_submodule(name, nn.GELU(approximate="tanh"))
+    return len(found)
+
+
+def _transposed(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {f"{name}.weight" for name, module in lm.named_modules() if isinstance(module, SwappedConv1D)}
+    return {key: value.T.contiguous() if key in names else value for key, value in state.items()}
+
+
+def save_lm(lm: Any, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Save as plain transformers loads it. `state`: where it is not `lm`'s own (one that is sharded)."""
+    lm.save_pretrained(folder, state_dict=_transposed(lm, lm.state_dict() if state is None else state))
+
+
+def load_lm_weights(lm: Any, folder: str | Path) -> None:
+    """Load what `save_lm` wrote into `lm`."""
+    from transformers import AutoModelForCausalLM
+
+    saved: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    lm.load_state_dict(_transposed(lm, saved.state_dict()))
+
+
+SHAPES = {
+    "logit_scale": "scale",
+    "logits_scaling": "scale",
+    "lm_head_multiplier": "scale",
+    "final_logit_softcapping": "cap",
+}
+"""Where models' configs say what happens to logits; a factor may also be a divisor."""
+
+
+def logit_shape(lm: Any) -> LogitShape:
+    """What `lm` does to `hidden @ output embeddings (+ bias)` before it calls them logits, as its config says and as a tiny
+    forward confirms. The fused loss and everything that reads probabilities would silently be another one otherwise.
+
+    Raises ConfigError where the two do not agree.
+    """
+    head = lm.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ConfigError(f"{type(lm).__name__} has no output embeddings")
+    config = lm.config.get_text_config()
+    said = {kind: getattr(config, name) for name, kind in SHAPES.items() if getattr(config, name, None)}
+    factor, cap = float(said.get("scale", 1.0)), said.get("cap")
+    ours, theirs = _large_logits(lm, head)
+    if not theirs.isfinite().all():
+        raise ConfigError(f"{type(lm).__name__}: logits are not numbers (NaN or infinite): its weights are broken")
+    near = max(1e-3, 4 * torch.finfo(head.weight.dtype).eps)
+    for shape in (LogitShape(scale, cap) for scale in dict.fromkeys((factor, 1 / factor, 1.0))):
+        if torch.allclose(theirs, shape(ours), rtol=near, atol=near * float(theirs.abs().max())):
+            return shape
+    raise ConfigError(
+        f"{type(lm).__name__} does something to its logits after the output layer that phf does not know, so its "
+        "probabilities cannot be read from its hidden states"
+    )
+
+
+def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
+    """(hidden @ output embeddings + bias, what `lm` makes of them), float32 [1, 4, V], with output embeddings enlarged to
+    logits of about 100, where a cap shows: those of a new model are too small for that."""
+    seen: list[Tensor] = []
+    hook = lm.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    name = next(n for n, p in lm.named_parameters() if p is head.weight)
+    inputs = {
+        "input_ids": torch.arange(4, device=head.weight.device).unsqueeze(0) % len(head.weight),
+        "use_cache": False,
+    }
+
+    def both(weight: Tensor) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        theirs = torch.func.functional_call(lm, {name: weight}, (), inputs).logits
+        if not seen:  # a model that calls parts of its trunk
+            own = {n: weight for n, p in lm.base_model.named_parameters() if p is head.weight}
+            torch.func.functional_call(lm.base_model, own, (), inputs)
+        ours = nn.functional.linear(seen[-1].to(weight.dtype), weight, getattr(head, "bias", None))
+        return ours.float(), theirs.float()
+
+    try:
+        with torch.no_grad(), attention.evaluating(lm):
+            largest = float(both(head.weight)[0].abs().max())
+            if largest == 0:  # nothing is learned yet, and nothing would tell a factor from another
+                return both(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(head.weight))
+            return both(head.weight * (100 / largest))
+    finally:
+        hook.remove()
+
+
+def flops_per_token(lm: Any, context: int) -> float:
+    """Operations that training takes for a token, forward and backward: 6 for each parameter that is multiplied and
+    12 x layers x heads x width of a head x context for attention (Chowdhery et al. 2022, PaLM, appendix B; positions that a
+    causal mask leaves out are counted, as there). Tables that are only looked up are left out; of a mixture of experts,
+    all are counted."""
+    output = lm.get_output_embeddings().weight
+    tables = {id(m.weight): m.weight.numel() for m in lm.modules() if isinstance(m, nn.Embedding)}
+    tables.pop(id(output), None)
+    config = lm.config.get_text_config()
+
+    def said(name: str) -> int:
+        value = getattr(config, name, None)
+        return value if isinstance(value, int) else 0  # none, or another in each layer
+
+    heads = said("num_attention_heads")
+    width = heads * said("head_dim") or said("hidden_size")
+    attention = 12 * said("num_hidden_layers") * width * context if heads else 0
+    return float(6 * (num_parameters(lm) - sum(tables.values())) + attention)
+
+
+def num_parameters(lm: Any, embeddings: bool = True) -> int:
+    """Distinct parameters; without `embeddings`, those of the input and output embeddings are left out."""
+    total = int(sum(p.numel() for p in lm.parameters()))
+    if embeddings:
+        return total
+    ends = {id(e.weight): e.weight.numel() for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    return total - int(sum(ends.values()))

@@ -1,0 +1,148 @@
+"""Models: any causal LM of transformers, its control tokens, and the thin wrapper whose forward is the loss. Floor 4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from phf.core import store
+from phf.core.runs import MODEL_CARD, model_folder
+from phf.objectives import Objective
+from phf.training import attention
+from phf.training.fused import fused_loss
+from phf.training.lm import logit_shape, swap_conv1d, swap_gelu
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+def trained_control_tokens(path: str | Path) -> dict[str, int]:
+    """Control tokens that the weights in a folder of phf know, with their ids there."""
+    from phf.tokens.tokenizer import load_tokenizer
+
+    folder = Path(model_folder(path))
+    if not (folder / MODEL_CARD).exists():
+        return {}
+    names = store.read_json(folder / MODEL_CARD)["control_tokens"].values()
+    tokenizer = load_tokenizer(folder) if names else None
+    return {name: tokenizer.convert_tokens_to_ids(name) for name in names if tokenizer is not None}
+
+
+def trained_value_head(path: str | Path, objective: Objective) -> Path | None:
+    """The file of the value head that was trained with the weights in a folder, where `objective` needs one of that kind."""
+    file = Path(model_folder(path)) / VALUE_HEAD_FILE
+    if objective.value is None or not file.exists():
+        return None
+    return file if set(load_file(file)) == set(ValueHead(1, objective.value).state_dict()) else None
+
+
+class ValueHead(nn.Module):
+    """Predicted reward from the hidden state: "linear" w.h + b (b starts at 0, the mean standardised reward), or
+    "negative_sigmoid" -sigmoid(w.h), the paper's. w starts at 0. Computed in float32."""
+
+    def __init__(self, width: int, kind: Literal["linear", "negative_sigmoid"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(1)) if kind == "linear" else None
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            wide = self.weight.dtype
+            logit_BT = hidden_BTD.to(wide) @ self.weight
+            return logit_BT + self.bias if self.bias is not None else -torch.sigmoid(logit_BT)
+
+
+class PHFModel(nn.Module):
+    """An LM, the value head its objective needs (or none) and the objective. `forward` returns the loss.
+
+    `autocast`: bfloat16 for mixed precision, None for what surrounds the call (`torch.autocast`, a Trainer's `bf16`), else
+    the weights' own type. `compile`: compile the LM's trunk and the elementwise parts of the loss (never this wrapper).
+    `quick_attention`: attend as `phf.attention` does where the LM would use "sdpa". Some parts of the LM are swapped in
+    place for quicker ones that compute the same; GPT-2's Conv1D layers, whose weights are transposed, among them: save
+    such an LM with `save_lm`.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        objective: Objective,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+        chunk: int | None = None,
+        quick_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.objective = objective
+        self.autocast_dtype = autocast
+        self.compiled = compile
+        self.chunk = chunk
+        width = lm.get_output_embeddings().weight.shape[1]
+        self.value_head = None if objective.value is None else ValueHead(width, objective.value)
+        self.logit_shape = logit_shape(lm)
+        swap_conv1d(lm)
+        swap_gelu(lm)
+        if quick_attention:
+            attention.swap(lm)
+        elif lm.config._attn_implementation == attention.NAME:
+            lm.set_attn_implementation("sdpa")
+        if compile:
+            lm.base_model.compile(dynamic=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        scores: Tensor,
+        mask: Tensor,
+        denominator: Tensor | float | None = None,
+    ) -> dict[str, Any]:
+        """Ids, targets, scores and mask [B, T]. `loss` is the sum over counted targets divided by `denominator`
+        (default: the number of counted targets here); `metrics` are sums."""
+        device, dtype = input_ids.device.type, self.autocast_dtype
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        # every weight is used once: to remember its cast is only to keep it
+        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        with autocast, attention.whole_rows():
+            hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = self.lm.get_output_embeddings()
+        value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
+        counted = self.objective.counted(scores, mask).sum()
+        if denominator is None:
+            denominator = counted.clamp(min=1)
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(torch.promote_types(hidden_BTD.dtype, torch.float32))
+        behind = (dtype or hidden_BTD.dtype) == torch.float16  # what is divided first would be too small for it
+        out = fused_loss(
+            hidden_BTD.flatten(0, 1),
+            head.weight,
+            getattr(head, "bias", None),
+            targets.flatten(),
+            scores.flatten(),
+            mask.flatten(),
+            value_N,
+            self.objective,
+            chunk=self.chunk,
+            dtype=dtype or hidden_BTD.dtype,
+            compiled=self.compiled,
+            shape=self.logit_shape,
+            scale=1.0 if behind else 1 / denominator,
+        )
+        return {
+            "loss": out.loss_sum / denominator if behind else out.loss_sum,
+            "metrics": out.metrics | {"counted": counted, "targets": mask.sum()},
+        }
+
+    def save_value_head(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        if self.value_head is not None:
+            state = self.value_head.state_dict() if state is None else state
+            save_file({k: v.detach().contiguous() for k, v in state.items()}, Path(folder) / VALUE_HEAD_FILE)
+
+    def load_value_head(self, folder: str | Path) -> None:
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE))
