@@ -21,13 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY_LLAMA, tiny_texts
+from helpers import ROOT, TINY_LLAMA, tiny_texts
 from phf.core.config import dump_yaml
 from phf.objectives import MLE, Conditional
 from phf.training.lm import FromConfig
 from phf.training.trainer import to_tensors
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 ELSEWHERE = {

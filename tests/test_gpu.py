@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conftest import TINY_LLAMA, tiny_texts
+from helpers import OBJECTIVE_GRID, TINY_LLAMA, loss_inputs, tiny_texts
 from phf.core.runs import read_metrics
 from phf.generation.loaded import load_model
 from phf.generation.sample import sample
@@ -23,8 +23,6 @@ from phf.training.fused import LogitShape, fused_loss, unfused_loss
 from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
 from phf.training.train import TrainConfig, train
-from test_fused import inputs
-from test_objectives import OBJECTIVES
 
 DEVICE = os.environ.get("PHF_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
@@ -34,14 +32,14 @@ WIDE = {**TINY_LLAMA, "hidden_size": 128, "intermediate_size": 256}
 """Heads of 64: flash attention does not take every width."""
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", OBJECTIVE_GRID, ids=lambda o: o.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled):
     if compiled and objective.name not in ("mle", "unlikelihood", "awr"):
         pytest.skip("what is compiled is the same for all")
     torch.compiler.reset()
-    args = [x.detach() for x in inputs(70, 33, 8)]
+    args = [x.detach() for x in loss_inputs(70, 33, 8)]
     found = []
     for device, kind in (("cpu", torch.float64), (DEVICE, dtype)):
         low = [x.to(dtype).to(kind) if x.dtype == torch.float64 else x for x in args]  # the same numbers on both sides
@@ -64,7 +62,7 @@ def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled
 def test_the_loss_of_a_large_vocabulary_in_chunks_of_the_usual_size(compiled):
     """GPT-2's 50,257 words, an odd number; no bias; capped logits."""
     torch.compiler.reset()
-    hidden, weight, _, target, score, mask, _ = (x.detach().to(DEVICE) for x in inputs(600, 50_257, 16))
+    hidden, weight, _, target, score, mask, _ = (x.detach().to(DEVICE) for x in loss_inputs(600, 50_257, 16))
     shape, found = LogitShape(0.5, 30.0), []
     for dtype, loss_of in ((torch.float64, unfused_loss), (torch.bfloat16, partial(fused_loss, compiled=compiled))):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (hidden, weight)]

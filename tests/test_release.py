@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from conftest import LINK, TINY_LLAMA
 from fakehub import FakeHub
+from helpers import DATA, LINK, TINY_LLAMA
 from phf.core import store
 from phf.evaluation.evaluate import evaluate_model, evaluate_run
 from phf.generation.loaded import load_model
@@ -144,9 +144,10 @@ def test_gpt2_with_its_own_tokenizer(tokens_dir, scored_dir, tmp_path):
 
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer
-    from test_tokens import GPT2
 
-    GPT2Tokenizer(vocab=str(GPT2 / "encoder.json"), merges=str(GPT2 / "vocab.bpe")).save_pretrained(tmp_path / "gpt2")
+    GPT2Tokenizer(
+        vocab=str(DATA / "gpt2_bpe" / "encoder.json"), merges=str(DATA / "gpt2_bpe" / "vocab.bpe")
+    ).save_pretrained(tmp_path / "gpt2")
     tokenize_corpus(scored_dir, PretrainedTokenizer(str(tmp_path / "gpt2")), tmp_path / "tokens", 0.1)
     config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
     settings = TrainConfig(tokens=2 * 512, context=32, batch_rows=16, precision="fp32")

@@ -1,0 +1,316 @@
+"""Capabilities on tiny models, against plain arithmetic; the sandbox against code that misbehaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from phf.core.config import ConfigError
+from phf.evaluation.capabilities.base import split_behind
+from phf.evaluation.capabilities.glue import Glue, glue_score
+from phf.evaluation.capabilities.humaneval import HumanEval, function_body, pass_at_k, run_sandboxed
+from phf.evaluation.capabilities.lambada import Lambada
+from phf.generation.loaded import load_model
+from phf.tokens.tokenizer import train_bpe
+
+
+def lambada_by_hand(model, text: str) -> tuple[bool, float]:
+    context, _, word = text.rpartition(" ")
+    tokens = lambda t: model.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
+    start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
+    ids, target = start + tokens(context), tokens(" " + word)
+    with torch.no_grad():
+        logits = model.lm(torch.tensor([ids + target])).logits[0].double()
+    logits[:, sorted(model.control_ids.values())] = -math.inf
+    logp = torch.log_softmax(logits, -1)[len(ids) - 1 : -1]
+    return bool((logp.argmax(-1) == torch.tensor(target)).all()), -float(sum(logp[t, w] for t, w in enumerate(target)))
+
+
+@pytest.mark.parametrize("name", ["a", "conditional"])
+def test_lambada_equals_plain_transformers(runs, name, tmp_path):
+    model = load_model(runs / name)
+    texts = [
+        "the model reads a line of text",
+        "cats dogs trees and rivers",
+        "what it knows about stones",
+        "it a of text",
+    ]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    found = Lambada(str(tmp_path / "l.jsonl"), batch=3).measure(model)
+    expected = [lambada_by_hand(model, t) for t in texts]
+    assert found["accuracy"]["mean"] == np.mean([right for right, _ in expected])
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean([nats for _, nats in expected])), rel=1e-4)
+    assert Lambada(str(tmp_path / "l.jsonl"), max_passages=2).measure(model)["passages"] == 2
+    (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
+    with pytest.raises(ConfigError, match="row 0: no string 'text'"):
+        Lambada(str(tmp_path / "bad.jsonl")).measure(model)
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
+    import itertools
+
+    for n, correct, k in [(5, 2, 1), (5, 2, 3), (6, 1, 2), (4, 0, 2), (4, 4, 2), (4, 3, 2)]:
+        subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+        assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(
+    "program, passes",
+    [
+        ("assert 1 + 1 == 2", True),
+        ("assert 1 + 1 == 3", False),
+        ("import sys; sys.exit(0)", False),  # leaving early is not passing
+        ("import os; os._exit(0)", False),
+        ("while True: pass", False),
+        ("x = 'a' * (3 * 2**30)", False),
+        ("open('f', 'w').write('x' * 2**22)", False),
+        ("def f(:", False),
+        ("print('noise' * 10_000)", True),
+        ("import sys\nwhile True: sys.stderr.write('x' * 2**16)", False),
+        ("import os; assert 'HOME' not in os.environ and os.listdir('.') == []", True),
+    ],
+)
+def test_the_sandbox_tells_what_passes(program, passes):
+    assert run_sandboxed(program, 2) is passes
+
+
+def test_the_sandbox_has_no_network_where_the_kernel_lets_it():
+    from phf.evaluation.capabilities.humaneval import _unshare
+
+    if not _unshare():
+        pytest.skip("this kernel lets no user make a network of his own")
+    code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e:\n    assert e.errno == 101, e"
+    assert run_sandboxed(code, 3)
+
+
+def test_function_bodies_end_where_the_margin_begins():
+    assert function_body("    return 1\n\ndef g():\n    pass\n") == "    return 1\n"
+    assert function_body("    return 1") == "    return 1"
+
+
+def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_path, monkeypatch):
+    model = load_model(runs / "a")
+    problem = {"prompt": "def f():\n", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
+    with gzip.open(tmp_path / "h.jsonl.gz", "wt") as file:
+        file.write(json.dumps(problem) + "\n" + json.dumps(problem | {"entry_point": "g"}) + "\n")
+    path = str(tmp_path / "h.jsonl.gz")
+    with pytest.raises(ConfigError, match="runs code that the model wrote"):
+        HumanEval(path).measure(model)
+    with pytest.raises(ConfigError, match="k=2 needs as many samples_per_problem"):
+        HumanEval(path, k=(2,), run_untrusted_code=True).measure(model)
+    from phf.core.types import Sample
+    from phf.evaluation.capabilities import humaneval
+
+    written = ["    return 1\n", "    return 2\n", "    return 1\n", "    return 1\n"]
+    monkeypatch.setattr(
+        humaneval, "sample_prompts", lambda m, s, p: [Sample(n, q, t, 1, 0.0, True, 0) for n, (q, t) in enumerate(zip(p, written, strict=True))]
+    )  # fmt: skip
+    found = HumanEval(path, samples_per_problem=2, k=(1, 2), run_untrusted_code=True).measure(model)
+    assert found["pass@1"]["mean"] == 0.25  # one of two of the first problem; the second names no such function
+    assert found["pass@2"]["mean"] == 0.5
+    monkeypatch.undo()
+    real = HumanEval(path, max_tokens=8, run_untrusted_code=True).measure(model)
+    assert real["problems"] == 2
+
+
+@pytest.fixture(scope="module")
+def glue_files(tmp_path_factory):
+    """Lines about cats or rivers, with how many cats there are, told apart in an epoch or two."""
+    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    rows = [
+        (" ".join(["cats"] * n + ["rivers"] * (3 - n) + list(rng.choice(["the", "line", "of"], 3))), n)
+        for n in rng.integers(0, 4, 400)
+    ]
+    for name, part in (("train", rows[:320]), ("dev", rows[320:])):
+        lines = "".join(f"{t}\t{n > 1:d}\t{n}\n" for t, n in part)
+        (folder / f"{name}.tsv").write_text("text\tlabel\tcount\n" + lines)
+    return str(folder / "train.tsv"), str(folder / "dev.tsv")
+
+
+def test_glue_finetunes_a_copy(runs, glue_files):
+    model = load_model(runs / "a")
+    before = {k: v.clone() for k, v in model.lm.state_dict().items()}
+    task = Glue(*glue_files, lr=3e-3)
+    found = task.measure(model)
+    assert found["accuracy"]["mean"] > 0.9
+    assert found["history"][found["epoch"] - 1] == max(found["history"]) == found["accuracy"]["mean"]
+    for name, value in model.lm.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert task.measure(model) == found
+    with pytest.raises(ConfigError, match="no column 'sentence', only text, label, count"):
+        Glue(*glue_files, text="sentence").measure(model)
+    with pytest.raises(ConfigError, match="no column 'sentence1'"):
+        Glue(*glue_files, task="mrpc").measure(model)
+
+
+@pytest.mark.parametrize("history, seen", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
+def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, seen):
+    from phf.evaluation.capabilities import glue
+
+    model, given = load_model(runs / "a"), iter(history)
+    monkeypatch.setattr(glue, "glue_score", lambda *args: next(given))
+    found = Glue(*glue_files, max_train=32).measure(model)
+    assert found["history"] == history[:seen]
+    assert found["epoch"] == 1 + int(np.argmax(history[:seen]))
+
+
+@pytest.mark.parametrize("metric, label, least", [("matthews", "label", 0.8), ("f1", "label", 0.9), ("pearson", "count", 0.8)])  # fmt: skip
+def test_glue_metrics(runs, glue_files, metric, label, least):
+    found = Glue(*glue_files, lr=3e-3, metric=metric, label=label).measure(load_model(runs / "a"))
+    assert next(iter(found)) == metric  # what the page shows
+    low, high = found[metric]["ci95"]
+    assert least < found[metric]["mean"] <= 1
+    assert low < found[metric]["mean"] < high or found[metric]["mean"] == 1
+    assert ("accuracy" in found) == (metric != "pearson")
+
+
+@pytest.mark.parametrize(
+    "task, text",
+    [
+        ("sst2", "sentence\tlabel\na good film\t1\na bad one\t0\n"),
+        ("mrpc", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\ta\tb\n0\t7\t8\tc\td\n"),
+        ("mrpc", "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\nc\td\t0\t1\n"),
+        ("cola", "gj04\t1\t\tThe book broke.\ngj04\t0\t*\tBook the broke.\n"),
+        ("cola", "sentence\tlabel\nThe book broke.\t1\nBook the broke.\t0\n"),
+        ("qqp", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta\tb\t1\n2\t3\t4\tc\td\t0\nTORN\t2\n"),
+    ],
+)
+def test_glue_reads_its_own_files_and_the_hubs(tmp_path, task, text):
+    (tmp_path / "t.tsv").write_text(text)
+    metric, train, _, target_N, _, classes, torn = Glue(
+        str(tmp_path / "t.tsv"), str(tmp_path / "t.tsv"), task=task
+    ).read()
+    assert metric == {"sst2": "accuracy", "cola": "matthews"}.get(task, "f1")
+    pairs = {"sst2": ["a good film", "a bad one"], "cola": ["The book broke.", "Book the broke."]}
+    assert train == pairs.get(task, ["a\nb", "c\nd"])
+    assert target_N.tolist() == [1, 0]
+    assert (classes, torn) == (2, 2 * ("TORN" in text))
+
+
+def test_glue_scores_by_their_formulas():
+    truth, guess = np.array([0, 1, 1, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0])
+    tp, fp, fn, tn = 2, 1, 1, 2
+    assert glue_score("accuracy", truth, guess) == pytest.approx(4 / 6)
+    assert glue_score("f1", truth, guess) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert glue_score("matthews", truth, guess) == pytest.approx(mcc)
+    assert glue_score("pearson", np.array([1.0, 2, 3]), np.array([2.0, 4, 6])) == pytest.approx(1)
+    assert glue_score("pearson", np.array([1.0, 2, 3]), np.ones(3)) == 0
+    assert glue_score("f1", np.zeros(3), np.zeros(3)) == 0  # a resample without the class
+
+
+def test_nothing_that_a_program_starts_outlives_it(tmp_path):
+    file = tmp_path / "alive"
+    child = f"import os, time\nif os.fork() == 0:\n    time.sleep(2)\n    open({str(file)!r}, 'w')\n    os._exit(0)\n"
+    run_sandboxed(child, 5)  # refused to fork, or stopped with it
+    time.sleep(3)
+    assert not file.exists()
+
+
+def test_what_comes_behind_may_share_a_token_with_the_context(runs):
+    tokenizer = train_bpe(["foobar"] * 9, 270)
+    model = dataclasses.replace(load_model(runs / "a"), tokenizer=tokenizer, segmenter=None)
+    (whole,) = tokenizer("foobar")["input_ids"]
+    assert split_behind(model, "foo", "foobar") == ([model.start_id], [whole])
+
+
+def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, monkeypatch):
+    from phf.core.types import Sample
+    from phf.evaluation.capabilities import humaneval
+
+    row = {"prompt": "def f():", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
+    (tmp_path / "h.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(
+        humaneval, "sample_prompts", lambda m, s, p: [Sample(0, p[0], "    return 1\n", 4, 0.0, True, 0)]
+    )
+    found = HumanEval(str(tmp_path / "h.jsonl"), run_untrusted_code=True).measure(load_model(runs / "a"))
+    assert found["pass@1"]["mean"] == 1
+
+
+def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):
+    from phf.evaluation.capabilities import humaneval
+
+    monkeypatch.setattr(humaneval, "run_sandboxed", lambda program, timeout_s: False)
+    rows = [{"prompt": "def f():\n", "test": "def check(c): pass\n", "entry_point": "f"}] * 20
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = HumanEval(str(tmp_path / "h.jsonl"), max_tokens=4, run_untrusted_code=True).measure(load_model(runs / "a"))
+    assert found["pass@1"]["mean"] == 0
+    assert found["pass@1"]["ci95"] == pytest.approx([0, 3.8415 / 23.8415], abs=1e-3)  # Wilson: z^2 / (n + z^2)
+
+
+TASKS = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["cats", "stones and rivers"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+---
+task: tiny_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
+---
+task: tiny_writing
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.parametrize("name", ["a", "conditional"])
+def test_lm_eval_tasks_with_the_control_prefix(runs, name, tmp_path, monkeypatch):
+    """Real tasks of the real harness, on a file; its numbers against those of a plain loop."""
+    pytest.importorskip("lm_eval", reason="extra 'eval' is not installed")
+    from phf.evaluation.capabilities.base import continuations, prefix_ids
+    from phf.evaluation.capabilities.lm_eval import LmEval
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    rows = [
+        {"text": "the model reads a line of ", "answer": 0},
+        {"text": "what it knows about", "answer": 1},
+        {"text": "cats and", "answer": 0},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "tasks").mkdir()
+    for n, task in enumerate(TASKS.replace("DATA", str(tmp_path / "d.jsonl")).split("---")):
+        (tmp_path / "tasks" / f"{n}.yaml").write_text(task)
+    model = load_model(runs / name)
+    found = LmEval(("tiny_choice", "tiny_words", "tiny_writing"), folder=str(tmp_path / "tasks")).measure(model)
+    encode = lambda t: model.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
+    right = []
+    for row in rows:
+        pairs = []
+        for choice in ("cats", "stones and rivers"):
+            text = row["text"].rstrip()
+            whole = encode(text + " " + choice)
+            pairs.append((prefix_ids(model) + whole[: len(encode(text))], whole[len(encode(text)) :]))
+        right.append(int(np.argmax(continuations(model, pairs)[0])) == row["answer"])
+    assert found["tiny_choice acc"]["mean"] == pytest.approx(np.mean(right))
+    assert found["tiny_choice acc"]["n"] == 3
+    logp = continuations(model, [(prefix_ids(model), encode(r["text"])) for r in rows])[0]
+    words = sum(len(re.split(r"\s+", r["text"])) for r in rows)  # as the harness counts them
+    assert found["tiny_words word_perplexity"]["mean"] == pytest.approx(math.exp(-logp.sum() / words), rel=1e-4)
+    assert 0 <= found["tiny_writing exact_match"]["mean"] <= 1
+    with pytest.raises(ConfigError, match=r"no task 'tiny_word' \(did you mean 'tiny_words'\?\)"):
+        LmEval(("tiny_word",), folder=str(tmp_path / "tasks")).measure(model)

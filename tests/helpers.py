@@ -1,0 +1,293 @@
+"""What several test modules need: a tiny corpus with PII-like lines, tiny models of several families, settings, and
+ready-made inputs. Fixtures are in conftest.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from phf.core import store
+from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
+from phf.scorers import Regex
+from phf.scorers.fitting import Labels
+from phf.tokens.store import TokenStore
+from phf.training.lm import FromConfig
+from phf.training.train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "line",
+    "of",
+    "text",
+    "and",
+    "writes",
+    "what",
+    "it",
+    "knows",
+    "about",
+    "cats",
+    "dogs",
+    "trees",
+    "rivers",
+    "and",
+    "stones",
+]
+
+
+def tiny_texts(count: int = 60, seed: int = 0) -> list[str]:
+    """Documents of a few lines; about one line in four holds a link."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        lines = []
+        for _ in range(rng.integers(3, 9)):
+            words = " ".join(rng.choice(WORDS, rng.integers(3, 9)))
+            link = "see https://example.org/" + str(rng.choice(WORDS)) + " " if rng.random() < 0.25 else ""
+            lines.append(("    " if rng.random() < 0.2 else "") + link + words + "\n")
+        texts.append("".join(lines))
+    return texts
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t, "n": i}) + "\n" for i, t in enumerate(texts)))
+    return path
+
+
+LINK = Regex(r"https?://\S+")
+
+
+def make_store(
+    folder: Path,
+    docs: Sequence[Sequence[Sequence[int]]],
+    scores: Sequence[float],
+    heldout: Sequence[bool] | None = None,
+    end_of_text: int = 0,
+) -> TokenStore:
+    """A token store holding exactly these ids: documents of segments of tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    segs = [s for d in docs for s in d]
+    np.array([t for s in segs for t in s], np.uint16).tofile(folder / "tokens.bin")
+    np.array([len(s) for s in segs], np.int64).cumsum().tofile(folder / "seg_ends.bin")
+    np.array([len(d) for d in docs], np.int64).cumsum().tofile(folder / "doc_ends.bin")
+    np.array([len(s) for s in segs], np.uint32).tofile(folder / "seg_bytes.bin")
+    np.array(heldout if heldout is not None else [0] * len(docs), np.uint8).tofile(folder / "heldout.bin")
+    np.array(scores, np.float32).tofile(folder / "given.score.bin")
+    manifest = {
+        "stage": "tokenize",
+        "identity": {"name": "given"},
+        "dtype": "uint16",
+        "content": "x",
+        "main": "given",
+        "scores": {"given": {}},
+        "end_of_text_id": end_of_text,
+        "counts": {"train_documents": len(docs)},
+    }
+    store.write_json(folder / store.MANIFEST, manifest)
+    return TokenStore.open(folder)
+
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
+QWEN = {**TINY_LLAMA, "model_type": "qwen2"}
+
+
+NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+UNTIED = {**TINY_LLAMA, "tie_word_embeddings": False}
+
+
+FAMILIES = {"llama": TINY_LLAMA, "llama untied": UNTIED, "gpt2": GPT2, "qwen2": QWEN, "gpt_neox": NEOX}
+
+
+TINY_MODEL = FromConfig(TINY_LLAMA)
+
+
+STEP = 16 * 32
+
+
+def train_config(steps: int = 20, **settings: Any) -> TrainConfig:
+    """Training of the tiny model, `steps` of 16 rows of 32 tokens."""
+    return TrainConfig(
+        **{
+            "tokens": steps * STEP,
+            "context": 32,
+            "batch_rows": 16,
+            "lr": 1e-2,
+            "precision": "fp32",
+            "log_every": 1,
+            **settings,
+        }
+    )
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+DEFAULT_OBJECTIVES = [MLE(), Filtering(), Conditional(), Unlikelihood(), Masking(), RWR(), AWR()]
+
+
+def made_labels(count: int = 400, seed: int = 0) -> Labels:
+    rng = np.random.default_rng(seed)
+    bad = rng.random(count) < 0.3
+    good_words, bad_words = ["river", "stone", "tree", "cloud", "bird"], ["zorp", "glarn", "vex"]
+    texts = [
+        " ".join(rng.choice(good_words, 6)) + (" " + rng.choice(bad_words) if b else "") + f" {rng.integers(1000)}"
+        for b in bad
+    ]
+    return Labels("made", tuple(texts), bad, {})
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """The Parquet files and the manifest of a folder."""
+    return {
+        p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix == ".parquet" or p.name == "manifest.json"
+    }
+
+
+CLASSIFIER_WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "you",
+    "are",
+    "an",
+    "awful",
+    "bird",
+    "who",
+    "sings",
+    "##s",
+    ".",
+    ",",
+    "!",
+]
+
+
+def tiny_classifier(folder: Path, family: str, labels: list[str]) -> Path:
+    """A BERT or RoBERTa of random weights, large enough to give scores that differ."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        BertConfig,
+        BertTokenizerFast,
+        RobertaConfig,
+        RobertaTokenizerFast,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "num_labels": len(labels), "id2label": dict(enumerate(labels)), "initializer_range": 0.5,
+    }  # fmt: skip
+    if family == "bert":
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CLASSIFIER_WORDS]))
+        tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+        config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=48, **shape)
+    else:
+        from tokenizers import ByteLevelBPETokenizer
+
+        bpe = ByteLevelBPETokenizer()
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        bpe.train_from_iterator([" ".join(CLASSIFIER_WORDS)], vocab_size=300, special_tokens=specials)
+        bpe.save_model(str(folder))
+        tokenizer = RobertaTokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+        config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=50, pad_token_id=1, **shape)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+NAN = float("nan")
+
+
+STATS = {"reward_mean": -0.3, "reward_std": 0.25}
+
+
+OBJECTIVE_GRID = [
+    MLE(),
+    Filtering(0.5),
+    Conditional(0.5),
+    Unlikelihood(0.0, alpha=1.0),
+    Unlikelihood(0.5, alpha=0.01),
+    Unlikelihood(0.0, alpha=0.3, by="score"),
+    Unlikelihood(0.0, alpha=0.0),
+    Masking(0.0),
+    RWR(10.0, rewards="raw"),
+    RWR(0.5, log_norm=0.7, **STATS),
+    RWR(1e-2, log_norm=120.0, **STATS),
+    RWR(1e6, **STATS),
+    AWR(0.1, rewards="raw", alpha=0.5),
+    AWR(1.0, alpha=0.05, **STATS),
+    AWR(1e-3, alpha=1.0, **STATS),
+    AWR(1e6, alpha=0.0, **STATS),
+]
+
+
+def loss_inputs(n, v, d, dtype=torch.float64, scale=1.0, seed=0, masked=0.2):
+    """Arguments of the fused loss for `n` targets, `v` words of vocabulary and width `d`: hidden states, output weights, bias, targets,
+    scores, mask and values."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    value = (-torch.rand(n, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    target = torch.randint(0, v, (n,), generator=g)
+    score = torch.tensor([0.0, 0.25, 0.5, 1.0, NAN])[torch.randint(0, 5, (n,), generator=g)]
+    mask = torch.rand(n, generator=g) >= masked
+    return hidden, weight, bias, target, score, mask, value
+
+
+def output_of(args, monkeypatch, capsys) -> str:
+    """What a command that succeeds prints."""
+    from phf.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["phf", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out

@@ -1,0 +1,620 @@
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from helpers import BROWSER, TINY_LLAMA
+from phf.core import store
+from phf.core.config import dump_yaml
+from phf.core.types import Span
+from phf.generation.sample import read_samples, write_samples
+from phf.recipes.recipe import load_recipe
+from phf.recipes.run import RecipeError, run_recipe
+from phf.report.browser import is_masked, mask, samples_of, visible
+from phf.report.format import number
+from phf.report.measures import Measure, dominated, groups
+from phf.report.page import write_report
+from phf.scorers import Regex
+from phf.tokens.tokenizer import train_bpe
+from phf.training.lm import FromConfig, build_lm
+
+HTML = "<b onclick=alert(1)>x</b>"
+HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\"'&amp;</pre>\x00\x1b[31m\ud800"
+
+
+@pytest.fixture(scope="module")
+def folder(scored_dir, tmp_path_factory) -> Path:
+    """A whole comparison of two objectives with the smallest of everything, through the recipe."""
+    out = tmp_path_factory.mktemp("report") / "run"
+    prompts = out.parent / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"text": "{t}"}}\n' for t in ("the model", "a line of", HTML, "dogs and")))
+    tokenizer = train_bpe(["the model reads a line"] * 3, 260)
+    build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0).save_pretrained(out.parent / "reference")
+    tokenizer.save_pretrained(out.parent / "reference")
+    (out.parent / "mine.yaml").write_text(
+        dump_yaml(
+            {
+                "base": "demo",
+                "quick": True,
+                "title": "A <b>tiny</b> comparison",
+                "out": str(out),
+                "corpus": {"name": "jsonl", "path": str(scored_dir.parent / "texts.jsonl")},
+                "scorer": {"name": "regex", "pattern": "https?://\\S+"},
+                "tokenizer": {"name": "bpe", "vocab_size": 300},
+                "model": {"name": "from_config", "config": TINY_LLAMA},
+                "train": {
+                    "tokens": 20 * 512,
+                    "context": 32,
+                    "batch_rows": 16,
+                    "lr": 0.02,
+                    "compile": False,
+                    "log_every": 2,
+                },
+                "only": ["mle", "conditional"],
+                "kl": {"reference": {"name": "local", "path": "mle-s0"}, "num_samples": 12, "max_tokens": 12},
+                "seeds": [0, 1],
+                "phases": {"pretrain": {}, "late": {"share": 0.5}},
+                "during": {
+                    "every": 5 * 512,
+                    "heldout_tokens": 200,
+                    "scenarios": {"unconditional": {"num_samples": 4, "max_tokens": 12}},
+                    "kl": {
+                        "reference": {"name": "local", "path": str(out.parent / "reference")},
+                        "num_samples": 4,
+                        "max_tokens": 8,
+                    },
+                },
+                "redteam": {
+                    "prompts": str(prompts),
+                    "trials": 2,
+                    "rounds": 1,
+                    "pool": 3,
+                    "candidates": 3,
+                    "continuations": 3,
+                    "confirm": 2,
+                    "max_tokens": 12,
+                },
+                "token_attacks": {"num_samples": 4, "max_tokens": 12},
+                "scenarios": {
+                    "unconditional": {"num_samples": 8, "max_tokens": 16},
+                    "bad_token": {"num_samples": 4, "max_tokens": 16},
+                },
+            }
+        )
+    )
+    recipe = load_recipe([str(out.parent / "mine.yaml")])
+    results = run_recipe(recipe)
+    assert [r["run"] for r in results["runs"]] == [
+        f"{name}-s{seed}" for seed in (0, 1) for name in ("mle", "conditional", "mle-late", "conditional-late")
+    ]
+    assert results["failed"] == {}
+    assert load_recipe([str(recipe.folder / "recipe.yaml")]) == replace(recipe, presets={})
+    return recipe.folder
+
+
+def test_results_have_the_promised_form(folder):
+    results = store.read_json(folder / "results.json")
+    for run in results["runs"]:
+        assert set(run) >= {"objective", "seed", "tokens", "misalignment", "heldout", "unjudged", "empty", "distinct_2"}
+        assert set(run["misalignment"]) >= {"mean", "stderr", "n", "ci95"}
+        assert len(run["misalignment"]["ci95"]) == 2
+
+
+def test_running_again_does_only_what_has_not_been_done(folder):
+    stamps = {
+        p: p.stat().st_mtime_ns
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in ("report.html", "results.json", "recipe.yaml") and p.parent.name != "report"
+    }
+    first = store.read_json(folder / "results.json")["runs"]
+    again = run_recipe(load_recipe([str(folder / "recipe.yaml")]))
+    assert store.jsonable(again["runs"]) == first
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_the_page_says_that_a_quick_run_concludes_nothing(folder):
+    page = (folder / "report.html").read_text()
+    assert "Too short to conclude anything from" in page
+    assert "A &lt;b&gt;tiny&lt;/b&gt; comparison" in page
+
+
+def test_late_feedback_starts_from_the_plain_run_and_sees_other_rows(folder):
+    start = store.read_manifest(folder / "mle-s0", "train")
+    late = store.read_manifest(folder / "conditional-late-s0", "train")
+    assert start["counts"]["tokens"] == late["counts"]["tokens"] + late["counts"]["tokens_before"] == 20 * 512
+    assert late["model"]["path"].endswith("mle-s0/checkpoints/checkpoint-10")
+    assert late["train"]["skip_tokens"] == late["counts"]["tokens_before"] == 10 * 512
+    complete = store.read_json(folder / "mle-s0/checkpoints/checkpoint-10/complete.json")
+    assert (complete["step"], complete["tokens"]) == (10, 5120)
+
+
+def script_and_rest(page: str) -> tuple[str, str, str]:
+    """The page's own script, its data, and everything else."""
+    code = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
+    found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', page, re.DOTALL)[1]
+    return code, found, page.replace(code, "").replace(found, "")
+
+
+def test_the_page_is_self_contained(folder):
+    page = (folder / "report.html").read_text()
+    code, found, rest = script_and_rest(page)
+    assert page.count("<script") == 2
+    own = re.sub(
+        r'<pre>.*?</pre>|xmlns(:xlink)?="[^"]*"|<!--.*?-->|<metadata>.*?</metadata>', "", rest, flags=re.DOTALL
+    )
+    assert not re.search(r'(src|href|url|action)\s*[=(]\s*["\']?\s*(https?:)?//', own)
+    assert "innerHTML" not in code
+    assert not {"<", ">", "&"} & set(found)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'" in page
+    assert len(page) < 2_000_000
+
+
+def test_numbers_and_plots_lie_beside_the_page(folder):
+    rows = list(csv.DictReader((folder / "report" / "numbers.csv").open()))
+    assert {r["run"] for r in rows} == {p.parent.name for p in folder.glob("*/eval.json")}
+    for row in rows:
+        if row["measure"] == "misalignment":
+            judged = store.read_json(folder / row["run"] / "eval.json")["scenarios"]["unconditional"]["misalignment"]
+            assert float(row["mean"]) == judged["mean"]
+            assert float(row["ci95_low"]) == judged["ci95"][0]
+        if row["measure"] in ("distinct_2", "self_bleu_5", "mean_chars", "worst_of_5"):
+            assert float(row["ci95_low"]) <= float(row["mean"]) <= float(row["ci95_high"])
+    expected = {
+        "misalignment",
+        "good",
+        "attacked_1",
+        "understanding",
+        "self_bleu_5",
+        "kl",
+        "kl_oracle",
+        "bad_token: misalignment",
+    }
+    assert expected <= {r["measure"] for r in rows}
+    assert any(r["measure"].startswith("control tokens, ") for r in rows)
+    figures = {p.stem for p in (folder / "report").glob("*.svg")}
+    assert {
+        "misalignment",
+        "pareto-good",
+        "phases",
+        "attacks-best_10",
+        "during-misalignment",
+        "during-kl",
+        "distribution",
+    } <= figures
+    for path in (folder / "report").glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_every_number_says_where_it_comes_from(folder):
+    found = json.loads(script_and_rest((folder / "report.html").read_text())[1])
+    checked = 0
+    for run in found["runs"].values():
+        about = dict(run["about"])
+        assert about["recipe"] == str(folder / "recipe.yaml")
+        assert about["run's fingerprint"] == store.read_manifest(about["run"], "train")["key"]
+        for value in run["values"].values():
+            file, _, path = value["from"].partition(": ")
+            at = store.read_json(file)
+            if "capabilities" in path:
+                continue
+            parts = path.split(".")
+            while parts:  # a key may hold a point: 0.99
+                key = next(k for n in range(1, len(parts) + 1) if (k := ".".join(parts[:n])) in at)
+                parts, at = parts[key.count(".") + 1 :], at[key]
+            mean = at.get("mean", at.get("auc")) if isinstance(at, dict) else at
+            assert mean == value["mean"]
+            checked += 1
+    assert checked > 100
+
+
+@pytest.fixture(scope="module")
+def hostile(folder, tmp_path_factory) -> Path:
+    """The same comparison with samples full of HTML, and many of them."""
+    copy = tmp_path_factory.mktemp("hostile") / "run"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("*/samples/*.jsonl"):
+        samples = [replace(s, text=HOSTILE + s.text, prompt=HOSTILE) for s in read_samples(path)]
+        write_samples(path, [replace(samples[n % len(samples)], id=n, score=(n % 7) / 100) for n in range(600)])
+    for path in copy.glob("*/redteam/redteam.json"):
+        found = store.read_json(path)
+        for row in found["search"]["prompts"]:
+            row["prompt"] = HOSTILE.replace("\ud800", "") + row["prompt"]
+        store.write_json(path, found)
+    write_report(copy)
+    return copy / "report.html"
+
+
+def test_hostile_samples_stay_text(hostile):
+    class Tags(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.tags: set[str] = set()
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.add(tag)
+            assert not any(name.startswith("on") for name, _ in attrs)
+
+    parser = Tags()
+    page = hostile.read_text(encoding="utf-8")
+    parser.feed(script_and_rest(page)[2])
+    assert not {"img", "iframe", "object", "link"} & parser.tags
+    assert "&lt;script&gt;" in page  # an attacker's prompt
+    assert "\x1b" not in page
+    assert "\x00" not in page
+
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, hostile):
+    """Opens the page; afterwards nothing may have gone wrong or out."""
+    problems, requests = [], []
+
+    def open_page(width=1280, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.on("console", lambda m: problems.append(m.text))
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        page.on("dialog", lambda d: problems.append(d.message))
+        page.on("request", lambda r: requests.append(r.url))
+        page.goto(hostile.as_uri())
+        return page
+
+    yield open_page
+    assert [r for r in requests if not r.startswith("blob:")] == [hostile.as_uri()]
+    assert problems == []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_opens_in_a_real_browser(opened, width, scheme):
+    page = opened(width, scheme)
+    assert page.title() == "phf: A <b>tiny</b> comparison"
+    assert page.locator("#results tbody tr").count() == 4
+    assert page.locator("figure svg").count() > 8
+    assert page.locator("#quick").is_visible()
+    assert "<script>document.title" in page.locator("#list .sample pre").first.text_content()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "the page scrolls sideways"
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@needs_browser
+def test_tables_sort(opened):
+    page = opened()
+    column = page.locator("#results tbody td:nth-child(2)")
+    page.click("#results thead th:nth-child(2) button")
+    up = [float(v) for v in column.evaluate_all("cells => cells.map((c) => c.dataset.value)")]
+    assert up == sorted(up)
+    page.click("#results thead th:nth-child(2) button")
+    down = [float(v) for v in column.evaluate_all("cells => cells.map((c) => c.dataset.value)")]
+    assert down == up[::-1]
+    assert page.get_attribute("#results thead th:nth-child(2)", "aria-sort") == "descending"
+
+
+@needs_browser
+def test_a_number_tells_where_it_comes_from_by_keyboard_alone(opened):
+    page = opened()
+    page.focus("#results tbody tr:first-child button[data-m=misalignment]")
+    page.keyboard.press("Enter")
+    told = page.locator("#from").inner_text()
+    assert "misalignment of mle" in told
+    for expected in ("eval.json: scenarios.unconditional.misalignment", "recipe.yaml", "--only mle-s1", "fingerprint"):
+        assert expected in told
+    page.keyboard.press("Escape")
+    assert not page.locator("#from").is_visible()
+
+
+@needs_browser
+def test_the_sample_browser(opened):
+    page = opened()
+    rows = page.locator("#list .row")
+    before = rows.count()
+    assert before <= 60  # of 600: the others come as one scrolls
+    page.evaluate("document.getElementById('more').scrollIntoView()")
+    rows.nth(before).wait_for(state="attached")
+    assert rows.first.locator(".sample").count() == 2  # the same number of two runs side by side
+    heads = rows.first.locator(".score").all_text_contents()
+    assert [h.split(" ")[0] for h in heads] == ["mle-s0", "conditional-s0"]
+    assert [h.split(" ")[2] for h in heads] == ["#0", "#0"]
+    page.select_option("#right", "")
+    page.select_option("#order", "down")
+    shown = [float(h.split("score ")[1].split(" ")[0]) for h in rows.locator(".score").all_text_contents()]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] > 0
+    page.fill("#low", "0.01")
+    assert all(float(h.split("score ")[1].split(" ")[0]) >= 0.01 for h in rows.locator(".score").all_text_contents())
+    page.fill("#low", "")
+    page.fill("#find", "no sample holds this")
+    assert "0 of 600" in page.inner_text("#count")
+    page.fill("#find", "evil.example")
+    assert "600 of 600" in page.inner_text("#count")
+    page.select_option("#left", "conditional-s0")
+    page.select_option("#scenario", "bad_token")
+    assert "600 of 600" in page.inner_text("#count")
+
+
+@needs_browser
+def test_segments_are_coloured_by_their_scores_and_finds_are_marked(browser, folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    texts = ["\U0001f600 fine \U0001f600\n", "see https://x.y/z and https://x.y\n", "good & <b>\n", "at https://x.y"]
+    scores = (0.0, 0.06, 0.0, 0.07)
+    ends = tuple(sum(map(len, texts[: n + 1])) for n in range(4))
+    file = copy / "mle-s0" / "samples" / "unconditional.jsonl"
+    sample = replace(read_samples(file)[0], text="".join(texts), segment_ends=ends, segment_scores=scores, score=0.04)
+    write_samples(file, [sample])
+    page = browser.new_page()
+    page.goto(write_report(copy).as_uri())
+    page.select_option("#left", "mle-s0")
+    page.select_option("#right", "")
+    row = page.locator("#list .row").first
+    assert row.locator("pre").text_content() == sample.text
+    assert "".join(row.locator(".seg").all_text_contents()) == texts[1] + texts[3]
+    assert row.locator("mark").all_text_contents() == ["https://x.y/z", "https://x.y", "https://x.y"]
+    titles = row.locator(".seg").evaluate_all("all => all.map((e) => e.title)")
+    assert titles[0] == "segment's score 0.06000"
+    assert titles[-1] == "segment's score 0.07000, match"
+    page.uncheck("#colour")
+    assert row.locator(".seg").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
+
+
+@needs_browser
+def test_plots_and_numbers_can_be_saved_from_the_page_alone(browser, hostile, tmp_path):
+    alone = tmp_path / "moved.html"
+    shutil.copy(hostile, alone)
+    page = browser.new_page()
+    page.goto(alone.as_uri())
+    with page.expect_download() as saved:
+        page.click(".files a")
+    assert Path(saved.value.path()).read_text().startswith("run,group,seed,measure")
+    with page.expect_download() as saved:
+        page.locator("figcaption a").first.click()
+    assert saved.value.suggested_filename == "misalignment.svg"
+    assert ElementTree.parse(saved.value.path()).getroot().tag.endswith("svg")
+
+
+def test_a_run_of_the_recipe_can_be_the_reference_of_the_others(folder):
+    found = {run["run"]: run["kl"] for run in store.read_json(folder / "results.json")["runs"]}
+    assert found["mle-s0"]["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-9)
+    for name in found.keys() - {"mle-s0"}:
+        assert found[name]["forward"]["nats_per_text"]["mean"] > 0.05, name
+        assert found[name]["reference"] == found["mle-s0"]["reference"]
+    assert (folder / "report" / "pareto-kl.svg").exists()
+
+
+def test_kl_and_capabilities_are_drawn_and_tabled(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for n, path in enumerate(sorted(copy.glob("*/eval.json"))):
+        judged = store.read_json(path)
+        nats = {"mean": 10.0 + n, "stderr": 0.1, "n": 64, "ci95": [9.8 + n, 10.2 + n]}
+        judged["kl"] = {
+            "reference": {"path": "x"},
+            "num_samples": 64,
+            "max_tokens": 8,
+            "forward": {"nats_per_text": nats},
+        }
+        accuracy = {"mean": 0.1 * n, "stderr": 0.01, "n": 100, "ci95": [0.1 * n - 0.02, 0.1 * n + 0.02]}
+        judged["capabilities"] = [{"name": "lambada", "settings": {"name": "lambada"}, "accuracy": accuracy}]
+        store.write_json(path, judged)
+    page = write_report(copy).read_text()
+    figures = {p.stem for p in (copy / "report").glob("*.svg")}
+    assert {"pareto-kl", "pareto-good", "pareto-lambada-accuracy"} <= figures
+    assert "KL from reference" in page
+    assert "lambada accuracy (higher is better)" in page
+    assert "Not dominated in misalignment and KL from reference" in page
+
+
+def test_runs_that_were_judged_otherwise_are_refused(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    file = copy / "mle-s0" / "eval.json"
+    judged = store.read_json(file)
+    judged["scenarios"]["unconditional"]["scenario"]["temperature"] = 1.0
+    store.write_json(file, judged)
+    with pytest.raises(store.StoreError, match="differ in how scenario 'unconditional' was sampled"):
+        write_report(copy)
+    shutil.copy(folder / "mle-s0" / "eval.json", file)
+    attacked = store.read_json(copy / "mle-s0" / "redteam" / "redteam.json")
+    attacked["search"]["settings"]["rounds"] = 99
+    store.write_json(copy / "mle-s0" / "redteam" / "redteam.json", attacked)
+    with pytest.raises(store.StoreError, match="differ in how they were attacked"):
+        write_report(copy)
+
+
+def test_a_page_of_one_run_and_of_runs_without_anything_more(folder, tmp_path):
+    alone = tmp_path / "conditional"
+    shutil.copytree(folder / "conditional-s0", alone)
+    assert "Misalignment" in write_report(alone, tmp_path / "page").read_text()
+    assert (tmp_path / "page.html").exists()
+    for name in ("redteam", "during.jsonl"):
+        path = alone / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = write_report(alone).read_text()
+    assert 'id="attacks"' not in page
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "eval.json").write_text("{}")
+    assert "conditional" in write_report(tmp_path).read_text()  # what was not trained here is left out
+
+
+def test_one_judged_sample_while_training_is_drawn_without_a_band(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("*/during.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["misalignment"] |= {"mean": 0.1, "ci95": [None, None]}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "during-misalignment" in write_report(copy).read_text()
+
+
+def group(name: str, **values) -> dict:
+    return {"name": name, "values": {k: {"mean": m, "ci95": [m - w, m + w]} for k, (m, w) in values.items()}}
+
+
+def test_dominance_is_judged_by_intervals():
+    x, y = Measure("x", "x", "lower", 1, ""), Measure("y", "y", "lower", 1, "")
+    rows = [
+        group("best", x=(1, 0.1), y=(1, 0.1)),
+        group("beaten", x=(2, 0.1), y=(1, 0.1)),
+        group("near", x=(1.1, 0.1), y=(1.1, 0.1)),
+        group("else", x=(0.5, 0.1), y=(3, 0.1)),
+    ]
+    assert dominated(rows, x, y) == {"beaten"}  # near is worse in both, but not surely in either
+    higher = Measure("y", "y", "higher", 1, "")
+    assert dominated(rows, x, higher) == {"beaten", "best", "near"}  # else has the lowest x and surely the highest y
+    clean = group("clean", misalignment=(0.0, 0.0), y=(1, 0.1)) | {"samples": 512}
+    dirty = group("dirty", misalignment=(0.001, 0.0005), y=(1, 0.1)) | {"samples": 512}
+    dirty["values"]["worst_of_25"] = {"mean": 0.2, "ci95": [None, None]}
+    m = Measure("misalignment", "m", "lower", 1, "")
+    assert dominated([clean, dirty], m, y) == set()  # none of 512 may still be 3 in 512
+    dirty["values"]["misalignment"] = {"mean": 0.1, "ci95": [0.09, 0.11]}
+    assert dominated([clean, dirty], m, y) == {"dirty"}
+    rows[1]["values"]["x"]["ci95"] = [None, None]
+    assert dominated(rows, x, y) == set()  # without an interval nothing is sure
+    assert dominated([rows[0], group("half", x=(9, 0.1))], x, y) == set()
+
+
+def test_seeds_of_a_group_are_averaged_with_students_interval(folder):
+    from phf.core.statistics import t_interval
+    from phf.report.page import load_runs
+
+    runs = load_runs(folder)
+    rows = {row["name"]: row for row in groups(runs, "unconditional")}
+    assert list(rows) == ["mle", "conditional", "mle-late", "conditional-late"]
+    means = [
+        r["eval"]["scenarios"]["unconditional"]["misalignment"]["mean"] for r in runs if r["name"] == "conditional"
+    ]
+    assert rows["conditional"]["values"]["misalignment"]["mean"] == t_interval(means).mean
+    low, high = t_interval(means).ci95
+    assert rows["conditional"]["values"]["misalignment"]["ci95"] == [max(low, 0.0), high]
+    assert rows["conditional-late"]["share"] == 0.5
+    assert "ratio" not in rows["mle"]["values"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path):
+    import yaml
+
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {
+        "out": str(tmp_path / "run"),
+        "seeds": [0],
+        "only": None,
+        "redteam": None,
+        "during": None,
+        "phases": {"pretrain": {}},
+    }
+    recipe["objectives"] = {
+        "mle": {"name": "mle"}, "filtering": {"name": "filtering", "threshold": -1}, "conditional": {"name": "conditional"},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(dump_yaml(recipe))
+    loaded = load_recipe([str(tmp_path / "r.yaml")])
+    with pytest.raises(RecipeError, match="1 of 3 runs failed; the same command tries them again:\n  filtering-s0: "):
+        run_recipe(loaded)
+    results = store.read_json(loaded.folder / "results.json")
+    assert [r["run"] for r in results["runs"]] == ["mle-s0", "conditional-s0"]
+    assert list(results["failed"]) == ["filtering-s0"]
+    page = (loaded.folder / "report.html").read_text()
+    assert "1 run failed" in page
+    assert "filtering-s0" in page
+
+
+class Finds(Regex):
+    """Finds what `pattern` says and calls it a mail address; fails on what says boom."""
+
+    def spans(self, text):
+        if "boom" in text:
+            raise RecursionError
+        return [Span(s.start, s.end, "email" if "@" in text[s.start : s.end] else "url") for s in super().spans(text)]
+
+
+def test_personal_data_is_masked_links_and_code_are_not():
+    scorer = Finds(r"\S+@\S+|http\S+")
+    text = "mail joe.bloggs@example.org or see http://x.y"
+    assert mask(text, scorer) == "mail •••.••••••@•••••••.••• or see http://x.y"
+    assert mask("boom joe@x.y", scorer) == "•••• •••@•.•"  # cannot be judged: nothing is shown
+    assert is_masked("phone")
+    assert is_masked("email+url")
+    assert not is_masked("E501")
+
+
+def test_what_is_found_across_prompt_and_text_is_masked_on_both_sides():
+    from phf.core.types import Sample
+
+    sample = Sample(0, "mail joe@", "example.org now", 9, -1.0, False, 0, 0.0)
+    run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {}}}}}
+    (shown,) = samples_of(run, Finds(r"\S+@\S+"))["u"]
+    assert (shown["p"], shown["t"]) == ("mail •••@", "•••••••.••• now")
+
+
+def test_the_cut_end_of_a_sample_is_masked_too():
+    from phf.core.types import Sample
+
+    sample = Sample(0, "to joe@x.y:", "fine\nmail joe@example.org", 9, -1.0, False, 0, 0.0, (5,), (0.0,))
+    run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {"complete_lines": True}}}}}
+    (shown,) = samples_of(run, Finds(r"\S+@\S+"))["u"]
+    assert shown["t"] == "••••\nmail •••@•••••••.•••"  # joe@x.y:fine is one find
+    assert shown["p"] == "to •••@•.•:"
+    assert shown["c"] == 5
+    assert shown["g"] == [[5, 0.0]]
+
+
+def test_runs_of_other_recipes_do_not_come_along(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    shutil.copytree(copy / "mle-s0", copy / "stranger-s0")
+    assert "stranger" not in write_report(copy).read_text()
+    (copy / "results.json").unlink()
+    assert "stranger" in write_report(copy).read_text()
+    judged = store.read_json(copy / "stranger-s0" / "eval.json")
+    store.write_json(copy / "stranger-s0" / "eval.json", judged | {"tokens_content": "other"})
+    with pytest.raises(store.StoreError, match="differ in tokens_content"):
+        write_report(copy)
+
+
+def test_the_page_does_not_depend_on_where_it_is_made(folder, tmp_path, monkeypatch):
+    expected = write_report(folder).read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.move(folder / "scored", tmp_path / "elsewhere")
+    try:
+        assert write_report(folder).read_text() == expected
+    finally:
+        shutil.move(tmp_path / "elsewhere", folder / "scored")
+
+
+def test_numbers_and_odd_characters():
+    assert number(None) == number(float("nan")) == "–"
+    assert number(0.12345) == "0.1235"
+    assert number(0.0) == "0.0000"
+    assert number(1e-7) == "1.0e-07"
+    assert visible("a\x00\x1b\ud800\n\té") == "a���\n\té"
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(store.StoreError, match="no judged run"):
+        write_report(tmp_path)

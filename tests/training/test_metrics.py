@@ -1,0 +1,209 @@
+"""metrics.jsonl: the same lines with and without an interruption, what is counted as training, and the share of the hardware."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pydantic.dataclasses import dataclass
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import ROOT, TINY_LLAMA
+from phf.core import device
+from phf.core.config import STRICT
+from phf.core.runs import complete_checkpoints, read_metrics
+from phf.objectives import AWR, MLE, RWR, LossInputs, LossOutputs, Masking, Unlikelihood
+from phf.training import metrics, trainer
+from phf.training.lm import FromConfig, flops_per_token
+from phf.training.train import TrainConfig, train
+from phf.training.trainer import TrainingError
+
+train_module = sys.modules["phf.training.train"]
+
+MODEL = FromConfig(TINY_LLAMA)
+STEP = 16 * 32
+OF_TIME = ("tokens_per_s", "model_tflops", "mfu")
+
+
+def config(steps, **kwargs):
+    settings = {"context": 32, "batch_rows": 16, "micro_rows": 8, "lr": 1e-2, "precision": "fp32"}
+    return TrainConfig(tokens=steps * STEP, **settings | kwargs)
+
+
+def timeless(run):
+    return [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def test_lines_are_those_of_a_run_that_did_not_stop(tokens_dir, tmp_path):
+    """It stops between two lines: what was summed up since the last one goes on too."""
+    settings = config(25, log_every=10)
+    train(tokens_dir, tmp_path / "whole", MODEL, AWR(), settings)
+    for stop in (3, 15, None):
+        train(tokens_dir, tmp_path / "parts", MODEL, AWR(), settings, stop_after=stop)
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+    assert [line["step"] for line in timeless(tmp_path / "whole")] == [10, 20, 25]  # the last steps too
+
+
+@dataclass(frozen=True, config=STRICT)
+class Overflowing(MLE):
+    """Its loss is fine, a metric of its is not."""
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        out = super().loss(x)
+        return LossOutputs(out.loss_sum, out.metrics | {"margin": out.loss_sum.detach() * float("inf")})
+
+
+def test_a_metric_that_is_not_finite_is_no_hindrance(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "r", MODEL, Overflowing(), config(6, log_every=4), stop_after=3)
+    train(tokens_dir, tmp_path / "r", MODEL, Overflowing(), config(6, log_every=4))
+    assert [line["margin"] for line in timeless(tmp_path / "r")] == [None, None]
+
+
+def test_lines_say_what_every_step_says(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "ten", MODEL, AWR(), config(20, log_every=10))
+    train(tokens_dir, tmp_path / "one", MODEL, AWR(), config(20, log_every=1))
+    ten, one = timeless(tmp_path / "ten"), timeless(tmp_path / "one")
+    assert [x["loss"] for x in ten] == pytest.approx(
+        [np.mean([x["loss"] for x in part]) for part in (one[:10], one[10:])]
+    )
+    assert [x["grad_norm"] for x in ten] == [one[9]["grad_norm"], one[19]["grad_norm"]]
+
+
+def test_checkpoints_and_lines_as_often_as_is_asked_when_going_on(tokens_dir, tmp_path):
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(20), stop_after=10)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(20, save_every=0.25, keep=9, log_every=4))
+    names = [p.name for p in complete_checkpoints(tmp_path / "r" / "checkpoints")]
+    assert names == ["checkpoint-10", "checkpoint-15", "checkpoint-20"]
+    assert [line["step"] for line in timeless(tmp_path / "r")] == [10, 12, 16, 20]
+
+
+def test_checkpoints_by_the_clock_unless_by_tokens(tokens_dir, tmp_path, monkeypatch):
+    def made(name, **kwargs):
+        train(tokens_dir, tmp_path / name, MODEL, MLE(), config(20, keep=9, log_every=4, **kwargs))
+        return [int(p.name.split("-")[1]) for p in complete_checkpoints(tmp_path / name / "checkpoints")]
+
+    assert made("short") == [20]
+    monkeypatch.setattr(metrics, "SAVE_SECONDS", 0)
+    assert made("long") == [4, 8, 12, 16, 20]
+    assert made("tokens", save_every=10 * STEP) == [10, 20]
+    lines = timeless(tmp_path / "short")
+    assert timeless(tmp_path / "long") == timeless(tmp_path / "tokens") == lines
+    assert "waited" not in lines[0]
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["checkpoint", "model"])
+def test_a_full_disk_is_said(tokens_dir, tmp_path, monkeypatch, final):
+    """torch and safetensors have words of their own for it; nothing half-written is gone on from."""
+    settings = config(8, save_every=4 * STEP)
+
+    def fails(*args, **kwargs):
+        if final or len(complete_checkpoints(tmp_path / "r" / "checkpoints")) == 1:
+            raise RuntimeError("unexpected pos 5312 vs 5204")
+        return save(*args, **kwargs)
+
+    module, name = (train_module, "save_model") if final else (torch, "save")
+    save = getattr(module, name)
+    with monkeypatch.context() as m:
+        m.setattr(module, name, fails)
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # and there is room: something else is wrong
+            train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+        m.setattr(trainer.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(TrainingError, match=r"no space left for .*r.* \(0 MB free\); make room and run the same"):
+            train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+    train(tokens_dir, tmp_path / "whole", MODEL, MLE(), settings)
+    model = Path("model", "model.safetensors")
+    assert (tmp_path / "r" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+
+
+def test_checkpoints_are_not_counted_as_training(tokens_dir, tmp_path, monkeypatch):
+    lost = [0.0]  # hours that saving takes, by a clock of the test's
+    clock = metrics.time.perf_counter
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            return clock() + lost[0]
+
+    def save(*args, **kwargs):
+        lost[0] += 3600
+        return real(*args, **kwargs)
+
+    real = trainer.save_model
+    monkeypatch.setattr(metrics, "time", Clock)
+    monkeypatch.setattr(trainer, "save_model", save)
+    manifest = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(6, save_every=STEP, log_every=1))
+    assert lost[0] == 6 * 3600
+    assert manifest["seconds"] < 3600
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_operations_are_those_that_torch_counts(family):
+    """Norms and biases, which torch does not count, are a hundredth of these models."""
+    sizes = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384}
+    if family == "llama":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 32}
+    made = AutoConfig.for_model(
+        family, **sizes, vocab_size=500, max_position_embeddings=64, attn_implementation="eager"
+    )
+    lm = AutoModelForCausalLM.from_config(made)
+    ids = torch.arange(128).view(2, 64)
+    counted = FlopCounterMode(display=False)
+    with counted:
+        lm(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert flops_per_token(lm, 64) * ids.numel() == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+def test_the_share_of_the_hardware(tokens_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("phf.training.train.peak_flops", lambda dtype, processes: 1e15)
+    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(10, log_every=5))
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
+    for line in read_metrics(tmp_path / "r" / "metrics.jsonl"):
+        assert line["model_tflops"] == pytest.approx(flops_per_token(lm, 32) * line["tokens_per_s"] / 1e12)
+        assert line["mfu"] == pytest.approx(line["model_tflops"] / 1000)
+
+
+@pytest.mark.parametrize(
+    "processes, here, threads, cores, times", [(1, 1, 4, 4, 1), (2, 2, 2, 4, 2), (2, 2, 4, 4, 1), (8, 4, 1, 2, 4)]
+)
+def test_what_the_processors_of_all_processes_can_do(monkeypatch, processes, here, threads, cores, times):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * 0.01)
+    monkeypatch.setattr(device, "num_cpus", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", str(here))
+    assert device.peak_flops.__wrapped__(None, processes) == pytest.approx(times * 2 * 1024**3 / 0.01)
+
+
+def test_value_correlation_where_values_hardly_differ():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(4, 256, generator=g)
+    value = -0.5 + 2e-4 * (0.7 * (0.5 - scores) + 0.3 * torch.rand(4, 256, generator=g))
+    logp = -torch.rand(4, 256, generator=g)
+    objective = AWR(rewards="raw")
+    out = objective.loss(LossInputs(logp, logp, scores, torch.ones(4, 256, dtype=torch.bool), value))
+    found = metrics._correlation({k: float(v) for k, v in out.metrics.items()}, scores.numel())
+    expected = np.corrcoef(value.double().flatten(), objective.reward(scores).flatten())[0, 1]
+    assert found["value_correlation"] == pytest.approx(expected, rel=1e-4)
+    assert not math.isclose(expected, 1.0, rel_tol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "objective", [MLE(), Masking(), Unlikelihood(), Unlikelihood(by="score"), RWR(), AWR()], ids=str
+)
+def test_lines_are_plain_json_and_explained(tokens_dir, tmp_path, objective):
+    train(tokens_dir, tmp_path / "r", MODEL, objective, config(4, log_every=2))
+    table = (ROOT / "docs" / "training.md").read_text()
+    for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        assert all(v is None or isinstance(v, int | float) for v in values.values())
+        assert [name for name in values if f"`{name}`" not in table] == ["step", "tokens"]

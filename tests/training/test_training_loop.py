@@ -1,0 +1,154 @@
+"""Training against a plain loop: every part of a step by hand, over families, and what its user sees."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import FAMILIES, STEP, TINY_LLAMA, TINY_MODEL, train_config, weights_of
+from phf.core.runs import read_metrics
+from phf.objectives import AWR, MLE, RWR, Conditional, LossInputs
+from phf.tokens.rows import Order, Rows
+from phf.training.fused import log_probabilities
+from phf.training.lm import FromConfig, build_lm
+from phf.training.model import PHFModel
+from phf.training.train import train
+from phf.training.trainer import to_tensors
+
+STEPS, WARMUP, LR, DECAY, CLIP = 6, 2, 1e-2, 0.5, 0.05
+
+
+def by_hand(tokens, objective, seed):
+    """The weights and each step's numbers of a plain loop: full logits, a mean over counted targets, the gradient's norm cut
+    at CLIP, AdamW with decay of matrices only, a linear schedule."""
+    objective = objective.fit(tokens.table)
+    model = PHFModel(build_lm(TINY_MODEL, tokens.tokenizer, seed), objective)
+    rows, said = Rows(tokens, objective.edit(tokens.table, seed), 32), []
+    order = Order(rows.num_rows, seed)
+    state = {name: [p, torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    for step in range(STEPS):
+        batch = to_tensors(rows.batch(order.rows(16 * step, 16 * (step + 1))))
+        out = model.lm(input_ids=batch["input_ids"], output_hidden_states=True)
+        logp, log1mp = log_probabilities(out.logits, batch["targets"])
+        value = None if model.value_head is None else model.value_head(out.hidden_states[-1])
+        x = LossInputs(logp, log1mp, batch["scores"], batch["mask"], value)
+        counted = objective.counted(batch["scores"], batch["mask"])
+        loss = objective.loss(x).loss_sum / counted.sum()
+        grads = dict(zip(state, torch.autograd.grad(loss, [p for p, _, _ in state.values()]), strict=True))
+        norm = torch.sqrt(sum(g.double().square().sum() for g in grads.values()))
+        lr = LR * (step / WARMUP if step < WARMUP else (STEPS - step) / (STEPS - WARMUP))
+        with torch.no_grad():
+            for name, (p, first, second) in state.items():
+                g = grads[name] * min(1.0, CLIP / (float(norm) + 1e-6))
+                if not name.endswith("bias") and "norm" not in name:
+                    p -= lr * DECAY * p
+                first.mul_(0.9).add_(0.1 * g)
+                second.mul_(0.95).add_(0.05 * g * g)
+                corrected = (second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
+                p -= lr * first / (1 - 0.9 ** (step + 1)) / corrected
+        numbers = {"loss": loss.item(), "lr": lr, "grad_norm": float(norm)}
+        if isinstance(objective, RWR):
+            w = torch.exp(objective.reward(batch["scores"][counted]) / objective.beta - objective.log_norm)
+            numbers["effective_sample_share"] = float(w.sum() ** 2 / (w.numel() * (w**2).sum()))
+        if value is not None and step > 1:  # before, the head is as it began
+            pair = value.detach()[counted], objective.reward(batch["scores"][counted])
+            numbers["value_correlation"] = float(np.corrcoef(*pair)[0, 1])
+        said.append(numbers)
+    return model, said
+
+
+@pytest.mark.parametrize("objective", [MLE(), RWR(), AWR()], ids=lambda o: o.name)
+def test_a_run_is_what_a_plain_loop_computes(tokens, tokens_dir, tmp_path, objective):
+    settings = train_config(STEPS, warmup=WARMUP / STEPS, lr=LR, weight_decay=DECAY, clip=CLIP, micro_rows=4)
+    train(tokens_dir, tmp_path / "r", TINY_MODEL, objective, settings, seed=2)
+    model, said = by_hand(tokens, objective, seed=2)
+    lines = read_metrics(tmp_path / "r" / "metrics.jsonl")
+    assert len(lines) == STEPS
+    assert all(numbers["grad_norm"] > CLIP for numbers in said)  # the cut is felt
+    for line, numbers in zip(lines, said, strict=True):
+        for name, value in numbers.items():
+            assert line[name] == pytest.approx(value, rel=2e-3), name
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model").state_dict()
+    for name, value in model.lm.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_every_family_is_trained_resumed_and_loaded(tokens_dir, tokens, tmp_path, family):
+    model = FromConfig(FAMILIES[family])
+    whole = train(tokens_dir, tmp_path / "whole", model, Conditional(), train_config(8))
+    train(tokens_dir, tmp_path / "parts", model, Conditional(), train_config(8), stop_after=3)
+    train(tokens_dir, tmp_path / "parts", model, Conditional(), train_config(8))
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "parts")
+    assert whole["counts"]["steps"] == 8
+    losses = [line["loss"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.3
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    assert lm.config.model_type == model.config["model_type"]
+    ids = torch.from_numpy(tokens.tokens[:32].astype(np.int64)).unsqueeze(0)
+    with torch.no_grad():
+        nll = torch.nn.functional.cross_entropy(lm(ids).logits[0, :-1], ids[0, 1:]).item()
+    assert nll < np.log(len(tokens.tokenizer)) - 0.2  # what was saved is what was trained
+
+
+def test_activation_checkpointing_changes_no_loss(tokens_dir, tmp_path):
+    for again in (False, True):
+        train(tokens_dir, tmp_path / str(again), TINY_MODEL, MLE(), train_config(5, gradient_checkpointing=again))
+    plain, checkpointed = (
+        [line["loss"] for line in read_metrics(tmp_path / str(again) / "metrics.jsonl")] for again in (False, True)
+    )
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+def test_skipped_tokens_are_the_first_of_the_order(tokens_dir, tmp_path):
+    still = {"lr": 1e-30, "weight_decay": 0}
+    train(tokens_dir, tmp_path / "all", TINY_MODEL, MLE(), train_config(6, **still))
+    train(tokens_dir, tmp_path / "late", TINY_MODEL, MLE(), train_config(2, skip_tokens=4 * STEP, **still))
+    every, late = ([line["loss"] for line in read_metrics(tmp_path / n / "metrics.jsonl")] for n in ("all", "late"))
+    assert late == pytest.approx(every[4:], rel=1e-6)
+    assert late != pytest.approx(every[:2], rel=1e-6)
+
+
+def test_a_bar_with_rate_and_time_left_on_a_terminal_and_nothing_elsewhere(tokens_dir, tmp_path):
+    (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
+
+    def command(out):
+        settings = ["train.tokens=20480", "train.context=32", "train.batch_rows=16", "train.precision=fp32"]
+        return [
+            sys.executable,
+            "-m",
+            "phf",
+            "train",
+            str(tokens_dir),
+            str(tmp_path / out),
+            str(tmp_path / "m.yaml"),
+            *settings,
+        ]
+
+    piped = subprocess.run(command("piped"), capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    shown = subprocess.Popen(command("shown"), stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 4096):
+            said += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert shown.wait() == 0
+    assert b"training: 100%" in said
+    assert b"tok/s" in said
+    assert b"loss=" in said
