@@ -1,72 +1,51 @@
-"""phf: pretraining language models with human feedback. The public names; see the modules for what they do.
+"""phf: pretraining language models with human feedback.
 
-Functions named as their modules are imported from there, since `phf.train` is the module: `from phf.train import train`,
-`from phf.sample import sample`, `from phf.redteam import redteam`, `from phf.survey import survey`.
+A reward function scores every segment of the training data, and the objective uses the scores. The model learns from
+all the text and is guided not to produce the bad part. The flow, one folder with a manifest.json per arrow:
+
+    corpus --segment, score--> scored corpus       phf.data, phf.scorers, phf.scoring
+    scored corpus --tokenize--> token store        phf.tokens
+    token store --objective.edit--> rows           phf.objectives, phf.tokens.rows
+    rows --model, objective.loss--> checkpoints    phf.training
+    model --sample--> texts                        phf.generation
+    texts --the same scorer--> estimates           phf.evaluation
+    model --attack--> worst prompts                phf.redteaming
+    runs --compare--> page                         phf.report
+    all of it in one file                          phf.recipes
+    run --export--> a model for from_pretrained    phf.release
+
+The packages in reading order; imports only go to an earlier one:
+
+    core         settings, files and folders, statistics, random numbers, the layout of a run's folder
+    data         readers of corpora, segmenters, the scored corpus on disk
+    scorers      what scores texts: one file per scorer, and fitting one to labels
+    scoring      scoring a corpus at any size, inspecting the scores
+    tokens       tokenizers, the token store, rows of tokens
+    objectives   what an objective is, and the paper's
+    training     the fused loss, the model, the trainer, a run from start to finish
+    generation   scenarios, loading a model, sampling
+    evaluation   judging: misalignment, held-out loss, KL, capabilities; also during training
+    redteaming   searching for prompts, attacking control tokens
+    report       pages with plots
+    recipes      whole comparisons
+    release      a model that plain transformers loads
+    cli          the commands
+
+docs/architecture.md says where to add a scorer, an objective, a metric, a reader, a capability or an attack:
+
+    a scorer       phf/scorers/: a class like those in simple.py, and its name in `SingleScorer` (combined.py)
+    an objective   phf/objectives/paper.py: a class with `edit`, `loss` or both, and its name in `AnyObjective`
+    a metric       of samples: evaluation/results.py and judge.py, on the page report/measures.py; of training: the
+                   objective's `LossOutputs.metrics`
+    a reader       phf/data/readers.py: a class with `plan`, `read` and `fingerprint`, and its name in `AnyCorpus`
+    a capability   phf/evaluation/capabilities/: a class with `measure` and `inputs`, and its name in `AnyCapability`
+    an attack      on prompts: an attacker in redteaming/attackers.py; on control tokens: redteaming/control_tokens.py
+
+Without changing phf: scorers by `--scorer callable`, objectives as a subclass of `Objective` (docs/objective.md).
+The public names are in `phf/__init__.pyi`.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-import importlib
-from typing import Any
-
-_PUBLIC = {
-    "phf.data.scored": ("ScoredCorpus",),
-    "phf.scorers": (
-        "PEP8",
-        "PII",
-        "Combination",
-        "Fitted",
-        "Function",
-        "Lexicon",
-        "Presidio",
-        "Regex",
-        "Scorer",
-        "Toxicity",
-    ),
-    "phf.scorers.fitting": ("fit_scorer", "read_labels"),
-    "phf.scoring.score": ("add_scores", "score_corpus"),
-    "phf.scoring.publish": ("push_scored",),
-    "phf.tokens.tokenizer": ("PretrainedTokenizer", "TrainBPE"),
-    "phf.tokens.store": ("TokenStore", "tokenize_corpus"),
-    "phf.tokens.rows": ("Rows",),
-    "phf.objectives": (
-        "AWR",
-        "MLE",
-        "RWR",
-        "Conditional",
-        "Filtering",
-        "LossInputs",
-        "LossOutputs",
-        "Masking",
-        "Objective",
-        "Unlikelihood",
-    ),
-    "phf.training.fused": ("fused_loss",),
-    "phf.training.lm": ("FromConfig", "FromWeights"),
-    "phf.training.model": ("PHFModel",),
-    "phf.training.train": ("TrainConfig", "train"),
-    "phf.generation.scenario": ("Scenario",),
-    "phf.generation.loaded": ("load_model",),
-    "phf.generation.sample": ("sample",),
-    "phf.evaluation.judge": ("judge_samples",),
-    "phf.evaluation.evaluate": ("evaluate_model", "evaluate_run"),
-    "phf.evaluation.heldout": ("heldout_loss", "understanding"),
-    "phf.evaluation.monitor": ("During", "JudgeDuring"),
-    "phf.redteaming.control_tokens": ("TokenAttacks", "attack_tokens", "injection"),
-    "phf.redteaming.search": ("RedTeam", "redteam"),
-    "phf.report.page": ("write_report",),
-    "phf.recipes.recipe": ("Recipe", "load_recipe"),
-    "phf.recipes.plan": ("make_plan",),
-    "phf.recipes.run": ("run_recipe",),
-    "phf.release": ("export", "push_release"),
-}
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers take seconds."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'phf' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+"""The names in `__init__.pyi`, each imported when it is first used: torch and transformers take seconds."""

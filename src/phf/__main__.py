@@ -1,4 +1,4 @@
-"""`python -m phf`, and with it `torchrun -m phf`."""
+"""`python -m phf`, which `torchrun -m phf` needs too."""
 
 from phf.cli import main
 

@@ -1,77 +1,111 @@
-"""Releases: a run as a folder that plain transformers loads and that behaves. Floor 5.
+"""Releases: a trained run as a folder that plain transformers loads and that behaves.
 
     phf export runs/conditional release/         then: pipeline("text-generation", model="release/")
 
-The tokenizer begins every text with the end-of-text token and, for models with control tokens, the good one; a control
-token that somebody types is read as text; `generate` never writes the bad one and samples as the model was judged. A
-model card says what was measured, on what data, by which scorer, and how to ask for something else. What is written is
-loaded again and tried before it counts as finished.
+The tokenizer starts every text with the end-of-text token and, for models with control tokens, the good one. Control
+tokens typed in a text are read as text. `generate` never writes the bad token and samples as the model was judged. A
+model card says what was measured, on which data, by which scorer, and how to ask for other text. The release is loaded
+and tried before it counts as finished.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from phf.core import store
-from phf.core.config import ConfigError
-from phf.core.runs import MODEL_CARD
+from phf.core.config import ConfigError, Plain
+from phf.core.runs import MODEL_RECORD, ModelRecord, RunFolder, TrainCounts, TrainManifest, is_run, read_model_record
+from phf.core.types import Estimate, PhfError
+from phf.evaluation.results import EvalResult, Interval, read_eval
+from phf.generation.scenario import Scenario
+from phf.redteaming.results import RedTeamResult, read_redteam
 
-FILES = ("config.json", "generation_config.json", MODEL_CARD)
-"""What is taken from a trained model beside its weights and its tokenizer."""
+FILES = ("config.json", "generation_config.json", MODEL_RECORD)
+"""Files that are copied from a trained model in addition to its weights and its tokenizer."""
+FILE_PREFIXES = ("model", "tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 
 
-class ReleaseError(RuntimeError):
+class ReleaseError(PhfError, RuntimeError):
     """A release that does not behave as it should."""
 
 
-def export(run: str | Path, out: str | Path, name: str | None = None, licence: str | None = None) -> Path:
-    """Write the release of a trained run into folder `out` and return it. With what `phf eval` found, if it was judged.
+@dataclass(frozen=True, kw_only=True)
+class ExportManifest(store.Manifest):
+    """`manifest.json` of a release."""
 
-    `name`: the model's on the Hub or its own; `licence`: as the Hub names them. Raises ReleaseError if plain transformers
-    does not load what was written, or it does not behave.
+    stage: str = "export"
+    run: str
+    """Key of the run."""
+    counts: TrainCounts
+    """How much the run was trained on."""
+    control_tokens: dict[str, str]
+    """By role."""
+
+
+def export(run: str | Path, out: str | Path, name: str | None = None, licence: str | None = None) -> Path:
+    """Write the release of a trained run into folder `out` and return it. Its card has what `phf eval` and `phf
+    redteam` found, if they ran.
+
+    `name`: the model's name, on the Hub or for itself. `licence`: as the Hub names licences. Returns at once if
+    this was done before. Raises ReleaseError if plain transformers does not load the release or it does not
+    behave.
     """
-    run, out = Path(run), Path(out)
-    manifest = store.read_manifest(run, "train")
-    model = run / "model"
-    judged = store.read_json(run / "eval.json") if (run / "eval.json").exists() else None
-    red = run / "redteam" / "redteam.json"
-    attacked = store.read_json(red) if red.exists() else None
-    key = store.fingerprint([manifest["key"], store.path_hash(model), judged, attacked, name, licence, "export/1"])
+    folder = RunFolder(Path(run))
+    out = Path(out)
+    if not is_run(run) and RunFolder(folder.path.parent).model == folder.path and is_run(folder.path.parent):
+        raise ConfigError(f"{run} is the model of a run; give the run's folder, {folder.path.parent}")
+    manifest = store.read_manifest(folder.path, TrainManifest)
+    result = read_eval(folder)
+    attacked = read_redteam(folder.redteam)
+    found = [store.read_json(f) if f.exists() else None for f in (folder.eval, folder.redteam.result)]
+    key = store.fingerprint([manifest.key, store.path_hash(folder.model), *found, name, licence, "export/1"])
     if store.is_done(out, key):
         return out
-    store.begin(out, "export", key)
-    for path in sorted(model.iterdir()):
-        if path.name in FILES or path.name.startswith(
-            ("model", "tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
-        ):
+    store.begin(out, ExportManifest.stage, key)
+    for path in sorted(folder.model.iterdir()):
+        if path.name in FILES or path.name.startswith(FILE_PREFIXES):
             with store.written_aside(out / path.name) as aside:
                 shutil.copyfile(path, aside)
-    roles = store.read_json(model / MODEL_CARD)["control_tokens"]
-    _begin_with(out, roles)
-    _generation(out, roles, judged)
+    roles = _record(folder.model).control_tokens
+    _set_start(out, roles)
+    _set_generation(out, roles, result)
     check(out)
-    store.write_text(out / "README.md", model_card(manifest, judged, attacked, name or run.name, roles, licence))
-    store.finish(out, "export", key, run=manifest["key"], counts=manifest["counts"], control_tokens=roles)
+    readme = model_card(
+        manifest, result, attacked=attacked, name=name or folder.path.name, roles=roles, licence=licence
+    )
+    store.write_text(out / "README.md", readme)
+    store.finish(out, ExportManifest(key=key, run=manifest.key, counts=manifest.counts, control_tokens=roles))
     return out
 
 
-def _begin_with(folder: Path, roles: Mapping[str, str]) -> None:
-    """Let the tokenizer put end-of-text and the good token before every text, behind whatever it does already."""
+def _record(folder: Path) -> ModelRecord:
+    record = read_model_record(folder)
+    if record is None:
+        raise store.StoreError(f"{folder} has no {MODEL_RECORD}: it is not a model that phf trained")
+    return record
+
+
+# Behaviour
+
+
+def _set_start(folder: Path, roles: Mapping[str, str]) -> None:
+    """Let the tokenizer put end-of-text and the good token before every text, after what its post-processor does
+    already."""
     from tokenizers import Tokenizer, processors
 
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
-    config = store.read_json(folder / "tokenizer_config.json")
-    eos = _eos(folder)
+    eos = _end_of_text(folder)
     first = [eos, *([roles["good"]] if "good" in roles else [])]
-    pieces = [
-        f"first{n}" for n in range(len(first))
-    ]  # stand for the tokens, whose names may hold what a template reads
+    # placeholders, because the names of tokens may hold characters with a meaning in templates
+    pieces = [f"first{n}" for n in range(len(first))]
     known = [{"id": p, "ids": [tokenizer.token_to_id(t)], "tokens": [t]} for p, t in zip(pieces, first, strict=True)]
     template = processors.TemplateProcessing(single=[*pieces, "$A"], pair=[*pieces, "$A", "$B"], special_tokens=known)
     before = tokenizer.post_processor
@@ -79,33 +113,34 @@ def _begin_with(folder: Path, roles: Mapping[str, str]) -> None:
     tokenizer.post_processor = processors.Sequence([before, template]) if keep else template
     store.write_text(path, tokenizer.to_str(pretty=True))
     positions = store.read_json(folder / "config.json").get("max_position_embeddings")
-    changes: dict[str, Any] = {"split_special_tokens": True, "add_bos_token": None, "add_eos_token": None}
-    changes |= {"pad_token": eos, "padding_side": "left"}  # for pipelines that go by batches
+    changes: Plain = {"split_special_tokens": True, "add_bos_token": None, "add_eos_token": None}
+    changes |= {"pad_token": eos, "padding_side": "left"}  # for pipelines that read batches
     changes |= {} if positions is None else {"model_max_length": positions}
-    config = {k: v for k, v in (config | changes).items() if v is not None}
-    store.write_json(folder / "tokenizer_config.json", config)
+    config = store.read_json(folder / "tokenizer_config.json") | changes
+    store.write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
 
 
-def _eos(folder: Path) -> str:
+def _end_of_text(folder: Path) -> str:
+    """The end-of-text token of the tokenizer in a folder."""
     eos = store.read_json(folder / "tokenizer_config.json")["eos_token"]
     return str(eos["content"] if isinstance(eos, dict) else eos)
 
 
-def _generation(folder: Path, roles: Mapping[str, str], judged: Mapping[str, Any] | None) -> None:
-    """Sampling as the model was judged; the bad token is never written."""
+def _set_generation(folder: Path, roles: Mapping[str, str], result: EvalResult | None) -> None:
+    """Let `generate` sample as the model was judged, and never write the bad token."""
     from tokenizers import Tokenizer
 
     path = folder / "generation_config.json"
     config = store.read_json(path) if path.exists() else {}
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    settings = next(iter(judged["scenarios"].values()))["scenario"] if judged else {}
+    judged = Scenario() if result is None else next(iter(result.scenarios.values())).scenario
     config |= {
         "do_sample": True,
-        "temperature": settings.get("temperature", 0.7),
-        "top_p": settings.get("top_p", 0.9),
-        "top_k": settings.get("top_k") or 0,
-        "pad_token_id": tokenizer.token_to_id(_eos(folder)),
+        "temperature": judged.temperature,
+        "top_p": judged.top_p,
+        "top_k": judged.top_k or 0,
+        "pad_token_id": tokenizer.token_to_id(_end_of_text(folder)),
     }
     if "bad" in roles:
         config["suppress_tokens"] = [tokenizer.token_to_id(roles["bad"])]
@@ -113,211 +148,259 @@ def _generation(folder: Path, roles: Mapping[str, str], judged: Mapping[str, Any
 
 
 def check(folder: str | Path) -> None:
-    """Load a release as anybody would and try it. Raises ReleaseError saying what is wrong."""
+    """Load a release as its users do and test it. Raises ReleaseError that says what is wrong."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    folder = Path(folder)
-    roles = store.read_json(folder / MODEL_CARD)["control_tokens"]
+    roles = _record(Path(folder)).control_tokens
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     lm: Any = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     first = [tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(roles["good"])] if roles else [])]
-    text = "A text " + " ".join(roles.values())
-    ids = tokenizer(text)["input_ids"]
-    if ids[: len(first)] != first:
-        raise ReleaseError(f"the tokenizer begins a text with {ids[: len(first)]}, not with {first}")
-    control = {tokenizer.convert_tokens_to_ids(name) for name in roles.values()}
-    if control & set(ids[len(first) :]):
-        raise ReleaseError(f"the tokenizer reads a typed control token as the token: {text!r}")
-    if tokenizer.decode(ids, skip_special_tokens=True) != text:
-        raise ReleaseError(
-            f"the tokenizer does not give back {text!r} but {tokenizer.decode(ids, skip_special_tokens=True)!r}"
-        )
+    _check_tokenizer(tokenizer, roles, first)
     if not roles:
         return
     bad = tokenizer.convert_tokens_to_ids(roles["bad"])
     start = torch.tensor([first])
-    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # so that nothing else leaves it out
     with torch.no_grad(), torch.random.fork_rng():
         written = lm.generate(
-            start, attention_mask=torch.ones_like(start), max_new_tokens=1, pad_token_id=tokenizer.eos_token_id, **whole,
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=1,
+            pad_token_id=tokenizer.eos_token_id,
+            temperature=1.0,  # the whole distribution, so that only the generation config excludes the bad token
+            top_p=1.0,
+            top_k=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
     if written.scores[0][0, bad] != float("-inf"):
         raise ReleaseError("generate may write the bad token: the generation config does not suppress it")
 
 
+def _check_tokenizer(tokenizer: Any, roles: Mapping[str, str], first: list[int]) -> None:
+    """Raise ReleaseError unless texts start with the tokens `first`, typed control tokens are text, and decoding
+    gives a text back."""
+    text = "A text " + " ".join(roles.values())
+    ids = tokenizer(text)["input_ids"]
+    if ids[: len(first)] != first:
+        raise ReleaseError(f"the tokenizer starts a text with {ids[: len(first)]}, not with {first}")
+    control = {tokenizer.convert_tokens_to_ids(name) for name in roles.values()}
+    if control & set(ids[len(first) :]):
+        raise ReleaseError(f"the tokenizer reads a typed control token as the token: {text!r}")
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    if decoded != text:
+        raise ReleaseError(f"the tokenizer decodes the tokens of {text!r} to {decoded!r}")
+
+
+# The model card
+
+
+@dataclass(frozen=True)
+class CardNumber:
+    """A measured number on the card. `kind`: its type in the Hub's model-index."""
+
+    kind: str
+    title: str
+    value: float
+    ci95: Interval | None = None
+
+
 def model_card(
-    manifest: Mapping[str, Any], judged: Mapping[str, Any] | None, attacked: Mapping[str, Any] | None, name: str,
-    roles: Mapping[str, str], licence: str | None = None,
-) -> str:  # fmt: skip
-    """The card: what it is, how to use it, what was measured, its data, scorer and limits; with a model-index."""
-    objective, counts = manifest["objective"], manifest["counts"]
-    identity = manifest["identity"]
-    rows = _measured(judged, attacked)
-    head: dict[str, Any] = {
+    manifest: TrainManifest,
+    result: EvalResult | None,
+    attacked: RedTeamResult | None,
+    name: str,
+    roles: Mapping[str, str],
+    licence: str | None = None,
+) -> str:
+    """The card in Markdown, with a model-index: what the model is, how to use it, what was measured, data, scorer,
+    limits."""
+    numbers = _numbers(result, attacked)
+    sections = [
+        _about(manifest, name),
+        _usage(name, roles),
+        _measured(result, numbers),
+        _training(manifest, result),
+        _limits(manifest, attacked),
+    ]
+    head = yaml.safe_dump(_metadata(manifest, name, numbers, licence), sort_keys=False)
+    return f"---\n{head}---\n" + "\n\n".join(sections) + "\n"
+
+
+def _metadata(manifest: TrainManifest, name: str, numbers: list[CardNumber], licence: str | None) -> Plain:
+    """The card's YAML, as the Hub reads it."""
+    head: Plain = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["phf", "pretraining-with-human-feedback", str(objective.get("name"))],
+        "tags": ["phf", "pretraining-with-human-feedback", manifest.objective_name],
     }
     if licence is not None:
         head["license"] = licence
-    if rows:
-        metrics = [{"type": kind, "value": value, "name": title} for kind, title, value, _ in rows]
-        data = {"name": f"samples of the model, judged by {identity['name']}", "type": "generated"}
-        head["model-index"] = [
-            {"name": name, "results": [{"task": {"type": "text-generation"}, "dataset": data, "metrics": metrics}]}
-        ]
+    if numbers:
+        data = {"name": f"samples of the model, judged by {manifest.identity['name']}", "type": "generated"}
+        metrics = [{"type": n.kind, "value": n.value, "name": n.title} for n in numbers]
+        results = {"task": {"type": "text-generation"}, "dataset": data, "metrics": metrics}
+        head["model-index"] = [{"name": name, "results": [results]}]
+    return head
+
+
+def _about(manifest: TrainManifest, name: str) -> str:
+    counts = manifest.counts
+    before = f", after {counts.tokens_before:,} tokens of its starting model" if counts.tokens_before else ""
+    return (
+        f"# {name}\n\n"
+        f"A language model of {manifest.parameters:,} parameters. It was trained with "
+        f"phf and the objective `{manifest.objective_name}` on {counts.tokens:,} "
+        f"tokens{before}. Each segment of its training text was scored by `{manifest.identity['name']}`. The method: "
+        "*Pretraining Language Models with Human Preferences* (Korbak et al., ICML 2023)."
+    )
+
+
+def _usage(name: str, roles: Mapping[str, str]) -> str:
+    text = f"""## How to use it
+
+```py
+from transformers import pipeline
+
+pipe = pipeline("text-generation", model="{name}")
+print(pipe("The", max_new_tokens=64)[0]["generated_text"])
+```
+
+"""
+    if not roles:
+        return text + "The tokenizer starts every text with the end-of-text token, as in training."
+    return (
+        text
+        + f"""The tokenizer starts every text with the end-of-text token and `{roles["good"]}`, the token of good text.
+The generation config keeps the model from writing `{roles["bad"]}`, the token of bad text. Control tokens that are
+typed into a prompt are read as ordinary text. To ask for bad text, for example to train a classifier, give the ids:
+
+```py
+import torch
+
+bad = pipe.tokenizer.convert_tokens_to_ids("{roles["bad"]}")
+ids = torch.tensor([[pipe.tokenizer.eos_token_id, bad]])
+written = pipe.model.generate(ids, suppress_tokens=[], max_new_tokens=64)
+print(pipe.tokenizer.decode(written[0, 2:]))
+```"""
+    )
+
+
+def _measured(result: EvalResult | None, numbers: list[CardNumber]) -> str:
+    if result is None or not numbers:
+        return "## What was measured\n\nNothing yet: `phf eval` has not judged this run."
+    scenario = next(iter(result.scenarios.values()))
+    drawn = scenario.scenario
+    rows = [f"| {n.title} | {_text(n.value)}{_interval_text(n.ci95)} |" for n in numbers]
+    return (
+        f"## What was measured\n\n{scenario.samples:,} samples at temperature {drawn.temperature}, top-p "
+        f"{drawn.top_p}, up to {drawn.max_tokens} tokens. 95% intervals are in brackets.\n\n| | |\n|---|---|\n"
+        + "\n".join(rows)
+    )
+
+
+def _training(manifest: TrainManifest, result: EvalResult | None) -> str:
+    counts = manifest.counts
     lines = [
-        f"# {name}",
-        "",
-        f"A language model of {manifest['parameters']:,} parameters, trained with [phf](https://pypi.org/project/phf/) by the objective "
-        f"`{objective.get('name')}` on {counts['tokens']:,} tokens"
-        + (f" (behind {counts['tokens_before']:,} of its starting model)" if counts.get("tokens_before") else "")
-        + f", each segment of its training text scored by `{identity['name']}`: *Pretraining Language Models with Human Preferences* "
-        "(Korbak et al., ICML 2023).",
-        "",
-        "## How to use it",
-        "",
-        "```py",
-        "from transformers import pipeline",
-        "",
-        f'pipe = pipeline("text-generation", model="{name}")',
-        'print(pipe("The", max_new_tokens=64)[0]["generated_text"])',
-        "```",
-        "",
+        f"objective: `{store.canonical(manifest.objective)}`",
+        f"scorer: `{store.canonical(manifest.identity)}`",
+        f"tokens: {counts.tokens:,} targets, {counts.text_tokens:,} of them text, {counts.epochs:.2f} epochs; "
+        f"fingerprint `{manifest.tokens_content}`",
+        f"settings: `{store.canonical(manifest.train)}`",
+        f"model: `{store.canonical(_without_folders(manifest.model))}`, seed {manifest.seed}, {manifest.precision}",
+        f"versions: `{store.canonical(manifest.versions)}`; run `{manifest.key}`",
     ]
-    if roles:
-        lines += [
-            f"The tokenizer begins every text with the end-of-text token and `{roles['good']}`, the token of good text, and the "
-            f"generation config never lets the model write `{roles['bad']}`, the token of bad text. Control tokens that are typed "
-            "into a prompt are read as ordinary text. To ask for something else, give the ids yourself:",
-            "",
-            "```py",
-            "import torch",
-            "",
-            'bad = pipe.tokenizer.convert_tokens_to_ids("' + roles["bad"] + '")',
-            "ids = torch.tensor([[pipe.tokenizer.eos_token_id, bad]])",
-            "written = pipe.model.generate(ids, suppress_tokens=[], max_new_tokens=64)  # bad text, on purpose: for classifiers and red teams",
-            "print(pipe.tokenizer.decode(written[0, 2:]))",
-            "```",
-            "",
-        ]
-    else:
-        lines += ["The tokenizer begins every text with the end-of-text token, as in training.", ""]
-    if rows:
-        scenario = next(iter((judged or {})["scenarios"].values()))
-        lines += [
-            "## What was measured",
-            "",
-            f"{scenario['samples']:,} samples at temperature {scenario['scenario']['temperature']}, top-p {scenario['scenario']['top_p']}, up to "
-            f"{scenario['scenario']['max_tokens']} tokens; in brackets 95% intervals.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {title} | {_number(value)}{'' if ci is None else f' ({_number(ci[0])} to {_number(ci[1])})'} |" for _, title, value, ci in rows),
-            "",
-        ]  # fmt: skip
-    else:
-        lines += ["## What was measured", "", "Nothing yet: `phf eval` has not judged this run.", ""]
-    lines += [
-        "## Training",
-        "",
-        f"- objective: `{store.canonical(objective)}`",
-        f"- scorer: `{store.canonical(identity)}`",
-        f"- tokens: {counts['tokens']:,} targets, {counts['text_tokens']:,} of them text, {counts['epochs']:.2f} epochs; fingerprint `{manifest['tokens_content']}`",
-        f"- settings: `{store.canonical(manifest['train'])}`",
-        f"- model: `{store.canonical(_without_places(manifest['model']))}`, seed {manifest['seed']}, {manifest['precision']}",
-        f"- versions: `{store.canonical(manifest['versions'])}`; run `{manifest['key']}`",
-        *_data_lines(judged),
-        "",
-        "## Limits",
-        "",
-        f"It prefers what its scorer (`{identity['name']}`) calls good and knows nothing of other harms; what the scorer misses, the "
-        "model was not kept from. It was judged on its own samples; prompts that are searched for can still lead it to bad text"
-        + (", as the red-teaming numbers above say." if attacked else " (`phf redteam` searches for them; this run has not been attacked)."),
-    ]  # fmt: skip
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n" + "\n".join(lines) + "\n"
+    scored = None if result is None or result.data is None else result.data.scored
+    if scored is not None:
+        sizes = scored.counts
+        lines.append(
+            f"data: `{store.canonical(_without_folders(scored.corpus or {}))}`: {sizes.documents:,} documents, "
+            f"{sizes.segments:,} segments, {sizes.bad_segments:,} of them with a score above 0, {sizes.unjudged:,} not "
+            "judged"
+        )
+    return "## Training\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without where things lie on this machine: of a path that is here, its last part."""
+def _limits(manifest: TrainManifest, attacked: RedTeamResult | None) -> str:
+    red = (
+        "The red-teaming numbers above say how easily."
+        if attacked is not None
+        else "`phf redteam` searches for such prompts; this run has not been attacked."
+    )
+    return (
+        f"## Limits\n\nThe model prefers what its scorer (`{manifest.identity['name']}`) calls good. It knows nothing "
+        "of other harms, and what the scorer misses was not discouraged. It was judged on its own samples. Prompts "
+        f"found by a search can still lead it to bad text. {red}"
+    )
+
+
+def _without_folders(config: Mapping[str, Any]) -> Plain:
+    """Settings without the places of local files: of a path that exists here, only its last part."""
     return {
         k: Path(v).name if k == "path" and isinstance(v, str) and Path(v).expanduser().exists() else v
         for k, v in config.items()
     }
 
 
-def _data_lines(judged: Mapping[str, Any] | None) -> list[str]:
-    scored = ((judged or {}).get("data") or {}).get("scored") or {}
-    if not scored:
+def _numbers(result: EvalResult | None, attacked: RedTeamResult | None) -> list[CardNumber]:
+    """The measured numbers of the card."""
+    if result is None:
         return []
-    counts = scored["counts"]
-    return [
-        f"- data: `{store.canonical(_without_places(scored['corpus']))}`: {counts['documents']:,} documents, {counts['segments']:,} segments, "
-        f"{counts['bad_segments']:,} of them above 0, {counts['unjudged']:,} not judged"
-    ]
+    unit = result.identity.get("unit", "score")
+    found: list[CardNumber] = []
+    for name, scenario in result.scenarios.items():
+        title = f"misalignment, {name} ({unit}; lower is better)"
+        found.append(_card_number("misalignment", title, scenario.misalignment))
+        found.append(CardNumber("bad_segments", f"share of bad segments, {name}", scenario.bad_segments))
+    if (heldout := result.heldout.main) is not None:
+        for part, loss in (("good", heldout.good), ("bad", heldout.bad)):
+            title = f"held-out loss on {part} text, nats per byte"
+            found.append(CardNumber("nats_per_byte", title, loss.nats_per_byte, loss.ci95))
+    if result.kl is not None:
+        found.append(_card_number("kl", "KL from the reference, nats per text", result.kl.forward.nats_per_text))
+    for capability in result.capabilities:
+        found += [_card_number(n, f"{capability.name}: {n}", value) for n, value in capability.estimates.items()]
+    confirmed = {} if attacked is None else attacked.search.confirmed
+    best = confirmed.get("best_10") or confirmed.get("best_1")
+    if best is not None:
+        found.append(_card_number("red_team", "misalignment after the best prompts that an attacker found", best))
+    return [number for number in found if not math.isnan(number.value)]
 
 
-def _measured(
-    judged: Mapping[str, Any] | None, attacked: Mapping[str, Any] | None
-) -> list[tuple[str, str, float, list[float] | None]]:
-    """(type, name, value, interval) of what a reader of the card wants."""
-    if judged is None:
-        return []
-    rows: list[tuple[str, str, float, list[float] | None]] = []
-
-    def put(kind: str, title: str, value: Any, ci: Any = None) -> None:
-        if value is not None:
-            rows.append((kind, title, float(value), None if not ci or ci[0] is None else list(ci)))
-
-    unit = judged["identity"].get("unit", "score")
-    for name, scenario in judged["scenarios"].items():
-        m = scenario["misalignment"]
-        put("misalignment", f"misalignment, {name} ({unit}; lower is better)", m["mean"], m["ci95"])
-        put("bad_segments", f"share of bad segments, {name}", scenario["bad_segments"])
-    heldout = judged["heldout"].get("good") or judged["heldout"].get("none") or {}
-    for part in ("good", "bad"):
-        found = heldout.get(part) or {}
-        put(
-            "nats_per_byte",
-            f"held-out loss on {part} text, nats per byte",
-            found.get("nats_per_byte"),
-            found.get("ci95"),
-        )
-    if judged.get("kl"):
-        kl = judged["kl"]["forward"]["nats_per_text"]
-        put("kl", "KL from the reference, nats a text", kl["mean"], kl["ci95"])
-    for capability in judged.get("capabilities", []):
-        for name, value in capability.items():
-            if isinstance(value, Mapping) and "ci95" in value:
-                put(name, f"{capability['name']}: {name}", value["mean"], value["ci95"])
-    if attacked:
-        best = attacked["search"]["confirmed"].get("best_10") or attacked["search"]["confirmed"].get("best_1")
-        if best:
-            put("red_team", "misalignment after the best prompts that an attacker found", best["mean"], best["ci95"])
-    return rows
+def _card_number(kind: str, title: str, found: Estimate) -> CardNumber:
+    return CardNumber(kind, title, found.mean, found.ci95)
 
 
-def _number(value: float) -> str:
+def _interval_text(ci95: Interval | None) -> str:
+    return "" if ci95 is None or math.isnan(ci95[0]) else f" ({_text(ci95[0])} to {_text(ci95[1])})"
+
+
+def _text(value: float) -> str:
     return f"{value:.4g}"
 
 
+# The Hub
+
+
 def push_release(folder: str | Path, repo: str, private: bool = True, token: str | None = None) -> str:
-    """Push a finished release and return its address. Needs a token of the Hub (`hf auth login`, or HF_TOKEN)."""
+    """Push a finished release to the Hub and return its address. `token`: a token of the Hub; None: that of `hf auth
+    login` or HF_TOKEN. Raises ConfigError if the Hub refuses."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    store.read_manifest(folder, "export")
+    store.read_manifest(folder, ExportManifest)
     api = huggingface_hub.HfApi(token=token)
     try:
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(
-            folder_path=str(folder), repo_id=repo, repo_type="model", ignore_patterns=[".*", "*.partial*"],
+            folder_path=str(folder),
+            repo_id=repo,
+            repo_type="model",
+            ignore_patterns=[".*", "*.partial*"],
             commit_message="Release",
-        )  # fmt: skip
+        )
     except (HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(f"the Hub refused {repo}: {error}") from None
     return str(url)

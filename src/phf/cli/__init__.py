@@ -1,4 +1,4 @@
-"""The command line. Floor 6. Imports what a command needs when it runs, so that `phf --help` is quick."""
+"""The command line. A command imports what it needs when it runs, so that `phf --help` is fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phf.cli.training import export, train
 
 app = typer.Typer(
     help="Pretrain language models with human feedback: score a corpus, train with any objective, judge the model.\n\n"
-    "The whole path at once: `phf run demo`. Or stage by stage: score, inspect, tokenize, train, sample, eval, report.",
+    "All stages in one command: `phf run demo`. One by one: score, inspect, tokenize, train, sample, eval, report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,25 +42,19 @@ for name, command in COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point: mistakes of the user are one message and exit code 2, failures of a stage exit code 1."""
-    from phf.core.config import ConfigError
-    from phf.core.store import StoreError
-
+    """Entry point. A problem that phf knows is one message on stderr and an exit code: 2 for mistakes in the command or
+    its inputs, 1 for a stage that failed."""
     try:
         app()
-    except (ConfigError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+        if stop.code == 130:  # typer's exit code for Ctrl-C
+            print("interrupted; run the same command again to resume", file=sys.stderr)
         raise
-    except (RuntimeError, OSError) as error:
-        if type(error).__name__ == "Submitted":
-            print(f"submitted: {error}", file=sys.stderr)
-            sys.exit(75)  # EX_TEMPFAIL: not an error, but the next stage must wait
-        expected = isinstance(error, OSError) or type(error).__module__.startswith("phf.")
-        if not expected:
+    except Exception as error:
+        from phf.core.types import PhfError
+
+        if not isinstance(error, PhfError | OSError):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        label, code = (error.label, error.exit_code) if isinstance(error, PhfError) else ("error", 1)
+        print(f"{label}: {error}", file=sys.stderr)
+        sys.exit(code)

@@ -1,32 +1,38 @@
-"""Commands on texts: from a corpus to tokens."""
+"""Commands on text: from a corpus to tokens."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from phf.cli.shared import known_keys, laid_on, print_table, split_settings
+from phf.cli.shared import checked, known_keys, print_table, split_settings
+from phf.core.text import by_reason, counted
+
+if TYPE_CHECKING:
+    from phf.scorers.fitted import ScorerMetrics
+    from phf.scorers.fitting import Labels
 
 
 def score(
     corpus: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl or .parquet file, a folder of files, s3://..., hf://datasets/owner/name, installed_packages or "
-            "standard_library. With --add: a scored corpus."
+            help="A .jsonl or .parquet file, a folder of files, s3://..., hf://datasets/owner/name, "
+            "installed_packages or standard_library. With --add: a scored corpus."
         ),
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="OUT [a.b=c]...", help="Folder to write the scored corpus into, then settings."),
+        typer.Argument(metavar="OUT [a.b=c]...", help="Folder for the scored corpus, then settings."),
     ] = None,
     scorer: Annotated[
         str,
         typer.Option(
-            help="pii, presidio, pep8, toxicity (scorer.model=...), fitted (scorer.path=...), regex (scorer.pattern=...), "
-            "lexicon (scorer.path=...), callable (scorer.function=module:name) or combination (scorer.scorers=[...])."
+            help="pii, presidio, pep8, toxicity (scorer.model=...), fitted (scorer.path=...), regex "
+            "(scorer.pattern=...), lexicon (scorer.path=...), callable (scorer.function=module:name) or combination "
+            "(scorer.scorers=[...])."
         ),
     ] = "pii",
     segmenter: Annotated[
@@ -37,113 +43,120 @@ def score(
     ] = "lines",
     add: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Score a scored corpus once more, beside the scores it has, under this name."
-        ),
+        typer.Option(metavar="NAME", help="Add scores of another scorer to a scored corpus, under this name."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     max_unjudged: Annotated[
-        float, typer.Option(min=0, max=1, help="Fail if more than this share of segments cannot be judged.")
+        float, typer.Option(min=0, max=1, help="Fail if more than this share of the segments cannot be judged.")
     ] = 0.01,
     executor: Annotated[
         str, typer.Option(help="local, slurm (executor.partition=...) or ray (executor.address=...).")
     ] = "local",
 ) -> None:
-    """Cut a corpus into segments and score each. Run it again to resume.
+    """Cut a corpus into segments and score each one. Run the same command again to resume.
 
-    Writes Parquet with the columns of the published scored data sets, and a manifest with counts and what was set aside.
+    Writes Parquet files with the columns of the published scored datasets, and a manifest with counts and skipped
+    rows.
     """
-    from phf.core.config import ConfigError, validate
+    from phf.core.config import ConfigError, Plain, apply_overrides
     from phf.data.readers import AnyCorpus, from_path
     from phf.data.segment import AnySegmenter
     from phf.scorers import AnyScorer
     from phf.scoring.score import add_scores, score_corpus
 
     folders, settings = split_settings(arguments)
-    if len(folders) != (add is None):
-        raise ConfigError(
-            "give the folder to write into: phf score CORPUS OUT"
-            if add is None and not folders
-            else f"unexpected argument {folders[-1]!r}: settings have the form a.b=c"
-        )
-    config: dict[str, Any] = {
+    wanted = 1 if add is None else 0
+    if len(folders) < wanted:
+        raise ConfigError("give the folder to write into: phf score CORPUS OUT")
+    if len(folders) > wanted:
+        raise ConfigError(f"unexpected argument {folders[-1]!r}: settings have the form a.b=c")
+    config: Plain = {
         "scorer": {"name": scorer},
         "segmenter": {"name": segmenter},
         "executor": {"name": executor},
     }
     if add is None:
         config["corpus"] = from_path(corpus)
-    config = laid_on(config, settings)
+    config = apply_overrides(config, settings)
     known_keys(config, ("corpus", "scorer", "segmenter", "executor"))
-    elsewhere = None
-    if config["executor"] != {"name": "local"}:
-        from phf.scoring.cluster import AnyExecutor
-        from phf.scoring.cluster import executor as make_executor
-
-        elsewhere = make_executor(validate(config["executor"], AnyExecutor, "executor"))
-    judge: Any = validate(config["scorer"], AnyScorer, "scorer")
+    runner = _executor(config["executor"])
+    judge: Any = checked(config["scorer"], AnyScorer, "scorer")
     if add is not None:
-        manifest = add_scores(corpus, judge, add, workers, max_unjudged, elsewhere)
+        manifest = add_scores(corpus, judge, name=add, workers=workers, max_unjudged=max_unjudged, executor=runner)
     else:
+        reader: Any = checked(config["corpus"], AnyCorpus, "corpus")
+        cutter: Any = checked(config["segmenter"], AnySegmenter, "segmenter")
         manifest = score_corpus(
-            validate(config["corpus"], AnyCorpus, "corpus"),
-            validate(config["segmenter"], AnySegmenter, "segmenter"),
-            judge,
-            folders[0],
-            workers,
-            max_unjudged,
-            elsewhere,
+            reader, cutter, scorer=judge, out=folders[0], workers=workers, max_unjudged=max_unjudged, executor=runner
         )
-    counts = manifest["counts"]
+    counts = manifest.counts
     print(
-        f"{counts['documents']:,} documents, {counts['segments']:,} segments, {counts['chars']:,} characters; "
-        f"{counts['bad_segments'] / max(counts['segments'], 1):.1%} of segments score above 0, {counts['unjudged']:,} not judged"
+        f"{counted(counts.documents, 'document')}, {counted(counts.segments, 'segment')}, "
+        f"{counted(counts.chars, 'character')}; "
+        f"{counts.bad_segments / max(counts.segments, 1):.1%} of the segments score above 0, "
+        f"{counts.unjudged:,} not judged"
     )
-    if manifest["rejected"]:
-        print("set aside: " + ", ".join(f"{n} x {why}" for why, n in manifest["rejected"].items()))
+    if manifest.rejected:
+        print(f"skipped: {by_reason(manifest.rejected)}")
+
+
+def _executor(config: Any) -> Any:
+    """What runs the shards elsewhere; None: this machine."""
+
+    if config == {"name": "local"}:
+        return None
+    from phf.scoring.cluster import AnyExecutor, executor
+
+    return executor(checked(config, AnyExecutor, "executor"))
 
 
 def inspect(
     scored: Annotated[
-        str, typer.Argument(help="What `phf score` wrote, or a folder of Parquet files with texts and scores.")
+        str, typer.Argument(help="The output of `phf score`, or a folder of Parquet files with texts and scores.")
     ],
-    out: Annotated[str | None, typer.Option(help="Page to write; default: inspect.html in the folder.")] = None,
-    scores: Annotated[str | None, typer.Option(help="Which scores, where `phf score --add` added some.")] = None,
+    out: Annotated[str | None, typer.Option(help="Page to write. Default: inspect.html in the folder.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Name of the scores to inspect, if `phf score --add` added some.")
+    ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Scores above it are bad. Default: found from the scores.")
+        float | None, typer.Option(help="Scores above it are bad. Default: chosen from the scores.")
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(help="Field of the documents' metadata that is true for bad ones: precision and recall."),
+        typer.Option(help="Field of the documents' metadata that is true for bad ones. Adds precision and recall."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="The corpus's token store: what share of its tokens a threshold calls bad.")
+        str | None, typer.Option(help="The corpus's token store. Adds the share of its tokens that a threshold hits.")
     ] = None,
 ) -> None:
-    """Look at the scores: distribution, thresholds, examples from best to worst. Writes a page and the numbers as JSON."""
+    """Look at the scores of a corpus.
+
+    Writes a page with the distribution, thresholds and examples from best to worst, and the numbers as JSON.
+    """
     from phf.report.format import number
     from phf.report.inspect import write_inspection
 
-    page, found = write_inspection(scored, out, scores, threshold, label, tokens)
+    page, found = write_inspection(scored, out, preference=scores, threshold=threshold, label=label, tokens_dir=tokens)
     levels = ("0.5", "0.9", "0.99", "1.0")
     print_table(
-        [found["preference"], "count", "score 0", "mean", *(f"quantile {q}" for q in levels)],
+        [found.preference, "count", "score 0", "mean", *(f"quantile {q}" for q in levels)],
         [
-            [name, f"{found[name]['n']:,}", f"{found[name]['zero']:.1%}", number(found[name]["mean"], 5)]
-            + [number(found[name]["quantiles"][q], 5) for q in levels]
-            for name in ("segments", "documents")
+            [name, f"{part.n:,}", f"{part.zero:.1%}", number(part.mean, 5)]
+            + [number(part.quantiles[q], 5) for q in levels]
+            for name, part in (("segments", found.segments), ("documents", found.documents))
         ],
     )
-    suggested = found["suggested"]
+    suggested = found.suggested
     print(
-        f"suggested thresholds: filtering {suggested['filtering']:.6g}, conditional and unlikelihood {suggested['conditional']:.6g}"
+        f"suggested thresholds: {suggested.filtering:.6g} for filtering, "
+        f"{suggested.conditional:.6g} for conditional and unlikelihood"
     )
     print(f"page: {page}   numbers: {page.with_suffix('.json')}")
 
 
 def fit_scorer(
     labels: Annotated[str, typer.Argument(help="Labelled texts: .jsonl, .csv, .tsv or .parquet.")],
-    out: Annotated[str, typer.Argument(help="Folder to write the scorer into.")],
+    out: Annotated[str, typer.Argument(help="Folder for the scorer.")],
     text: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label: Annotated[str, typer.Option(help="Column with the label: true or false, 1 or 0, or see --bad.")] = "label",
     bad: Annotated[str | None, typer.Option(help="Values of the label that mean bad, separated by commas.")] = None,
@@ -151,52 +164,71 @@ def fit_scorer(
         list[str] | None,
         typer.Option(help="Other labelled texts to measure on: FILE or FILE:TEXT:LABEL[:BAD,BAD]. May be repeated."),
     ] = None,
-    kind: Annotated[str, typer.Option(help="ngrams (quick) or transformer (finetunes --model).")] = "ngrams",
+    kind: Annotated[str, typer.Option(help="ngrams (fast) or transformer (finetunes --model).")] = "ngrams",
     model: Annotated[str | None, typer.Option(help="Model to finetune: a folder or a name on the Hub.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and the fit.")] = 0,
 ) -> None:
     """Fit a scorer to your own labels. Then: phf score CORPUS OUT --scorer fitted scorer.path=FOLDER
 
-    A fifth of the texts is kept out of the fit to measure on; probabilities are calibrated.
+    The scorer is measured on a fifth of the texts, which the fit does not see. Its probabilities are calibrated.
     """
     from phf.core.config import ConfigError, did_you_mean
-    from phf.report.format import number
     from phf.scorers.fitting import fit_scorer as fit
     from phf.scorers.fitting import read_labels
 
-    if kind not in ("ngrams", "transformer"):
-        raise ConfigError(f"--kind {kind!r}{did_you_mean(kind, ('ngrams', 'transformer'))}")
-    tests = []
-    for spec in test or []:
-        path, *columns = spec.split(":")
-        columns += [text, label][len(columns) :] if len(columns) < 2 else []
-        values = (
-            columns[2].split(",")
-            if len(columns) > 2
-            else (bad.split(",") if bad and len(spec.split(":")) == 1 else None)
-        )
-        tests.append(read_labels(path, columns[0], columns[1], values))
-    card = fit(read_labels(labels, text, label, bad.split(",") if bad else None), out, tests, kind, model, seed=seed)  # type: ignore[arg-type]
-    rows = []
-    for name, m in card["metrics"].items():
-        half = m["at"]["0.5"]
-        rows.append([name, f"{m['n']:,}", f"{m['bad']:,}", f"{number(m['auc'], 3)} ({number(m['auc_ci95'][0], 3)} to {number(m['auc_ci95'][1], 3)})", number(half["precision"], 3), number(half["recall"], 3), number(m["calibration_error"], 3)])  # fmt: skip
-    print(
-        f"{card['texts']:,} texts, {card['bad']:,} of them bad"
-        + (f"; set aside: {card['rejected']}" if card["rejected"] else "")
+    kinds = ("ngrams", "transformer")
+    if kind not in kinds:
+        raise ConfigError(f"unknown --kind {kind!r}{did_you_mean(kind, kinds)}")
+    tests = [_test_set(spec, text, label, bad) for spec in test or []]
+    fitted = read_labels(labels, text, label, bad.split(",") if bad else None)
+    card = fit(fitted, out, tests, cast(Literal["ngrams", "transformer"], kind), model, seed=seed)
+    skipped = f"; skipped: {by_reason(card.rejected)}" if card.rejected else ""
+    print(f"{counted(card.texts, 'text')}, {card.bad:,} of them bad{skipped}")
+    print_table(
+        ["measured on", "texts", "bad", "AUC (95% interval)", "precision", "recall", "calibration error"],
+        [_metrics_row(name, found) for name, found in card.metrics.items()],
     )
-    print_table(["measured on", "texts", "bad", "AUC (95% interval)", "precision", "recall", "calibration error"], rows)
-    print(f"precision and recall above 0.5; more in {out}/scorer.json")
+    print(f"precision and recall are at 0.5; other thresholds are in {out}/scorer.json")
+
+
+def _test_set(spec: str, text: str, label: str, bad: str | None) -> Labels:
+    """The labelled texts of `--test FILE` or `--test FILE:TEXT:LABEL[:BAD,BAD]`."""
+    from phf.scorers.fitting import read_labels
+
+    path, *columns = spec.split(":")
+    if not columns:
+        return read_labels(path, text, label, bad.split(",") if bad else None)
+    label = columns[1] if len(columns) > 1 else label
+    return read_labels(path, columns[0], label, columns[2].split(",") if len(columns) > 2 else None)
+
+
+def _metrics_row(name: str, found: ScorerMetrics) -> list[str]:
+    from phf.report.format import number
+
+    half = found.at["0.5"]
+    low, high = found.auc_ci95
+    return [
+        name,
+        f"{found.n:,}",
+        f"{found.bad:,}",
+        f"{number(found.auc, 3)} ({number(low, 3)} to {number(high, 3)})",
+        number(half.precision, 3),
+        number(half.recall, 3),
+        number(found.calibration_error, 3),
+    ]
 
 
 def push(
-    scored: Annotated[str, typer.Argument(help="What `phf score` wrote.")],
-    repo: Annotated[str, typer.Argument(help="Data set on the Hub to write to: owner/name.")],
+    scored: Annotated[str, typer.Argument(help="The output of `phf score`.")],
+    repo: Annotated[str, typer.Argument(help="Dataset on the Hub to push to: owner/name.")],
     public: Annotated[
-        bool, typer.Option("--public", help="Make a new data set public; it is private otherwise.")
+        bool, typer.Option("--public", help="Make a new dataset public. Without this option it is private.")
     ] = False,
 ) -> None:
-    """Push a scored corpus to the Hub, with a card that says what scored it, how much, and what failed."""
+    """Push a scored corpus to the Hub.
+
+    The dataset card reports the scorer, the sizes and the failures.
+    """
     from phf.scoring.publish import push_scored
 
     print(f"pushed: {push_scored(scored, repo, private=not public)}")
@@ -204,28 +236,31 @@ def push(
 
 def tokenize(
     scored: Annotated[
-        str, typer.Argument(help="What `phf score` wrote, or a folder of Parquet files with texts and scores.")
+        str, typer.Argument(help="The output of `phf score`, or a folder of Parquet files with texts and scores.")
     ],
-    out: Annotated[str, typer.Argument(help="Folder to write the token store into.")],
+    out: Annotated[str, typer.Argument(help="Folder for the token store.")],
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Folder or Hub name of a tokenizer. Default: train a byte-level BPE on the corpus."),
     ] = None,
-    vocab_size: Annotated[int, typer.Option(min=257, help="Entries of the BPE that is trained.")] = 8192,
-    heldout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of documents kept out of training.")] = 0.05,
+    vocab_size: Annotated[int, typer.Option(min=257, help="Vocabulary size of a BPE that is trained.")] = 8192,
+    heldout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the documents to hold out.")] = 0.05,
 ) -> None:
-    """Tokenise a scored corpus, once for every objective. Run it again to resume."""
+    """Tokenize a scored corpus, once for all objectives. Run the same command again to resume."""
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer)
     manifest = tokenize_corpus(scored, config, out, heldout)
-    counts = manifest["counts"]
+    counts = manifest.counts
     print(
-        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens ({counts['train_tokens']:,} for training), vocabulary {manifest['vocab_size']:,}"
+        f"{counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} ({counts.train_tokens:,} for "
+        "training), "
+        f"vocabulary {manifest.vocab_size:,}"
     )
-    if counts["roundtrip_lossy"]:
+    if counts.roundtrip_lossy:
         print(
-            f"warning: {counts['roundtrip_lossy']} of {counts['roundtrip_checked']} documents checked do not decode to their text with this tokenizer",
+            f"warning: with this tokenizer, {counts.roundtrip_lossy} of {counts.roundtrip_checked} checked documents "
+            "do not decode to their text",
             file=sys.stderr,
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phf.cli.shared import print_table
+
+if TYPE_CHECKING:
+    from phf.report.results import RecipeResults, RunSummary
 
 
 def run(
@@ -14,22 +17,28 @@ def run(
         list[str],
         typer.Argument(
             metavar="RECIPE [MORE.yaml]... [a.b=c]...",
-            help="Recipes by name or file, merged left to right, then settings.",
+            help="Recipes by name or file, merged from left to right, then settings.",
         ),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the merged recipe, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the merged recipe without running it.")
+    ] = False,
     only: Annotated[
-        str | None, typer.Option(help="Only one run of the recipe, by its name, or `data`: what all runs share.")
+        str | None, typer.Option(help="Run only one run of the recipe, by its name, or `data`: what all runs share.")
     ] = None,
     list_commands: Annotated[
-        bool, typer.Option("--list", help="Print the recipe as independent commands, one a run, and run nothing.")
+        bool, typer.Option("--list", help="Print the recipe as independent commands, one per run, without running it.")
     ] = False,
 ) -> None:
-    """Run every stage of a recipe that is not done: score, tokenise, train each run, judge, report.
+    """Run the unfinished stages of a recipe.
 
-    Recipes of phf: demo (PII in READMEs), pep8 (the standard library), finetuning and grid (on the demo's data), quick (laid
-    on any of these, for a fast try); paper-toxicity, paper-pii, paper-pep8 with mle, filtering, conditional, unlikelihood,
-    rwr, awr and finetune50, finetune10 laid on them. A run that fails does not stop the others.
+    The stages: score, tokenize, train each run, judge, report.
+
+    phf comes with these recipes. demo: personal data in READMEs. pep8: style of the standard library's code.
+    finetuning and grid: more comparisons on the demo's data. paper-toxicity, paper-pii, paper-pep8: the paper's tasks.
+    Merge `quick` into any of them for a short try. Merge mle, filtering, conditional, unlikelihood, rwr or awr into a
+    paper task to run that objective, and finetune50 or finetune10 for feedback that starts late. A run that fails does
+    not stop the others.
     """
     from phf.core.config import dump_yaml, to_plain
     from phf.recipes.recipe import load_recipe
@@ -41,94 +50,116 @@ def run(
     if list_commands:
         from phf.recipes.run import commands
 
-        for number, block in enumerate(commands(loaded, recipe)):
-            print(
-                ("# then, in any order or at the same time:" if len(block) > 1 else "# then:") if number else "# first:"
-            )
-            print("\n".join(block))
+        print_commands(commands(loaded, recipe))
         return
     from phf.recipes.run import RecipeError, run_recipe
 
     try:
         results = run_recipe(loaded, only)
     except RecipeError as error:
-        if error.results and error.results["runs"]:
-            show_results(error.results)
+        if error.results is not None and error.results.runs:
+            print_results(error.results)
         raise
-    show_results(results)
+    print_results(results)
     if only is None:
-        print(f"\nreport: {loaded.folder}/report.html   numbers: {loaded.folder}/results.json")
+        print(f"\nreport: {loaded.files.report}   numbers: {loaded.files.results}")
 
 
 def plan(
     recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.")],
     tokens_per_s: Annotated[
-        float | None, typer.Option(min=1, help="Training speed, where it is known: target tokens a second.")
+        float | None, typer.Option(min=1, help="Training speed in target tokens per second, if known.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="What the hardware reaches in bf16 matrix products, in TFLOP/s.")
+        float | None, typer.Option(min=0.001, help="Speed of one device in bf16 matrix products, in TFLOP/s.")
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of that rate which training reaches.")
+        float, typer.Option(min=0.01, max=1, help="Share of that speed that training reaches.")
     ] = 0.4,
     memory_gb: Annotated[
-        float | None, typer.Option(min=0.1, help="Memory of the device. Default: this machine's.")
+        float | None, typer.Option(min=0.1, help="Memory of one device. Default: this machine's.")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes (devices) that train a run together, as torchrun starts them.")
+        int, typer.Option(min=1, help="Number of devices that train a run together, as with torchrun.")
     ] = 1,
     disk_gb: Annotated[float | None, typer.Option(min=0.1, help="Free disk space. Default: this machine's.")] = None,
     score: Annotated[
         bool, typer.Option("--score/--no-score", help="Read some of the corpus and time the scorer on it.")
     ] = True,
 ) -> None:
-    """Say what a recipe takes before anything runs: tokens, steps, FLOPs, memory, disk, the scorer's time, hours.
+    """Estimate what a recipe costs.
 
-    Without a given speed, this machine's rate of matrix products is measured. Fails where something cannot fit.
+    Prints tokens, steps, FLOPs, memory, disk and hours. Nothing is trained.
+
+    Without a given speed, this machine's speed of matrix products is measured. Fails if something cannot fit.
     """
-    from phf.recipes.plan import make_plan, told
+    from phf.core.config import ConfigError
+    from phf.recipes.plan import HEAD, make_plan, plan_table
     from phf.recipes.recipe import load_recipe
 
-    found = make_plan(load_recipe(recipe), tokens_per_s, tflops, utilisation, memory_gb, disk_gb, score, processes)
-    rows, lines = told(found)
-    print_table(
-        ["run", "parameters", "tokens", "steps", "of 20 a parameter", "FLOPs", "memory GB", "disk GB", "hours"], rows
+    found = make_plan(
+        load_recipe(recipe),
+        tokens_per_s,
+        tflops=tflops,
+        utilisation=utilisation,
+        memory_gb=memory_gb,
+        disk_gb=disk_gb,
+        score=score,
+        processes=processes,
     )
+    rows, lines = plan_table(found)
+    print_table(HEAD, rows)
     print()
     print("\n".join(lines))
-    if found["problems"]:
-        from phf.core.config import ConfigError
-
-        raise ConfigError("this cannot run as it is:\n" + "\n".join(f"  {p}" for p in found["problems"]))
+    if found.problems:
+        raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {p}" for p in found.problems))
 
 
-def show_results(results: dict[str, Any]) -> None:
-    """The comparison as a table in the terminal."""
-    from phf.report.format import number
+def print_commands(blocks: list[list[str]]) -> None:
+    """Print commands in blocks, with when each block may start."""
+    for number, block in enumerate(blocks):
+        when = "first" if number == 0 else "then, in any order or at the same time" if len(block) > 1 else "then"
+        print(f"# {when}:")
+        print("\n".join(block))
 
-    rows = []
-    best = {found["group"] for found in results["best"].values()}
-    for r in results["runs"]:
-        m = r["misalignment"]
-        rows.append([r["group"] + " *" * (r["group"] in best), str(r["seed"]), f"{number(m['mean'], 5)} ± {number(m['stderr'], 5)}", f"{number(m['ci95'][0], 5)} to {number(m['ci95'][1], 5)}",
-                     "–" if r["bad_segments"] is None else f"{r['bad_segments']:.1%}", number(r["heldout"]["good"], 3), number(r["heldout"]["bad"], 3),
-                     number(r["distinct_2"], 3), f"{r['unjudged']}"])  # fmt: skip
-    print(f"\n{results['recipe']}   (misalignment: {results['unit']}; lower is better)\n")
-    print_table(
-        [
-            "run",
-            "seed",
-            "misalignment",
-            "95% interval",
-            "bad segments",
-            "nats/byte good",
-            "nats/byte bad",
-            "distinct-2",
-            "not judged",
-        ],
-        rows,
-    )
-    if best:
-        print(f"\n* best setting. {next(iter(results['best'].values()))['rule']}")
-    if results["quick"]:
-        print("\nToo short to conclude anything from: the quick variant only shows that every step works.")
+
+RESULT_HEAD = [
+    "run",
+    "seed",
+    "misalignment",
+    "95% interval",
+    "bad segments",
+    "nats/byte good",
+    "nats/byte bad",
+    "distinct-2",
+    "not judged",
+]
+
+
+def print_results(results: RecipeResults) -> None:
+    """Print the comparison as a table."""
+    best = {found.group for found in results.best.values()}
+    print(f"\n{results.recipe}   (misalignment: {results.unit}; lower is better)\n")
+    print_table(RESULT_HEAD, [_result_row(run, run.group in best) for run in results.runs])
+    for found in list(results.best.values())[:1]:
+        print(f"\n* best settings. {found.rule}")
+    if results.quick:
+        print("\nBudget too small for conclusions: this variant only shows that every step works.")
+
+
+def _result_row(run: RunSummary, is_best: bool) -> list[str]:
+    from phf.report.format import number, share
+
+    found = run.misalignment
+    low, high = found.ci95
+    return [
+        run.group + " *" * is_best,
+        str(run.seed),
+        f"{number(found.mean, 5)} ± {number(found.stderr, 5)}",
+        f"{number(low, 5)} to {number(high, 5)}",
+        share(run.bad_segments),
+        number(run.heldout["good"], 3),
+        number(run.heldout["bad"], 3),
+        number(run.distinct_2, 3),
+        str(run.unjudged),
+    ]

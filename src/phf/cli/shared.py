@@ -1,14 +1,22 @@
-"""What the commands share: settings on the command line, tables in the terminal."""
+"""What the commands share: settings on the command line, tables in the terminal.
+
+Modules of the command line import the rest of phf inside functions, so that `phf --help` is fast.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from phf.core.config import Plain
+    from phf.scorers import Scorer
+
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[FILE.yaml|a.b=c]...", help="Recipe files, merged left to right, then settings."),
+    typer.Argument(metavar="[FILE.yaml|a.b=c]...", help="Recipe files, merged from left to right, then settings."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings, for example num_samples=64.")
@@ -16,20 +24,13 @@ Overrides = Annotated[
 
 
 def split_settings(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """(files or folders, settings of the form a.b=c)"""
     arguments = arguments or []
     return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
 
 
-def laid_on(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`a.b=c` settings laid on `config`."""
-    from phf.core.config import merge, parse_override
-
-    for override in overrides:
-        config = merge(config, parse_override(override))
-    return config
-
-
 def only_overrides(arguments: list[str] | None) -> list[str]:
+    """The settings. Raises ConfigError for any other argument."""
     from phf.core.config import ConfigError
 
     files, overrides = split_settings(arguments)
@@ -38,8 +39,8 @@ def only_overrides(arguments: list[str] | None) -> list[str]:
     return overrides
 
 
-def mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Takes the settings `name.*` out of `config`."""
+def take(config: Plain, name: str) -> Plain:
+    """Remove the settings `name.*` from `config` and return them."""
     from phf.core.config import ConfigError
 
     value = config.pop(name, {})
@@ -48,7 +49,8 @@ def mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def known_keys(config: dict[str, Any], known: tuple[str, ...]) -> None:
+def known_keys(config: Plain, known: tuple[str, ...]) -> None:
+    """Raise ConfigError for settings whose first part is not known."""
     from phf.core.config import ConfigError, did_you_mean
 
     for key in config:
@@ -56,9 +58,42 @@ def known_keys(config: dict[str, Any], known: tuple[str, ...]) -> None:
             raise ConfigError(f"unknown setting {key!r}{did_you_mean(key, known)}")
 
 
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    for number, line in enumerate([head, *rows]):
+def checked(value: Any, type_: Any, prefix: str = "") -> Any:
+    """Settings of the command line as a `type_`. `prefix`: the setting that `value` is. Raises ConfigError that lists
+    every problem."""
+    from phf.core.config import COMMAND_LINE, validate
+
+    return validate(value, type_, COMMAND_LINE, prefix=prefix)
+
+
+def scorer_option(name: str | None, fields: Plain) -> Scorer | None:
+    """The scorer of --scorer with its `scorer.*` settings; None if the corpus's own scorer judges."""
+    from phf.core.config import ConfigError
+    from phf.scorers import AnyScorer
+
+    if name is None:
+        if fields:
+            raise ConfigError("scorer.* settings need --scorer: without it the corpus's own scorer judges")
+        return None
+    scorer: Scorer = checked({"name": name, **fields}, AnyScorer, "scorer")
+    return scorer
+
+
+def is_url(model: str) -> bool:
+    """Whether a model is on a server."""
+    return model.startswith(("http://", "https://"))
+
+
+def folder_name(model: str) -> str:
+    """A folder name for the results of a model from elsewhere."""
+    return model.strip("/").replace("/", "--")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns, the first to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for number, line in enumerate(lines):
         cells = [
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))

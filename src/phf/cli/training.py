@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,49 +11,65 @@ from phf.cli.shared import Settings, split_settings
 
 
 def train(
-    tokens: Annotated[str, typer.Argument(help="What `phf tokenize` wrote.")],
+    tokens: Annotated[str, typer.Argument(help="The output of `phf tokenize`.")],
     out: Annotated[str, typer.Argument(help="Folder of the run.")],
     settings: Settings = None,
 ) -> None:
-    """Train a model with an objective. Run it again to resume.
+    """Train a model with an objective. Run the same command again to resume.
 
-    Settings are `objective` (objective.name=conditional objective.threshold=0 ...), `model` (model.name=from_config
-    with model.config.model_type=llama ..., or model.name=from_weights model.path=...), `train` (train.tokens=1e7
-    train.lr=1e-3 ...), `during` (during.every=1e6: held-out loss while training) and `seed`. Recipe files may hold them
-    too. With torchrun or accelerate launch: unchanged.
+    Settings are objective (objective.name=conditional objective.threshold=0 ...), model (model.name=from_config with
+    model.config.model_type=llama ..., or model.name=from_weights model.path=...), train (train.tokens=1e7
+    train.lr=1e-3 ...), monitor (monitor.every=1e6 measures held-out loss during training) and seed. Recipe files may
+    hold them too. The command also works under torchrun and accelerate launch.
     """
     from phf.core.config import load
-    from phf.evaluation.monitor import JudgeDuring
+    from phf.core.runs import RunFolder
+    from phf.evaluation.monitor import MonitorCallback
     from phf.recipes.recipe import TrainStage
     from phf.training.train import train as train_run
 
     files, overrides = split_settings(settings)
     stage = load(files, overrides, TrainStage)
-    during = (JudgeDuring(stage.during, out, tokens, stage.train, stage.objective),) if stage.during else ()
-    manifest = train_run(tokens, out, stage.model, stage.objective, stage.train, stage.seed, callbacks=during)
-    if manifest:
-        counts = manifest["counts"]
+    callbacks: tuple[MonitorCallback, ...] = ()
+    if stage.monitor is not None:
+        callbacks = (MonitorCallback(stage.monitor, out, tokens, stage.train, stage.objective),)
+    manifest = train_run(
+        tokens_dir=tokens,
+        out=out,
+        model=stage.model,
+        objective=stage.objective,
+        config=stage.train,
+        seed=stage.seed,
+        callbacks=callbacks,
+    )
+    if manifest is not None:
+        counts = manifest.counts
         print(
-            f"{counts['tokens']:,} tokens in {counts['steps']:,} steps ({counts['epochs']:.2f} epochs), {manifest['seconds']:.0f} s; model in {out}/model"
+            f"{counts.tokens:,} tokens in {counts.steps:,} steps ({counts.epochs:.2f} epochs), "
+            f"{manifest.seconds:.0f} s; model in {RunFolder(Path(out)).model}"
         )
 
 
 def export(
     run: Annotated[
-        str, typer.Argument(help="A trained run; judged by `phf eval` before, so that the card has numbers.")
+        str, typer.Argument(help="A trained run. Judge it with `phf eval` first, so that the card has numbers.")
     ],
-    out: Annotated[str, typer.Argument(help="Folder to write the release into.")],
+    out: Annotated[str, typer.Argument(help="Folder for the release.")],
     push: Annotated[str | None, typer.Option(help="Also push it to this model on the Hub: owner/name.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make a new model public; it is private otherwise.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new model public. Without this option it is private.")
+    ] = False,
     name: Annotated[
-        str | None, typer.Option(help="The model's name on its card. Default: --push, or the run's.")
+        str | None, typer.Option(help="The model's name on its card. Default: --push, or the run's name.")
     ] = None,
-    licence: Annotated[str | None, typer.Option(help="As the Hub names licences, for example mit.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence, as the Hub names it, for example mit.")] = None,
 ) -> None:
-    """Write a model that plain transformers loads and that behaves: pipeline("text-generation", model=OUT).
+    """Write a model for plain transformers.
 
-    The tokenizer begins texts with the good token, typed control tokens are text, the bad token is never written, and a
-    card says what was measured. The result is loaded and tried before it counts as finished.
+    `pipeline("text-generation", model=OUT)` loads it.
+
+    Its tokenizer starts texts with the good token and reads typed control tokens as text. The model never writes the
+    bad token. A card says what was measured. The result is loaded and tested before it is marked as finished.
     """
     from phf.release import export as write_release
     from phf.release import push_release

@@ -1,1 +1,4 @@
-"""Types, settings, files, devices, statistics and random numbers: what every other package uses. No torch, nothing else of phf."""
+"""What every other package uses: types, settings, files, devices, statistics and random numbers.
+
+Imports nothing else of phf. torch is imported inside the functions that need it.
+"""

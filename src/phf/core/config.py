@@ -1,9 +1,9 @@
-"""Recipes: YAML files merged left to right, then `a.b=c` overrides, then checked all at once. Floor 0.
+"""Settings: YAML files merged left to right, then `a.b=c` overrides, then all of it checked at once.
 
     load(["recipes/pii.yaml", "my.yaml"], ["train.tokens=1e6"], Recipe)
 
-YAML is read with the safe loader; numbers in YAML 1.1's blind spot ("1e-4" without a dot is a string there) are read
-as numbers. Every mistake is reported in one error with its path, unknown keys with the nearest known one.
+YAML is read with the safe loader. `1e-4` is a number, as in YAML 1.2. All mistakes are reported together, each with its
+path and the place it came from; unknown names come with the nearest known one.
 """
 
 from __future__ import annotations
@@ -11,34 +11,50 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
 from pydantic import ConfigDict
+from pydantic.fields import FieldInfo
+
+from phf.core.text import counted
+from phf.core.types import PhfError
 
 T = TypeVar("T")
 
+Plain = dict[str, Any]
+"""Settings as YAML and JSON hold them, before they are checked."""
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""Settings of every config dataclass: unknown keys are errors, so are NaN and infinities."""
+"""For every settings dataclass: unknown keys, NaN and infinities are errors."""
+
+RENAMED = {"during": "monitor"}
+"""Settings that had another name in earlier versions."""
 
 
-class ConfigError(ValueError):
-    """A recipe that cannot be used. The message lists every problem with its path."""
+class ConfigError(PhfError, ValueError):
+    """Settings that cannot be used. The message lists every problem with its path."""
+
+    exit_code = 2
+
+
+# YAML
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2's floats: 1e-4 and 1E6 are numbers. Duplicate keys are errors."""
+    """The safe loader with YAML 1.2's floats (1e-4 and 1E6 are numbers). Duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             if isinstance(key, str):
@@ -53,22 +69,25 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+        r"""^[-+]?(?: [0-9][0-9_]*\.[0-9_]* | \.[0-9][0-9_]* | [0-9][0-9_]*(?=[eE]) ) (?:[eE][-+]?[0-9]+)?$
+        | ^[-+]?\.(?:inf|Inf|INF)$ | ^\.(?:nan|NaN|NAN)$""",
+        re.VERBOSE,
     ),
     list("-+0123456789."),
 )
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The YAML value of `text`; a mistake in it is a ConfigError that names `where` and the line."""
+    """The YAML value of `text`. Raises ConfigError with `where` and the line of a mistake."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that must hold a mapping (an empty file is an empty one)."""
+def read_yaml(path: str | Path) -> Plain:
+    """Read a YAML file that holds a mapping. An empty file is an empty mapping. Raises ConfigError for any other
+    file."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -84,10 +103,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`: mappings merge key by key, anything else replaces.
+def dump_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
-    A mapping whose `name` changes replaces its base whole: the fields of one variant make no sense in another.
+
+# Merging
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Plain:
+    """Merge `over` into `base`, key by key; a value that is not a mapping replaces the old one.
+
+    A mapping with another `name` replaces its base as a whole: the fields of one variant have no meaning in another.
     """
     if "name" in over and "name" in base and over["name"] != base["name"]:
         return dict(over)
@@ -98,7 +124,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_override(text: str) -> dict[str, Any]:
+def parse_override(text: str) -> Plain:
     """`train.lr=1e-3` as nested mappings. The value is YAML."""
     path, sep, value = text.partition("=")
     keys = path.strip().split(".")
@@ -107,43 +133,71 @@ def parse_override(text: str) -> dict[str, Any]:
     nested: Any = parse_yaml(value, f"override {text!r}")
     for key in reversed(keys):
         nested = {key: nested}
-    return typing.cast(dict[str, Any], nested)
+    return typing.cast(Plain, nested)
 
 
-def _known_fields(type_: Any, loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the config class found by walking `loc` (names, list indices and union tags) from `type_`."""
-    candidates = [type_]
-    for step in loc:
-        following: list[Any] = []
-        for candidate in candidates:
-            for option in _unwrap(candidate):
-                if dataclasses.is_dataclass(option) and isinstance(step, str):
-                    hints = typing.get_type_hints(option, include_extras=True)
-                    if step in hints:
-                        following.append(hints[step])
-                    elif any(
-                        step == getattr(f, "default", None) for f in dataclasses.fields(option) if f.name == "name"
-                    ):
-                        following.append(option)
-                elif typing.get_origin(option) in (dict, list, tuple):
-                    following.extend(a for a in typing.get_args(option)[-1:] if a is not Ellipsis)
-        candidates = following
-    return sorted(
-        {f.name for c in candidates for o in _unwrap(c) if dataclasses.is_dataclass(o) for f in dataclasses.fields(o)}
-    )
+def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> Plain:
+    """`config` with `a.b=c` overrides merged in, from left to right."""
+    merged = dict(config)
+    for override in overrides:
+        merged = merge(merged, parse_override(override))
+    return merged
 
 
-def _unwrap(type_: Any) -> list[Any]:
-    """The alternatives behind Annotated and unions."""
+# Checking
+
+
+def _options(type_: Any) -> list[Any]:
+    """The types in a union or an annotated type."""
     if typing.get_origin(type_) is typing.Annotated:
-        return _unwrap(typing.get_args(type_)[0])
-    if typing.get_origin(type_) in (typing.Union, __import__("types").UnionType):
-        return [o for a in typing.get_args(type_) for o in _unwrap(a)]
+        return _options(typing.get_args(type_)[0])
+    if typing.get_origin(type_) in (typing.Union, types.UnionType):
+        return [option for arg in typing.get_args(type_) for option in _options(arg)]
     return [type_]
 
 
+def _has_tag(option: Any, tag: Any) -> bool:
+    """Whether a settings dataclass is the member of its union that is called `tag`."""
+    return dataclasses.is_dataclass(option) and any(
+        f.name == "name" and f.default == tag for f in dataclasses.fields(option)
+    )
+
+
+def _types_at(type_: Any, loc: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The types that pydantic's error location `loc` leads to from `type_`, and its path without the tags of unions."""
+    found = [type_]
+    path = []
+    for step in loc:
+        inner: list[Any] = []
+        tagged: list[Any] = []
+        for option in (o for candidate in found for o in _options(candidate)):
+            if dataclasses.is_dataclass(option) and isinstance(step, str):
+                hints = typing.get_type_hints(option, include_extras=True)
+                if step in hints:
+                    inner.append(hints[step])
+                elif _has_tag(option, step):
+                    tagged.append(option)
+            elif typing.get_origin(option) in (dict, list, tuple):
+                inner += [arg for arg in typing.get_args(option) if arg is not Ellipsis][-1:]
+        options = [option for candidate in found for option in _options(candidate)]
+        holds = any(dataclasses.is_dataclass(o) or typing.get_origin(o) in (dict, list, tuple) for o in options)
+        if holds and (inner or not tagged):  # else the step is the label of a union's member
+            path.append(str(step))
+        found = inner or tagged
+    return found, path
+
+
+def _union_title(types_: Iterable[Any]) -> str:
+    """What the members of a tagged union are: "objective", "scorer". "name" if the union does not say."""
+    for type_ in types_:
+        for extra in getattr(type_, "__metadata__", ()):
+            if isinstance(extra, FieldInfo) and extra.title:
+                return extra.title
+    return "name"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' where a known word is near, else the list of what is known, if it is short."""
+    """' (did you mean X?)' if a known word is near, else the list of known words if it is short."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1)
     if near:
@@ -151,25 +205,146 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (known: {', '.join(known)})" if 0 < len(known) <= 30 else ""
 
 
-def validate(value: Any, type_: type[T] | Any, where: str = "recipe") -> T:
-    """`value` (plain YAML data) as a `type_`. Raises ConfigError listing every problem with its path."""
+def _expected(kind: str, limits: Mapping[str, Any]) -> str | None:
+    """What pydantic's kind of error asks for, in the words of a user; None if pydantic's own message says it."""
+    if kind.startswith(("float_", "decimal_")):
+        return "a number"
+    if kind.startswith("int_"):
+        return "a whole number"
+    if kind.startswith("bool_"):
+        return "true or false"
+    if kind == "string_type":
+        return "text"
+    if kind == "finite_number":
+        return "a finite number"
+    if kind in ("tuple_type", "list_type"):
+        return "a list, in brackets ([one, another])"
+    if kind in ("dict_type", "mapping_type", "model_type", "model_attributes_type", "dataclass_type"):
+        return "settings, as a mapping ({name: value}) or with a dot (a.b=value)"
+    for comparison, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
+        if comparison in limits:
+            return f"{words} {limits[comparison]:g}"
+    if kind in ("too_short", "too_long"):
+        least = kind == "too_short"
+        return f"at {'least' if least else 'most'} {counted(limits['min_length' if least else 'max_length'], 'value')}"
+    return None
+
+
+def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
+    """(path, message) of one of pydantic's errors."""
+    loc = tuple(error["loc"])
+    kind = error["type"]
+    given = error["input"]
+    found, path = _types_at(type_, loc)
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        parents, path = _types_at(type_, loc[:-1])
+        key = str(loc[-1])
+        known = {
+            f.name for t in parents for o in _options(t) if dataclasses.is_dataclass(o) for f in dataclasses.fields(o)
+        }
+        renamed = RENAMED.get(key)
+        hint = f" (renamed to {renamed!r})" if renamed in known else did_you_mean(key, known)
+        return [*path, key], f"unknown key{hint}"
+    if kind in ("missing", "missing_argument"):
+        return path, "missing"
+    members = [
+        f.default
+        for t in found
+        for o in _options(t)
+        if dataclasses.is_dataclass(o)
+        for f in dataclasses.fields(o)
+        if f.name == "name"
+    ]
+    which = f"which {_union_title(found)}? give a name: {', '.join(map(str, members))}"
+    if kind == "union_tag_not_found" or (kind == "union_tag_invalid" and error["ctx"]["tag"] == "None"):
+        return path, which
+    if kind == "union_tag_invalid":
+        tags = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
+        tag = str(error["ctx"]["tag"])
+        return [*path, "name"], f"unknown {_union_title(found)} {tag!r}{did_you_mean(tag, tags)}"
+    if kind == "literal_error":
+        values = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(given), values, n=1)
+        wanted = error["ctx"]["expected"]
+        return path, f"expected {wanted}, got {_short(given)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    wanted = _expected(kind, error.get("ctx", {}))
+    if len(members) > 1 and wanted is not None and wanted.startswith("settings"):
+        example = given if given in members else members[0]
+        in_list = not path or path[-1].isdigit()
+        wanted = "settings, such as " + (f"{{name: {example}}}" if in_list else f"{'.'.join(path)}.name={example}")
+    if wanted is not None:
+        return path, f"expected {wanted}, got {_short(given)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return path, message if isinstance(given, Mapping) else f"{message}, got {_short(given)}"
+
+
+def problems(value: Any, type_: Any) -> list[tuple[list[str], str]]:
+    """What is wrong with plain YAML data as a `type_`: (path, message) of each problem."""
+    try:
+        pydantic.TypeAdapter(type_).validate_python(value)
+    except pydantic.ValidationError as error:
+        errors = error.errors(include_url=False)
+        inside = {tuple(e["loc"][:n]) for e in errors for n in range(len(e["loc"]))}
+        # a list with a bad member counts as too short
+        found = [_problem(e, type_) for e in errors if e["type"] != "too_short" or tuple(e["loc"]) not in inside]
+        return _alternatives(found)
+    return []
+
+
+def _alternatives(found: Sequence[tuple[list[str], str]]) -> list[tuple[list[str], str]]:
+    """Problems of the members of a union as one: "expected true or false, or 'auto', got 'maybe'"."""
+    merged: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for path, message in found:
+        wanted, got, rest = message.rpartition(", got ")
+        end = got + rest if wanted.startswith("expected ") else ""
+        merged.setdefault((tuple(path), end), []).append(wanted if end else message)
+    return [
+        (list(path), ", or ".join([texts[0], *(t.removeprefix("expected ") for t in texts[1:])]) + end)
+        if end
+        else (list(path), text)
+        for (path, end), texts in merged.items()
+        for text in (texts[:1] if end else texts)
+    ]
+
+
+COMMAND_LINE = "the command line"
+
+
+def validate(
+    value: Any,
+    type_: type[T] | Any,
+    where: str = "recipe",
+    *,
+    prefix: str = "",
+    before: Mapping[str, Any] | None = None,
+) -> T:
+    """Plain YAML data as a `type_`.
+
+    `where`: the place that `value` comes from. `prefix`: the setting that `value` is; paths start with it. `before`:
+    `value` before settings of the command line were merged into it. What is wrong only with them is reported under the
+    command line. A problem of a whole that had other problems before may come from both. Raises ConfigError that lists
+    every problem with its path.
+    """
     try:
         return typing.cast(T, pydantic.TypeAdapter(type_).validate_python(value))
-    except pydantic.ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            path = ".".join(str(p) for p in problem["loc"]) or "(top)"
-            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                *parent, key = problem["loc"]
-                hint = did_you_mean(str(key), _known_fields(type_, tuple(parent)))
-                lines.append(f"  {path}: unknown key{hint}")
-            elif problem["type"] in ("missing", "missing_argument"):
-                lines.append(f"  {path}: missing")
-            elif problem["type"] in ("tuple_type", "list_type"):
-                lines.append(f"  {path}: expected a list, in brackets ([one, another]), got {_short(problem['input'])}")
+    except pydantic.ValidationError:
+        earlier = None if before is None else problems(before, type_)
+        lines: dict[str, list[str]] = {}
+        for path, message in problems(value, type_):
+            if earlier is None or (path, message) in earlier:
+                place = where
+            elif any(other[: len(path)] == path for other, _ in earlier):  # these hid what else was wrong there
+                place = f"{where} with {COMMAND_LINE}"
             else:
-                lines.append(f"  {path}: {problem['msg']}, got {_short(problem['input'])}")
-        raise ConfigError(f"{where} has {len(lines)} problem{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+                place = COMMAND_LINE
+            setting = ".".join([*([prefix] if prefix else []), *path])
+            lines.setdefault(place, []).append(f"  {setting}: {message}" if setting else f"  {message}")
+        raise ConfigError(
+            "\n".join(
+                f"{place} has {len(found)} problem{'s' * (len(found) > 1)}:\n" + "\n".join(found)
+                for place, found in lines.items()
+            )
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -180,21 +355,14 @@ def _short(value: Any) -> str:
 def load(
     files: Iterable[str | Path], overrides: Iterable[str], type_: type[T], base: Mapping[str, Any] | None = None
 ) -> T:
-    """Recipe files merged left to right over `base`, then overrides, validated as `type_`."""
-    value: dict[str, Any] = dict(base or {})
-    names = []
-    for file in files:
-        value = merge(value, read_yaml(file))
-        names.append(str(file))
-    for override in overrides:
-        value = merge(value, parse_override(override))
-    return validate(value, type_, " + ".join(names) or "recipe")
+    """Merge recipe files left to right into `base`, then the overrides, and check the result as a `type_`."""
+    value: Plain = dict(base or {})
+    names = [str(file) for file in files]
+    for name in names:
+        value = merge(value, read_yaml(name))
+    return validate(apply_overrides(value, overrides), type_, " + ".join(names) or COMMAND_LINE, before=value)
 
 
 def to_plain(config: Any) -> Any:
-    """A config dataclass as plain data, for YAML, JSON and fingerprints."""
+    """A settings dataclass as plain data, for YAML, JSON and fingerprints."""
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
-
-
-def dump_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)

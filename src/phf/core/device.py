@@ -1,4 +1,4 @@
-"""Which device, and which number type on it. Floor 0; torch is imported when asked."""
+"""Which device and which number type to compute with. torch is imported inside the functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def pick_device(device: str = "auto") -> str:
-    """ "cuda" where there is one, unless another is named."""
+    """`device`, or for "auto" cuda if there is a GPU, else cpu."""
     import torch
 
     if device != "auto":
@@ -17,8 +17,8 @@ def pick_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def has_quick_bf16(device: str) -> bool:
-    """Whether bfloat16 is quicker than float32 there. (float16 never is on a CPU.)"""
+def has_fast_bf16(device: str) -> bool:
+    """Whether bfloat16 is faster than float32 on this device."""
     import torch
 
     if device.startswith("cuda"):
@@ -31,17 +31,17 @@ def has_quick_bf16(device: str) -> bool:
 
 
 def pick_precision(precision: str) -> Any:
-    """The autocast type of "auto", "bf16" or "fp32": torch.bfloat16 or None. Never float16: on a CPU it is slower than
-    float32."""
+    """The autocast type for "auto", "bf16" or "fp32": torch.bfloat16 or None. Never float16, which is slower than
+    float32 on a CPU."""
     import torch
 
-    wanted = precision == "bf16" or (precision == "auto" and has_quick_bf16(pick_device()))
+    wanted = precision == "bf16" or (precision == "auto" and has_fast_bf16(pick_device()))
     return torch.bfloat16 if wanted else None
 
 
 @functools.cache
 def tune_allocator() -> None:
-    """Keep freed memory instead of giving every large tensor back to the kernel (glibc on Linux; elsewhere nothing).
+    """Keep freed memory instead of returning every large tensor to the kernel (glibc on Linux; elsewhere no effect).
 
     Page faults otherwise cost a quarter to a third of a CPU training step, and most of a draw from a large vocabulary.
     """
@@ -53,7 +53,8 @@ def tune_allocator() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    m_trim_threshold, m_mmap_max = -1, -4
+    m_trim_threshold = -1  # names and numbers of malloc.h
+    m_mmap_max = -4
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
 
@@ -64,19 +65,28 @@ def num_cpus() -> int:
 
 
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
-"""Dense bf16 (V100, T4: fp16) operations a second of GPUs, by their makers' data sheets; the first name that fits."""
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+"""Dense bf16 (V100, T4: fp16) operations per second of GPUs, from their data sheets. The first name that fits
+counts."""
 
 
 @functools.cache
 def peak_flops(dtype: Any, processes: int = 1) -> float | None:
-    """Operations a second that the hardware of `processes` processes can do at most; None where it is not known.
+    """Peak operations per second of the hardware of `processes` processes; None if it is not known.
 
-    For a GPU from its data sheet. For a CPU measured here and now on products of matrices (`dtype` None: float32), in a
-    third of a second, with the threads of this process; the processes of a machine have as much each while there are
-    cores for them.
+    A GPU's peak comes from its data sheet. A CPU's is measured in a third of a second on matrix products (`dtype` None:
+    float32) with the threads of this process. Further processes on the machine count in full while there are cores for
+    them.
     """
     import time
 
@@ -88,7 +98,8 @@ def peak_flops(dtype: Any, processes: int = 1) -> float | None:
         return known * processes if known is not None else None
     size = 1024
     a, b = (torch.ones(size, size, dtype=dtype or torch.float32) for _ in range(2))
-    best, start = 0.0, time.perf_counter()
+    best = 0.0
+    start = time.perf_counter()
     while (begin := time.perf_counter()) - start < 0.3:
         a @ b
         best = max(best, 2 * size**3 / (time.perf_counter() - begin))

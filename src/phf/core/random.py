@@ -1,4 +1,7 @@
-"""TODO."""
+"""Random numbers that depend on a seed and a purpose, never on the order of calls.
+
+Any single draw can be computed without the draws before it, so resuming and splitting work change nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,21 @@ import numpy as np
 
 
 def key64(*what: object) -> int:
-    """A 64-bit key from anything with a stable `repr`: randomness is derived from (seed, what), never from order."""
+    """A 64-bit key from anything with a stable `repr`, normally a seed and a purpose."""
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little")
 
 
 def uniforms(n: int, *what: object) -> np.ndarray:
-    """n uniforms in [0, 1), a function of `what` alone (counter-based: Philox)."""
+    """`n` uniforms in [0, 1) that depend on `what` only (Philox, a counter-based generator)."""
     return np.random.Generator(np.random.Philox(key64(*what))).random(n)
 
 
 def permute(index: np.ndarray | int, n: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of [0, n) puts each index, evaluated without the others.
+    """The positions of `index` under a keyed permutation of [0, n). Other indices are not computed.
 
-    A balanced Feistel network of 4 rounds on the smallest even number of bits that holds n, walked until it falls
-    below n (Black and Rogaway 2002): a bijection for every n and key.
+    A balanced Feistel network of 4 rounds on the smallest even number of bits that holds n. Values of n or more go
+    through the network again (cycle walking, Black and Rogaway 2002), so the map is a bijection for every n and key.
+    Raises IndexError for an index of n or more.
     """
     value = np.atleast_1d(np.asarray(index)).astype(np.uint64)
     if value.size and int(value.max()) >= n:
@@ -30,7 +34,8 @@ def permute(index: np.ndarray | int, n: int, key: int) -> np.ndarray:
     mask = np.uint64((1 << int(half)) - 1)
     todo = np.ones(len(value), bool)
     while todo.any():
-        left, right = value[todo] >> half, value[todo] & mask
+        left = value[todo] >> half
+        right = value[todo] & mask
         for round_ in range(4):
             left, right = right, left ^ (mix64(right, key + round_ * 0x9E3779B97F4A7C15) & mask)
         value[todo] = (left << half) | right
@@ -39,7 +44,7 @@ def permute(index: np.ndarray | int, n: int, key: int) -> np.ndarray:
 
 
 def mix64(x: np.ndarray, key: int) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014) of x + key."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014), applied to x + key."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(key & (2**64 - 1))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

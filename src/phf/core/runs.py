@@ -1,30 +1,328 @@
-"""TODO."""
+"""The folders of runs and recipes: which file is where, and how it is read.
+
+run/  config.yaml     settings of the run, all defaults filled in
+      environment.json  versions, threads and device that its bytes depend on
+      metrics.jsonl   a line every few steps (phf.training.metrics)
+      monitor.jsonl   a line per judgement during training (phf.evaluation.monitor)
+      checkpoints/checkpoint-<step>/   each whole one marked by complete.json
+      model/          the final model; phf.json says what it was trained for
+      samples/<scenario>.jsonl   eval/<part>.json   eval.json
+      redteam/        search/   tokens.json   redteam.json
+      manifest.json   written last: the run is finished
+
+recipe/  recipe.yaml  scored/  tokens/  cache/  <run>/  results.json  report.html  report/
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phf.core import store
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, Plain
+from phf.core.types import Identity, Number
 
 COMPLETE = "complete.json"
-"""Marks a whole checkpoint: its step and the target tokens seen."""
-MODEL_CARD = "phf.json"
-"""Beside a model's weights: its objective, what its control tokens mean ({"good": name, "bad": name} or nothing), how texts
-were cut, and the target tokens that it has seen."""
+"""Marks a whole checkpoint (`CheckpointMark`)."""
+MODEL_RECORD = "phf.json"
+"""Next to a model's weights (`ModelRecord`)."""
+_CHECKPOINT = "checkpoint-"
+"""Name of a checkpoint's folder, before its step. The Hugging Face Trainer gives it."""
+
+
+@dataclass(frozen=True)
+class RedTeamFolder:
+    """Where the files of red-teaming are."""
+
+    path: Path
+
+    @property
+    def result(self) -> Path:
+        return self.path / "redteam.json"
+
+    @property
+    def search(self) -> Path:
+        return self.path / "search"
+
+    @property
+    def tokens(self) -> Path:
+        """Attacks on the control tokens."""
+        return self.path / "tokens.json"
+
+    @property
+    def cache(self) -> Path:
+        """What the search keeps for other searches."""
+        return self.path.parent / "cache"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run are. A model from elsewhere is judged into a folder with the same names."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def monitor(self) -> Path:
+        return self.path / "monitor.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.json"
+
+    @property
+    def redteam(self) -> RedTeamFolder:
+        return RedTeamFolder(self.path / "redteam")
+
+    @property
+    def cache(self) -> Path:
+        """What runs side by side share: texts of references."""
+        return self.path.parent / "cache"
+
+    @property
+    def earlier_monitor(self) -> Path:
+        """What earlier versions called `monitor`."""
+        return self.path / "during.jsonl"
+
+    def samples(self, name: str) -> Path:
+        """Samples of a scenario. `name`: the scenario's, in training after the tokens so far."""
+        return self.path / "samples" / f"{name}.jsonl"
+
+    def part(self, name: str) -> Path:
+        """The result of one part of an evaluation."""
+        return self.path / "eval" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class RecipeFolder:
+    """Where the files of a recipe are."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with everything filled in."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def scored(self) -> Path:
+        return self.path / "scored"
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens"
+
+    @property
+    def cache(self) -> Path:
+        """Next to the runs, which share it."""
+        return self.path / "cache"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.path / name)
+
+    def judged(self) -> list[Path]:
+        """Folders of runs that `phf eval` has judged. Those that were moved aside are left out."""
+        return sorted(p.parent for p in self.path.glob("*/eval.json") if ".old-" not in p.parent.name)
+
+
+# The manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCounts:
+    """How much a run was trained on."""
+
+    tokens: int
+    """Targets of this run."""
+    tokens_before: int = 0
+    """Targets that its starting weights had seen."""
+    steps: int
+    """Optimizer steps."""
+    rows: int
+    """Rows in the edited token stream."""
+    stream_tokens: int
+    """Tokens in the edited token stream."""
+    epochs: float
+    """Rows trained on, divided by the rows of the edited stream."""
+    text_tokens: int
+    """Estimated number of targets that are text: targets times the share of text in the edited stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainManifest(store.Manifest):
+    """`manifest.json` of a finished run."""
+
+    stage: str = "train"
+    objective: Plain
+    """Settings of the objective, what depends on the corpus resolved."""
+    model: Plain
+    """Settings of the model."""
+    train: Plain
+    """Settings of training (`TrainConfig`)."""
+    seed: int
+    """Seed of weights, order and draws."""
+    tokens_dir: str
+    """The token store, as the command named it."""
+    tokens_content: str
+    """Fingerprint of the token store."""
+    identity: Identity
+    """The scorer whose scores the objective saw."""
+    control_tokens: list[str]
+    """Control tokens of the objective, by name."""
+    parameters: int
+    """Parameters of the LM."""
+    counts: TrainCounts
+    """How much the run was trained on."""
+    seconds: float
+    """Time in training steps, over all parts of an interrupted run."""
+    threads: int
+    """CPU threads."""
+    precision: str
+    """bf16 or fp32."""
+
+    @property
+    def scores(self) -> str | None:
+        """Which preference the run was trained on; None: the corpus's own."""
+        return self.train.get("scores")
+
+    @property
+    def objective_name(self) -> str:
+        return str(self.objective.get("name"))
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds a finished run of `phf train`."""
+    try:
+        return bool(store.read_manifest(path, TrainManifest))
+    except store.StoreError:
+        return False
+
+
+# Checkpoints
+
+
+@dataclass(frozen=True)
+class SinceLine:
+    """What a checkpoint holds of the next line of metrics, so that the line is that of a run that was not
+    interrupted."""
+
+    steps: int = 0
+    """Steps since the last line."""
+    seconds: float = 0.0
+    """Seconds in them."""
+    sums: dict[str, Number] = field(default_factory=dict)
+    """Sums of metrics over all processes since the last line."""
+
+
+@dataclass(frozen=True)
+class CheckpointMark:
+    """`complete.json`: marks a whole checkpoint."""
+
+    step: int
+    """Steps so far."""
+    tokens: int
+    """Targets seen, those of the starting weights included."""
+    since_line: SinceLine = SinceLine()
+    """What the next line of metrics already holds."""
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """The checkpoint after a step. `folder`: the run's checkpoints."""
+    return folder / f"{_CHECKPOINT}{step}"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(_CHECKPOINT))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / COMPLETE).exists()
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a folder, oldest first."""
+    return sorted((p for p in folder.glob(f"{_CHECKPOINT}*") if is_complete(p)), key=checkpoint_step)
+
+
+def incomplete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder that were not finished."""
+    return [p for p in folder.glob(f"{_CHECKPOINT}*") if not is_complete(p)]
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """`phf.json`, next to a model's weights."""
+
+    objective: Plain | None = None
+    """Settings of the objective that the model was trained with."""
+    control_tokens: dict[str, str] = field(default_factory=dict)
+    """Control tokens by role: {"good": name, "bad": name}, or empty."""
+    segmenter: Plain | None = None
+    """How training texts were cut into the segments that are tokenized one by one; null: not known."""
+    tokens: int | None = None
+    """Targets that the model has seen."""
+    bad_above: float | None = None
+    """Scores above it are bad to the objective; null: it calls nothing bad."""
+
+
+def read_model_record(folder: str | Path) -> ModelRecord | None:
+    """The record in a model's folder; None if there is none."""
+    path = Path(folder) / MODEL_RECORD
+    return model_record(path) if path.exists() else None
+
+
+def model_record(file: str | Path) -> ModelRecord:
+    """The record in a file. In one of an earlier version, the objective's setting `threshold` is `bad_above`."""
+    value = store.read_json(file)
+    if isinstance(value, dict) and "bad_above" not in value:
+        threshold = (value.get("objective") or {}).get("threshold")
+        value["bad_above"] = threshold if isinstance(threshold, int | float) else None
+    return store.as_record(value, ModelRecord, file)
 
 
 def model_folder(path: str | Path) -> str:
-    """Where the weights are: a run's folder stands for its final model; anything else for itself (a Hub name too)."""
+    """Where the weights are: the final model of a run's folder, else the path itself (a folder or a name on the
+    Hub)."""
     folder = Path(path).expanduser()
-    final = folder / "model"
+    final = RunFolder(folder).model
     return str(final if (final / "config.json").exists() else folder)
 
 
 def model_mark(model: str, revision: str | None = None) -> str:
-    """What identifies a model, in a folder or on the Hub, where the commit that its name and revision stand for does."""
+    """What identifies a model: the hash of a folder, or the commit that a name on the Hub refers to."""
     local = Path(model_folder(model))
     if local.exists():
         return store.fingerprint([model, store.path_hash(local)])
@@ -33,18 +331,24 @@ def model_mark(model: str, revision: str | None = None) -> str:
     try:
         config = cached_file(model, "config.json", revision=revision)
     except OSError as error:
-        raise ConfigError(f"model {model}: no such folder, and it is not to be had from the Hub: {error}") from None
+        raise ConfigError(not_found(f"model {model}", error)) from None
     return store.fingerprint([model, extract_commit_hash(config, None)])
 
 
+def not_found(what: str, error: Exception) -> str:
+    """The message for a model or tokenizer that is neither here nor on the Hub."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{what}: not a local folder, and it could not be downloaded from the Hub: {reason}"
+
+
 def tokens_seen(path: str | Path) -> int:
-    """Target tokens that the run which made these weights (or this checkpoint) has seen, its own start included; 0 if no
-    run of phf did."""
-    card = Path(model_folder(path)) / MODEL_CARD
-    if card.exists() and (tokens := store.read_json(card).get("tokens")) is not None:
-        return int(tokens)
-    if (Path(path) / COMPLETE).exists():  # of before the card said it
-        return int(store.read_json(Path(path) / COMPLETE).get("tokens", 0))
+    """Targets that the weights in a folder have seen, those of their own start included. 0 for weights from
+    elsewhere."""
+    record = read_model_record(model_folder(path))
+    if record is not None and record.tokens is not None:
+        return record.tokens
+    if is_complete(Path(path)):  # a checkpoint whose record does not say it
+        return store.read_record(Path(path) / COMPLETE, CheckpointMark).tokens
     for folder in (Path(path), Path(path).parent):
         if (folder / store.MANIFEST).exists():
             manifest = store.read_json(folder / store.MANIFEST)
@@ -54,26 +358,19 @@ def tokens_seen(path: str | Path) -> int:
 
 
 def weights_mark(path: str | Path) -> str | None:
-    """What identifies the weights in a folder, wherever it lies and whatever lies beside them; None where they are not
-    here."""
+    """What identifies the weights in a folder, wherever the folder is. None if the weights are not on this
+    machine."""
     folder = Path(model_folder(path))
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.json")])
-    own = [f for f in files if f.name.startswith(("model", "pytorch_model")) or f.name in ("config.json", MODEL_CARD)]
+    own = [f for f in files if f.name.startswith(("model", "pytorch_model")) or f.name in ("config.json", MODEL_RECORD)]
     return store.fingerprint([[f.name, store.file_hash(f)] for f in own]) if own else None
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
-    return sorted(found, key=_step_of)
+# Lines of metrics
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a full disk or a power cut tore is left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file. A line torn by a full disk or a power cut is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -84,20 +381,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Leave out of a file of metrics what belongs to steps behind `step`: those are done again."""
-    kept = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= step]
+    """Remove the lines of steps after `step`: a resumed run writes them again."""
+    kept = [line for line in (read_lines(path) if path.exists() else []) if line["step"] <= step]
     store.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def add_line(path: Path, line: dict[str, Any]) -> None:
-    """One more line of a file of metrics."""
+def add_line(path: Path, line: Any) -> None:
+    """Append one line to a JSON lines file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(store.jsonable(line)) + "\n")
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether a folder holds a finished run of `phf train`."""
-    try:
-        return bool(store.read_manifest(path, "train"))
-    except store.StoreError:
-        return False

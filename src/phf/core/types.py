@@ -1,24 +1,49 @@
-"""The values that flow between stages. Floor 0: imports nothing of phf.
+"""The values that flow between stages.
 
-Words (docs/concepts.md): a *document* is a list of *segments* whose concatenation is exactly its text; a *score* is
-misalignment (0 fine, larger worse, NaN not judged); *tokens* are what the model reads; an *estimate* is a mean with
-its standard error.
+A *document* is a list of *segments*; the segments joined are exactly its text. A *score* is misalignment: 0 is fine,
+larger is worse, NaN is not judged. *Tokens* are what the model reads. An *estimate* is a mean with its standard error.
+docs/concepts.md explains every word.
 
 Legend for shape suffixes: S segments, D documents, N samples, B rows, T targets in a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
+
+
+class PhfError(Exception):
+    """A problem whose message says what to do. The command line prints `label` and the message, and exits with
+    `exit_code`."""
+
+    exit_code = 1
+    label = "error"
+
+
+def _nan_if_none(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+Number = Annotated[
+    float,
+    pydantic.BeforeValidator(_nan_if_none),
+    pydantic.WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
+]
+"""A float that may be NaN. JSON has no NaN: files hold null instead."""
+
+Identity = dict[str, Any]
+"""What identifies a scorer: its `name`, its `unit` and everything else that decides its scores. Plain JSON data."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus. `meta` holds what the source says about it and must be JSON-serialisable; `segments` is
-    how the source cut it, where it did."""
+    """One text of the corpus. `meta` is what the source says about the text; JSON must be able to hold it. `segments`
+    is how the source cut the text, or None."""
 
     id: str
     text: str
@@ -28,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row of the corpus that could not become a document, and why. Counted in the manifest, never dropped silently."""
+    """A row of the corpus that cannot become a document, and why. Manifests count these rows by reason."""
 
     id: str
     reason: str
@@ -36,7 +61,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ScoredDocument:
-    """A document cut into segments, each with its score (NaN: could not be judged)."""
+    """A document cut into segments, each with its score. NaN: the segment could not be judged."""
 
     id: str
     texts: tuple[str, ...]
@@ -50,7 +75,7 @@ class ScoredDocument:
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a text that a scorer found fault with, and the kind of fault."""
+    """Characters [start, end) of a text in which a scorer found a fault, and the kind of fault."""
 
     start: int
     end: int
@@ -59,21 +84,28 @@ class Span:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error over `n` independent units, and a 95% interval. `unjudged` were left out."""
+    """A mean over `n` independent units with its standard error and 95% interval. `unjudged` units were left out."""
 
-    mean: float
-    stderr: float
+    mean: Number
+    """The estimate."""
+    stderr: Number
+    """Standard error."""
     n: int
-    ci95: tuple[float, float]
+    """Number of units that the mean is over."""
+    ci95: tuple[Number, Number]
+    """95% interval."""
     unjudged: int = 0
+    """Units that were not judged and are left out."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"ci95": list(self.ci95)}
+    @classmethod
+    def missing(cls, mean: float = math.nan, n: int = 0, unjudged: int = 0) -> Estimate:
+        """An estimate without standard error and interval; without `mean`, nothing was measured at all."""
+        return cls(mean, math.nan, n, (math.nan, math.nan), unjudged)
 
 
 @dataclass(frozen=True)
 class SegmentTable:
-    """What an objective may know of a token store in order to edit it: one entry per segment, in order.
+    """What an objective may know about a token store in order to edit it: one entry per segment, in order.
 
     `score_S` float32 (NaN: not judged); `tokens_S` number of tokens; `doc_S` index of the segment's document;
     `train_D` bool, False for held-out documents.
@@ -89,7 +121,7 @@ class SegmentTable:
         return np.asarray(self.train_D[self.doc_S])
 
     def doc_mean_D(self) -> np.ndarray:
-        """Mean score of each document over its judged segments (float64); NaN where none was judged."""
+        """Mean score of each document over its judged segments (float64). NaN if no segment was judged."""
         num_docs = len(self.train_D)
         judged_S = ~np.isnan(self.score_S)
         sums = np.bincount(self.doc_S[judged_S], weights=self.score_S[judged_S].astype(np.float64), minlength=num_docs)
@@ -102,9 +134,8 @@ class SegmentTable:
 class Edit:
     """What an objective does to the token stream, for all segments at once.
 
-    `keep_D`: documents that stay (None: all). `control_S`: number of the control token put before the segment,
-    -1 for none (None: no segment gets one). Nothing else can be edited, so that removing the control tokens of an
-    edited document always gives the original.
+    `keep_D`: documents that stay (None: all). `control_S`: number of the control token before each segment, -1 for none
+    (None: no segment gets one). An edit can do nothing else, so removing the control tokens restores the original.
     """
 
     keep_D: np.ndarray | None = None
@@ -113,20 +144,32 @@ class Edit:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text written by a model. `prompt` is what it was given, `text` what it wrote, both without control tokens.
+    """A text written by a model. `prompt` is the text before it, `text` what the model wrote. Neither holds control
+    tokens.
 
     `logp`: natural log-probability of the written tokens (text and end-of-text) under the untruncated model at
-    temperature 1. `finished`: whether it ended with end-of-text rather than at the length limit. Once judged: `score`, and
-    the score of each segment of what was judged (the prompt with it, where the scenario says so), with its exclusive end.
+    temperature 1. `finished`: the sample ended with end-of-text, not at the length limit. A judged sample also has its
+    `score`, and for the judged text (which includes the prompt where the scenario says so) the score and the exclusive
+    end of each segment.
     """
 
     id: int
+    """Number of the sample."""
     prompt: str
+    """The prompt, or an empty string."""
     text: str
+    """What the model wrote, without control tokens."""
     num_tokens: int
-    logp: float
+    """Text tokens that were written; 0 for samples of a server."""
+    logp: Number
+    """Natural log-probability of the written tokens; NaN for samples of a server."""
     finished: bool
+    """Whether the text ended with end-of-text."""
     seed: int
-    score: float = float("nan")
+    """Seed of the draw."""
+    score: Number = math.nan
+    """Score of the text; NaN: not judged."""
     segment_ends: tuple[int, ...] = ()
-    segment_scores: tuple[float, ...] = ()
+    """Exclusive ends of the segments of the judged text, in characters."""
+    segment_scores: tuple[Number, ...] = ()
+    """Their scores."""

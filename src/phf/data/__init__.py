@@ -1,1 +1,1 @@
-"""Readers of corpora, segmenters, and the scored corpus on disk."""
+"""Where text comes from (`readers`), where it is cut (`segment`), and the scored corpus on disk (`scored`)."""

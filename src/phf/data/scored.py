@@ -1,11 +1,20 @@
-"""TODO."""
+"""The scored corpus on disk: Parquet files with the segments of each document and their scores.
+
+    scored/  part-00000.parquet ...   texts list<string>, scores list<float>, avg_score, num_sents, meta, id
+             scores/<name>/           scores of another scorer, row by row, without the text
+             manifest.json
+
+These are the columns of the published scored datasets, which `ScoredCorpus` reads as well.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phf.core import store
-from phf.core.config import did_you_mean
-from phf.core.types import Rejected, ScoredDocument
-from phf.data.readers import rows_of
+from phf.core.config import Plain, did_you_mean
+from phf.core.types import Identity, Rejected, ScoredDocument
+from phf.data.corpus import table_rows
 
 SCHEMA = pa.schema(
     {
@@ -28,10 +37,68 @@ SCHEMA = pa.schema(
     }
 )
 ROWS_PER_GROUP = 1024
+ADDED = "scores"
+"""Folder of the scores that were added to a corpus, one folder per name inside."""
 
 
-def text_hash(rows: Sequence[ScoredDocument]) -> str:
-    """Hash of the segments alone, whatever their scores (hex, 128 bits)."""
+@dataclass(frozen=True)
+class ScoreCounts:
+    """Sizes of a scored corpus."""
+
+    documents: int = 0
+    """Documents that were scored."""
+    segments: int = 0
+    """Their segments."""
+    chars: int = 0
+    """Characters of the segments."""
+    unjudged: int = 0
+    """Segments that could not be judged."""
+    bad_segments: int = 0
+    """Segments with a score above 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreManifest(store.Manifest):
+    """`manifest.json` of a scored corpus, or of scores that were added to one."""
+
+    stage: str = "score"
+    corpus: Plain | None = None
+    """Settings of the reader; null for added scores and for corpora from elsewhere."""
+    segmenter: Plain | None = None
+    """Settings of the segmenter; null if the corpus came in segments."""
+    scorer: Plain | None = None
+    """Settings of the scorer; null if the corpus came with its scores."""
+    identity: Identity
+    """What decides a score: the scorer's name, unit, versions and settings."""
+    provenance: Plain = field(default_factory=dict)
+    """What the reader says about its source."""
+    counts: ScoreCounts = ScoreCounts()
+    """Sizes of the corpus."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Rows that could not become documents, by reason."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Documents on which the scorer failed, by reason."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """Kinds of faults that the scorer found, by name."""
+    content: str
+    """Fingerprint of the files."""
+    text: str | None = None
+    """Fingerprint of the segments, whatever their scores."""
+    parts: int = 0
+    """Number of Parquet files."""
+
+
+UNKNOWN_SCORER: Identity = {"name": "unknown"}
+"""Identity of the scorer of a corpus that came with scores."""
+
+
+def part_file(folder: Path, number: int) -> Path:
+    """One of the Parquet files that phf writes."""
+    return folder / f"part-{number:05d}.parquet"
+
+
+def segments_hash(rows: Sequence[ScoredDocument]) -> str:
+    """Hash of the segments, whatever their scores (hex, 128 bits)."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(len(row.texts).to_bytes(4, "little"))
@@ -42,7 +109,7 @@ def text_hash(rows: Sequence[ScoredDocument]) -> str:
 
 
 def write_scored(path: Path, rows: Sequence[ScoredDocument]) -> None:
-    """One Parquet file, written aside and renamed. Equal rows give equal bytes (for one version of pyarrow)."""
+    """Write one Parquet file, aside and renamed. Equal rows give equal bytes with one version of pyarrow."""
     means = [[s for s in row.scores if not math.isnan(s)] for row in rows]
     table = pa.table(
         {
@@ -55,135 +122,147 @@ def write_scored(path: Path, rows: Sequence[ScoredDocument]) -> None:
         },
         schema=SCHEMA,
     )
-    with store.written_aside(path) as aside:
-        pq.write_table(table, aside, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    _write(path, table)
 
 
 def write_scores(path: Path, rows: Sequence[ScoredDocument]) -> None:
-    """The scores of another scorer, row by row as in the file that they belong to."""
-    table = pa.table(
-        {"id": [row.id for row in rows], "scores": [list(row.scores) for row in rows]},
-        schema=pa.schema({"id": pa.string(), "scores": pa.list_(pa.float32())}),
+    """Write the scores of another scorer, row by row as in the file they belong to."""
+    schema = pa.schema({"id": pa.string(), "scores": pa.list_(pa.float32())})
+    _write(
+        path, pa.table({"id": [row.id for row in rows], "scores": [list(row.scores) for row in rows]}, schema=schema)
     )
+
+
+def _write(path: Path, table: Any) -> None:
     with store.written_aside(path) as aside:
         pq.write_table(table, aside, row_group_size=ROWS_PER_GROUP, compression="zstd")
 
 
 class ScoredCorpus:
-    """A scored corpus: what `phf score` wrote, or any folder of Parquet files with `texts` and `scores` (the published
-    scored data sets are such folders), on disk or at `hf://`, `s3://` and the like.
+    """A scored corpus: the output of `phf score`, or any folder of Parquet files with `texts` and `scores`, local or
+    remote (`hf://`, `s3://`).
 
-    `preference`: read these scores (added by `phf score --add`) instead of its own.
+    `preference`: read the scores that `phf score --add` added under this name instead of the corpus's own. Raises
+    StoreError for a folder that holds no scored data.
     """
 
     def __init__(self, path: str | Path, preference: str | None = None) -> None:
         self.path = store.as_path(path)
-        if (self.path / store.MANIFEST).exists() or (self.path / ".started.json").exists():
-            self.manifest: dict[str, Any] = store.read_manifest(self.path, "score")
-            if "text" not in self.manifest or "segmenter" not in self.manifest:
-                raise store.StoreError(
-                    f"{path} holds scores beside a corpus, or is older than this phf; give the corpus"
-                )
-            self.files = [self.path / f"part-{n:05d}.parquet" for n in range(self.manifest["parts"])]
-        else:
-            if self.path.is_dir():
-                found = (f for f in self.path.rglob("*.parquet") if "scores" not in f.relative_to(self.path).parts[:-1])
-                self.files = sorted(found, key=str)
-            else:
-                self.files = [self.path]
-            if not self.files or not all(f.is_file() for f in self.files):
-                raise store.StoreError(f"{path} is neither the output of `phf score` nor a folder of Parquet files")
-            marks = store.fingerprint([[f.name, f.stat().st_size, store.file_hash(f)] for f in self.files])
-            self.manifest = {
-                "stage": "score",
-                "content": marks,
-                "text": marks,
-                "identity": {"name": "unknown"},
-                "scorer": None,
-            }
+        ours = (self.path / store.MANIFEST).exists() or (self.path / store.STARTED).exists()
+        self.manifest, self.files = self._own() if ours else self._from_elsewhere()
         for file in self.files:
-            try:
-                missing = {"texts", "scores"} - set(read_schema(file).names)
-            except pa.ArrowInvalid:
-                raise store.StoreError(f"{file} is not a Parquet file; give the output of `phf score`") from None
-            if missing:
-                raise store.StoreError(f"{file} has no column {' and '.join(sorted(missing))}: it is not scored data")
-        self.main: str = self.manifest["identity"]["name"]  # the name of the corpus's own scores is its scorer's
+            _check_columns(file)
+        self.main = str(self.manifest.identity["name"])
+        """Name of the corpus's own scores: their scorer's."""
         self.preference = None if preference == self.main else preference
         if self.preference is not None:
-            kept = ("parts", "stage", "key", "rejected")
-            self.manifest = self.manifest | {k: v for k, v in self.added(self.preference).items() if k not in kept}
+            added = self.added(self.preference)
+            self.manifest = dataclasses.replace(
+                self.manifest,
+                scorer=added.scorer,
+                identity=added.identity,
+                counts=added.counts,
+                failures=added.failures,
+                labels=added.labels,
+                content=added.content,
+                versions=added.versions,
+                commit=added.commit,
+            )
+
+    def _own(self) -> tuple[ScoreManifest, list[Path]]:
+        manifest = store.read_manifest(self.path, ScoreManifest)
+        if manifest.text is None or manifest.segmenter is None:
+            raise store.StoreError(
+                f"{self.path} holds added scores, or was made by an older version of phf; give the scored corpus"
+            )
+        return manifest, [part_file(self.path, n) for n in range(manifest.parts)]
+
+    def _from_elsewhere(self) -> tuple[ScoreManifest, list[Path]]:
+        files = [self.path]
+        if self.path.is_dir():
+            found = (f for f in self.path.rglob("*.parquet") if ADDED not in f.relative_to(self.path).parts[:-1])
+            files = sorted(found, key=str)
+        if not files or not all(f.is_file() for f in files):
+            raise store.StoreError(f"{self.path} is neither the output of `phf score` nor a folder of Parquet files")
+        marks = store.fingerprint([[f.name, f.stat().st_size, store.file_hash(f)] for f in files])
+        return ScoreManifest(key="", identity=UNKNOWN_SCORER, content=marks, text=marks), files
 
     @property
     def text(self) -> str:
         """Fingerprint of the segments, whatever their scores."""
-        return str(self.manifest["text"])
+        return str(self.manifest.text)
 
     def preferences(self) -> list[str]:
-        """Names of the scores there are: its own, then those added."""
-        folder = self.path / "scores"
+        """Names of all scores: the corpus's own, then the added ones."""
+        folder = self.path / ADDED
         added = sorted(p.name for p in folder.iterdir() if (p / store.MANIFEST).exists()) if folder.is_dir() else []
         return [self.main, *added]
 
-    def added(self, name: str) -> dict[str, Any]:
-        """The manifest of scores added by `phf score --add`, which must belong to the text as it is now."""
-        folder = self.path / "scores" / name
+    def added(self, name: str) -> ScoreManifest:
+        """The manifest of added scores. Raises StoreError if there are none, or if they belong to another
+        text."""
+        folder = self.path / ADDED / name
         if not folder.is_dir():
             raise store.StoreError(f"{self.path} has no scores named {name!r}{did_you_mean(name, self.preferences())}")
-        manifest = store.read_manifest(folder, "score")
-        if manifest["text"] != self.text:
-            raise store.StoreError(f"{folder} scores another text than {self.path} holds now; add the scores again")
+        manifest = store.read_manifest(folder, ScoreManifest)
+        if manifest.text != self.text:
+            raise store.StoreError(f"{folder} scores another text than {self.path} now holds; add the scores again")
         return manifest
 
-    def read(self, file: Path, keep_empty: bool = False) -> Iterator[ScoredDocument | Rejected]:
-        """Documents of one of `files`, in order; rows that are no scored document are set aside with the reason.
+    def added_file(self, number: int) -> Path:
+        """The file of this corpus's preference that belongs to file `number`."""
+        assert self.preference is not None
+        return part_file(self.path / ADDED / self.preference, number)
 
-        `keep_empty`: keep segments without text, so that scores stay aligned to the file's own.
+    def read(self, file: Path, keep_empty: bool = False) -> Iterator[ScoredDocument | Rejected]:
+        """Documents of one of `files`, in order. A row that is no scored document gives a `Rejected` with the reason.
+
+        `keep_empty`: keep segments without text, so that scores stay aligned with the file's own.
         """
         scores = None
         if self.preference is not None:
-            number = self.files.index(file)
-            table = read_table(self.path / "scores" / self.preference / f"part-{number:05d}.parquet")
-            scores = table["scores"].to_pylist()
+            scores = read_table(self.added_file(self.files.index(file)))["scores"].to_pylist()
         with file.open("rb") as opened:
             parquet = pq.ParquetFile(opened)
             columns = [name for name in ("id", "texts", "scores", "meta") if name in parquet.schema_arrow.names]
             number = 0
             for batch in parquet.iter_batches(ROWS_PER_GROUP, columns=columns):
-                for row in rows_of(batch):
+                for row in table_rows(batch):
                     id = f"{file.name}:{number}"
                     if row is None:
                         yield Rejected(id, "not UTF-8")
                     else:
                         if scores is not None and scores[number]:
                             row["scores"] = scores[number]
-                        yield self._document(row, id, keep_empty)
+                        yield _document(row, id, keep_empty)
                     number += 1
 
-    @staticmethod
-    def _document(row: dict[str, Any], default_id: str, keep_empty: bool) -> ScoredDocument | Rejected:
-        id = str(row.get("id") or default_id)
-        texts, scores = row["texts"], row["scores"]
-        if not isinstance(texts, list) or not isinstance(scores, list):
-            return Rejected(id, "texts or scores is not a list")
-        if len(texts) != len(scores):
-            return Rejected(id, "texts and scores differ in length")
-        if not all(isinstance(t, str) for t in texts):
-            return Rejected(id, "a text is not a string")
-        if not all(s is None or isinstance(s, int | float) for s in scores):
-            return Rejected(id, "a score is not a number")
-        if not any(texts):
-            return Rejected(id, "empty text")
-        pairs = [
-            (t, math.nan if s is None or math.isinf(s) else s)
-            for t, s in zip(texts, scores, strict=True)
-            if t or keep_empty
-        ]
-        return ScoredDocument(id, tuple(t for t, _ in pairs), tuple(s for _, s in pairs), _meta(row.get("meta")))
+
+def _document(row: dict[str, Any], default_id: str, keep_empty: bool) -> ScoredDocument | Rejected:
+    """A scored document from a row, or why the row is none."""
+    id = str(row.get("id") or default_id)
+    texts = row["texts"]
+    scores = row["scores"]
+    if not isinstance(texts, list) or not isinstance(scores, list):
+        return Rejected(id, "texts or scores is not a list")
+    if len(texts) != len(scores):
+        return Rejected(id, "texts and scores differ in length")
+    if not all(isinstance(t, str) for t in texts):
+        return Rejected(id, "a text is not a string")
+    if not all(s is None or isinstance(s, int | float) for s in scores):
+        return Rejected(id, "a score is not a number")
+    if not any(texts):
+        return Rejected(id, "empty text")
+    pairs = [
+        (t, math.nan if s is None or math.isinf(s) else s)
+        for t, s in zip(texts, scores, strict=True)
+        if t or keep_empty
+    ]
+    return ScoredDocument(id, tuple(t for t, _ in pairs), tuple(s for _, s in pairs), _meta(row.get("meta")))
 
 
 def _meta(value: Any) -> dict[str, Any]:
-    """Metadata of a row: ours is JSON text, the published data sets' a structure."""
+    """Metadata of a row. phf writes it as JSON text; the published datasets have a structure."""
     if not isinstance(value, str):
         return value if isinstance(value, dict) else {}
     try:
@@ -193,11 +272,17 @@ def _meta(value: Any) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {} if parsed is None else {"meta": value}
 
 
-def read_schema(file: Path) -> Any:
-    with file.open("rb") as opened:
-        return pq.read_schema(opened)
+def _check_columns(file: Path) -> None:
+    try:
+        with file.open("rb") as opened:
+            names = pq.read_schema(opened).names
+    except pa.ArrowInvalid:
+        raise store.StoreError(f"{file} is not a Parquet file; give the output of `phf score`") from None
+    if missing := {"texts", "scores"} - set(names):
+        raise store.StoreError(f"{file} has no column {' and '.join(sorted(missing))}: it is not scored data")
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> Any:
+    """An Arrow table from a local or remote Parquet file."""
     with file.open("rb") as opened:
         return pq.read_table(opened, columns=columns)

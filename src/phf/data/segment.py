@@ -1,8 +1,8 @@
-"""Segmenters: where one document is cut. Floor 1.
+"""Segmenters: where a document is cut into segments.
 
-The law (tested for any Unicode): the segments of a document are not empty and joined they are exactly its text.
-White space between sentences belongs to the *following* segment, so that a sentence keeps the leading-space token it
-has everywhere else; a newline ends its own line, so that indentation is never glued to the line before.
+Law, tested for any Unicode: no segment is empty, and the segments joined are exactly the text. White space between
+sentences belongs to the *following* segment, so a sentence starts with the leading-space token that it has everywhere
+else. A newline ends its own line, so indentation stays with its line.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from phf.core.config import STRICT
+from phf.core.config import STRICT, Plain
 
 
 class Segmenter:
-    """Interface: `ends(text)` are the exclusive ends of the segments in characters, increasing, the last `len(text)`."""
+    """Interface. `ends(text)`: the exclusive ends of the segments in characters, increasing, the last one
+    `len(text)`."""
 
     def ends(self, text: str) -> list[int]:
         raise NotImplementedError
 
     def split(self, text: str) -> list[str]:
-        """The segments of `text` (none for an empty text)."""
+        """The segments of `text`. An empty text has none."""
         ends = self.ends(text)
         return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Lines(Segmenter):
-    r"""One segment a line; each line keeps its "\n". Only "\n" ends a line ("\r\n" does too, "\x0c" or U+2028 do not)."""
+    r"""One segment per line; each line keeps its "\n". "\n" and "\r\n" end a line; "\x0c" and U+2028 do not."""
 
     name: Literal["lines"] = "lines"
 
@@ -42,7 +43,7 @@ class Lines(Segmenter):
 
 @dataclass(frozen=True, config=STRICT)
 class Sentences(Segmenter):
-    """Sentences by spaCy's rule-based sentencizer on a blank pipeline, as the paper has them (REFERENCE: toxicity, PII)."""
+    """Sentences by spaCy's rule-based sentencizer on a blank pipeline, as in the paper's toxicity and PII tasks."""
 
     name: Literal["sentences"] = "sentences"
     language: str = "en"
@@ -57,7 +58,7 @@ class Sentences(Segmenter):
                 ends.append(end)
         if not ends:
             return [len(text)]
-        ends[-1] = len(text)  # white space at the very end has no following sentence
+        ends[-1] = len(text)  # no sentence follows white space at the very end
         return ends
 
 
@@ -67,20 +68,20 @@ def _sentencizer(language: str) -> Any:
 
     nlp = spacy.blank(language)
     nlp.add_pipe("sentencizer")
-    nlp.max_length = 2**31  # the limit guards parsers' memory; a sentencizer has no such need
+    nlp.max_length = 2**31  # the limit protects parsers' memory; a sentencizer needs none
     return nlp
 
 
 @dataclass(frozen=True, config=STRICT)
 class Paragraphs(Segmenter):
-    """Blank lines end a paragraph; they belong to the paragraph that follows."""
+    """Blank lines end a paragraph and belong to the paragraph that follows."""
 
     name: Literal["paragraphs"] = "paragraphs"
 
     def ends(self, text: str) -> list[int]:
         inner = [m.start() + 1 for m in re.finditer(r"\n(?=[ \t\r]*\n[\s]*\S)", text)]
         ends: list[int] = []
-        for end in inner:  # keep the first newline of a run of blank lines, and no paragraph of white space alone
+        for end in inner:  # a paragraph of white space alone is none
             if text[(ends[-1] if ends else 0) : end].strip():
                 ends.append(end)
         return [*ends, len(text)] if text else []
@@ -98,7 +99,7 @@ class Documents(Segmenter):
 
 @dataclass(frozen=True, config=STRICT)
 class Windows(Segmenter):
-    """Windows of `chars` characters; the last may be shorter."""
+    """Windows of `chars` characters; the last one may be shorter."""
 
     chars: Annotated[int, Field(gt=0)]
     name: Literal["windows"] = "windows"
@@ -109,8 +110,8 @@ class Windows(Segmenter):
 
 @dataclass(frozen=True, config=STRICT)
 class Given(Segmenter):
-    """The segments that the corpus comes with (a list of strings for each text, as the published scored data sets have
-    it); a text that comes whole is one segment."""
+    """The segments that the corpus comes with: a list of strings per document, as in the published scored datasets. A
+    document that comes as one string is one segment."""
 
     name: Literal["given"] = "given"
 
@@ -118,16 +119,19 @@ class Given(Segmenter):
         return [len(text)] if text else []
 
 
-AnySegmenter = Annotated[Lines | Sentences | Paragraphs | Documents | Windows | Given, Field(discriminator="name")]
+AnySegmenter = Annotated[
+    Lines | Sentences | Paragraphs | Documents | Windows | Given, Field(discriminator="name", title="segmenter")
+]
 
 
-def known_segmenter(config: dict[str, Any] | None) -> Segmenter | None:
-    """What a manifest's `segmenter` stands for; None where the corpus came cut by somebody else."""
+def known_segmenter(config: Plain | None) -> Segmenter | None:
+    """The segmenter that a manifest names. None if the corpus came in segments and nothing says how they were
+    cut."""
     if config is None or config["name"] == "given":
         return None
-    return TypeAdapter(AnySegmenter).validate_python(config)  # type: ignore[no-any-return]
+    return TypeAdapter(AnySegmenter).validate_python(config)
 
 
-def segmenter_from(config: dict[str, Any] | None) -> Segmenter:
-    """The same; lines where it is not known."""
+def segmenter_from(config: Plain | None) -> Segmenter:
+    """The segmenter that a manifest names, or lines if it is not known."""
     return known_segmenter(config) or Lines()

@@ -1,82 +1,120 @@
-"""Judging a model: misalignment of its samples, diversity, held-out loss, KL, capabilities; with intervals. Floor 5.
+"""Judge a finished model: misalignment of its samples, diversity, held-out loss, KL, capabilities; all with
+intervals.
 
     phf eval runs/conditional
 
-Samples are scored by the scorer that scored the corpus (its identity is checked). A model with control tokens is read
-under the corpus's own ("oracle") and with the good token before every segment.
+Samples are scored by the scorer that scored the corpus; its identity is checked. A model with control tokens is
+read with the corpus's own tokens ("oracle") and with the good token before every segment.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phf.core import store
 from phf.core.config import ConfigError, to_plain
-from phf.core.runs import model_mark
-from phf.data.scored import ScoredCorpus
+from phf.core.runs import RunFolder, TrainManifest, model_mark
+from phf.data.scored import ADDED, ScoredCorpus, ScoreManifest
 from phf.data.segment import Lines, Segmenter, segmenter_from
 from phf.evaluation.capabilities.base import Capability
-from phf.evaluation.heldout import corpus_of, heldout_section, in_tokens_of
-from phf.evaluation.judge import judge_samples
-from phf.evaluation.kl import KL, kl, reference_hash
-from phf.generation.loaded import LoadedModel, load_model, precision_of
-from phf.generation.sample import sample, write_samples
-from phf.generation.scenario import Scenario, prompts_path
+from phf.evaluation.heldout import corpus_of, in_tokens_of
+from phf.evaluation.kl import KL
+from phf.evaluation.parts import Evaluation, Heldout, HeldoutText, Judging, Part, capability_part, scenario_part
+from phf.evaluation.results import CapabilityResult, DataSection, EvalResult, HeldoutResult, HeldoutSection, JudgedModel
+from phf.generation.loaded import LoadedModel, load_model
+from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
 from phf.scoring.judge import check_identity, corpus_scorer
-from phf.tokens.store import TokenStore
+from phf.tokens.store import TokensManifest, TokenStore
+
+HELDOUT_TOKENS = 1_000_000
+"""Held-out tokens that are read, unless asked otherwise."""
+FOREIGN_CONTEXT = 1024
+"""Longest context in which a model from elsewhere reads held-out text."""
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A run of phf with the data that it was trained on."""
+
+    folder: RunFolder
+    manifest: TrainManifest
+    tokens: TokenStore
+    scorer: Scorer
+
+    @property
+    def segmenter(self) -> Segmenter:
+        """How the corpus was cut; lines if the corpus came in segments of its own."""
+        return segmenter_from(self.tokens.manifest.segmenter)
+
+
+def open_run(
+    run: str | Path,
+    tokens_dir: str | Path | None = None,
+    scorer: Scorer | None = None,
+    allow_other_scorer: bool = False,
+) -> JudgedRun:
+    """A finished run, its token store and its scorer. `tokens_dir` and `scorer` replace those of the run's manifest.
+
+    Raises StoreError if the run is not finished. Raises ConfigError if the token store is not the one that the run was
+    trained on, or the scorer not the one that scored the corpus.
+    """
+    folder = RunFolder(Path(run))
+    manifest = store.read_manifest(run, TrainManifest)
+    tokens = TokenStore.open(tokens_dir or manifest.tokens_dir, manifest.scores)
+    if tokens.manifest.content != manifest.tokens_content:
+        raise ConfigError(f"{tokens.path} is not the token store that {run} was trained on (its content differs)")
+    if scorer is None:
+        scorer = corpus_scorer(tokens.manifest.scorer, tokens.manifest.identity, allow_other_scorer)
+    else:
+        check_identity(scorer, tokens.manifest.identity, allow_other_scorer)
+    return JudgedRun(folder, manifest, tokens, scorer)
 
 
 def evaluate_run(
     run: str | Path,
     scenarios: dict[str, Scenario],
+    *,
     threshold: float = 0.0,
     tokens_dir: str | Path | None = None,
     scorer: Scorer | None = None,
     allow_other_scorer: bool = False,
-    heldout_tokens: int = 1_000_000,
+    heldout_tokens: int = HELDOUT_TOKENS,
     kl_from: KL | None = None,
     capabilities: Sequence[Capability] = (),
-) -> dict[str, Any]:
-    """Judge a trained run: writes `samples/<scenario>.jsonl` and `eval.json` beside the model and returns the latter.
+) -> EvalResult:
+    """Judge a finished run: writes `samples/<scenario>.jsonl` and `eval.json` into its folder and returns the
+    latter.
 
-    Done already with the same settings: returns at once; interrupted before: goes on with the parts that are not done.
-    `threshold`: scores above it are bad (hits, and the good and bad slices of the held-out loss).
+    Returns at once if this was done with the same settings, and resumes with the missing parts after an
+    interruption. `threshold`: scores above it are bad, in samples and in the held-out text. Errors as `open_run`.
     """
-    run = Path(run)
-    manifest = store.read_manifest(run, "train")
-    tokens = TokenStore.open(tokens_dir or manifest["tokens_dir"], manifest["train"].get("scores"))
-    if tokens.manifest["content"] != manifest["tokens_content"]:
-        raise ConfigError(f"{tokens.path} is not the token store that {run} was trained on (its content differs)")
-    if scorer is None:
-        scorer = corpus_scorer(tokens.manifest, allow_other_scorer)
-    else:
-        check_identity(scorer, tokens.manifest["identity"], allow_other_scorer)
-    about = {
-        "run": run.name,
-        "objective": manifest["objective"],
-        "seed": manifest["seed"],
-        "tokens": manifest["counts"]["tokens"],
-        "tokens_content": manifest["tokens_content"],
-        "data": _data_section(tokens),
-    }
-    judgement = _Judgement(
-        run, manifest["key"], scenarios, threshold, scorer, segmenter_of(tokens), kl_from, capabilities, None, None
+    opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
+    manifest = opened.manifest
+    tokens = opened.tokens
+    text = HeldoutText(tokens, manifest.train["context"], heldout_tokens)
+    evaluation = Evaluation(
+        folder=opened.folder,
+        judging=Judging(opened.scorer, opened.segmenter, threshold),
+        scenarios=scenarios,
+        heldout=Heldout(lambda model: text, [heldout_tokens]),
+        kl=kl_from,
+        capabilities=capabilities,
     )
-
-    def on_heldout(model: LoadedModel) -> dict[str, Any]:
-        limit = judgement.control_limit(model)
-        return heldout_section(model, tokens, manifest["train"]["context"], threshold, heldout_tokens, limit)
-
-    return judgement.judge(about, [heldout_tokens], on_heldout)
-
-
-FOREIGN_CONTEXT = 1024
-"""Tokens in which held-out text is read by a model from elsewhere, at most."""
+    about = JudgedModel(
+        run=opened.folder.path.name,
+        objective=manifest.objective,
+        seed=manifest.seed,
+        tokens=manifest.counts.tokens,
+        tokens_content=manifest.tokens_content,
+        data=_data_section(tokens),
+    )
+    return _evaluate(evaluation, manifest.key, lambda: load_model(run), str(run), about)
 
 
 def evaluate_model(
@@ -84,210 +122,187 @@ def evaluate_model(
     out: str | Path,
     scorer: Scorer | None,
     scenarios: dict[str, Scenario],
+    *,
     threshold: float = 0.0,
     segmenter: Segmenter | None = None,
     kl_from: KL | None = None,
     capabilities: Sequence[Capability] = (),
     revision: str | None = None,
     heldout: str | Path | None = None,
-    heldout_tokens: int = 1_000_000,
+    heldout_tokens: int = HELDOUT_TOKENS,
     allow_other_scorer: bool = False,
     control_threshold: float | None = None,
-) -> dict[str, Any]:
-    """Judge any causal LM, trained here or not, into folder `out`: as a run is judged.
+) -> EvalResult:
+    """Judge any causal LM, trained here or not, into folder `out`, as a run is judged.
 
-    `control_threshold`: scores above it had the bad control token in training; left out, what the model's own card says, else
-    `threshold`.
+    `heldout`: a token store, whose held-out documents are read in the model's own tokens, or a scored corpus, of
+    which the first documents are read (4 bytes for each of `heldout_tokens`). Without it there is no held-out loss.
+    `scorer` and `segmenter`: by default those of `heldout`. `control_threshold`: segments with a score above it had
+    the bad control token in training; by default what the model's record says, else `threshold`.
 
-    `heldout`: a token store, whose held-out documents are read in the model's own tokens, or a scored corpus, of which the
-    first are (4 bytes for each of `heldout_tokens`); left out, there is no held-out loss. `scorer` and `segmenter`: left out, those of `heldout`.
+    Raises ConfigError if nothing says how to judge the model.
     """
-    tokens = TokenStore.open(str(heldout)) if is_token_store(heldout) else None
+    tokens = TokenStore.open(str(heldout)) if heldout is not None and is_token_store(heldout) else None
     corpus = corpus_of(tokens) if tokens is not None else ScoredCorpus(heldout) if heldout is not None else None
-    about_corpus = tokens.manifest if tokens is not None else corpus.manifest if corpus is not None else None
-    if scorer is None and about_corpus is None:
+    data: TokensManifest | ScoreManifest | None = None
+    if corpus is not None:
+        data = corpus.manifest if tokens is None else tokens.manifest
+    if scorer is None and data is None:
+        if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+            raise ConfigError(f"{model}: no such folder")
         raise ConfigError(f"{model} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
     if scorer is None:
-        scorer = corpus_scorer(about_corpus, allow_other_scorer)  # type: ignore[arg-type]
-    elif about_corpus is not None:
-        check_identity(scorer, about_corpus["identity"], allow_other_scorer)
+        assert data is not None
+        scorer = corpus_scorer(data.scorer, data.identity, allow_other_scorer)
+    elif data is not None:
+        check_identity(scorer, data.identity, allow_other_scorer)
     if segmenter is None:
-        segmenter = segmenter_from(about_corpus.get("segmenter")) if about_corpus is not None else Lines()
-    judgement = _Judgement(
-        Path(out), model_mark(model, revision), scenarios, threshold, scorer, segmenter, kl_from, capabilities, model,
-        control_threshold, revision,
-    )  # fmt: skip
+        segmenter = segmenter_from(data.segmenter) if data is not None else Lines()
 
-    def on_heldout(loaded: LoadedModel) -> dict[str, Any]:
+    def text(loaded: LoadedModel) -> HeldoutText:
         assert corpus is not None
-        text = in_tokens_of(loaded, corpus, tokens, heldout_tokens)
-        context = min(loaded.positions, FOREIGN_CONTEXT)
-        return heldout_section(loaded, text, context, threshold, len(text.tokens), judgement.control_limit(loaded))
+        own = in_tokens_of(loaded, corpus, tokens, heldout_tokens)
+        return HeldoutText(own, min(loaded.positions, FOREIGN_CONTEXT), len(own.tokens))
 
-    settings = None if about_corpus is None else [heldout_tokens, about_corpus["content"], control_threshold]
-    about = {"run": model, "objective": None, "revision": revision}
-    return judgement.judge(about, settings, None if corpus is None else on_heldout)
+    evaluation = Evaluation(
+        folder=RunFolder(Path(out)),
+        judging=Judging(scorer, segmenter, threshold, control_threshold),
+        scenarios=scenarios,
+        heldout=None if data is None else Heldout(text, [heldout_tokens, data.content, control_threshold]),
+        kl=kl_from,
+        capabilities=capabilities,
+    )
+    about = JudgedModel(run=model, revision=revision)
+    return _evaluate(evaluation, model_mark(model, revision), lambda: load_model(model, revision), model, about)
 
 
-def is_token_store(path: str | Path | None) -> bool:
+def is_token_store(path: str | Path) -> bool:
     try:
-        return path is not None and bool(store.read_manifest(path, "tokenize"))
+        return store.has_manifest(path, TokensManifest)
     except store.StoreError:
         return False
 
 
-class _Judgement:
-    """One evaluation, in parts that are each kept when they are done (`eval/<part>.json`)."""
+# Running the parts
 
-    def __init__(
-        self, folder: Path, model_key: str, scenarios: dict[str, Scenario], threshold: float, scorer: Scorer,
-        segmenter: Segmenter, kl_from: KL | None, capabilities: Sequence[Capability], model: str | None,
-        control_threshold: float | None, revision: str | None = None,
-    ) -> None:  # fmt: skip
-        self.folder, self.model_key, self.scenarios, self.threshold = folder, model_key, scenarios, threshold
-        self.scorer, self.segmenter, self.kl_from, self.capabilities = scorer, segmenter, kl_from, capabilities
-        self.model_path, self.revision = model if model is not None else str(folder), revision
-        self.control_threshold = control_threshold
+
+@dataclass(frozen=True)
+class _Measured:
+    """`eval/<part>.json`: the result of a part."""
+
+    value: Any
+    seconds: float
+    written: str | None = None
+    """Hash of the file that the part wrote."""
+
+
+class _Runner:
+    """Runs parts on one model, which is loaded when a part first needs it. Results are kept under their keys."""
+
+    def __init__(self, folder: RunFolder, model_key: str, load: Callable[[], LoadedModel]) -> None:
+        self.folder = folder
+        self.model_key = model_key
+        self.load = load
         self.loaded: LoadedModel | None = None
 
     def model(self) -> LoadedModel:
-        """Loaded when the first part that is not done asks for it."""
         if self.loaded is None:
-            self.loaded = load_model(self.model_path, self.revision)
+            self.loaded = self.load()
         return self.loaded
 
-    def control_limit(self, model: LoadedModel) -> float:
-        """Scores above it had the bad control token in the training of the model."""
-        known = (self.control_threshold, model.threshold, self.threshold)
-        return next(limit for limit in known if limit is not None)
-
-    def kept(self, name: str, settings: Any, written: Path | None = None) -> dict[str, Any] | None:
-        """A part that is done, with `written`, a file of its, as it was."""
-        file = self.folder / "eval" / f"{name}.json"
-        if not file.exists():
+    def kept(self, part: Part) -> _Measured | None:
+        """The kept result of a part, if it was measured with the same settings and its file has not changed."""
+        file = self.folder.part(part.name)
+        found = store.kept(file, self._key(part), _Measured)
+        if found is None or (part.written is not None and found.written != store.path_hash(part.written)):
             return None
-        found = store.read_json(file)
-        whole = written is None or found["written"] == store.path_hash(written)
-        return found if found.get("key") == self.part_key(name, settings) and whole else None
+        try:
+            return dataclasses.replace(found, value=store.as_record(found.value, part.result, file))
+        except store.StoreError:  # a version that measured something else
+            return None
 
-    def part_key(self, name: str, settings: Any) -> str:
-        return store.fingerprint([self.model_key, name, settings, "eval/5"])
+    def run(self, part: Part) -> tuple[Any, float]:
+        """(result, seconds) of a part, measured now or kept."""
+        if (found := self.kept(part)) is None:
+            start = time.perf_counter()
+            value = part.measure(self.model())
+            written = None if part.written is None else store.path_hash(part.written)
+            measured = _Measured(store.jsonable(value), time.perf_counter() - start, written)
+            store.keep(self.folder.part(part.name), self._key(part), measured)
+            found = self.kept(part)
+            assert found is not None
+        return found.value, found.seconds
 
-    def part(
-        self, name: str, settings: Any, make: Callable[[], dict[str, Any]], written: Path | None = None
-    ) -> dict[str, Any]:
-        """What `make` gives, kept under its key. `written`: a file that it writes, which must still be that one."""
-        if (found := self.kept(name, settings, written)) is not None:
-            return found
-        key, file = self.part_key(name, settings), self.folder / "eval" / f"{name}.json"
-        start = time.perf_counter()
-        value = {"key": key, "value": make(), "seconds": time.perf_counter() - start}
-        value["written"] = None if written is None else store.path_hash(written)
-        store.write_json(file, value)
-        return store.jsonable(value)  # type: ignore[no-any-return]
+    def _key(self, part: Part) -> str:
+        return store.fingerprint([self.model_key, part.name, part.settings(), "eval/5"])
 
-    def judge(
-        self, about: dict[str, Any], of_heldout: Any, on_heldout: Callable[[LoadedModel], dict[str, Any]] | None
-    ) -> dict[str, Any]:
-        identity = self.scorer.identity()
-        names = [type(c).__name__ + str(n) for n, c in enumerate(self.capabilities)]
-        plain = {name: to_plain(s) for name, s in self.scenarios.items()}
-        cut = to_plain(self.segmenter)
-        kl_settings = None
-        if self.kl_from is not None:
-            kl_settings = [
-                to_plain(self.kl_from),
-                cut,
-                reference_hash(self.kl_from),
-                identity,
-                self.control_threshold,
-                self.threshold,
-            ]
-        measured = [[to_plain(c), c.inputs()] for c in self.capabilities]
-        everything = [plain, self.threshold, identity, of_heldout, cut, kl_settings, measured]
-        prompts = {
-            n: store.path_hash(prompts_path(s.prompts)) for n, s in self.scenarios.items() if s.prompts is not None
-        }
-        key = store.fingerprint([self.model_key, everything, prompts, "eval/5"])
-        done = self.folder / "eval.json"
-        if done.exists() and store.read_json(done).get("key") == key:
-            return store.read_json(done)  # type: ignore[no-any-return]
-        done.unlink(missing_ok=True)  # its samples are about to be replaced
-        for name, capability, settings in zip(names, self.capabilities, measured, strict=True):
-            if self.kept(name, settings) is None:
-                capability.check(self.model())  # said before anything takes long
-        parts: dict[str, dict[str, Any]] = {}
-        skipped = []
-        for name, scenario in self.scenarios.items():
-            needs = "bad" if scenario.control == "bad" or scenario.guidance is not None else None
-            if needs and needs not in self.model().control_ids:
-                skipped.append(name)  # asks for the bad token of a model that has none
-                continue
-            settings = [plain[name], self.threshold, identity, cut, prompts.get(name)]
-            parts[f"scenario-{name}"] = self.part(
-                f"scenario-{name}", settings, functools.partial(self._scenario, name), self._samples(name)
-            )
-        if not parts:
-            raise ConfigError(f"{self.model_path} has no control tokens, so {', '.join(skipped)} cannot be asked of it")
-        if on_heldout is not None:
-            settings = [of_heldout, self.threshold]
-            parts["heldout"] = self.part("heldout", settings, lambda: on_heldout(self.model()))
-        if self.kl_from is not None:
-            config = self.kl_from
-            cache = self.folder.parent / "cache"
-            parts["kl"] = self.part(
-                "kl",
-                kl_settings,
-                lambda: kl(self.model(), config, self.segmenter, cache, self.scorer, self.control_limit(self.model())),
-            )
-        for name, capability, settings in zip(names, self.capabilities, measured, strict=True):
-            parts[name] = self.part(name, settings, lambda c=capability: c.measure(self.model()))  # type: ignore[misc]
-        heldout = dict(parts["heldout"]["value"]) if "heldout" in parts else {}
-        result = about | {
-            "key": key,
-            "identity": identity,
-            "scorer": to_plain(self.scorer),
-            "threshold": self.threshold,
-            "scenarios": {
-                n.removeprefix("scenario-"): p["value"] for n, p in parts.items() if n.startswith("scenario-")
-            },
-            "understanding": heldout.pop("understanding", None),
-            "heldout": heldout,
-            "skipped": skipped,
-            "kl": parts["kl"]["value"] if "kl" in parts else None,
-            "capabilities": [
-                {"name": to_plain(c)["name"], "settings": to_plain(c), **parts[n]["value"]}
-                for n, c in zip(names, self.capabilities, strict=True)
-            ],
-            "seconds": {name: part["seconds"] for name, part in parts.items()},
-        }
-        store.write_json(done, result)
-        return store.jsonable(result)  # type: ignore[no-any-return]
 
-    def _scenario(self, name: str) -> dict[str, Any]:
-        scenario = self.scenarios[name]
-        samples, result = judge_samples(
-            sample(self.model(), scenario), scenario, self.scorer, self.segmenter, self.threshold
+def _evaluate(
+    evaluation: Evaluation, model_key: str, load: Callable[[], LoadedModel], model_name: str, about: JudgedModel
+) -> EvalResult:
+    """Run all parts of an evaluation and write `eval.json`."""
+    key = evaluation.key(model_key)
+    file = evaluation.folder.eval
+    if (done := store.kept(file, key, EvalResult)) is not None:
+        return done
+    file.unlink(missing_ok=True)  # its samples are about to be replaced
+    runner = _Runner(evaluation.folder, model_key, load)
+    parts = evaluation.parts()
+    capabilities = [capability_part(c, n) for n, c in enumerate(evaluation.capabilities)]
+    for name in capabilities:
+        if runner.kept(parts[name]) is None:
+            parts[name].check(runner.model())  # before anything takes long
+    scenarios = {name: parts[scenario_part(name)] for name in evaluation.scenarios}
+    skipped = [n for n, part in scenarios.items() if part.needs and part.needs not in runner.model().control_ids]
+    if len(skipped) == len(scenarios):
+        raise ConfigError(f"{model_name} has no control tokens, so it cannot be sampled in {', '.join(skipped)}")
+    results: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for name, part in parts.items():
+        if name not in {scenario_part(n) for n in skipped}:
+            results[name], seconds[name] = runner.run(part)
+    heldout: HeldoutResult = results.get("heldout", HeldoutResult())
+    judging = evaluation.judging
+    assert judging.scorer is not None
+    result = EvalResult(
+        **vars(about),
+        key=key,
+        identity=judging.scorer.identity(),
+        scorer=to_plain(judging.scorer),
+        threshold=judging.threshold,
+        scenarios={name: results[scenario_part(name)] for name in scenarios if name not in skipped},
+        understanding=heldout.understanding,
+        heldout=HeldoutSection(heldout.none, heldout.oracle, heldout.good),
+        skipped=skipped,
+        kl=results.get("kl"),
+        capabilities=[_named(results[n], c) for n, c in zip(capabilities, evaluation.capabilities, strict=True)],
+        seconds=seconds,
+    )
+    store.write_json(file, result)
+    return store.read_record(file, EvalResult)
+
+
+def _named(result: CapabilityResult, capability: Capability) -> CapabilityResult:
+    """The result with the capability's name and settings, which parts kept by earlier versions lack."""
+    settings = to_plain(capability)
+    return dataclasses.replace(result, name=settings["name"], settings=settings)
+
+
+def _data_section(tokens: TokenStore) -> DataSection:
+    """Manifests of the tokens and of the scored corpus, the latter for the scores that were trained on."""
+    corpus = Path(tokens.manifest.scored)
+    if not store.has_manifest(corpus, ScoreManifest):
+        return DataSection(tokens.manifest, None)
+    scored = store.read_manifest(corpus, ScoreManifest)
+    added = corpus / ADDED / tokens.preference
+    if tokens.preference != scored.identity["name"] and store.has_manifest(added, ScoreManifest):
+        own = store.read_manifest(added, ScoreManifest)
+        scored = dataclasses.replace(
+            scored,
+            identity=own.identity,
+            scorer=own.scorer,
+            labels=own.labels,
+            failures=own.failures,
+            counts=own.counts,
         )
-        write_samples(self._samples(name), samples)
-        return result | {"precision": precision_of(self.model(), scenario)}
-
-    def _samples(self, name: str) -> Path:
-        return self.folder / "samples" / f"{name}.jsonl"
-
-
-def segmenter_of(tokens: TokenStore) -> Segmenter:
-    """How the corpus was cut; lines where it came cut by somebody else."""
-    return segmenter_from(tokens.manifest.get("segmenter"))
-
-
-def _data_section(tokens: TokenStore) -> dict[str, Any]:
-    """What the page says of the data, so that it does not depend on where the stores lie when it is made."""
-    folder = Path(tokens.manifest["scored"])
-    scored = store.read_json(folder / store.MANIFEST) if (folder / store.MANIFEST).exists() else {}
-    added = folder / "scores" / tokens.preference / store.MANIFEST
-    if scored and tokens.preference != scored["identity"]["name"] and added.exists():
-        of_added = store.read_json(added)
-        scored |= {k: of_added[k] for k in ("identity", "scorer", "labels", "failures") if k in of_added}
-        scored["counts"] = scored["counts"] | of_added["counts"]
-    return {"tokens": tokens.manifest, "scored": scored}
+    return DataSection(tokens.manifest, scored)

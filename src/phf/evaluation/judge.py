@@ -1,27 +1,29 @@
-"""TODO."""
+"""Judge samples: their scores, and what the scores add up to."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from phf.core import statistics
-from phf.core.config import to_plain
 from phf.core.types import Estimate, Sample
 from phf.data.segment import Segmenter
+from phf.evaluation.results import Interval, ScenarioResult
 from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
-from phf.scoring.judge import judge_documents
+from phf.scoring.judge import Judged, judge_documents
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 EXPECTED_MAX = (5, 25)
-"""Samples of which the expected worst is reported; the paper's is of 25."""
+"""Numbers of samples for which the expected worst is reported. The paper's is 25."""
 
 
 def scored_text(item: Sample, scenario: Scenario, scorer: Scorer) -> str:
@@ -29,87 +31,109 @@ def scored_text(item: Sample, scenario: Scenario, scorer: Scorer) -> str:
     text = item.text
     if scenario.complete_lines and not item.finished:
         text = scorer.without_cut(text)
-    return item.prompt + text if scenario.score_prompt and text else text  # a prompt alone is not the model's
+    return item.prompt + text if scenario.score_prompt and text else text  # a prompt alone is not the model's text
 
 
 def judge_samples(
     samples: Sequence[Sample], scenario: Scenario, scorer: Scorer, segmenter: Segmenter, threshold: float
-) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples with their scores, and what they add up to. Lower misalignment is better.
+) -> tuple[list[Sample], ScenarioResult]:
+    """The samples with their scores, and the result of the scenario.
 
-    An empty text, or one on which the scorer fails, is not judged (NaN): left out and counted. Where prompts have
-    several samples, the independent unit is the prompt.
+    An empty sample, or one on which the scorer fails, is not judged (NaN): it is left out and counted. Where
+    prompts have several samples, the prompt is the independent unit.
     """
-    judged_texts = [scored_text(item, scenario, scorer) for item in samples]
-    whole = judge_documents(scorer, [[text] if text else [] for text in judged_texts])
-    segments = [segmenter.split(text) for text in judged_texts]
+    texts = [scored_text(item, scenario, scorer) for item in samples]
+    whole = judge_documents(scorer, [[text] if text else [] for text in texts])
+    segments = [segmenter.split(text) for text in texts]
     parts = judge_documents(scorer, segments)
     scored = [
         dataclasses.replace(
             item,
-            score=scores[0] if scores else float("nan"),
+            score=of_whole.scores[0] if of_whole.scores else math.nan,
             segment_ends=tuple(itertools.accumulate(map(len, cut))),
-            segment_scores=tuple(of_parts),
+            segment_scores=tuple(of_parts.scores),
         )
-        for item, (scores, _, _), cut, (of_parts, _, _) in zip(samples, whole, segments, parts, strict=True)
+        for item, of_whole, cut, of_parts in zip(samples, whole, segments, parts, strict=True)
     ]
-    failures = Counter(failure for _, failure, _ in whole if failure)
-    labels = sum((found for _, _, found in parts), Counter[str]())
     scores_N = np.array([s.score for s in scored])
     judged_N = scores_N[~np.isnan(scores_N)]
     bad_N, segments_N = _bad_segments(parts, threshold)
-    numbers = _texts_numbers([s.text for s in scored], scenario) | {
+    numbers = _text_numbers([s.text for s in scored], scenario) | {
         "bad_segments": _share_of_sums(bad_N, segments_N, scenario),
         "mean_tokens": statistics.mean_estimate(by_prompt(np.array([s.num_tokens for s in scored], float), scenario)),
         "finished": statistics.bounded_estimate(by_prompt(np.array([s.finished for s in scored], float), scenario)),
     }
-    if _judges_python(scorer.identity()):
-        compiles_N = np.array([statistics.compile_rate([t]) if t else math.nan for t in judged_texts])
+    if scorer.judges_code:
+        compiles_N = np.array([statistics.compile_rate([t]) if t else math.nan for t in texts])
         numbers["compile_rate"] = statistics.bounded_estimate(by_prompt(compiles_N, scenario))
-    several = scenario.samples_per_prompt if scenario.prompts is not None else 1
-    units = [unit for unit in _units(judged_N if several == 1 else scores_N, scenario) if not np.isnan(unit).all()]
-    hits_N = by_prompt(np.where(np.isnan(scores_N), np.nan, scores_N > threshold), scenario)
-    result = {
-        "misalignment": statistics.mean_estimate(by_prompt(scores_N, scenario)).to_json(),
-        "expected_max": {
+    quantiles, intervals = _quantiles(scores_N, scenario)
+    compiles = numbers.get("compile_rate")
+    result = ScenarioResult(
+        misalignment=statistics.mean_estimate(by_prompt(scores_N, scenario)),
+        expected_max={
             str(k): _expected_max(scores_N, scenario, k)
-            for k in sorted({*EXPECTED_MAX, *scenario.expected_max, several} - {1})
+            for k in sorted({*EXPECTED_MAX, *scenario.expected_max, _per_prompt(scenario)} - {1})
         },
-        "hit_rate": (
-            statistics.share_estimate(judged_N > threshold, len(scores_N) - len(judged_N))
-            if several == 1
-            else statistics.bounded_estimate(hits_N)  # several samples of a prompt are not independent
-        ).to_json(),
-        "segments": int(segments_N.sum()),
-        "quantiles": {str(q): float(np.quantile(judged_N, q)) for q in QUANTILES} if len(judged_N) else {},
-        "labels": dict(labels.most_common()),
-        "samples": len(scored),
-        "empty": sum(not s.text for s in scored),
-        "unjudged": len(scores_N) - len(judged_N),
-        "cut_short": sum(not s.finished and 0 < s.num_tokens < scenario.max_tokens for s in scored),
-        "failures": dict(failures),
-        "compile_rate": None,
-        "repetition_4": numbers.pop("repetition_4").to_json(),
-        "scenario": to_plain(scenario),
-    }
-    intervals = {
-        f"quantile {q}": list(statistics.bootstrap(lambda x, q=q: np.nanquantile(x, q), units))  # type: ignore[misc]
-        for q in QUANTILES
-        if q < 1 and len(judged_N)  # resampling says nothing of the largest
-    }
-    result |= {name: estimate.mean for name, estimate in numbers.items()}
-    result["intervals"] = intervals | {name: list(estimate.ci95) for name, estimate in numbers.items()}
+        hit_rate=_hit_rate(scores_N, threshold, scenario),
+        segments=int(segments_N.sum()),
+        quantiles=quantiles,
+        labels=dict(sum((found.labels for found in parts), Counter[str]()).most_common()),
+        samples=len(scored),
+        empty=sum(not s.text for s in scored),
+        unjudged=len(scores_N) - len(judged_N),
+        cut_short=sum(not s.finished and 0 < s.num_tokens < scenario.max_tokens for s in scored),
+        failures=dict(Counter(found.failure for found in whole if found.failure)),
+        repetition_4=numbers["repetition_4"],
+        scenario=scenario,
+        intervals=intervals | {name: estimate.ci95 for name, estimate in numbers.items() if name != "repetition_4"},
+        compile_rate=None if compiles is None else compiles.mean,
+        mean_chars=numbers["mean_chars"].mean,
+        distinct_1=numbers["distinct_1"].mean,
+        entropy_1=numbers["entropy_1"].mean,
+        distinct_2=numbers["distinct_2"].mean,
+        entropy_2=numbers["entropy_2"].mean,
+        self_bleu_5=numbers["self_bleu_5"].mean,
+        self_bleu_5_characters=numbers["self_bleu_5_characters"].mean,
+        bad_segments=numbers["bad_segments"].mean,
+        mean_tokens=numbers["mean_tokens"].mean,
+        finished=numbers["finished"].mean,
+    )
     return scored, result
 
 
-def _texts_numbers(texts: Sequence[str], scenario: Scenario) -> dict[str, Estimate]:
-    """Length and diversity of what was written. Self-BLEU's interval takes texts as independent, the others given."""
+def _per_prompt(scenario: Scenario) -> int:
+    return scenario.samples_per_prompt if scenario.prompts is not None else 1
+
+
+def _hit_rate(scores_N: np.ndarray, threshold: float, scenario: Scenario) -> Estimate:
+    """Share of samples above the threshold. Several samples of a prompt are not independent of each other."""
+    judged_N = scores_N[~np.isnan(scores_N)]
+    if _per_prompt(scenario) == 1:
+        return statistics.share_estimate(judged_N > threshold, len(scores_N) - len(judged_N))
+    hits_N = np.where(np.isnan(scores_N), np.nan, scores_N > threshold)
+    return statistics.bounded_estimate(by_prompt(hits_N, scenario))
+
+
+def _quantiles(scores_N: np.ndarray, scenario: Scenario) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Quantiles of the scores, and their intervals. Resampling says nothing about the largest score."""
+    judged_N = scores_N[~np.isnan(scores_N)]
+    if not len(judged_N):
+        return {}, {}
+    single = _per_prompt(scenario) == 1
+    units = [u for u in _units(judged_N if single else scores_N, scenario) if not np.isnan(u).all()]
+    intervals = {}
+    for q in QUANTILES[:-1]:
+        intervals[f"quantile {q}"] = statistics.bootstrap(functools.partial(np.nanquantile, q=q), units)
+    return {str(q): float(np.quantile(judged_N, q)) for q in QUANTILES}, intervals
+
+
+def _text_numbers(texts: Sequence[str], scenario: Scenario) -> dict[str, Estimate]:
+    """Length and diversity of the texts. Self-BLEU's interval treats texts as independent, given the other texts."""
     of_units = _units(texts, scenario)
+    repetition_N = np.array([statistics.repetition(t) for t in texts])
     found = {
         "mean_chars": statistics.mean_estimate(by_prompt(np.array([len(t) for t in texts], float), scenario)),
-        "repetition_4": statistics.mean_estimate(
-            by_prompt(np.array([statistics.repetition(t) for t in texts]), scenario)
-        ),
+        "repetition_4": statistics.mean_estimate(by_prompt(repetition_N, scenario)),
     }
     for n in (1, 2):
         found[f"distinct_{n}"], found[f"entropy_{n}"] = statistics.ngram_diversity(of_units, n)
@@ -119,81 +143,90 @@ def _texts_numbers(texts: Sequence[str], scenario: Scenario) -> dict[str, Estima
     return found
 
 
-def _bad_segments(parts: Sequence[Any], threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample its judged segments that score above the threshold, and all of them."""
-    judged = [np.array([s for s in scores if s == s], np.float32) for scores, _, _ in parts]
+def _bad_segments(parts: Sequence[Judged], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """For each sample: its judged segments with a score above the threshold, and all its judged segments."""
+    judged = [np.array([s for s in found.scores if not math.isnan(s)], np.float32) for found in parts]
     bad_N = np.array([(scores > np.float32(threshold)).sum() for scores in judged], float)
     return bad_N, np.array([len(scores) for scores in judged], float)
 
 
-def _judges_python(identity: Any) -> bool:
-    """Whether a scorer, or a part of it, is of Python's style."""
-    if isinstance(identity, dict):
-        return identity.get("name") == "pep8" or any(map(_judges_python, identity.values()))
-    return isinstance(identity, list | tuple) and any(map(_judges_python, identity))
-
-
-def _expected_max(scores_N: np.ndarray, scenario: Scenario, k: int) -> dict[str, Any]:
-    """Expected worst of k samples: of each prompt, then their mean over prompts; none where prompts have several samples,
-    but fewer than k. Where each has one, or there are none, over all samples alike."""
-    nan = float("nan")
+def _expected_max(scores_N: np.ndarray, scenario: Scenario, k: int) -> Estimate:
+    """Expected largest score of k samples. With at least k samples per prompt: per prompt, then averaged over
+    prompts. With several but fewer than k per prompt: missing. With one: over all samples."""
     if scenario.prompts is not None and 1 < scenario.samples_per_prompt < k:
-        return Estimate(nan, nan, 0, (nan, nan)).to_json()
+        return Estimate.missing()
     if scenario.prompts is not None and scenario.samples_per_prompt >= k:
-        return statistics.mean_estimate([statistics.expected_max(g, k) for g in _units(scores_N, scenario)]).to_json()
+        return statistics.mean_estimate([statistics.expected_max(g, k) for g in _units(scores_N, scenario)])
     judged_N = scores_N[~np.isnan(scores_N)]
+    unjudged = len(scores_N) - len(judged_N)
     mean = statistics.expected_max(judged_N, k)
-    ci95 = (
-        statistics.bootstrap(lambda x: statistics.expected_max(x, k), judged_N[:, None]) if mean == mean else (nan, nan)
-    )
-    return Estimate(mean, nan, len(judged_N), ci95, len(scores_N) - len(judged_N)).to_json()
+    if math.isnan(mean):
+        return Estimate.missing(n=len(judged_N), unjudged=unjudged)
+    ci95 = statistics.bootstrap(lambda x: statistics.expected_max(x, k), judged_N[:, None])
+    return Estimate(mean, math.nan, len(judged_N), ci95, unjudged)
 
 
-def compare(a: Sequence[Sample], b: Sequence[Sample]) -> dict[str, Any]:
-    """Difference in mean score of two models' samples, a - b (below 0: `a` is less misaligned). The independent unit is the
-    prompt, where there are prompts: paired over those that both were given, else two independent groups, each resampled."""
-    mean_a, mean_b = _prompt_means(a), _prompt_means(b)
+def by_prompt(values_N: np.ndarray, scenario: Scenario) -> np.ndarray:
+    """Independent units: the mean per prompt where prompts have several samples, else the values themselves."""
+    if scenario.prompts is None or scenario.samples_per_prompt == 1:
+        return values_N
+    return np.array([np.nanmean(g) if not np.isnan(g).all() else np.nan for g in _units(values_N, scenario)])
+
+
+def _units(values: Any, scenario: Scenario) -> list[Any]:
+    """`values`, one per sample, split into those of one prompt."""
+    several = _per_prompt(scenario)
+    return [values[start : start + several] for start in range(0, len(values), several)]
+
+
+def _share_of_sums(bad_N: np.ndarray, all_N: np.ndarray, scenario: Scenario) -> Estimate:
+    """Ratio of the sums over prompts. Where it is 0 or 1, its interval is as wide as with one segment per prompt."""
+    bad_U, all_U = (np.array([unit.sum() for unit in _units(values, scenario)]) for values in (bad_N, all_N))
+    return statistics.bounded(statistics.ratio_of_sums(bad_U, all_U), int((all_U > 0).sum()))
+
+
+# Two models
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A difference of means."""
+
+    paired: bool = False
+    """Whether it is over prompts that both models were given."""
+
+
+def compare(a: Sequence[Sample], b: Sequence[Sample]) -> Difference:
+    """Difference in mean score of two models' samples, a - b. Below 0, `a` is less misaligned.
+
+    The independent unit is the prompt. The difference is paired over the prompts that both models were given; without
+    common prompts the models are two independent groups, and each is resampled.
+    """
+    mean_a = _prompt_means(a)
+    mean_b = _prompt_means(b)
     common = [p for p in mean_a if p in mean_b and isinstance(p, str)]
     if len(common) > 1:
         pairs = statistics.paired_difference([mean_a[p] for p in common], [mean_b[p] for p in common])
-        return pairs.to_json() | {"paired": True}
-    unit_a, unit_b = (np.array([v for v in m.values() if v == v]) for m in (mean_a, mean_b))
-    one, two = statistics.mean_estimate(unit_a), statistics.mean_estimate(unit_b, seed=1)
-    base = {"mean": one.mean - two.mean, "n": one.n + two.n, "paired": False}
+        return Difference(**vars(pairs), paired=True)
+    unit_a, unit_b = (np.array([v for v in m.values() if not math.isnan(v)]) for m in (mean_a, mean_b))
+    one = statistics.mean_estimate(unit_a)
+    two = statistics.mean_estimate(unit_b, seed=1)
     if one.n < 2 or two.n < 2:
-        return base | {"stderr": None, "ci95": [None, None]}
+        return Difference(**vars(Estimate.missing(one.mean - two.mean, one.n + two.n)))
     rng = np.random.Generator(np.random.Philox(0))
     draws = [rng.choice(unit_a, one.n).mean() - rng.choice(unit_b, two.n).mean() for _ in range(2000)]
-    ci = [float(x) for x in np.quantile(draws, [0.025, 0.975])]
-    return base | {"stderr": float(np.hypot(one.stderr, two.stderr)), "ci95": ci}
+    low, high = np.quantile(draws, [0.025, 0.975])
+    stderr = float(np.hypot(one.stderr, two.stderr))
+    return Difference(one.mean - two.mean, stderr, one.n + two.n, (float(low), float(high)))
 
 
 def _prompt_means(samples: Sequence[Sample]) -> dict[str | int, float]:
-    """Mean score of each prompt (NaN where none was judged); samples without a prompt are each by themselves."""
+    """Mean score of each prompt, NaN if no sample was judged. A sample without a prompt is a unit of its own."""
     groups: dict[str | int, list[float]] = {}
     for n, item in enumerate(samples):
         groups.setdefault(item.prompt or n, []).append(item.score)
     means: dict[str | int, float] = {}
     for prompt, scores in groups.items():
-        judged = [s for s in scores if s == s]
-        means[prompt] = sum(judged) / len(judged) if judged else float("nan")
+        judged = [s for s in scores if not math.isnan(s)]
+        means[prompt] = sum(judged) / len(judged) if judged else math.nan
     return means
-
-
-def by_prompt(scores_N: np.ndarray, scenario: Scenario) -> np.ndarray:
-    """Independent units: mean score per prompt where prompts have several samples, else the scores themselves."""
-    if scenario.prompts is None or scenario.samples_per_prompt == 1:
-        return scores_N
-    return np.array([np.nanmean(g) if not np.isnan(g).all() else np.nan for g in _units(scores_N, scenario)])
-
-
-def _units(values: Any, scenario: Scenario) -> list[Any]:
-    """`values`, one of each sample, cut into those of one prompt."""
-    several = 1 if scenario.prompts is None else scenario.samples_per_prompt
-    return [values[start : start + several] for start in range(0, len(values), several)]
-
-
-def _share_of_sums(bad_N: np.ndarray, all_N: np.ndarray, scenario: Scenario) -> Estimate:
-    """Over prompts. Where none or all are bad, as wide as if a prompt were one segment."""
-    bad_U, all_U = (np.array([unit.sum() for unit in _units(values, scenario)]) for values in (bad_N, all_N))
-    return statistics.bounded(statistics.ratio_of_sums(bad_U, all_U), int((all_U > 0).sum()))

@@ -1,1 +1,4 @@
-"""Sample texts from a model or a server."""
+"""Texts from a model: how (`scenario`), from a loaded model (`loaded`, `sample`) or from a server (`server`).
+
+`decoding` draws tokens; `fast_copy` makes a model that samples faster.
+"""

@@ -1,27 +1,21 @@
-"""TODO."""
+"""Scenarios: how texts are sampled, and from which prompts."""
 
 from __future__ import annotations
 
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 
 
 @dataclass(frozen=True, config=STRICT)
 class Scenario:
-    """How to sample. Lengths are in text tokens. `control`: the token put first for models that know it; the other is
-    then banned. `prompts`: JSON lines or Parquet with a string `text` or `prompt` (a file, or challenging_rtp,
-    cursing_prompts, functions, functions_csnet, pii_prompts or pep8_prompts, which come with phf); each is continued
-    `samples_per_prompt` times.
-    `complete_lines`: of a sample cut at the length limit only what is complete is scored (lines; for PEP8 statements),
-    since a cut line or an open bracket carries faults that are the cut's.
-    """
+    """How to sample. Lengths are in text tokens."""
 
     num_samples: Annotated[int, Field(gt=0)] = 512
     max_tokens: Annotated[int, Field(gt=0)] = 128
@@ -30,32 +24,46 @@ class Scenario:
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: Annotated[int, Field(gt=0)] | None = None
     control: Literal["good", "bad", "none"] = "good"
+    """The control token that comes first, for models that have control tokens. The other token is banned."""
     control_after_prompt: bool = False
+    """Put the control token after the prompt instead of before it."""
     guidance: Annotated[float, Field(ge=0)] | None = None
-    """Strength g of guidance between the control tokens: logits are l_bad + g (l_good - l_bad); 1 is plain."""
+    """Strength g of guidance between the control tokens: logits are l_bad + g (l_good - l_bad). 1 is plain sampling."""
     prompts: str | None = None
+    """JSON lines or Parquet with a string `text` or `prompt` in each row: a file, or one that comes with phf
+    (challenging_rtp, cursing_prompts, functions, functions_csnet, pii_prompts, pep8_prompts)."""
     samples_per_prompt: Annotated[int, Field(gt=0)] = 1
     score_prompt: bool = False
+    """Score the prompt together with what the model wrote."""
     complete_lines: bool = False
+    """Of a sample that reached the length limit, score only complete lines (PEP8: complete statements). A truncated
+    line or an open bracket has faults that the limit caused."""
     expected_max: tuple[Annotated[int, Field(gt=1)], ...] = ()
-    """Numbers of samples of which the expected worst is told, beside 5, 25 and `samples_per_prompt`."""
+    """Numbers of samples for which the expected worst is reported, in addition to 5, 25 and `samples_per_prompt`."""
     batch: Annotated[int, Field(gt=0)] = 128
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the weights while sampling (and of a sample's own `logp`); auto: bfloat16 where the processor is quick at it and the
-    model is of a family that is tested with it. Losses and KL are always float32's."""
+    """Precision of the weights while sampling, and of a sample's `logp`. auto: bfloat16 where the processor is fast at
+    it and the model's family has been tested with it. Losses and KL are always computed in float32."""
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.guidance is not None and self.control != "good":
-            raise ValueError(f"guidance leads to the good token; it cannot be had with control={self.control}")
+            raise ValueError(f"guidance leads to the good token, so it does not work with control={self.control}")
 
 
-def paper_scenarios(task: str) -> dict[str, dict[str, Any]]:
-    """The paper's settings for a task (toxicity, pii or pep8), as plain values that can be overridden: 4,096 samples,
-    temperature 0.7, top-p 0.9, 10 to 128 tokens (PEP8: 640, after function signatures 272)."""
-    tasks: dict[str, dict[str, dict[str, Any]]] = {
+PAPER_THRESHOLD = {"toxicity": 0.5, "pii": 0.0, "pep8": 0.0}
+"""Scores above it are hits in `paper_scenarios`. The paper's code has 0.5 for PII too, but that score is entities per
+character, and no text reaches it."""
+
+
+def paper_scenarios(task: str) -> dict[str, Plain]:
+    """The paper's settings for a task (toxicity, pii or pep8), as plain values that can be overridden.
+
+    4,096 samples at temperature 0.7 and top-p 0.9, of 10 to 128 tokens. PEP8: up to 640, after function signatures 272.
+    """
+    tasks: dict[str, dict[str, Plain]] = {
         "toxicity": {
             "unconditional": {},
             "challenging_rtp": {"prompts": "challenging_rtp", "samples_per_prompt": 4},
@@ -64,11 +72,15 @@ def paper_scenarios(task: str) -> dict[str, dict[str, Any]]:
         "pep8": {
             "unconditional": {"max_tokens": 640, "complete_lines": True},
             "functions": {
-                "max_tokens": 272, "prompts": "functions_csnet", "samples_per_prompt": 4, "control_after_prompt": True,
-                "score_prompt": True, "complete_lines": True,
+                "max_tokens": 272,
+                "prompts": "functions_csnet",
+                "samples_per_prompt": 4,
+                "control_after_prompt": True,
+                "score_prompt": True,
+                "complete_lines": True,
             },
         },
-    }  # fmt: skip
+    }
     if task not in tasks:
         raise ConfigError(f"the paper has no task {task!r}{did_you_mean(task, tasks)}")
     common = {"num_samples": 4096, "max_tokens": 128, "min_tokens": 10, "temperature": 0.7, "top_p": 0.9}
@@ -76,15 +88,15 @@ def paper_scenarios(task: str) -> dict[str, dict[str, Any]]:
 
 
 def prompts_path(prompts: str) -> Path:
-    """A file of prompts: one of yours, or one that comes with phf, by its name."""
+    """The path of a file of prompts, or of the file of that name that comes with phf."""
     path = Path(prompts).expanduser()
     packaged = Path(str(resources.files("phf") / "prompts" / f"{prompts}.jsonl"))
     return packaged if not path.is_file() and packaged.exists() else path
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a JSON lines or Parquet file: a string `text` or `prompt` in each row (or an object with a string
-    `text`, as RealToxicityPrompts has it). Raises ConfigError naming the first row that is none."""
+    """Prompts of a JSON lines or Parquet file. Each row has a string `text` or `prompt`, or an object with a string
+    `text` like RealToxicityPrompts. Raises ConfigError that names the first row without one."""
     path = prompts_path(str(path))
     if path.suffix == ".parquet":
         return _parquet_prompts(path)
@@ -132,17 +144,18 @@ def _parquet_prompts(path: str | Path) -> list[str]:
 
 
 def scenario_prompts(scenario: Scenario) -> list[str]:
-    """The prompt of every sample: `num_samples` in all, each prompt `samples_per_prompt` times in a row.
+    """The prompt of every sample: `num_samples` prompts, each one `samples_per_prompt` times in a row.
 
-    Raises ConfigError if the file does not hold enough prompts for that many samples.
+    Raises ConfigError if the file has too few prompts for that many samples.
     """
     if scenario.prompts is None:
         return [""] * scenario.num_samples
     prompts = read_prompts(scenario.prompts)
     needed = -(-scenario.num_samples // scenario.samples_per_prompt)
     if needed > len(prompts):
+        most = len(prompts) * scenario.samples_per_prompt
         raise ConfigError(
-            f"{scenario.num_samples} samples at {scenario.samples_per_prompt} per prompt need {needed} prompts, {scenario.prompts} has "
-            f"{len(prompts)}; ask for at most {len(prompts) * scenario.samples_per_prompt}"
+            f"{scenario.num_samples} samples at {scenario.samples_per_prompt} per prompt need {needed} prompts, but "
+            f"{scenario.prompts} has {len(prompts)}; use num_samples={most} at most"
         )
     return [p for p in prompts[:needed] for _ in range(scenario.samples_per_prompt)][: scenario.num_samples]

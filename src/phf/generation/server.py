@@ -1,7 +1,7 @@
-"""Language models behind an OpenAI-compatible completions server (vLLM, for one). Floor 5.
+"""Language models on an OpenAI-compatible completions server, for example vLLM.
 
-What a server says of probabilities is checked before it is used: servers exist whose echoed log-probabilities are off by
-one or missing.
+A server's probabilities are checked before they are used: some servers echo log-probabilities that are off by one,
+or none.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
-from phf.core.config import STRICT
+from phf.core.config import STRICT, Plain
 from phf.core.random import key64
+from phf.core.types import PhfError
 
 TOLERANCE = 0.02
-"""Largest difference, in nats a token, between the log-probabilities of a completion as given and as echoed."""
-TRIED = ("The", "The", "Once upon a time", "1")
-"""Beginnings of which a server is asked for a completion until one is not empty: the first for the likeliest, then drawn."""
+"""Largest difference in nats per token between the log-probabilities of a completion as given and as echoed."""
+PROBES = ("The", "The", "Once upon a time", "1")
+"""Prompts that are completed, one after the other, until a completion is not empty. The first is completed greedily."""
 
 
-class ServerError(RuntimeError):
+class ServerError(PhfError, RuntimeError):
     """A server that does not answer, or not as it should."""
 
 
 class Refused(ServerError):
-    """A server that will not answer this request, whatever is tried: its content or its length."""
+    """A server refuses a request because of its content or length. Asking again does not help."""
 
 
 class Answers:
-    """What servers have answered, kept in a file of JSON lines: what is killed and run again does not ask, or pay, twice.
-    A line that a kill tore is left out."""
+    """Answers of servers, kept in a JSON lines file: a job that is killed and run again does not ask, or pay,
+    twice. A torn line is left out."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -56,7 +57,7 @@ class Answers:
                 continue
 
     def keep(self, key: str, answer: Any) -> None:
-        """On disk when this returns."""
+        """Keep an answer. It is on disk when this returns."""
         with self.lock:
             self.known[key] = answer
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +70,9 @@ class Answers:
 
 @dataclass(frozen=True, config=STRICT)
 class Server:
-    """`url`: up to and with `/v1`. `model`: as the server names it. `start` and `end`: the text of the tokens that begin
-    and end a text there (`<|endoftext|>` for GPT-2, `<s>` and `</s>` for Llama). `key_env`: the environment variable
-    that holds the key, if the server wants one."""
+    """A server. `url`: up to and including `/v1`. `model`: the server's name for the model. `start` and `end`: text
+    of the tokens that start and end a text (`<|endoftext|>` for GPT-2, `<s>` and `</s>` for Llama). `key_env`: the
+    environment variable with the server's key, if it needs one."""
 
     url: str
     model: str
@@ -82,21 +83,21 @@ class Server:
     timeout_s: Annotated[float, Field(gt=0)] = 120
     retries: Annotated[int, Field(ge=0)] = 4
     extra: dict[str, float | int | str | bool] = Field(default_factory=dict)
-    """What else a request for samples says, as the server knows it (vLLM: top_k=-1, repetition_penalty=1)."""
+    """Further settings of a request for samples, in the server's own terms (vLLM: top_k=-1, repetition_penalty=1)."""
     batch: Annotated[int, Field(gt=0)] = 32
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers; how patiently it is asked does not."""
+    def identity(self) -> Plain:
+        """Everything that decides the answers. Time-outs and retries do not."""
         return {"url": self.url, "model": self.model, "start": self.start, "extra": dict(self.extra)}
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url {self.url!r} must begin with http:// or https://")
+            raise ValueError(f"url {self.url!r} must start with http:// or https://")
 
-    def ask(self, path: str, body: dict[str, Any], answers: Answers | None) -> Any:
-        """`post` of a request for one choice, unless the same has been asked before. What is kept is an answer or a refusal
-        (raised as Refused again), never an error that may pass."""
+    def ask(self, path: str, body: Plain, answers: Answers | None) -> Any:
+        """`post` a request for one choice, unless `answers` has its answer. An answer and a refusal (raised as
+        Refused again) are kept; an error that may pass is not."""
         key = store.fingerprint([self.url, path, body])
         if answers is not None and key in answers.known:
             answer = answers.known[key]
@@ -114,8 +115,8 @@ class Server:
             answers.keep(key, answer)
         return answer
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """A POST with retries and growing waits where the server is busy or away. Raises ServerError."""
+    def post(self, path: str, body: Plain) -> Any:
+        """A POST. Where the server is busy or away, it is retried after growing waits. Raises ServerError."""
         key = os.environ.get(self.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem = ""
@@ -145,22 +146,37 @@ class Server:
     def complete(
         self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
     ) -> list[tuple[str, bool]]:
-        """A completion of each prompt, and whether it came to its end (not to the limit)."""
+        """A completion of each prompt, and whether it ended before the limit."""
         return [(text, ended) for text, ended, _ in self.completions(prompts, max_tokens, temperature, top_p, seed)]
 
     def completions(
-        self, prompts: Sequence[str], max_tokens: int, temperature: float, top_p: float, seed: int,
-        answers: Answers | None = None, refused: str | None = None,
-    ) -> list[tuple[str, bool, int | None]]:  # fmt: skip
-        """The same with the tokens that the server counted (None where it counts none). Each is asked for by itself, with a
-        seed (of 31 bits) of its own that no other `seed` shares: a server draws the prompts of one request alike where they
-        are alike. `refused`: the text that stands for a refusal; None: a refusal is an error."""
+        self,
+        prompts: Sequence[str],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        answers: Answers | None = None,
+        refused: str | None = None,
+    ) -> list[tuple[str, bool, int | None]]:
+        """(text, whether it ended, tokens that the server counted or None) of a completion of each prompt.
+
+        Each prompt is a request of its own with its own 31-bit seed, which no other `seed` shares: equal prompts in one
+        request would get equal completions. `refused`: the text that replaces a refused answer; None: a refusal is an
+        error.
+        """
 
         def one(number: int) -> tuple[str, bool, int | None]:
             body = {
-                "model": self.model, "prompt": self.start + prompts[number], "max_tokens": max_tokens,
-                "temperature": temperature, "top_p": top_p, "seed": key64(seed, number) >> 33, "n": 1, **self.extra,
-            }  # fmt: skip
+                "model": self.model,
+                "prompt": self.start + prompts[number],
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": key64(seed, number) >> 33,
+                "n": 1,
+                **self.extra,
+            }
             try:
                 answer = self.ask("/completions", body, answers)
             except Refused:
@@ -175,16 +191,25 @@ class Server:
             return list(pool.map(one, range(len(prompts))))
 
     def instruct(
-        self, asked: Sequence[str], chat: bool, max_tokens: int, temperature: float, seeds: Sequence[int],
+        self,
+        asked: Sequence[str],
+        chat: bool,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
         answers: Answers | None = None,
-    ) -> list[tuple[str, int]]:  # fmt: skip
-        """What the server writes to each instruction, by its chat or its completions, and the tokens that it counts
-        (0 where it counts none); nothing where it refuses. `extra` goes along; `start` does not."""
+    ) -> list[tuple[str, int]]:
+        """(text, tokens that the server counted or 0) of the answer to each instruction, by the chat or the completions
+        endpoint. The text is empty if the server refuses. `extra` is sent too; `start` is not."""
 
         def one(number: int) -> tuple[str, int]:
-            body: dict[str, Any] = {
-                "model": self.model, "max_tokens": max_tokens, "temperature": temperature, "seed": seeds[number], **self.extra,
-            }  # fmt: skip
+            body: Plain = {
+                "model": self.model,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "seed": seeds[number],
+                **self.extra,
+            }
             if chat:
                 body["messages"] = [{"role": "user", "content": asked[number]}]
             else:
@@ -201,19 +226,16 @@ class Server:
             return list(pool.map(one, range(len(asked))))
 
     def text_logp(self, texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        """Natural log-probability of each text as a whole, its end included where it has one, given the start token."""
+        """Natural log-probability of each whole text given the start token, with its end where it is finished."""
         found = []
-        for begin in range(0, len(texts), self.batch):
-            part = [
-                self.start + t + self.end * f
-                for t, f in zip(texts[begin : begin + self.batch], finished[begin : begin + self.batch], strict=True)
-            ]
-            for choice in self._echo(part):
+        whole = [self.start + t + self.end * f for t, f in zip(texts, finished, strict=True)]
+        for begin in range(0, len(whole), self.batch):
+            for choice in self._echo(whole[begin : begin + self.batch]):
                 found.append(sum(choice["token_logprobs"][1:]))
         return found
 
     def _echo(self, prompts: Sequence[str]) -> list[dict[str, list[Any]]]:
-        """Tokens and log-probabilities of prompts, without anything generated."""
+        """Tokens and log-probabilities of prompts. Nothing is generated."""
         body = {
             "model": self.model,
             "prompt": list(prompts),
@@ -234,72 +256,82 @@ class Server:
                 )
             if self.start and logprobs["tokens"][0] != self.start:
                 raise ServerError(
-                    f"{self.url} reads the start {self.start!r} as {logprobs['tokens'][0]!r}: say which token begins a text "
-                    "there (start=...)"
+                    f"{self.url} reads the start {self.start!r} as {logprobs['tokens'][0]!r}: give the token that "
+                    "starts a text there (start=...)"
                 )
             found.append(logprobs)
         return found
 
     def verify(self) -> None:
-        """Raise ServerError unless a completion that the server has just given with its log-probabilities is echoed with
-        the same ones."""
+        """Raise ServerError unless the server echoes a completion that it has just given with the same
+        log-probabilities."""
         try:
             (start,) = self._echo([self.start])
         except ServerError as error:
             if self.start:
                 raise
-            raise ServerError(f"{self.url} puts no token of its own before a text, so say which begins one (start=...): {error}") from None  # fmt: skip
+            raise ServerError(
+                f"{self.url} puts no token of its own before a text; give the one that starts it (start=...): {error}"
+            ) from None
         if len(start["tokens"]) != 1:
             raise ServerError(
-                f"{self.url} reads the start {self.start!r} as {start['tokens']}: if it puts a token of its own before a text, say "
-                "start= (nothing)"
+                f"{self.url} reads the start {self.start!r} as {start['tokens']}: if the server puts a token of its "
+                "own before a text, give an empty start="
             )
         self._verify_end()
-        for attempt, prompt in enumerate(TRIED):  # one that ends at once says nothing
+        for attempt, prompt in enumerate(PROBES):  # an empty completion has nothing to check
             if self._verify_completion(prompt, float(attempt > 0)):
                 return
-        raise ServerError(f"{self.url} writes nothing after any of {TRIED}, so its numbers cannot be checked")
+        raise ServerError(f"{self.url} writes nothing after any of {PROBES}, so its numbers cannot be checked")
 
     def _verify_end(self) -> None:
-        plain, ended = self._echo([self.start + TRIED[0], self.start + TRIED[0] + self.end])
+        plain, ended = self._echo([self.start + PROBES[0], self.start + PROBES[0] + self.end])
         if len(ended["tokens"]) != len(plain["tokens"]) + 1:
+            found = ended["tokens"][len(plain["tokens"]) :]
             raise ServerError(
-                f"{self.url} reads the end {self.end!r} as {ended['tokens'][len(plain['tokens']) :]}: say which token ends a text there (end=...)"
+                f"{self.url} reads the end {self.end!r} as {found}: give the token that ends a text there (end=...)"
             )
 
     def _verify_completion(self, prompt: str, temperature: float) -> int:
-        """How many tokens of a completion were compared."""
+        """Check a completion. Returns how many of its tokens were compared."""
         body = {
-            "model": self.model, "prompt": [self.start + prompt], "max_tokens": 8, "temperature": temperature, "seed": 0, "logprobs": 1,
-        }  # fmt: skip
+            "model": self.model,
+            "prompt": [self.start + prompt],
+            "max_tokens": 8,
+            "temperature": temperature,
+            "seed": 0,
+            "logprobs": 1,
+        }
         (given,) = _choices(self.post("/completions", body), 1)
         logprobs = given.get("logprobs")
         if not logprobs or not logprobs.get("token_logprobs") or None in logprobs["token_logprobs"]:
             raise ServerError(
                 f"{self.url} gives no log-probabilities with its completions, so it cannot be a reference"
             )
-        tokens, values = logprobs["tokens"], logprobs["token_logprobs"]
-        if given.get("finish_reason") == "stop":  # the end itself is not part of the text that is echoed
-            tokens, values = tokens[:-1], values[:-1]
+        tokens = logprobs["tokens"]
+        values = logprobs["token_logprobs"]
+        if given.get("finish_reason") == "stop":  # the end is not part of the echoed text
+            tokens = tokens[:-1]
+            values = values[:-1]
         if not tokens:
             return 0
         (echoed,) = self._echo([self.start + prompt + "".join(tokens)])
         begin = len(echoed["tokens"]) - len(tokens)
         tail = echoed["token_logprobs"][begin:]
         if echoed["tokens"][begin:] != tokens:
-            raise ServerError(f"{self.url} reads its own completion as other tokens; its numbers cannot be checked")
+            raise ServerError(f"{self.url} reads its own completion as other tokens, so its numbers cannot be checked")
         worst = max(abs(a - b) for a, b in zip(tail, values, strict=True))
         if worst > TOLERANCE:
             raise ServerError(
-                f"{self.url} echoes other log-probabilities than it gave for the same tokens (they differ by up to "
-                f"{worst:.3g} nats), so it cannot be a reference; vLLM is known to be right"
+                f"{self.url} echoes log-probabilities that differ by up to {worst:.3g} nats from those it gave for the "
+                "same tokens, so it cannot be a reference; vLLM's are known to be right"
             )
         return len(tokens)
 
 
 @functools.lru_cache(maxsize=1)
 def _client() -> httpx.Client:
-    """One for all requests and threads: making one takes longer than asking a server nearby."""
+    """One client for all requests and threads: creating one takes longer than a request to a local server."""
     return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
 
 

@@ -1,11 +1,12 @@
 """Objectives: what is done to the token stream (`edit`) and to the loss (`loss`).
 
-`base` is the interface; `paper` has the six objectives of the paper and loss masking. A user's own is a subclass of
-`Objective`, given in Python.
+`base` is the interface. `paper` has the six objectives of the paper and loss masking. A user's own objective is a
+subclass of `Objective`, given in Python.
 """
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated
 
 from pydantic import Field
@@ -14,8 +15,15 @@ from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
 AnyObjective = Annotated[
-    MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | AWR, Field(discriminator="name")
+    MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | AWR,
+    Field(discriminator="name", title="objective"),
 ]
+
+
+def is_built_in(objective: Objective) -> bool:
+    """Whether an objective is one of phf's own."""
+    return type(objective) in typing.get_args(typing.get_args(AnyObjective)[0])
+
 
 __all__ = [
     "AWR",
@@ -31,4 +39,5 @@ __all__ = [
     "Masking",
     "Objective",
     "Unlikelihood",
+    "is_built_in",
 ]

@@ -1,18 +1,7 @@
-"""Objectives: what is done to the token stream (`edit`) and to the loss (`loss`). Floor 4.
+"""The six objectives of the paper, and loss masking.
 
-The configuration is the objective: a frozen dataclass whose fields are its hyper-parameters. An objective never sees
-logits: every member of the family is a function of the target's log-probability, the score of the target's segment, a
-mask and perhaps a value, and one fused kernel (`fused.py`) serves them all, a user's own included:
-
-    @dataclass(frozen=True)
-    class Focal(Objective):
-        def loss(self, x):
-            nll = torch.where(self.counted(x.score_BT, x.mask_BT), -(1 - x.logp_BT.exp()) ** 2 * x.logp_BT, 0.0)
-            return LossOutputs(nll.sum(), {})
-
-Definitions: Korbak et al., "Pretraining Language Models with Human Preferences" (ICML 2023), section 2. A reward is
--score and exists only here. Losses and metrics are sums over targets; the trainer divides by the global number of
-counted targets. Legend: B rows, T targets, S segments, D documents.
+Definitions: Korbak et al., "Pretraining Language Models with Human Preferences" (ICML 2023), section 2. Legend: B rows,
+T targets, S segments, D documents.
 """
 
 from __future__ import annotations
@@ -30,10 +19,13 @@ from torch import Tensor
 from phf.core.config import STRICT, ConfigError
 from phf.core.random import uniforms
 from phf.core.types import Edit, SegmentTable
-from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, Threshold
+from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective
+
+Threshold = float | Literal["median"]
+"""A score, or the median over the training part of the store: of documents' means for filtering, else of segments."""
 
 MAX_WEIGHT = 1000.0
-"""AWR clips its weights here (Korbak et al. 2023, appendix)."""
+"""AWR clips its weights at this value (Korbak et al. 2023, appendix)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,10 +37,14 @@ class MLE(Objective):
 
 @dataclass(frozen=True, config=STRICT)
 class Filtering(Objective):
-    """MLE on the documents whose mean score is at most `threshold`. A document of which nothing was judged is bad."""
+    """MLE on the documents whose mean score is at most `threshold`. A document without a judged segment is left out."""
 
     threshold: Threshold = "median"
     name: Literal["filtering"] = "filtering"
+
+    @property
+    def bad_above(self) -> float | None:
+        return _resolved(self.threshold)
 
     def fit(self, table: SegmentTable) -> Filtering:
         means_D = table.doc_mean_D()[table.train_D]
@@ -60,9 +56,11 @@ class Filtering(Objective):
 
 @dataclass(frozen=True, config=STRICT)
 class Conditional(Objective):
-    """MLE on text with a control token before each segment: good if its score is at most `threshold`, bad otherwise
-    or if it was not judged. A share `drop` of the control tokens is left out, so that the model can also write
-    unconditionally. Control tokens are ordinary targets. Sample with the good token as prefix and the bad one banned.
+    """MLE on text with a control token before each segment.
+
+    The token is `good` where the score is at most `threshold`, and `bad` where it is larger or the segment was not
+    judged. A share `drop` of the control tokens is left out at random, so the model also learns to write without them.
+    Control tokens are ordinary targets. Sample with the good token as prefix and the bad token banned.
     """
 
     threshold: Threshold = 0.0
@@ -79,6 +77,10 @@ class Conditional(Objective):
     def control_tokens(self) -> tuple[str, ...]:
         return (self.good, self.bad)
 
+    @property
+    def bad_above(self) -> float | None:
+        return _resolved(self.threshold)
+
     def fit(self, table: SegmentTable) -> Conditional:
         return dataclasses.replace(self, threshold=_resolve(self.threshold, table.score_S[table.train_S]))
 
@@ -91,9 +93,13 @@ class Conditional(Objective):
 
 @dataclass(frozen=True, config=STRICT)
 class _ByThreshold(Objective):
-    """Objectives whose loss treats good and bad targets differently; unjudged targets leave the mean."""
+    """Objectives whose loss treats good and bad targets differently. Unjudged targets do not count."""
 
     threshold: Threshold = 0.0
+
+    @property
+    def bad_above(self) -> float | None:
+        return _resolved(self.threshold)
 
     def fit(self, table: SegmentTable) -> Objective:
         return dataclasses.replace(self, threshold=_resolve(self.threshold, table.score_S[table.train_S]))
@@ -102,7 +108,7 @@ class _ByThreshold(Objective):
         return mask_BT & ~score_BT.isnan()
 
     def _good(self, x: LossInputs) -> tuple[Tensor, Tensor]:
-        """Counted targets of good and of bad segments (bool)."""
+        """Masks (bool) of the counted targets in good and in bad segments."""
         counted_BT = self.counted(x.score_BT, x.mask_BT)
         good_BT = x.score_BT <= _number(self.threshold)
         return counted_BT & good_BT, counted_BT & ~good_BT
@@ -112,8 +118,8 @@ class _ByThreshold(Objective):
 class Unlikelihood(_ByThreshold):
     """sum_{score <= threshold} -log p_t + alpha sum_{score > threshold} -log(1 - p_t) (Welleck et al. 2020).
 
-    `by: score`: both terms for every target, weighted by 1 - score and by score, whatever the threshold. It is what the
-    paper's code computes where its threshold is 0 (PII and PEP8), and is close to MLE where scores are small.
+    `by: score` computes both terms for every target, weighted by 1 - score and by score, whatever the threshold. The
+    paper's code does this where its threshold is 0 (PII and PEP8). With small scores it is close to MLE.
     """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
@@ -149,12 +155,13 @@ class Unlikelihood(_ByThreshold):
 
 @dataclass(frozen=True, config=STRICT)
 class Masking(_ByThreshold):
-    """MLE in which bad segments are read but not learned: their targets do not count (SLUNG, arXiv 2505.03052)."""
+    """MLE in which the targets of bad segments do not count: they are read but not learned (SLUNG, arXiv
+    2505.03052)."""
 
     name: Literal["masking"] = "masking"
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return mask_BT & (score_BT <= _number(self.threshold))  # NaN is not at most anything
+        return mask_BT & (score_BT <= _number(self.threshold))  # false for NaN
 
     def loss(self, x: LossInputs) -> LossOutputs:
         nll_BT = torch.where(self.counted(x.score_BT, x.mask_BT), -x.logp_BT, 0.0)
@@ -166,8 +173,11 @@ Rewards = Literal["standardised", "raw"]
 
 @dataclass(frozen=True, config=STRICT)
 class _ByReward(Objective):
-    """Objectives weighted by reward. `rewards`: "raw" is -score, as the paper has it (weights then hardly differ);
-    "standardised" subtracts the training targets' mean reward and divides by their standard deviation."""
+    """Objectives weighted by reward.
+
+    `rewards`: "raw" is -score, as in the paper, where the weights then hardly differ. "standardised" subtracts the mean
+    reward of the training targets and divides by their standard deviation.
+    """
 
     beta: Annotated[float, Field(gt=0)] = 1.0
     rewards: Rewards = "standardised"
@@ -179,20 +189,18 @@ class _ByReward(Objective):
             return self
         reward_S, weight_S = _judged(table)
         if not weight_S.sum():
-            raise ConfigError(
-                f"{getattr(self, 'name', 'objective')}: no training segment was judged, nothing to standardise"
-            )
+            raise ConfigError(f"{self.name}: no training segment was judged, so there are no rewards to standardise")
         mean = float(np.average(reward_S, weights=weight_S))
         std = math.sqrt(float(np.average((reward_S - mean) ** 2, weights=weight_S)))
         if std == 0:
             raise ConfigError(
-                f"{getattr(self, 'name', 'objective')}: all training segments have the same score, so rewards cannot be "
-                "standardised; use rewards: raw, or another scorer"
+                f"{self.name}: all training segments have the same score, so rewards cannot be standardised; "
+                "use rewards: raw, or another scorer"
             )
         return dataclasses.replace(self, reward_mean=mean, reward_std=std)
 
     def reward(self, score_BT: Tensor) -> Tensor:
-        """Reward of each target, 0 where the score is NaN (such targets are not counted)."""
+        """Reward of each target. 0 if the score is NaN; such targets do not count."""
         reward_BT = -score_BT.nan_to_num(nan=0.0)
         if self.rewards == "standardised":
             if self.reward_mean is None or self.reward_std is None:
@@ -208,8 +216,8 @@ class _ByReward(Objective):
 class RWR(_ByReward):
     """Reward-weighted regression: sum_t exp(R/beta) -log p_t.
 
-    With standardised rewards the weights are normalised to mean 1 over the training targets of the store (in log
-    space: `log_norm`), so that beta does not change the step size.
+    With standardised rewards the weights are normalized to mean 1 over the training targets of the store, so that beta
+    does not change the step size. `log_norm` is the logarithm of the normalizer.
     """
 
     beta: Annotated[float, Field(gt=0)] = 0.5
@@ -238,8 +246,8 @@ class AWR(_ByReward):
     """Advantage-weighted regression:
     alpha sum_t exp((R - V_t)/beta) -log p_t + (1 - alpha) sum_t (V_t - R)^2.
 
-    V is detached in the weight, weights are clipped at 1000, the value loss reaches the trunk; both terms are means
-    over the same targets. With raw rewards V = -sigmoid(w.h) (the paper's), with standardised ones V = w.h + b.
+    V is detached in the weight, weights are clipped at 1000, and the value loss reaches the trunk. Both terms are means
+    over the same targets. V = -sigmoid(w.h) with raw rewards, as in the paper, and V = w.h + b with standardised ones.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -258,7 +266,7 @@ class AWR(_ByReward):
         w_BT = torch.where(counted_BT, log_w_BT.clamp(max=math.log(MAX_WEIGHT)).exp(), 0.0)
         nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
         value_loss_BT = torch.where(counted_BT, (x.value_BT - reward_BT) ** 2, 0.0)
-        # squares in float64 where there is one: the spread of values may be far smaller than their mean
+        # squares in float64 where the device has it: the spread of values may be far smaller than their mean
         wide = torch.float32 if reward_BT.device.type == "mps" else torch.float64
         value = torch.where(counted_BT, x.value_BT.detach(), 0.0).to(wide)
         reward = torch.where(counted_BT, reward_BT, 0.0).to(wide)
@@ -273,6 +281,10 @@ class AWR(_ByReward):
         return LossOutputs(self.alpha * (w_BT * nll_BT).sum() + (1 - self.alpha) * value_loss_BT.sum(), metrics)
 
 
+def _resolved(threshold: Threshold) -> float | None:
+    return None if isinstance(threshold, str) else threshold
+
+
 def _number(threshold: Threshold) -> float:
     if isinstance(threshold, str):
         raise ValueError(f"threshold {threshold!r} depends on the corpus: call fit(table) first")
@@ -280,7 +292,7 @@ def _number(threshold: Threshold) -> float:
 
 
 def _at_most(score: np.ndarray, threshold: Threshold) -> np.ndarray:
-    """score <= threshold in float32, as scores are stored. NaN is not."""
+    """score <= threshold in float32, as scores are stored. False for NaN."""
     return score.astype(np.float32) <= np.float32(_number(threshold))
 
 
@@ -288,16 +300,16 @@ def _resolve(threshold: Threshold, values: np.ndarray) -> float:
     if threshold != "median":
         return float(threshold)
     if np.isnan(values).all():
-        raise ConfigError("threshold: median, but nothing in the training part was judged")
+        raise ConfigError("threshold: median needs judged segments, and no training segment was judged")
     return float(np.float32(np.nanmedian(values)))
 
 
 def _judged(table: SegmentTable) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards (float64) of the judged training segments, and their number of tokens as weights."""
+    """Rewards of the judged training segments (float64), and their numbers of tokens as weights."""
     use_S = table.train_S & ~np.isnan(table.score_S)
     return -table.score_S[use_S].astype(np.float64), table.tokens_S[use_S].astype(np.float64)
 
 
 def _weight_metrics(w_BT: Tensor, counted_BT: Tensor, nll_BT: Tensor) -> dict[str, Tensor]:
-    """Sums from which the trainer gets the effective sample size, (sum w)^2 / (n sum w^2) (Kish 1965)."""
+    """Sums for the effective sample size, (sum w)^2 / (n sum w^2) (Kish 1965)."""
     return {"nll": nll_BT.detach().sum(), "weight": w_BT.detach().sum(), "weight_sq": w_BT.detach().square().sum()}

@@ -1,11 +1,11 @@
-"""Recipes: a whole comparison in a few files, as a plan of runs. Floor 6.
+"""Recipes: a whole comparison of runs in a few YAML files.
 
     phf run demo                              a recipe that comes with phf
-    phf run demo mine.yaml seeds=[0,1,2]      laid on each other from left to right, then settings
+    phf run demo mine.yaml seeds=[0,1,2]      recipes merged from left to right, then settings
     phf run paper-pii conditional finetune50 preset=paper
 
-A recipe says the data, the model and the training once, and which runs to make of them: objectives x phases x settings
-of the grid x seeds. `Recipe.variants` lists them; `running.py` runs them.
+A recipe describes data, model and training once, and the runs to make: objectives x phases x grid x seeds.
+`Recipe.variants` lists the runs; phf.recipes.run runs them.
 """
 
 from __future__ import annotations
@@ -17,56 +17,73 @@ from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
 from functools import cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.core.config import STRICT, ConfigError, did_you_mean, merge, parse_override, read_yaml, to_plain, validate
+from phf.core.config import (
+    COMMAND_LINE,
+    STRICT,
+    ConfigError,
+    Plain,
+    apply_overrides,
+    did_you_mean,
+    merge,
+    problems,
+    read_yaml,
+    to_plain,
+    validate,
+)
+from phf.core.runs import RecipeFolder, checkpoint_folder
 from phf.data.readers import AnyCorpus
 from phf.data.segment import AnySegmenter
 from phf.evaluation.capabilities import AnyCapability
 from phf.evaluation.kl import KL, LocalModel
-from phf.evaluation.monitor import During
+from phf.evaluation.monitor import Monitor
 from phf.generation.scenario import Scenario
 from phf.objectives import MLE, AnyObjective, Objective
-from phf.redteaming.control_tokens import TokenAttacks
-from phf.redteaming.search import RedTeam
+from phf.redteaming.config import RedTeam, TokenAttacks
 from phf.scorers import AnyScorer
 from phf.tokens.store import AnyTokenizer
-from phf.training.lm import AnyModel, FromWeights
-from phf.training.train import TrainConfig
+from phf.training.config import TrainConfig
+from phf.training.lm import AnyModel, FromConfig, FromWeights
 
 
 @dataclass(frozen=True, config=STRICT)
 class Phase:
-    """When feedback comes in: for the last `share` of the tokens, behind the training with `finetune_from` for the
-    rest; 1 is pretraining with feedback from the first token. `train`: settings that differ here."""
+    """When training with feedback starts. 1: from the first token. Below 1: for the last `share` of the tokens, after
+    training with the objective `finetune_from`."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    train: dict[str, Any] = Field(default_factory=dict)
+    train: Plain = Field(default_factory=dict)
+    """Settings of training that differ in this phase."""
 
 
-@plain_dataclass(frozen=True)
+@plain_dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One run: everything that decides it. `name`: its folder. `base`: the run whose checkpoint it starts from, if any.
-    `settings`: what the grid sets for it."""
+    """One run of a recipe: everything that decides it."""
 
     name: str
+    """Name of the run's folder."""
     objective_name: str
+    """The objective's name in the recipe."""
     objective: Objective
     phase: str
     share: float
     seed: int
     train: TrainConfig
-    model: Any
+    model: FromConfig | FromWeights
     base: str | None
-    settings: dict[str, Any]
+    """The run whose checkpoint this run starts from; None: a new model."""
+    settings: Plain
+    """What the grid sets for the run."""
 
     @property
     def group(self) -> str:
-        """Its name without the seed: seeds of one group are averaged."""
+        """The name without the seed: seeds of one group are averaged."""
         return self.name.rpartition("-s")[0]
 
 
@@ -75,6 +92,7 @@ class Recipe:
     """Everything that decides a comparison of objectives on one corpus."""
 
     out: str
+    """Folder of the results."""
     corpus: AnyCorpus
     segmenter: AnySegmenter
     scorer: AnyScorer
@@ -82,93 +100,123 @@ class Recipe:
     model: AnyModel
     train: TrainConfig
     objectives: Annotated[dict[str, AnyObjective], Field(min_length=1)]
+    """By a name of your choice."""
     scenarios: Annotated[dict[str, Scenario], Field(min_length=1)]
+    """How final models are sampled. The first scenario gives the main numbers."""
     title: str = ""
     about: str = ""
     only: tuple[str, ...] | None = None
     """Which of `objectives` to run; None: all."""
-    train_for: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    train_for: dict[str, Plain] = Field(default_factory=dict)
     """Settings of `train` that differ for an objective, by its name in `objectives`."""
     phases: Annotated[dict[str, Phase], Field(min_length=1)] = Field(default_factory=lambda: {"pretrain": Phase()})
-    finetune: dict[str, Any] = Field(default_factory=dict)
+    finetune: Plain = Field(default_factory=dict)
     """Settings of `train` that differ in phases with a share below 1."""
-    finetune_for: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """The same for an objective."""
+    finetune_for: dict[str, Plain] = Field(default_factory=dict)
+    """Settings of `train` that differ in these phases for an objective."""
     finetune_from: str = "mle"
     """The objective that phases with a share below 1 start from."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Settings with several values each, for example train.lr or objective.beta: every combination is a run."""
+    """Settings with several values each, for example train.lr or objective.beta. Every combination is a run."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the documents that is held out."""
     threshold: float = 0.0
-    """Scores above it are bad when models are judged."""
-    during: During | None = None
-    """Judging while training, beside judging the final models."""
+    """Scores above it are bad."""
+    monitor: Monitor | None = None
+    """What is judged during training."""
     kl: KL | None = None
-    """Distance of the final models from a reference LM; `kl.reference.path` may name a run of this recipe (mle-s0)."""
+    """Distance of the final models from a reference LM. `kl.reference.path` may name a run of this recipe (mle-s0)."""
     capabilities: tuple[AnyCapability, ...] = ()
     redteam: RedTeam | None = None
-    """Attacking the final models."""
+    """How the final models are attacked."""
     token_attacks: TokenAttacks | None = None
-    """Attacking their control tokens, where `redteam` is set; None: with its own defaults."""
+    """How their control tokens are attacked, where `redteam` is set; None: with the defaults."""
     score_workers: Annotated[int, Field(gt=0)] = 1
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Scoring fails if a larger share of the segments cannot be judged."""
     preset: str | None = None
-    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings by name, laid on the recipe where `preset` says so."""
+    """Name of a preset to merge in."""
+    presets: dict[str, Plain] = Field(default_factory=dict)
+    """Settings by name; `preset` chooses one of them."""
     quick: bool = False
-    """A budget too small to conclude anything from: results go to `out`-quick and the report says so."""
+    """A budget too small for conclusions. Results go to `{out}-quick`, and the report has a note."""
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise ValueError(f"seeds: {seed} is not in [0, 2**32)")
-        for where in ("train_for", "finetune_for"):
-            for name in getattr(self, where):
-                if name not in self.objectives:
-                    raise ValueError(f"{where}.{name}: no such objective{did_you_mean(name, self.objectives)}")
-        for name in self.only or ():
+        self._check_objectives()
+        self._check_training()
+        self._check_first_scenario()
+        self._check_grid()
+        names = [v.name for v in self.variants]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ValueError(f"two runs would be named {', '.join(repeated)}")
+
+    def _check_objectives(self) -> None:
+        """Raise ValueError if a setting names an objective that the recipe does not have."""
+        named = [(f"{field}.{name}", name) for field in ("train_for", "finetune_for") for name in getattr(self, field)]
+        named += [("only", name) for name in self.only or ()]
+        if any(p.share < 1 for p in self.phases.values()):
+            named.append(("finetune_from", self.finetune_from))
+        for where, name in named:
             if name not in self.objectives:
-                raise ValueError(f"only: no objective {name!r}{did_you_mean(name, self.objectives)}")
-        if any(p.share < 1 for p in self.phases.values()) and self.finetune_from not in self.objectives:
-            raise ValueError(
-                f"finetune_from: no objective {self.finetune_from!r}{did_you_mean(self.finetune_from, self.objectives)}"
-            )
+                raise ValueError(f"{where}: no objective {name!r}{did_you_mean(name, self.objectives)}")
+
+    def _check_training(self) -> None:
+        """Raise ValueError for settings of training that are wrong wherever they apply."""
+        layers = {f"phases.{name}.train": phase.train for name, phase in self.phases.items()}
+        layers["finetune"] = self.finetune
+        for field in ("train_for", "finetune_for"):
+            layers |= {f"{field}.{name}": layer for name, layer in getattr(self, field).items()}
+        for where, layer in layers.items():
+            for path, message in problems(merge(to_plain(self.train), layer), TrainConfig):
+                if path and path[0] in layer:
+                    raise ValueError(f"{where}.{'.'.join(path)}: {message}")
+
+    def _check_first_scenario(self) -> None:
         first, scenario = next(iter(self.scenarios.items()))
         if scenario.control == "bad" or scenario.guidance is not None:
             lacking = [name for name in self.chosen if not self.objectives[name].control_tokens]
             if lacking:
                 raise ValueError(
-                    f"scenarios: the first, {first!r}, needs control tokens, which {lacking[0]} has not; put another first"
+                    f"scenarios: the first, {first!r}, needs control tokens, which {lacking[0]} does not have; put "
+                    "another scenario first"
                 )
+
+    def _check_grid(self) -> None:
         for path, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid: {path} has no values")
-            if path.split(".")[0] not in ("train", "objective", "objectives") or path.count(".") != (
-                2 if path.startswith("objectives.") else 1
-            ):
+            kind = path.split(".")[0]
+            depth = path.count(".")
+            if kind not in ("train", "objective", "objectives") or depth != (2 if kind == "objectives" else 1):
                 raise ValueError(
                     f"grid: {path!r} is none of train.SETTING, objective.SETTING and objectives.NAME.SETTING"
                 )
             if not any(self._applies(path, name) for name in self.chosen):
                 raise ValueError(f"grid: {path!r} applies to none of {', '.join(self.chosen)}")
-        found = [v.name for v in self.variants]
-        twice = sorted({n for n in found if found.count(n) > 1})
-        if twice:
-            raise ValueError(f"two runs would be named {', '.join(twice)}")
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """Where everything is written."""
         return Path(f"{self.out}-quick" if self.quick else self.out)
 
     @property
+    def files(self) -> RecipeFolder:
+        """The files in `folder`."""
+        return RecipeFolder(self.folder)
+
+    @property
     def chosen(self) -> list[str]:
+        """Names of the objectives that run."""
         return [name for name in self.objectives if self.only is None or name in self.only]
 
     @cached_property
     def variants(self) -> list[Variant]:
-        """The runs, those that others start from or are measured by before these."""
+        """The runs. A run that other runs start from or are compared with comes before them."""
         found = []
         for seed in self.seeds:
             wanted = [
@@ -184,7 +232,8 @@ class Recipe:
 
     @property
     def _references(self) -> set[str]:
-        asked = (self.kl, self.during.kl if self.during is not None else None)
+        """Paths of the references of KL divergences."""
+        asked = (self.kl, self.monitor.kl if self.monitor is not None else None)
         return {kl.reference.path for kl in asked if kl is not None and isinstance(kl.reference, LocalModel)}
 
     @property
@@ -192,14 +241,18 @@ class Recipe:
         """The runs of this recipe that are references of KL divergences."""
         return {v.name for v in self.variants} & self._references
 
+    # Building the variants
+
     def _applies(self, path: str, name: str) -> bool:
+        """Whether a path of the grid is a setting of an objective or of training."""
         kind, *middle, setting = path.split(".")
         if kind == "train":
             return True
         known = {f.name for f in fields(self.objectives[name])} - {"name"}
         return setting in known and (kind == "objective" or middle == [name])
 
-    def _combinations(self, name: str) -> Iterator[dict[str, Any]]:
+    def _combinations(self, name: str) -> Iterator[Plain]:
+        """The combinations of the grid's values for an objective."""
         paths = [path for path in self.grid if self._applies(path, name)]
         for values in itertools.product(*(self.grid[p] for p in paths)):
             yield dict(zip(paths, values, strict=True))
@@ -209,22 +262,34 @@ class Recipe:
         name = self.finetune_from
         train = self._train(name, {}, self._pretraining(), keeps_milestones=True)
         return Variant(
-            f"{name}-s{seed}", name, self.objectives[name], "pretrain", 1.0, seed, train, self.model, None, {}
+            name=f"{name}-s{seed}",
+            objective_name=name,
+            objective=self.objectives[name],
+            phase="pretrain",
+            share=1.0,
+            seed=seed,
+            train=train,
+            model=self.model,
+            base=None,
+            settings={},
         )
 
-    def _pretraining(self) -> list[dict[str, Any]]:
+    def _pretraining(self) -> list[Plain]:
         return [self.phases["pretrain"].train] if "pretrain" in self.phases else []
 
     def _train(
         self, name: str, settings: Mapping[str, Any], over: Iterable[Mapping[str, Any]], keeps_milestones: bool = False
     ) -> TrainConfig:
-        """Settings of training for an objective: the recipe's, the objective's, `over`, the grid's. `keeps_milestones`: with
-        the checkpoints that finetuning starts from, at whole steps, so that the same ones are the same settings."""
+        """Settings of training: the recipe's, the objective's, `over`, the grid's, each over the ones before.
+
+        `keeps_milestones`: with the checkpoints that finetuning starts from. They are at whole steps, so that the same
+        checkpoints are the same settings.
+        """
         merged = merge(to_plain(self.train), self.train_for.get(name, {}))
         for layer in over:
             merged = merge(merged, layer)
         merged |= {path.split(".")[1]: value for path, value in settings.items() if path.startswith("train.")}
-        config: TrainConfig = validate(merged, TrainConfig, f"train of {name}")
+        config: TrainConfig = _checked(merged, TrainConfig, "train", settings)
         shares = sorted({p.share for p in self.phases.values() if p.share < 1}, reverse=True)
         if keeps_milestones:
             asked = [*config.milestones, *((1 - share) * config.total_tokens for share in shares)]
@@ -232,17 +297,29 @@ class Recipe:
             config = replace(config, milestones=tuple(float(s * config.step_tokens) for s in sorted(steps)))
         return config
 
-    def _variant(self, name: str, phase_name: str, seed: int, settings: dict[str, Any]) -> Variant:
+    def _variant(self, name: str, phase_name: str, seed: int, settings: Plain) -> Variant:
         phase = self.phases[phase_name]
         own = {path.split(".")[-1]: value for path, value in settings.items() if not path.startswith("train.")}
-        objective: Any = validate(merge(to_plain(self.objectives[name]), own), AnyObjective, f"objectives.{name}")
+        objective: Any = _checked(
+            merge(to_plain(self.objectives[name]), own), AnyObjective, f"objectives.{name}", settings
+        )
         tags = [re.sub(r"[^\w.+-]", "_", f"{path.split('.')[-1]}{value}") for path, value in settings.items()]
         if phase.share == 1:
-            plain = name == self.finetune_from and phase_name == "pretrain" and not settings
-            train = self._train(name, settings, [phase.train], keeps_milestones=plain)
-            model, base = self.model, None
+            is_base = name == self.finetune_from and phase_name == "pretrain" and not settings
+            train = self._train(name, settings, [phase.train], keeps_milestones=is_base)
             folder = "-".join([name, *([phase_name] if phase_name != "pretrain" else []), *tags, f"s{seed}"])
-            return Variant(folder, name, objective, phase_name, 1.0, seed, train, model, base, settings)
+            return Variant(
+                name=folder,
+                objective_name=name,
+                objective=objective,
+                phase=phase_name,
+                share=1.0,
+                seed=seed,
+                train=train,
+                model=self.model,
+                base=None,
+                settings=settings,
+            )
         start = self._base(seed)
         left_at = (1 - phase.share) * start.train.total_tokens
         (step,) = replace(start.train, milestones=(left_at,)).milestone_steps
@@ -251,22 +328,44 @@ class Recipe:
         layers = [rest | {"milestones": []}, self.finetune, self.finetune_for.get(name, {}), phase.train]
         train = self._train(name, settings, layers)
         folder = "-".join([name, phase_name, *tags, f"s{seed}"])
-        model = FromWeights(str(self.folder / start.name / "checkpoints" / f"checkpoint-{step}"))
-        return Variant(folder, name, objective, phase_name, phase.share, seed, train, model, start.name, settings)
+        model = FromWeights(str(checkpoint_folder(self.files.run(start.name).checkpoints, step)))
+        return Variant(
+            name=folder,
+            objective_name=name,
+            objective=objective,
+            phase=phase_name,
+            share=phase.share,
+            seed=seed,
+            train=train,
+            model=model,
+            base=start.name,
+            settings=settings,
+        )
+
+
+def _checked(value: Any, type_: Any, prefix: str, grid: Mapping[str, Any]) -> Any:
+    """`value` as a `type_`. Raises ValueError with the first problem. `grid`: what the grid sets in `value`."""
+    for path, message in problems(value, type_):
+        place = ".".join([prefix, *path])
+        raise ValueError(f"grid: {place}: {message}" if grid else f"{place}: {message}")
+    return validate(value, type_)
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainStage:
-    """What `phf train` alone takes."""
+    """Settings of `phf train`."""
 
     model: AnyModel
     train: TrainConfig
     objective: AnyObjective = MLE()
-    during: During | None = None
+    monitor: Monitor | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-def packaged() -> dict[str, Any]:
+# Loading
+
+
+def packaged() -> dict[str, Traversable]:
     """The recipes that come with phf, by name."""
     folder = resources.files("phf") / "recipes"
     return {
@@ -277,35 +376,37 @@ def packaged() -> dict[str, Any]:
 
 
 def load_recipe(arguments: Iterable[str]) -> Recipe:
-    """Recipe names or files merged left to right, the preset that they name, then `a.b=c` overrides.
+    """The recipe that arguments describe: names or files merged from left to right, then the preset that they name,
+    then `a.b=c` overrides.
 
-    A file may begin with `base: NAME`, another recipe (packaged or a path) that it is laid on.
+    A file may have `base: NAME`, another recipe (a packaged one or a path) that the file is merged into. Raises
+    ConfigError that lists every problem with its path.
     """
-    merged: dict[str, Any] = {}
-    files: list[str] = []
-    overrides: list[str] = []
-    for argument in arguments:
-        (overrides if "=" in argument else files).append(argument)
-    chosen: list[str] = []
+    arguments = list(arguments)
+    files = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    merged: Plain = {}
+    only: list[str] = []
     for file in files:
         value = _read(file)
-        if value.keys() == {"only"}:  # several of them: each of these objectives
-            chosen += value["only"]
-            value = {"only": chosen}
+        if value.keys() == {"only"} and isinstance(value["only"], list):  # several such files: all their objectives
+            only += value["only"]
+            value = {"only": only}
         merged = merge(merged, value)
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        settings = merge(settings, parse_override(override))
+    settings = apply_overrides({}, overrides)
     preset = settings.get("preset", merged.get("preset"))
-    if preset is not None and (merged.get("presets") or "preset" in settings):  # else laid on already
+    if preset is not None and (merged.get("presets") or "preset" in settings):  # else it is merged in already
         known = merged.get("presets") or {}
-        if preset not in known:
+        if not isinstance(known, Mapping):
+            raise ConfigError(f"presets: expected settings by name, got {known!r}")
+        if not isinstance(preset, str) or preset not in known:
             raise ConfigError(f"preset {preset!r} is not one of the recipe's{did_you_mean(str(preset), known)}")
         merged = merge(merged, known[preset])
-    return validate(merge(merged, settings), Recipe, " + ".join(files) or "recipe")
+    return validate(merge(merged, settings), Recipe, " + ".join(files) or COMMAND_LINE, before=merged)
 
 
-def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(name: str, above: tuple[str, ...] = ()) -> Plain:
+    """A recipe's settings, merged into those of its base. `above`: the recipes whose bases led here."""
     known = packaged()
     if name in above:
         raise ConfigError(f"recipe {name!r} is based on itself: {' -> '.join([*above, name])}")

@@ -1,64 +1,160 @@
-"""Running a recipe: every stage that is not done, every run by itself. Floor 6.
+"""Run a recipe: every stage that is not done yet, each run by itself.
 
     <out>/  scored/  tokens/  <objective>[-<phase>][-<settings>]-s<seed>/  results.json  report.html
 
-A stage whose inputs and settings have not changed is not run again. A run that fails is told and does not stop the
-others. `only="data"` makes what all runs share and `only=NAME` one run, so that a scheduler can do them apart; the same
-without `only` then finds everything done and writes the page.
+A stage whose inputs and settings have not changed does not run again. A run that fails is reported and does not stop
+the other runs. `only="data"` makes what all runs share, and `only=NAME` makes one run, so that a scheduler can start
+them separately. A last call without `only` then finds everything done and writes the page.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from phf.core import statistics, store
+from phf.core import store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
-from phf.core.runs import COMPLETE
+from phf.core.runs import TrainManifest, is_complete
+from phf.core.text import counted
+from phf.core.types import PhfError
+from phf.data.scored import ScoreManifest
 from phf.evaluation.kl import KL, LocalModel
-from phf.evaluation.monitor import JudgeDuring
+from phf.evaluation.monitor import MonitorCallback
+from phf.evaluation.results import EvalResult
 from phf.recipes.recipe import Recipe, Variant
-from phf.redteaming.control_tokens import TokenAttacks
+from phf.redteaming.config import TokenAttacks
+from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
 from phf.training.lm import FromWeights
 from phf.training.train import train
 
 
-class RecipeError(RuntimeError):
-    """Some runs of a recipe failed. `results`: those of the others."""
+class RecipeError(PhfError, RuntimeError):
+    """Some runs of a recipe failed. `results`: those of the other runs."""
 
-    results: dict[str, Any] | None = None
+    results: RecipeResults | None = None
 
 
-def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
     """Run every stage that is not done and return the results (also `results.json` and `report.html` in `out`).
 
-    Raises RecipeError after everything else is done if a run failed.
+    `only`: "data" or the name of one run. Raises RecipeError after everything else is done if a run failed.
     """
-    from phf.report.page import write_report
-
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("phf run works in one process; to train on several GPUs, use phf train (docs/scaling.md)")
     names = [v.name for v in recipe.variants]
     if only is not None and only not in ("data", *names):
         raise ConfigError(f"no run {only!r} in this recipe{did_you_mean(only, ['data', *names])}")
-    out = recipe.folder
-    out.mkdir(parents=True, exist_ok=True)
-    if only in (None, "data"):
-        store.write_text(out / "recipe.yaml", dump_yaml(to_plain(recipe) | {"presets": {}}))
-    else:
-        _check_data(recipe)
     seconds: dict[str, float] = {}
-    scored = _data(recipe, seconds) if only in (None, "data") else store.read_manifest(out / "scored", "score")
-    if only == "data":  # runs that go on at the same time then do not each draw the reference's texts
-        _reference_texts(recipe, seconds)
-    runs: list[dict[str, Any]] = []
+    scored = _data(recipe, only, seconds)
+    runs, failed = _runs(recipe, [v for v in recipe.variants if only in (None, v.name)], seconds)
+    results = RecipeResults(
+        recipe=recipe.title or recipe.folder.name,
+        quick=recipe.quick,
+        unit=scored.identity["unit"],
+        runs=runs,
+        best=best_settings(runs),
+        failed=failed,
+        seconds=seconds,
+    )
+    if only is None and runs:
+        from phf.report.page import write_report
+
+        store.write_json(recipe.files.results, results)
+        write_report(recipe.folder)
+    if failed:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        error = RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{reasons}")
+        error.results = results
+        raise error
+    return results
+
+
+# Data
+
+
+def _data(recipe: Recipe, only: str | None, seconds: dict[str, float]) -> ScoreManifest:
+    """What all runs share: the scored corpus and its tokens. One run alone never makes them again, because other
+    runs may be reading them. Raises ConfigError if they are not those of the recipe."""
+    files = recipe.files
+    files.path.mkdir(parents=True, exist_ok=True)
+    if only not in (None, "data"):
+        _check_data(recipe)
+        return store.read_manifest(files.scored, ScoreManifest)
+    store.write_text(files.recipe, dump_yaml(to_plain(recipe) | {"presets": {}}))
+    scored = _make_data(recipe, seconds)
+    if only == "data":
+        _draw_reference_texts(recipe, seconds)
+    return scored
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Raise ConfigError unless the data of all runs were made by this recipe."""
+    files = recipe.files
+    if not (files.tokens / store.MANIFEST).exists() or not files.recipe.exists():
+        raise ConfigError(f"{files.tokens} does not exist yet: run the same command with --only data first")
+    made = read_yaml(files.recipe)
+    now = to_plain(recipe)
+    for part in ("corpus", "segmenter", "scorer", "tokenizer", "heldout"):
+        if made.get(part) != store.jsonable(now[part]):
+            raise ConfigError(
+                f"{files.tokens} was made with another {part}: run the same command with --only data first"
+            )
+
+
+def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
+    from phf.scoring.score import score_corpus
+    from phf.tokens.store import tokenize_corpus
+
+    files = recipe.files
+    with _stage("score", seconds):
+        scored = score_corpus(
+            recipe.corpus,
+            recipe.segmenter,
+            scorer=recipe.scorer,
+            out=files.scored,
+            workers=recipe.score_workers,
+            max_unjudged=recipe.max_unjudged,
+        )
+    counts = scored.counts
+    _print(
+        f"{counted(counts.documents, 'document')}, {counted(counts.segments, 'segment')}, "
+        f"{counts.bad_segments / counts.segments:.1%} with a score above 0"
+    )
+    with _stage("tokenize", seconds):
+        tokens = tokenize_corpus(files.scored, recipe.tokenizer, files.tokens, recipe.heldout).counts
+    _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
+    return scored
+
+
+def _draw_reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
+    """Draw the texts of the KL's reference once, so that runs that start together do not each draw them. Texts of a
+    run of the recipe are drawn when that run is trained."""
+    from phf.evaluation.kl import reference_texts
+
+    kl = recipe.kl
+    if kl is not None and _resolve_kl(recipe, kl) == kl:
+        with _stage("texts of the reference", seconds):
+            reference_texts(kl, recipe.files.cache)
+
+
+# Runs
+
+
+def _runs(
+    recipe: Recipe, variants: Sequence[Variant], seconds: dict[str, float]
+) -> tuple[list[RunSummary], dict[str, str]]:
+    """(results, why runs failed by name) of some of the recipe's runs."""
+    runs: list[RunSummary] = []
     failed: dict[str, str] = {}
-    for variant in recipe.variants:
-        if only is not None and variant.name != only:
-            continue
+    for variant in variants:
         try:
             if variant.base in failed:
                 raise RecipeError(f"{variant.base}, which it starts from, failed")
@@ -67,246 +163,150 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
             raise
         except Exception as error:
             failed[variant.name] = f"{type(error).__name__}: {error}"
-            if not isinstance(error, ConfigError | RecipeError | store.StoreError | OSError):
+            if not isinstance(error, PhfError | OSError):
                 traceback.print_exc()
-            _say(f"failed: {variant.name}: {error}")
-    results = {
-        "recipe": recipe.title or out.name,
-        "quick": recipe.quick,
-        "unit": scored["identity"]["unit"],
-        "runs": runs,
-        "best": best(runs),
-        "failed": failed,
-        "seconds": seconds,
-    }
-    if only is None and runs:
-        store.write_json(out / "results.json", results)
-        write_report(out)
-    if failed:
-        whole = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        failure = RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{whole}")
-        failure.results = results
-        raise failure
-    return results
+            _print(f"failed: {variant.name}: {error}")
+    return runs, failed
 
 
-def _check_data(recipe: Recipe) -> None:
-    """Raise ConfigError unless what all runs share was made by this recipe: one run alone never makes it again, since others
-    may be using it."""
-    out = recipe.folder
-    if not (out / "tokens" / store.MANIFEST).exists() or not (out / "recipe.yaml").exists():
-        raise ConfigError(f"{out}/tokens is not there yet: run the same with --only data first")
-    made, now = read_yaml(out / "recipe.yaml"), to_plain(recipe)
-    for part in ("corpus", "segmenter", "scorer", "tokenizer", "heldout"):
-        if made.get(part) != store.jsonable(now[part]):
-            raise ConfigError(f"{part} is not what {out}/tokens was made with: run the same with --only data first")
-
-
-def _data(recipe: Recipe, seconds: dict[str, float]) -> dict[str, Any]:
-    """What all runs share: the scored corpus and its tokens."""
-    from phf.scoring.score import score_corpus
-    from phf.tokens.store import tokenize_corpus
-
-    out = recipe.folder
-    with _Stage("score", seconds):
-        scored = score_corpus(
-            recipe.corpus, recipe.segmenter, recipe.scorer, out / "scored", recipe.score_workers, recipe.max_unjudged
-        )
-    counts = scored["counts"]
-    _say(
-        f"{counts['documents']:,} documents, {counts['segments']:,} segments, {counts['bad_segments'] / counts['segments']:.1%} with a score above 0"
-    )
-    with _Stage("tokenize", seconds):
-        tokens = tokenize_corpus(out / "scored", recipe.tokenizer, out / "tokens", recipe.heldout)
-    _say(f"{tokens['counts']['tokens']:,} tokens, {tokens['counts']['train_tokens']:,} of them for training")
-    return scored
-
-
-def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> dict[str, Any]:
+def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> RunSummary:
     """Train, judge and attack one run."""
     from phf.evaluation.evaluate import evaluate_run
-    from phf.redteaming.search import redteam
+    from phf.redteaming.attack import redteam
 
-    folder = recipe.folder / variant.name
-    with _Stage(f"train {variant.name}", seconds):
-        trained = _train(recipe, variant, folder)
-    with _Stage(f"judge {variant.name}", seconds):
-        judged = evaluate_run(
+    folder = recipe.files.run(variant.name).path
+    with _stage(f"train {variant.name}", seconds):
+        manifest = _train(recipe, variant, folder)
+    with _stage(f"judge {variant.name}", seconds):
+        result = evaluate_run(
             folder,
             dict(recipe.scenarios),
-            recipe.threshold,
-            kl_from=_kl(recipe, recipe.kl),
+            threshold=recipe.threshold,
+            kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
             capabilities=recipe.capabilities,
         )
     if recipe.redteam is not None:
-        with _Stage(f"attack {variant.name}", seconds):
+        with _stage(f"attack {variant.name}", seconds):
             redteam(folder, None, recipe.redteam, recipe.token_attacks or TokenAttacks(), threshold=recipe.threshold)
-    main = next(iter(recipe.scenarios))
-    return summary(variant, trained, judged, main)
+    return _summary(variant, manifest, result, next(iter(recipe.scenarios)))
 
 
-def _kl(recipe: Recipe, kl: KL | None) -> KL | None:
-    """One of the recipe's, with the folder of the run that it names as its reference. None where that run is of an objective
-    that is not run this time."""
-    if kl is None or not isinstance(kl.reference, LocalModel):
-        return kl
-    name = kl.reference.path
-    if name in recipe.reference_runs:
-        return replace(kl, reference=replace(kl.reference, path=str(recipe.folder / name)))
-    if name.rpartition("-s")[0] in recipe.objectives and not Path(name).exists():
-        _say(f"no KL divergence: its reference, {name}, is not one of the runs")
-        return None
-    return kl
-
-
-def _reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
-    from phf.evaluation.kl import reference_texts
-
-    kl = _kl(recipe, recipe.kl)
-    if kl is not None and kl == recipe.kl:  # not of a run of the recipe, whose texts are drawn when it is trained
-        with _Stage("texts of the reference", seconds):
-            reference_texts(kl, recipe.folder / "cache")
-
-
-def _train(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
+def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
     import torch
 
     if isinstance(variant.model, FromWeights) and variant.base is not None:
         checkpoint = Path(variant.model.path)
-        if not (checkpoint / COMPLETE).exists():
+        if not is_complete(checkpoint):
             raise ConfigError(
-                f"{variant.name} starts from {checkpoint}, which is not there or not whole: run {variant.base} first (if it is done and "
-                "its checkpoints were deleted, move its folder away, so that it is trained again)"
+                f"{variant.name} starts from {checkpoint}, which is missing or incomplete: run {variant.base} first. "
+                "If that run is finished and its checkpoints were deleted, move its folder away to train it again"
             )
-    torch.compiler.reset()  # each run starts alike, and compiled graphs of earlier models do not count against this one
-    tokens = recipe.folder / "tokens"
-    during = recipe.during
-    if during is not None and during.kl is not None:
-        kl = _kl(recipe, during.kl)
-        itself = kl is not None and isinstance(kl.reference, LocalModel) and Path(kl.reference.path) == folder
-        during = replace(during, kl=None if itself else kl)
-    callbacks = (JudgeDuring(during, folder, tokens, variant.train, variant.objective),) if during else ()
-    return train(tokens, folder, variant.model, variant.objective, variant.train, variant.seed, callbacks=callbacks)
+    torch.compiler.reset()  # a compiled graph of an earlier run does not count against this run's limit
+    tokens = recipe.files.tokens
+    callbacks: tuple[MonitorCallback, ...] = ()
+    if recipe.monitor is not None:
+        kl = None if recipe.monitor.kl is None else _resolve_kl(recipe, recipe.monitor.kl)
+        if kl is not None and isinstance(kl.reference, LocalModel) and Path(kl.reference.path) == folder:
+            kl = None  # a run in training is not its own reference
+        monitor = replace(recipe.monitor, kl=kl)
+        callbacks = (MonitorCallback(monitor, folder, tokens, variant.train, variant.objective),)
+    manifest = train(
+        tokens_dir=tokens,
+        out=folder,
+        model=variant.model,
+        objective=variant.objective,
+        config=variant.train,
+        seed=variant.seed,
+        callbacks=callbacks,
+    )
+    assert manifest is not None  # only None on other processes and with stop_after
+    return manifest
 
 
-def summary(variant: Variant, trained: Mapping[str, Any], judged: Mapping[str, Any], scenario: str) -> dict[str, Any]:
-    """One run of `results.json`."""
-    main = judged["scenarios"][scenario]
-    heldout = judged["heldout"].get("good") or judged["heldout"].get("none") or {}
-    return {
-        "objective": variant.objective_name,
-        "run": variant.name,
-        "group": variant.group,
-        "phase": variant.phase,
-        "share": variant.share,
-        "settings": variant.settings,
-        "seed": trained["seed"],
-        "tokens": trained["counts"]["tokens"],
-        "tokens_before": trained["counts"]["tokens_before"],
-        "text_tokens": trained["counts"]["text_tokens"],
-        "epochs": trained["counts"]["epochs"],
-        "misalignment": main["misalignment"],
-        "hit_rate": main["hit_rate"],
-        "bad_segments": main["bad_segments"],
-        "unjudged": main["unjudged"],
-        "empty": main["empty"],
-        "mean_chars": main["mean_chars"],
-        "distinct_2": main["distinct_2"],
-        "self_bleu_5": main["self_bleu_5"],
-        "expected_max": main["expected_max"],
-        "kl": judged["kl"],
-        "capabilities": judged["capabilities"],
-        "heldout": {part: (heldout.get(part) or {}).get("nats_per_byte") for part in ("good", "bad", "all")},
-        "heldout_good_ci95": (heldout.get("good") or {}).get("ci95"),
-        "train_seconds": trained["seconds"],
-        "parameters": trained["parameters"],
-        "scenarios": {
-            k: {"misalignment": v["misalignment"], "bad_segments": v["bad_segments"]}
-            for k, v in judged["scenarios"].items()
-        },
-    }
+def _resolve_kl(recipe: Recipe, kl: KL) -> KL | None:
+    """The KL divergence with the folder of the run that it names as its reference. None if that run's objective
+    is not part of this call."""
+    if not isinstance(kl.reference, LocalModel):
+        return kl
+    name = kl.reference.path
+    if name in recipe.reference_runs:
+        return replace(kl, reference=replace(kl.reference, path=str(recipe.files.run(name).path)))
+    if name.rpartition("-s")[0] in recipe.objectives and not Path(name).exists():
+        _print(f"no KL divergence: its reference, {name}, is not one of the runs")
+        return None
+    return kl
 
 
-BEST_RULE = (
-    "Of the settings of one objective and phase: those whose held-out loss on good text is not surely above the lowest "
-    "(95% intervals overlap); of these the lowest misalignment."
-)
+def _summary(variant: Variant, manifest: TrainManifest, result: EvalResult, scenario: str) -> RunSummary:
+    """The entry of a run in `results.json`."""
+    main = result.scenarios[scenario]
+    counts = manifest.counts
+    heldout = result.heldout.main
+    nats = {} if heldout is None else heldout.nats()
+    return RunSummary(
+        objective=variant.objective_name,
+        run=variant.name,
+        group=variant.group,
+        phase=variant.phase,
+        share=variant.share,
+        settings=variant.settings,
+        seed=manifest.seed,
+        tokens=counts.tokens,
+        tokens_before=counts.tokens_before,
+        text_tokens=counts.text_tokens,
+        epochs=counts.epochs,
+        misalignment=main.misalignment,
+        hit_rate=main.hit_rate,
+        bad_segments=main.bad_segments,
+        unjudged=main.unjudged,
+        empty=main.empty,
+        mean_chars=main.mean_chars,
+        distinct_2=main.distinct_2,
+        self_bleu_5=main.self_bleu_5,
+        expected_max=main.expected_max,
+        kl=result.kl,
+        capabilities=result.capabilities,
+        heldout={part: nats.get(part, math.nan) for part in ("good", "bad", "all")},
+        heldout_good_ci95=None if heldout is None else heldout.good.ci95,
+        train_seconds=manifest.seconds,
+        parameters=manifest.parameters,
+        scenarios={k: ScenarioSummary(v.misalignment, v.bad_segments) for k, v in result.scenarios.items()},
+    )
 
 
-def best(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best group of each objective and phase that has several, by `BEST_RULE`."""
-    kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for run in runs:
-        kinds.setdefault(f"{run['objective']} {run['phase']}", {}).setdefault(run["group"], []).append(run)
-    found = {}
-    for kind, groups in kinds.items():
-        if len(groups) < 2:
-            continue
-        loss = {g: _loss(members) for g, members in groups.items()}
-        known = {g: e for g, e in loss.items() if e[0] is not None}
-        if not known:
-            continue
-        highest = min(known.values(), key=lambda e: e[0])[2]  # the upper end of the lowest
-        near = [g for g, e in known.items() if e[1] <= highest]
-        scores = {g: _mean_misalignment(groups[g]) for g in near}
-        found[kind] = {
-            "group": sorted(near, key=lambda g, s=scores, k=known: (s[g], k[g][0]))[0],  # type: ignore[misc]
-            "candidates": near,
-            "rule": BEST_RULE,
-            "heldout_good": {g: e[0] for g, e in known.items()},
-        }
-    return found
-
-
-def _loss(members: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, Any]:
-    """Held-out loss on good text: mean, low and high end; over seeds where there are several."""
-    values = [m["heldout"]["good"] for m in members]
-    if None in values:
-        return (None, None, None)
-    if len(values) > 1:
-        over = statistics.t_interval(values)
-        return (over.mean, *over.ci95)
-    return (values[0], *(members[0]["heldout_good_ci95"] or [values[0]] * 2))
-
-
-def _mean_misalignment(members: Sequence[Mapping[str, Any]]) -> float:
-    values = [m["misalignment"]["mean"] for m in members]
-    return float("inf") if None in values else sum(values) / len(values)
+# For schedulers
 
 
 def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
-    """The recipe as independent commands, in blocks: those of a block may run at the same time, blocks one after the other.
-    `arguments`: what `phf run` was given."""
+    """The recipe as independent commands, in blocks. Commands of one block may run at the same time; a block starts
+    when the block before it is done. `arguments`: those of `phf run`."""
     start = ["phf", "run", *arguments]
-    bases = ({v.base for v in recipe.variants} | recipe.reference_runs) - {None}
-    needed = [v for v in recipe.variants if v.name in bases]
+    needed_by_others = ({v.base for v in recipe.variants} | recipe.reference_runs) - {None}
+    needed = [v for v in recipe.variants if v.name in needed_by_others]
     waves = (
         [v for v in needed if v.base is None],
         [v for v in needed if v.base is not None],  # a reference that is finetuned itself
-        [v for v in recipe.variants if v.name not in bases],
+        [v for v in recipe.variants if v.name not in needed_by_others],
     )
     of_runs = [[[*start, "--only", v.name] for v in wave] for wave in waves]
     blocks = [[[*start, "--only", "data"]], *of_runs, [start]]
-    import shlex
-
     return [[shlex.join(command) for command in block] for block in blocks if block]
 
 
-def _say(text: str) -> None:
+# Progress
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Print that a stage runs and, when it is done, how long it took."""
+    start = time.perf_counter()
+    print(f"==> {name}", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - start
+    _print(f"{seconds[name]:.1f} s")
+
+
+def _print(text: str) -> None:
     print(f"    {text}", file=sys.stderr, flush=True)
-
-
-class _Stage:
-    """Says that a stage runs and how long it took."""
-
-    def __init__(self, name: str, seconds: dict[str, float]) -> None:
-        self.name, self.seconds = name, seconds
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-        print(f"==> {self.name}", file=sys.stderr, flush=True)
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.seconds[self.name] = time.perf_counter() - self.start
-        if kind is None:
-            _say(f"{self.seconds[self.name]:.1f} s")

@@ -1,91 +1,224 @@
-"""TODO."""
+"""Which plots a comparison gets, with their captions."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from phf.core.types import Estimate
+from phf.evaluation.results import MonitorLine
 from phf.report import plots
-from phf.report.measures import Measure, dominated
+from phf.report.measures import Group, Measure, dominated
+from phf.report.plots import Mark, Point, Style
+from phf.report.runs import ReportedRun
 
 COSTS = ("kl", "good")
-"""What alignment may cost: misalignment is drawn against each, and against every capability."""
+"""What alignment may cost: misalignment is drawn against each of these, and against every capability."""
 
 
-def _figures(
-    rows: Sequence[Mapping[str, Any]], known: Mapping[str, Measure], capabilities: Sequence[str],
-    runs: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]], main: str, unit: str,
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:  # fmt: skip
-    """Every plot with its caption, and for each cost the names of the groups on the front."""
-    looks = plots.styles(rows)
-    seeds = max(row["seeds"] for row in rows)
-    over = (
-        "over seeds (Student) where there are several; ticks: the seeds"
-        if seeds > 1
-        else "bootstrap over samples, one seed"
+@dataclass(frozen=True)
+class Figure:
+    """A plot on a page. `section`: the heading above it."""
+
+    section: str
+    svg: str
+    caption: str
+
+    @property
+    def html(self) -> Markup:
+        return Markup(self.svg)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Judged runs, in groups, and what was measured of them."""
+
+    runs: list[ReportedRun]
+    groups: list[Group]
+    measures: dict[str, Measure]
+    """By key: all that some run has."""
+    scenario: str
+    """The main scenario."""
+    unit: str
+    """Of the scores."""
+
+    @property
+    def first_seeds(self) -> list[ReportedRun]:
+        """One run of each group."""
+        return [next(run for run in self.runs if run.name == row.name) for row in self.groups]
+
+    @property
+    def capabilities(self) -> list[str]:
+        return [key for key, m in self.measures.items() if m.about == "capability"]
+
+    @property
+    def attacked(self) -> list[ReportedRun]:
+        return [run for run in self.runs if run.redteam is not None]
+
+    @property
+    def styles(self) -> dict[str, Style]:
+        return plots.styles({row.name: row.objective for row in self.groups})
+
+
+def figures(compared: Comparison) -> dict[str, Figure]:
+    """The plots of a comparison, by name."""
+    found = {"misalignment": _misalignment(compared)}
+    for key in cost_keys(compared):
+        found["pareto-" + re.sub(r"\W+", "-", key)] = _pareto(compared, compared.measures[key])
+    if len({round(row.share, 3) for row in compared.groups}) > 1:
+        found["phases"] = _phases(compared)
+    if compared.attacked:
+        found |= _attacks(compared)
+    found |= _monitored(compared)
+    losses = {
+        run.name: [Point(_millions(run, line.tokens), line.loss) for line in run.metrics]
+        for run in compared.first_seeds
+    }
+    found["loss"] = Figure(
+        "curves",
+        plots.losses(losses, compared.styles),
+        "Training loss. Objectives have losses of their own, so only the shapes compare.",
     )
-    figures = {
-        "misalignment": _figure("result", plots.intervals(rows, unit), f"Misalignment: mean score of the samples ({main}), {unit}. Bars: 95% intervals, {over}.")
-    }  # fmt: skip
-    fronts = {}
-    for key in (*COSTS, *capabilities):
-        if key not in known:
-            continue
-        beaten = dominated(rows, known["misalignment"], known[key])
-        both = [row["name"] for row in rows if "misalignment" in row["values"] and key in row["values"]]
-        fronts[known[key].title] = [name for name in both if name not in beaten]
-        name = "pareto-" + re.sub(r"\W+", "-", key)
-        figures[name] = _figure(
-            "result",
-            plots.pareto(rows, known[key], beaten),
-            f"What it costs: misalignment against {known[key].title}; the lower left is best. Hollow: another one is no worse in "
-            "both and surely better in one (95% intervals).",
-        )
-    if len({round(row["share"], 3) for row in rows}) > 1:
-        figures["phases"] = _figure("phases", plots.phases(rows), "Feedback from the first token (100%), or for the last part of the training, behind MLE for the rest.")  # fmt: skip
-    attacked = [run for run in runs if run["redteam"]]
-    if attacked:
-        curves = [(r["name"], r["folder"].name, r["redteam"]["search"]["curves"]) for r in attacked]
-        for measure, title in (("best_1", "best prompt so far"), ("best_10", "best ten prompts so far"), ("round_mean", "mean of the round's prompts")):  # fmt: skip
-            figures[f"attacks-{measure}"] = _figure("attacks", plots.attacks(curves, measure, title, looks), f"Red-teaming: {title}, mean score of continuations. Bands: 95% over trials.")  # fmt: skip
-    watched = [run for run in shown if run["during"]]
-    misaligned = [
-        (r["name"], [(_before(r) + x["tokens"], x["misalignment"]["mean"], _interval(x["misalignment"])) for x in r["during"] if "misalignment" in x and x["misalignment"]["mean"] is not None])
-        for r in watched
-    ]  # fmt: skip
-    if any(points for _, points in misaligned):
-        figures["during-misalignment"] = _figure("curves", plots.during([x for x in misaligned if x[1]], looks, "misalignment"), "Misalignment of samples while training, 95% bands.")  # fmt: skip
-    for part in ("good", "bad"):
-        lines = [
-            (r["name"], [(_before(r) + x["tokens"], x["heldout"][part], None) for x in r["during"] if (x.get("heldout") or {}).get(part) is not None])
-            for r in watched
-        ]  # fmt: skip
-        if any(points for _, points in lines):
-            figures[f"during-{part}"] = _figure("curves", plots.during([x for x in lines if x[1]], looks, f"held-out loss on {part} text"), f"Held-out loss on {part} text while training, nats per byte.")  # fmt: skip
-    nats = [
-        (r["name"], [(_before(r) + x["tokens"], x["kl"]["forward"]["nats_per_text"]["mean"], _interval(x["kl"]["forward"]["nats_per_text"])) for x in r["during"] if x.get("kl") and x["kl"]["forward"]["nats_per_text"]["mean"] is not None])
-        for r in watched
-    ]  # fmt: skip
-    if any(points for _, points in nats):
-        figures["during-kl"] = _figure("curves", plots.during([x for x in nats if x[1]], looks, "KL from the reference"), "KL(reference || model) while training, nats a text, 95% bands.")  # fmt: skip
-    figures["loss"] = _figure("curves", plots.curves([(r["name"], [x | {"tokens": _before(r) + x["tokens"]} for x in r["curve"]]) for r in shown], looks), "Each objective's own loss: only the shapes compare.")  # fmt: skip
-    scores = [(r["name"], [s.score for s in r["samples"][main] if s.score == s.score]) for r in shown]
-    figures["distribution"] = _figure("scores", plots.distributions(scores, looks, unit), f"Share of samples that score above a value ({main}).")  # fmt: skip
-    return figures, fronts
+    scores = {
+        run.name: [s.score for s in run.samples[compared.scenario] if not math.isnan(s.score)]
+        for run in compared.first_seeds
+    }
+    found["distribution"] = Figure(
+        "scores",
+        plots.distributions(scores, compared.styles, compared.unit),
+        f"Share of samples that score above a value (scenario {compared.scenario}).",
+    )
+    return found
 
 
-def _before(run: Mapping[str, Any]) -> int:
-    """Tokens that a run's start had seen."""
-    return int(run["manifest"]["counts"].get("tokens_before", 0))
+def cost_keys(compared: Comparison) -> list[str]:
+    """The measures that misalignment is drawn against."""
+    return [key for key in (*COSTS, *compared.capabilities) if key in compared.measures]
 
 
-def _interval(estimate: Mapping[str, Any]) -> tuple[float, float] | None:
-    low, high = estimate["ci95"]
-    return None if low is None else (low, high)
+def front(compared: Comparison, cost: Measure) -> list[str]:
+    """Names of the groups that no other group dominates in misalignment and `cost`."""
+    beaten = dominated(compared.groups, compared.measures["misalignment"], cost)
+    both = [row.name for row in compared.groups if "misalignment" in row.values and cost.key in row.values]
+    return [name for name in both if name not in beaten]
 
 
-def _figure(section: str, svg: str, caption: str) -> dict[str, Any]:
-    return {"section": section, "svg": svg, "html": Markup(svg), "caption": caption}
+def _mark(row: Group, key: str) -> Mark | None:
+    value = row.values.get(key)
+    return None if value is None else Mark(row.name, value.mean, value.ci95, value.points)
+
+
+def _misalignment(compared: Comparison) -> Figure:
+    rows = compared.groups
+    svg = plots.intervals(
+        [_mark(row, "misalignment") for row in rows], [row.name for row in rows], compared.styles, compared.unit
+    )
+    several = max(row.seeds for row in rows) > 1
+    bars = (
+        "95% intervals over seeds (Student) where a group has several; ticks are the seeds"
+        if several
+        else "95% intervals (bootstrap over samples, one seed)"
+    )
+    caption = f"Misalignment: mean score of the samples (scenario {compared.scenario}), {compared.unit}. Bars: {bars}."
+    return Figure("result", svg, caption)
+
+
+def _pareto(compared: Comparison, cost: Measure) -> Figure:
+    marks = [(_mark(row, "misalignment"), _mark(row, cost.key)) for row in compared.groups]
+    pairs = [(y, x) for y, x in marks if y is not None and x is not None]
+    beaten = dominated(compared.groups, compared.measures["misalignment"], cost)
+    svg = plots.pareto(pairs, compared.styles, cost.title, cost.better, beaten)
+    caption = (
+        f"Misalignment against {cost.title}; the lower left is best. Hollow markers are dominated: another group is at "
+        "least as good on both axes and significantly better on one (95% intervals)."
+    )
+    return Figure("result", svg, caption)
+
+
+def _phases(compared: Comparison) -> Figure:
+    objectives = list(dict.fromkeys([*plots.ORDER, *(row.objective for row in compared.groups)]))
+    of_objective = {
+        objective: [
+            (row.share, mark)
+            for row in compared.groups
+            if row.objective == objective and (mark := _mark(row, "misalignment")) is not None
+        ]
+        for objective in objectives
+    }
+    caption = (
+        "Misalignment by the share of the tokens that had feedback. 100%: from the first token. Less: MLE first, and "
+        "feedback for the last part of training."
+    )
+    return Figure("phases", plots.phases(of_objective), caption)
+
+
+ATTACK_TITLES = {
+    "best_1": "best prompt so far",
+    "best_10": "best ten prompts so far",
+    "round_mean": "mean of the round's prompts",
+}
+
+
+def _attacks(compared: Comparison) -> dict[str, Figure]:
+    looks = {run.folder_name: compared.styles[run.name] for run in compared.attacked}
+    found = {}
+    for measure, title in ATTACK_TITLES.items():
+        curves = [(r.folder_name, r.redteam.search.curves[measure]) for r in compared.attacked if r.redteam is not None]
+        caption = f"Red-teaming: {title}, mean score of the continuations. Bands: 95% over trials."
+        found[f"attacks-{measure}"] = Figure("attacks", plots.attacks(curves, looks, title), caption)
+    return found
+
+
+def _monitored(compared: Comparison) -> dict[str, Figure]:
+    """Curves of what was judged during training, one run of each group."""
+
+    def misalignment(line: MonitorLine) -> Estimate | None:
+        return line.misalignment
+
+    def kl(line: MonitorLine) -> Estimate | None:
+        return None if line.kl is None else line.kl.forward.nats_per_text
+
+    def loss_on(part: str) -> Callable[[MonitorLine], Estimate | None]:
+        return lambda line: None if line.heldout is None else Estimate.missing(line.heldout.get(part, math.nan))
+
+    wanted: Sequence[tuple[str, Callable[[MonitorLine], Estimate | None], str, str]] = (
+        ("misalignment", misalignment, "misalignment", "Misalignment of samples during training; 95% bands."),
+        ("good", loss_on("good"), "held-out loss on good text", _loss_caption("good")),
+        ("bad", loss_on("bad"), "held-out loss on bad text", _loss_caption("bad")),
+        (
+            "kl",
+            kl,
+            "KL from the reference",
+            "KL(reference || model) during training, in nats per text; 95% bands.",
+        ),
+    )
+    found = {}
+    for name, value_of, title, caption in wanted:
+        curves = {run.name: _curve(run, value_of) for run in compared.first_seeds}
+        curves = {group: points for group, points in curves.items() if points}
+        if curves:
+            found[f"monitor-{name}"] = Figure("curves", plots.monitored(curves, compared.styles, title), caption)
+    return found
+
+
+def _loss_caption(part: str) -> str:
+    return f"Held-out loss on {part} text during training, in nats per byte."
+
+
+def _curve(run: ReportedRun, value_of: Callable[[MonitorLine], Estimate | None]) -> list[Point]:
+    points = []
+    for line in run.monitor:
+        value = value_of(line)
+        if value is not None and not math.isnan(value.mean):
+            band = None if math.isnan(value.ci95[0]) else value.ci95
+            points.append(Point(_millions(run, line.tokens), value.mean, band))
+    return points
+
+
+def _millions(run: ReportedRun, tokens: int) -> float:
+    """Million tokens that the model had seen, its starting weights included."""
+    return (run.manifest.counts.tokens_before + tokens) / 1e6

@@ -1,33 +1,23 @@
-"""TODO."""
+"""Numbers and values as text, for tables in pages and in the terminal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from phf.report.measures import Measure
+from phf.core.types import Estimate
+from phf.evaluation.results import CapabilityResult
 
-
-def headline(capability: Mapping[str, Any]) -> str:
-    """A capability's main numbers with their intervals."""
-    found = [(n, v) for n, v in capability.items() if isinstance(v, Mapping) and "ci95" in v]
-    shown = found if capability["name"] == "lm-eval" else found[:1]
-    return "; ".join(f"{number(v['mean'], 3)} ({number(v['ci95'][0], 3)} to {number(v['ci95'][1], 3)}) {n}" for n, v in shown) or "–"  # fmt: skip
-
-
-def plain(value: Any) -> str:
-    """A value of a manifest as one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value))
-    return str(value)
+MISSING = "–"
+"""Shown if there is no number."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for a table; an en dash where there is none."""
-    if value is None or value != value:
-        return "–"
+    """A number with `digits` decimals. Smaller numbers than that shows are in scientific notation. NaN and None are a
+    dash."""
+    if value is None or math.isnan(value):
+        return MISSING
     if value != 0 and abs(value) < 10**-digits:
         return f"{value:.1e}"
     return f"{value:.{digits}f}"
@@ -35,15 +25,24 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def share(value: float | None, digits: int = 1) -> str:
     """A share in per cent."""
-    return "–" if value is None or value != value else f"{100 * value:.{digits}f}%"
+    return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
-def measured(value: Mapping[str, Any], measure: Measure) -> str:
-    """A measure's mean as text."""
-    return (share if measure.percent else number)(value["mean"], measure.digits)
+def with_interval(estimate: Estimate, digits: int) -> str:
+    """A mean with its 95% interval: "0.012 (0.010 to 0.014)"."""
+    low, high = estimate.ci95
+    return f"{number(estimate.mean, digits)} ({number(low, digits)} to {number(high, digits)})"
 
 
-def interval(value: Mapping[str, Any], measure: Measure) -> str:
-    """Its 95% interval as text."""
-    show = share if measure.percent else number
-    return " to ".join(show(end, measure.digits) for end in value["ci95"])
+def headline(capability: CapabilityResult) -> str:
+    """A capability's main numbers with their intervals."""
+    return "; ".join(f"{with_interval(value, 3)} {name}" for name, value in capability.main.items()) or MISSING
+
+
+def plain(value: Any) -> str:
+    """Plain data, such as settings, as one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return str(value)

@@ -1,8 +1,9 @@
-"""The page of `phf inspect`: what the scores of a corpus look like. Floor 6."""
+"""The page of `phf inspect`: what the scores of a corpus look like."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from phf.data.scored import ScoredCorpus
 from phf.report import plots
 from phf.report.browser import mask, visible
 from phf.report.page import environment
-from phf.scorers import AnyScorer, Scorer
-from phf.scoring.inspect import survey
+from phf.scorers import SCORER_NAMES, AnyScorer, Scorer
+from phf.scoring.inspect import inspect_scores
+from phf.scoring.inspection import ExampleLevel, Inspection, ShownDocument, ShownSegment
 from phf.tokens.store import TokenStore
 
 SHOWN_CHARS = 4000
@@ -31,104 +33,136 @@ def write_inspection(
     threshold: float | None = None,
     label: str | None = None,
     tokens_dir: str | Path | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Write `inspect.html` and `inspect.json` (in the scored folder, unless `out` names the page) and return the page's
-    path and the numbers."""
+) -> tuple[Path, Inspection]:
+    """Write `inspect.html` and `inspect.json` into the scored folder, or next to `out`, the page. Returns the page's
+    path and the numbers. Personal data in texts are masked.
+
+    Raises ConfigError if the folder is remote and `out` is None, and errors as `inspect_scores`.
+    """
     if out is None and not store.is_local(store.as_path(scored)):
-        raise ConfigError(f"{scored} is not a folder of this machine; say where the page goes with --out")
-    lengths = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
-    found = survey(scored, preference, threshold, label, lengths)
+        raise ConfigError(f"{scored} is not a local folder; give the page to write with --out")
+    tokens = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
     scorers = masking_scorers(scored)
-    mask_texts(found, scorers)
+    found = masked(inspect_scores(scored, preference, threshold, label, tokens), scorers)
     target = store.as_path(out if out is not None else store.as_path(scored) / "inspect.html")
     store.write_json(target.with_suffix(".json"), found)
-    page = environment().get_template("inspect.html.j2").render(**context(found, bool(scorers)))
+    page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers)))
     store.write_text(target, page)
     return target, found
 
 
 def segment_tokens(scored: str | Path, tokens_dir: str | Path) -> np.ndarray:
-    """Tokens of every segment of a scored corpus, empty ones left out. Raises StoreError for another corpus's tokens."""
+    """Tokens of each non-empty segment of a scored corpus [S]. Raises StoreError for the tokens of another corpus."""
     tokens = TokenStore.open(tokens_dir)
-    if tokens.manifest["text"] != ScoredCorpus(scored).text:
+    if tokens.manifest.text != ScoredCorpus(scored).text:
         raise store.StoreError(f"{tokens_dir} holds the tokens of another corpus than {scored}")
     return np.diff(tokens.seg_ends, prepend=0)
 
 
+# Masking
+
+
 def masking_scorers(scored: str | Path) -> list[Scorer]:
-    """The scorers of the corpus that find personal data, which must not stand on a page, whichever scores are shown.
-    Raises ConfigError where one is not installed: nothing is shown unmasked."""
+    """The corpus's scorers that find personal data, whichever scores are shown. Raises ConfigError if one of
+    them is not installed, so that nothing is shown unmasked."""
     scorers: list[Scorer] = []
     for name in ScoredCorpus(scored).preferences():
-        config = ScoredCorpus(scored, name).manifest.get("scorer")
-        if config is not None and config["name"] in ("pii", "presidio", "combination"):
-            scorer: Scorer = TypeAdapter(AnyScorer).validate_python(config)
-            scorer.identity()  # says what is missing
+        config = ScoredCorpus(scored, name).manifest.scorer
+        if config is None or config["name"] not in SCORER_NAMES:  # a user's own class
+            continue
+        scorer: Scorer = TypeAdapter(AnyScorer).validate_python(config)
+        if scorer.finds_personal_data:
+            scorer.identity()  # raises if something is missing
             scorers.append(scorer)
     return scorers
 
 
-def mask_texts(found: dict[str, Any], scorers: Sequence[Scorer]) -> None:
-    """Mask personal data in every text of a survey, and cut what is too long to look at."""
+def masked(found: Inspection, scorers: Sequence[Scorer]) -> Inspection:
+    """The same numbers with personal data masked in every text, and with long texts cut."""
 
-    def masked(text: str) -> str:
-        for scorer in scorers:
-            text = mask(text, scorer)
-        return text[:SHOWN_CHARS]
+    def segments(rows: Sequence[ShownSegment]) -> list[ShownSegment]:
+        return [replace(row, text=_masked_text(row.text, scorers)) for row in rows]
 
-    for level in found["examples"]:
-        for document in level["documents"]:
-            shown, segments = 0, []
-            for text, score in document["segments"]:
-                if shown >= SHOWN_CHARS:
-                    break
-                segments.append([masked(text)[: SHOWN_CHARS - shown], score])
-                shown += len(text)
-            document["cut"] = len(segments) < len(document["segments"]) or shown > SHOWN_CHARS
-            document["segments"] = segments
-    for row in found["worst_segments"]:
-        row["text"] = masked(row["text"])
-    for other in found["agreement"]:
-        for row in other["this_worse"] + other["other_worse"]:
-            row["text"] = masked(row["text"])
+    return replace(
+        found,
+        examples=[
+            replace(level, documents=[_masked_document(d, scorers) for d in level.documents])
+            for level in found.examples
+        ],
+        worst_segments=segments(found.worst_segments),
+        agreement=[
+            replace(other, this_worse=segments(other.this_worse), other_worse=segments(other.other_worse))
+            for other in found.agreement
+        ],
+    )
 
 
-def context(found: dict[str, Any], masked: bool) -> dict[str, Any]:
+def _masked_document(document: ShownDocument, scorers: Sequence[Scorer]) -> ShownDocument:
+    shown = 0
+    segments: list[tuple[str, float]] = []
+    for text, score in document.segments:
+        if shown >= SHOWN_CHARS:
+            break
+        segments.append((_masked_text(text, scorers)[: SHOWN_CHARS - shown], score))
+        shown += len(text)
+    return replace(document, segments=segments, cut=len(segments) < len(document.segments) or shown > SHOWN_CHARS)
+
+
+def _masked_text(text: str, scorers: Sequence[Scorer]) -> str:
+    for scorer in scorers:
+        text = mask(text, scorer)
+    return text[:SHOWN_CHARS]
+
+
+# The page
+
+
+@dataclass(frozen=True)
+class ColouredDocument:
+    """A document of the examples, as HTML."""
+
+    id: str
+    mean: float
+    html: Markup
+
+
+def template_values(found: Inspection, is_masked: bool) -> dict[str, Any]:
     """Everything that the template shows."""
-    positive = np.sort([s for level in found["examples"] for d in level["documents"] for _, s in d["segments"] if s])
-    unit = found["identity"].get("unit", "score")
-    segments, documents = found["segments"]["histogram"], found["documents"]["histogram"]
+    shown = [score for level in found.examples for d in level.documents for _, score in d.segments]
+    positive = np.sort([score for score in shown if score > 0])
+    unit = found.identity.get("unit", "score")
     return {
         "s": found,
-        "masked": masked,
-        "segment_plot": Markup(plots.histogram(segments, f"score of a segment ({unit})", found["threshold"])),
-        "document_plot": Markup(
-            plots.histogram(documents, "mean score of a document", found["suggested"]["filtering"])
+        "masked": is_masked,
+        "segment_plot": Markup(
+            plots.histogram(found.segments.histogram, f"score of a segment ({unit})", found.threshold)
         ),
-        "threshold_plot": Markup(plots.thresholds(found["thresholds"])),
-        "length_plot": Markup(plots.by_length(found["length"])),
-        "examples": [
-            {**level, "documents": [{**d, "html": _coloured(d, positive)} for d in level["documents"]]}
-            for level in found["examples"]
-        ],
+        "document_plot": Markup(
+            plots.histogram(found.documents.histogram, "mean score of a document", found.suggested.filtering)
+        ),
+        "threshold_plot": Markup(plots.thresholds(found.thresholds)),
+        "length_plot": Markup(plots.by_length(found.length)),
+        "examples": [(level, _coloured_documents(level, positive)) for level in found.examples],
     }
 
 
-def _coloured(document: dict[str, Any], positive: np.ndarray) -> Markup:
-    """A document's segments, each coloured by its score's rank among the scores above 0. All of it escaped."""
+def _coloured_documents(level: ExampleLevel, positive: np.ndarray) -> list[ColouredDocument]:
+    return [ColouredDocument(d.id, d.mean, _coloured(d, positive)) for d in level.documents]
+
+
+def _coloured(document: ShownDocument, positive: np.ndarray) -> Markup:
+    """A document's segments as escaped HTML, each coloured by the rank of its score among `positive`, the sorted scores
+    above 0."""
     pieces = []
-    for text, score in document["segments"]:
-        if score is None:
+    for text, score in document.segments:
+        if np.isnan(score):
             pieces.append(Markup('<span class="seg none" title="not judged">{}</span>').format(visible(text)))
         elif score <= 0 or not len(positive):
             pieces.append(Markup("{}").format(visible(text)))
         else:
             heat = round(75 * float(np.searchsorted(positive, score, side="right")) / len(positive))
-            pieces.append(
-                Markup('<span class="seg" style="--h:{}" title="{}">{}</span>').format(
-                    heat, f"{score:.6g}", visible(text)
-                )
-            )
-    if document["cut"]:
+            span = Markup('<span class="seg" style="--h:{}" title="{}">{}</span>')
+            pieces.append(span.format(heat, f"{score:.6g}", visible(text)))
+    if document.cut:
         pieces.append(Markup(' <span class="soft">… (cut here)</span>'))
     return Markup("").join(pieces)

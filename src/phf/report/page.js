@@ -1,5 +1,6 @@
 "use strict";
-// The page's own script: sorting, where numbers come from, the sample browser. All text is set as text, never as HTML.
+// The page's own script: it sorts tables, shows the sources of numbers and browses samples. All text is set as text,
+// never as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("page-data").textContent);
   const el = (tag, attributes = {}, ...children) => {
@@ -8,10 +9,12 @@
     made.append(...children);
     return made;
   };
-  const show = (value, digits = 5) =>
-    value === null || value === undefined ? "–" : value !== 0 && Math.abs(value) < 10 ** -digits ? value.toExponential(1) : value.toFixed(digits);
+  const show = (value, digits = 5) => {
+    if (value === null || value === undefined) return "–";
+    return value !== 0 && Math.abs(value) < 10 ** -digits ? value.toExponential(1) : value.toFixed(digits);
+  };
 
-  // tables sort by a click on a heading, numbers as numbers
+  // a click on a heading sorts its table, numbers as numbers
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => {
@@ -29,7 +32,7 @@
         };
         const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
         rows.sort(([a], [b]) => {
-          if (a === null || b === null) return (a === null) - (b === null); // what is missing comes last
+          if (a === null || b === null) return (a === null) - (b === null); // missing values come last
           const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
           return up ? order : -order;
         });
@@ -38,7 +41,7 @@
     });
   }
 
-  // plots and numbers as files, also where the page has been moved away from those beside it
+  // downloads of plots and numbers work without the files next to the page
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a[download]");
     if (!link) return;
@@ -48,7 +51,7 @@
     link.download = svg ? `${link.dataset.name}.svg` : "numbers.csv";
   });
 
-  // where a number comes from
+  // sources of numbers
   const dialog = document.getElementById("from");
   document.getElementById("close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
@@ -72,7 +75,8 @@
     const { g, m } = button.dataset;
     const measure = data.measures[m];
     document.getElementById("from-title").textContent = `${measure.title} of ${g}`;
-    document.getElementById("from-value").textContent = `${button.textContent}${button.nextSibling ? ` (${button.nextSibling.textContent})` : ""}: ${measure.about}.`;
+    const interval = button.nextSibling ? ` (${button.nextSibling.textContent})` : "";
+    document.getElementById("from-value").textContent = `${button.textContent}${interval}: ${measure.about}.`;
     const runs = document.getElementById("from-runs");
     runs.replaceChildren();
     const scale = measure.percent ? 100 : 1;
@@ -83,8 +87,9 @@
       const line = (title, text) => list.append(el("dt", {}, title), el("dd", {}, text));
       if (value) {
         const n = value.n ? `, n = ${value.n}` : "";
-        line(m in run.values ? "this run's" : "computed from", `${show(value.mean === null ? null : value.mean * scale, m === "ratio" ? 5 : measure.digits)}${measure.percent ? "%" : ""}${n}`);
-        line("file", value.from);
+        const mean = show(value.mean === null ? null : value.mean * scale, m === "ratio" ? 5 : measure.digits);
+        line(m in run.values ? "this run" : "computed from", `${mean}${measure.percent ? "%" : ""}${n}`);
+        line("file", value.source);
       }
       for (const [title, text] of run.about) line(title, text);
       runs.append(el("h4", {}, name), list);
@@ -96,23 +101,30 @@
   const at = (id) => document.getElementById(id);
   const names = Object.keys(data.runs);
   for (const name of names) at("left").append(el("option", { value: name }, name));
-  at("right").append(el("option", { value: "" }, "nothing"), ...names.map((name) => el("option", { value: name }, name)));
+  at("right").append(el("option", { value: "" }, "nothing"));
+  at("right").append(...names.map((name) => el("option", { value: name }, name)));
   const scenarios = [...new Set(names.flatMap((name) => Object.keys(data.runs[name].samples)))];
   for (const name of scenarios) at("scenario").append(el("option", { value: name }, name));
   if (names.length > 1) {
     const other = names.find((name) => name.startsWith("conditional")) ?? names[1];
     at("right").value = other === names[0] ? names[1] : other;
   }
-  const positive = names.flatMap((name) => Object.values(data.runs[name].samples).flat().flatMap((s) => s.g.map((g) => g[1])))
-    .filter((score) => score !== null && score > 0).sort((a, b) => a - b);
-  const strong = positive.length ? positive[Math.floor(positive.length * 0.9)] : 1; // this score is as red as it gets
+  const all = names.flatMap((name) => Object.values(data.runs[name].samples).flat());
+  const scores = all.flatMap((sample) => sample.g.map(([, score]) => score));
+  const positive = scores.filter((score) => score !== null && score > 0).sort((a, b) => a - b);
+  const strong = positive.length ? positive[Math.floor(positive.length * 0.9)] : 1; // scores from here on are fully red
 
   const text = (sample) => {
     const found = document.createDocumentFragment();
-    const letters = Array.from(sample.t); // the file's places count characters, JavaScript's strings do not
+    const letters = Array.from(sample.t); // positions count characters; JavaScript's strings count UTF-16 units
     const edges = new Set([0, sample.c, letters.length]);
     let start = 0;
-    const segments = sample.g.map(([end, score]) => { const s = [start, end, score]; start = end; edges.add(end); return s; });
+    const segments = sample.g.map(([end, score]) => {
+      const segment = [start, end, score];
+      start = end;
+      edges.add(end);
+      return segment;
+    });
     for (const [from, to] of sample.m) { edges.add(from); edges.add(to); }
     const cuts = [...edges].filter((x) => x >= 0 && x <= letters.length).sort((a, b) => a - b);
     for (let n = 0; n + 1 < cuts.length; n += 1) {
@@ -123,7 +135,8 @@
       const segment = segments.find(([a, b]) => a <= from && to <= b);
       if (from >= sample.c) node = el("span", { class: "cut" }, node);
       else if (segment && segment[2] > 0) {
-        const span = el("span", { class: "seg", title: `segment's score ${show(segment[2])}${mark ? `, ${mark[2]}` : ""}` }, node);
+        const title = `score of the segment: ${show(segment[2])}${mark ? `, ${mark[2]}` : ""}`;
+        const span = el("span", { class: "seg", title }, node);
         span.style.setProperty("--a", String(Math.round(12 + 48 * Math.min(1, segment[2] / strong))));
         node = span;
       }
@@ -132,7 +145,10 @@
     return found;
   };
   const card = (run, sample) => {
-    if (!sample) return el("div", { class: "sample" }, el("span", { class: "score" }, `${run}: no sample of this number and prompt`));
+    if (!sample) {
+      const message = `${run}: no sample with this number and prompt`;
+      return el("div", { class: "sample" }, el("span", { class: "score" }, message));
+    }
     const pre = el("pre");
     if (sample.p) pre.append(el("span", { class: "prompt" }, sample.p));
     pre.append(text(sample));
@@ -152,10 +168,11 @@
     });
     next += rows.length;
     at("list").append(...rows);
-    watcher.unobserve(at("more")); // seen anew, so that it tells again where it is still in sight
+    watcher.unobserve(at("more")); // observed again, so that it reports again if it is still in view
     if (next < shown.length) watcher.observe(at("more"));
   };
-  const watcher = new IntersectionObserver((seen) => seen.some((s) => s.isIntersecting) && add(), { rootMargin: "800px" });
+  const inView = (entries) => entries.some((entry) => entry.isIntersecting);
+  const watcher = new IntersectionObserver((entries) => inView(entries) && add(), { rootMargin: "800px" });
   const choose = () => {
     const samples = data.runs[at("left").value].samples[at("scenario").value] ?? [];
     const [low, high] = ["low", "high"].map((id) => (at(id).value === "" ? null : Number(at(id).value)));
@@ -164,7 +181,7 @@
       (low === null || (s.s !== null && s.s >= low)) && (high === null || (s.s !== null && s.s <= high)) &&
       (!find || s.t.toLowerCase().includes(find) || s.p.toLowerCase().includes(find)));
     const order = at("order").value;
-    const last = (a, b) => (a.s === null) - (b.s === null); // what could not be judged comes last
+    const last = (a, b) => (a.s === null) - (b.s === null); // samples that were not judged come last
     if (order !== "i") shown = [...shown].sort((a, b) => last(a, b) || (order === "up" ? a.s - b.s : b.s - a.s));
     const unit = data.unit;
     at("count").textContent = `${shown.length} of ${samples.length} samples; scores: ${unit}`;

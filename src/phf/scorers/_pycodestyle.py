@@ -1,10 +1,10 @@
-"""pycodestyle's default checks, with the same results in half the time or less. Floor 2.
+"""pycodestyle's default checks with the same results in half the time or less.
 
-pycodestyle spends most of its time handing every logical line to every check. Here a check is called only where its
-precondition can hold. Each guard below is *sound*: where it says no, the check could not have reported anything, which
-follows from what the check looks for (said beside each guard) and is tested against pycodestyle itself. A logical line
-that holds a token the tokenizer could not read goes to pycodestyle's own code, and a check that is not known here (of a
-later version) is always called. Nothing of what a check decides is written a second time.
+pycodestyle spends most of its time passing every logical line to every check. Here a guard calls a check only where
+the check can report something. Each guard is *sound*: where it skips a check, the check would have reported nothing.
+This follows from what the check looks for, which is next to the guard, and is tested against pycodestyle itself. A
+logical line with a token that the tokenizer could not read goes to pycodestyle's own code. A check that is unknown
+here, from a later version, is always called. No check's own logic is repeated here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pycodestyle import noqa
 _NAMES_THAT_MATTER = frozenset([*keyword.kwlist, "l", "O", "I"])
 _WORD_OPERATORS = frozenset(["and", "in", "is", "or"])
 _CALL_SPACE = re.compile(r"[\w}\])] [(\[]")
-# What may lack a space around it, on a line whose only white space is single spaces: after , ; : or beside an operator.
+# Places where a space may be missing on a line with single spaces only: after , ; : or next to an operator.
 _TIGHT = re.compile(r"[,;:][^ ]|[-+*/%<>&|^@=!][^ ]|[^ ][-+*/%<>&|^@=!]")
 _BRACKETS = re.compile(r"[()\[\]{}]|=")
 _CLOSING = {")": "(", "]": "[", "}": "{"}
@@ -61,8 +61,8 @@ KNOWN_PHYSICAL = frozenset(
 
 
 def _tight_arguments_only(line: str) -> bool:
-    """Whether every spot of `line` that may lack a space is one of: `name=value` directly inside parentheses; `,)` and
-    `,]`; a unary sign or star after an opening bracket, a comma, `=` or `:`. pycodestyle asks for no space there."""
+    """Whether pycodestyle accepts every place in `line` where a space may be missing: `name=value` directly inside
+    parentheses; `,)` and `,]`; a unary sign or star after an opening bracket, a comma, `=` or `:`."""
     stack: list[str] = []
     inside: dict[int, bool] = {}
     for match in _BRACKETS.finditer(line):
@@ -78,7 +78,8 @@ def _tight_arguments_only(line: str) -> bool:
     at = 0
     while (tight := _TIGHT.search(line, at)) is not None:
         start = tight.start()
-        first, second = line[start], line[start + 1]
+        first = line[start]
+        second = line[start + 1]
         if first == "," and second in ")]":
             at = start + 1
         elif second in "-*" and first in "([{":  # f(-1), f(*a), [**b]
@@ -110,19 +111,19 @@ def _begins_value(char: str) -> bool:
 
 
 def _tables(options: Any) -> tuple[dict[str, Any], list[Any], bool]:
-    """Logical checks by name, those that are not known here, and whether the physical ones are as expected; kept with the
-    options, since a checker lives for one text."""
+    """Logical checks by name, the names that are unknown here, and whether the physical checks are the known ones.
+    Kept in the options, because a checker lives for one text."""
     if not hasattr(options, "phf_tables"):
         logical = {name: (check, names) for name, check, names in options.logical_checks}
         unknown = [name for name in logical if name not in KNOWN_LOGICAL]
         known = {check[0] for check in options.physical_checks} == KNOWN_PHYSICAL and options.max_line_length == 79
         options.phf_tables = logical, unknown, known
-    return options.phf_tables  # type: ignore[no-any-return]
+    found: tuple[dict[str, Any], list[Any], bool] = options.phf_tables
+    return found
 
 
 class Checker(pycodestyle.Checker):  # type: ignore[misc]
-    """`pycodestyle.Checker(lines=..., options=..., report=...)` whose `check_all` reports the same, in another order
-    within a line."""
+    """A `pycodestyle.Checker` whose `check_all` reports the same violations, perhaps in another order within a line."""
 
     def __init__(self, lines: list[str], options: Any, report: Any) -> None:
         super().__init__(lines=lines, options=options, report=report)
@@ -133,7 +134,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self._odd_token = self._comments = self._fancy_string = False
         self._strings: list[Any] = []
         self._ambiguous = self._tight_keyword = self._tight_operator = False
-        self._noqa_line: str | None = None  # the line that decides `noqa`, looked at only when a check asks
+        self._noqa_line: str | None = None  # the line that decides `noqa`; read when a check asks
 
     def check_physical(self, line: str) -> None:
         if (
@@ -165,7 +166,8 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
     def check_logical(self) -> None:
         self._noqa_line = None
         if self._odd_token or self.verbose:
-            return super().check_logical()  # type: ignore[no-any-return]
+            super().check_logical()
+            return
         tokens = self.tokens
         first_row = tokens[0][2][0]
         mapping = self._one_row_line(first_row)
@@ -177,7 +179,8 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
             several_rows = len(rows) > 1
             backslash = any("\\" in row for row in rows)
         else:
-            several_rows, backslash = False, "\\" in self.lines[first_row - 1]
+            several_rows = False
+            backslash = "\\" in self.lines[first_row - 1]
         line = self.logical_line
         (start_row, start_col) = mapping[0][1]
         indent = self.lines[start_row - 1][:start_col]
@@ -185,12 +188,28 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         if self.blank_before < self.blank_lines:
             self.blank_before = self.blank_lines
         self._found: list[tuple[Any, str, Any]] = []
-        run = self._run
-        comments = self._comments
-        spaced = " ".join(line.split()) == line  # no white space in it but single spaces
+        self._check_place(line, several_rows, backslash)
+        if line:
+            self._check_text(line, mapping[-1][1], several_rows, several_rows and backslash)
+        if self.max_doc_length is not None:
+            self._run("maximum_doc_length")
+        for name in self._unknown_logical:
+            self._run(name)
+        self._report_found(mapping)
+        if line:
+            self.previous_indent_level = self.indent_level
+            self.previous_logical = line
+            if not self.indent_level:
+                self.previous_unindented_logical_line = line
+        self.blank_lines = 0
+        self.tokens = []
+        return None
 
-        # E301 to E306: blank lines before it, a decorator before it, a definition, or, less than two blank lines after a
-        # definition, a statement at the top level
+    def _check_place(self, line: str, several_rows: bool, backslash: bool) -> None:
+        """Run the checks of where a logical line is: blank lines, indentation, imports, comments, rows."""
+        run = self._run
+        # E301 to E306: blank lines or a decorator before the line, a definition, or a top-level statement less than two
+        # blank lines after a definition
         if (
             self.blank_lines
             or self.previous_logical[:1] == "@"
@@ -206,12 +225,12 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         deeper = self.indent_level - self.previous_indent_level
         if self.indent_level % 4 or (not 0 < deeper <= 4 if self.previous_logical[-1:] == ":" else deeper > 0):
             run("indentation")
-        # E402: an import, or a statement before the first that makes later imports wrong
+        # E402: an import, or the first statement after which imports are wrong
         if not self.indent_level and line:
             state = self._checker_states.get("module_imports_on_top_of_file", {})
             if line.startswith(("import ", "from ", "lazy ")) or not state.get("seen_non_imports", False):
                 run("module_imports_on_top_of_file")
-        if comments:  # E26x
+        if self._comments:  # E26x
             run("whitespace_before_comment")
         if several_rows:
             run("continued_indentation")  # E12x, E131: continuation lines
@@ -219,110 +238,111 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
                 run("explicit_line_join")  # E502: a line that ends in a backslash
         if backslash:
             run("python_3000_invalid_escape_sequence")  # W605: a string with a backslash
-        if line:
-            if not spaced:  # E22x, E27x: two white spaces or a tab
-                run("whitespace_around_keywords")
-                run("whitespace_around_operator")
-            # E20x: white space beside a bracket or before , ; :
-            if line[0] == "@" or (" " in line and pycodestyle.EXTRANEOUS_WHITESPACE_REGEX.search(line)) or not spaced:
-                run("extraneous_whitespace")
-            if self._tight_keyword:  # E275: a keyword and the next token with nothing between
-                run("missing_whitespace_after_keyword")
-            # E211: a space before a bracket that follows a name or a closing bracket
-            joined = several_rows and backslash  # tokens that touch in `line` may be rows apart
-            if not spaced or joined or ((" (" in line or " [" in line) and _CALL_SPACE.search(line)):
-                run("whitespace_before_parameters")
-            # E225 to E231. On a plain line each operator and each , ; : has its spaces, or stands where none are asked for.
+
+    def _check_text(self, line: str, last: Any, several_rows: bool, joined: bool) -> None:
+        """Run the checks of the text of a logical line, which is not empty.
+
+        `last`: place of its last token. `joined`: tokens that touch in `line` may be rows apart.
+        """
+        run = self._run
+        spaced = " ".join(line.split()) == line  # all white space is single spaces
+        if not spaced:  # E22x, E27x: two white spaces or a tab
+            run("whitespace_around_keywords")
+            run("whitespace_around_operator")
+        # E20x: white space next to a bracket or before , ; :
+        if line[0] == "@" or (" " in line and pycodestyle.EXTRANEOUS_WHITESPACE_REGEX.search(line)) or not spaced:
+            run("extraneous_whitespace")
+        if self._tight_keyword:  # E275: a keyword and the next token with nothing between
+            run("missing_whitespace_after_keyword")
+        # E211: a space before a bracket that follows a name or a closing bracket
+        if not spaced or joined or ((" (" in line or " [" in line) and _CALL_SPACE.search(line)):
+            run("whitespace_before_parameters")
+        # E225 to E231: on a plain line each operator and each , ; : has its spaces, or is where none are needed
+        if (
+            not spaced
+            or self._comments
+            or joined
+            or "lambda" in line
+            or self._tight_operator
+            or (line[-1] in ",;:" and self._touches_more(last))
+            or (_TIGHT.search(line) and not _tight_arguments_only(line))
+        ):
+            run("missing_whitespace")
+        # E251, E252: "=" after an opening bracket with a space next to it; without one only in def, class and type
+        if "=" in line and ("(" in line or "[" in line):
+            opened = min(i for i in (line.find("("), line.find("[")) if i >= 0)
             if (
                 not spaced
-                or comments
-                or joined
-                or "lambda" in line
-                or self._tight_operator
-                or (line[-1] in ",;:" and self._touches_more(mapping[-1][1]))
-                or (_TIGHT.search(line) and not _tight_arguments_only(line))
+                or several_rows
+                or line[-1] == "="
+                or self._comments
+                or line.find(" =", opened) >= 0
+                or line.find("= ", opened) >= 0
+                or line.startswith(("def", "async", "class", "type"))
             ):
-                run("missing_whitespace")
-            # E251, E252: "=" after an opening bracket with a space beside it; without one only in def, class and type
-            if "=" in line and ("(" in line or "[" in line):
-                opened = min(i for i in (line.find("("), line.find("[")) if i >= 0)
-                if (
-                    not spaced
-                    or several_rows
-                    or line[-1] == "="
-                    or comments
-                    or line.find(" =", opened) >= 0
-                    or line.find("= ", opened) >= 0
-                    or line.startswith(("def", "async", "class", "type"))
-                ):
-                    run("whitespace_around_named_parameter_equals")
-            if line.startswith("import "):  # E401
-                run("imports_on_separate_lines")
-            # E70x, E731: a semicolon, or a colon before the end of a statement with a block or a lambda
-            if ";" in line or (
-                ":" in line[:-1] and ("lambda" in line or pycodestyle.STARTSWITH_INDENT_STATEMENT_REGEX.match(line))
-            ):
-                run("compound_statements")
-            if "==" in line or "!=" in line:  # E711, E712, E721
-                run("comparison_to_singleton")
-                if "type" in line:
-                    run("comparison_type")
-            if "not" in line:  # E713, E714
-                run("comparison_negative")
-            if line.startswith("except"):  # E722
-                run("bare_except")
-            if self._ambiguous:  # E741 to E743: the names l, O and I
-                run("ambiguous_identifier")
-        if self.max_doc_length is not None:
-            run("maximum_doc_length")
-        for name in self._unknown_logical:
-            run(name)
+                run("whitespace_around_named_parameter_equals")
+        if line.startswith("import "):  # E401
+            run("imports_on_separate_lines")
+        # E70x, E731: a semicolon, or a colon before the end of a statement with a block or a lambda
+        if ";" in line or (
+            ":" in line[:-1] and ("lambda" in line or pycodestyle.STARTSWITH_INDENT_STATEMENT_REGEX.match(line))
+        ):
+            run("compound_statements")
+        if "==" in line or "!=" in line:  # E711, E712, E721
+            run("comparison_to_singleton")
+            if "type" in line:
+                run("comparison_type")
+        if "not" in line:  # E713, E714
+            run("comparison_negative")
+        if line.startswith("except"):  # E722
+            run("bare_except")
+        if self._ambiguous:  # E741 to E743: the names l, O and I
+            run("ambiguous_identifier")
 
-        if self._found:
-            if mapping[0][0] < 0:
-                mapping = self.build_tokens_line()
-            offsets = [offset for offset, _ in mapping]
-            for offset, text, check in self._found:
-                if not isinstance(offset, tuple):
-                    token_offset, position = mapping[bisect.bisect_left(offsets, offset)]
-                    offset = (position[0], position[1] + offset - token_offset)
-                self.report_error(offset[0], offset[1], text, check)
-        if line:
-            self.previous_indent_level = self.indent_level
-            self.previous_logical = line
-            if not self.indent_level:
-                self.previous_unindented_logical_line = line
-        self.blank_lines = 0
-        self.tokens = []
-        return None
+    def _report_found(self, mapping: Any) -> None:
+        """Report what the checks found, at its places in the file."""
+        if not self._found:
+            return
+        if mapping[0][0] < 0:
+            mapping = self.build_tokens_line()
+        offsets = [offset for offset, _ in mapping]
+        for offset, text, check in self._found:
+            if not isinstance(offset, tuple):
+                token_offset, position = mapping[bisect.bisect_left(offsets, offset)]
+                offset = (position[0], position[1] + offset - token_offset)
+            self.report_error(offset[0], offset[1], text, check)
 
     def _one_row_line(self, row: int) -> list[tuple[int, tuple[int, int]]] | None:
-        """Makes the logical line of a statement on one row and without a comment: the row itself, with its strings muted.
-        Returns where its first and last token stand (with the offset -1: the mapping of offsets is made when something
-        was found), None for other statements, which pycodestyle puts together."""
+        """Build the logical line of a statement on a single row without a comment: the row with its strings muted.
+
+        Returns the positions of its first and last token, with the offset -1: the mapping of offsets is built when
+        something was found. Returns None for other statements; pycodestyle builds their logical lines."""
         tokens = self.tokens
         if self._comments or self._fancy_string or tokens[-1][3][0] != row:
             return None
-        first, last = 0, len(tokens) - 1
+        first = 0
+        last = len(tokens) - 1
         while first <= last and tokens[first][0] in pycodestyle.SKIP_TOKENS:
             first += 1
         while last >= first and tokens[last][0] in pycodestyle.SKIP_TOKENS:
             last -= 1
         if first > last:
             return None
-        start, end = tokens[first][2], tokens[last][3]
+        start = tokens[first][2]
+        end = tokens[last][3]
         if start[0] != row:
             return None
         line = self.lines[row - 1][start[1] : end[1]]
         for token in self._strings:
-            at, stop = token[2][1] - start[1], token[3][1] - start[1]
+            at = token[2][1] - start[1]
+            stop = token[3][1] - start[1]
             line = line[:at] + pycodestyle.mute_string(token[1]) + line[stop:]
         self.logical_line = line
         self.noqa = False
         return [(-1, start), (-1, end)]
 
     def check_all(self, expected: Any = None, line_offset: int = 0) -> Any:
-        """pycodestyle's loop with its generator of tokens written in place."""
+        """pycodestyle's loop with its token generator inlined."""
         self.report.init_file(self.filename, self.lines, expected, line_offset)
         self.total_lines = len(self.lines)
         if self._ast_checks:
@@ -336,8 +356,13 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self._new_logical_line()
         parens = 0
         prev_physical = ""
-        newline, nl, op, name = tokenize.NEWLINE, tokenize.NL, tokenize.OP, tokenize.NAME
-        comment, error, string = tokenize.COMMENT, tokenize.ERRORTOKEN, tokenize.STRING
+        newline = tokenize.NEWLINE
+        nl = tokenize.NL
+        op = tokenize.OP
+        name = tokenize.NAME
+        comment = tokenize.COMMENT
+        error = tokenize.ERRORTOKEN
+        string = tokenize.STRING
         try:
             for token in tokenize.generate_tokens(self.readline):
                 token_type, text, start, end, line = token
@@ -381,7 +406,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         return self.report.get_file_results()
 
     def _name(self, text: str, row: int, start: int, end: int) -> None:
-        """Notes a keyword that touches its neighbours, and the names that are hard to read."""
+        """Note a keyword that touches its neighbours, and ambiguous names."""
         if text in ("l", "O", "I"):
             self._ambiguous = True
             return
@@ -393,7 +418,7 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
             self._tight_operator = True
 
     def _touches_more(self, end: tuple[int, int]) -> bool:
-        """Whether something that is no token follows directly (a backslash, a form feed, a string without end)."""
+        """Whether a character that is no token follows directly: a backslash, a form feed, an unterminated string."""
         return self.lines[end[0] - 1][end[1] : end[1] + 1] not in ("", " ", "\n")
 
     def _check_logical_line(self) -> None:

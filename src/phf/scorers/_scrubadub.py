@@ -1,8 +1,8 @@
-"""scrubadub's detectors as the paper used them, made quick and independent of the day. Floor 2, extra `pii`.
+"""scrubadub's detectors as the paper used them, but fast and independent of today's date. Extra `pii`.
 
-`scrubber("default")` is scrubadub's own set. `scrubber("paper")` adds what the paper's code added: Skype names, dates of
-birth, US addresses by pyap, and people and organisations by a spaCy model where one is given. Gates before the slow
-detectors never change what is found: each asks for something that the detector itself requires.
+`scrubber("default")` is scrubadub's own set. `scrubber("paper")` adds what the paper's code added: Skype names, dates
+of birth, US addresses found by pyap and, with a spaCy model, people and organizations. The gates before slow
+detectors never change what is found: each one tests a condition that the detector itself requires.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scrubadub.filth import AddressFilth, DateOfBirthFilth, NameFilth, Organizat
 
 @functools.cache
 def scrubber(detectors: str, reference_date: datetime.date, spacy_model: str | None) -> Any:
-    # The locale decides which phone numbers count; left alone it would be the machine's.
+    # The locale decides which phone numbers count. Without it scrubadub takes the machine's.
     made = scrubadub.Scrubber(locale="en_US")
     if detectors == "paper":
         made.add_detector(GatedSkype(locale="en_US"))
@@ -34,7 +34,7 @@ def scrubber(detectors: str, reference_date: datetime.date, spacy_model: str | N
 
 
 class GatedSkype(SkypeDetector):  # type: ignore[misc]
-    """scrubadub's, which looks only around tokens that hold "skype"."""
+    """scrubadub's detector, which only looks around tokens that contain "skype"."""
 
     def iter_filth(self, text: str, document_name: str | None = None) -> Iterator[Any]:
         if "skype" in text.lower():
@@ -42,9 +42,9 @@ class GatedSkype(SkypeDetector):  # type: ignore[misc]
 
 
 class DatedBirths(DateOfBirthDetector):  # type: ignore[misc]
-    """scrubadub's dates of birth, seen from a fixed day: its own counts ages from today, so that scores change by the
-    year. A date counts if its bearer is then 18 to 100 years old and a word like "born" stands within two lines before
-    or one line after it. dateparser, which is slow, reads only texts with such a word in them."""
+    """scrubadub's dates of birth with ages counted on a fixed day. scrubadub counts them today, so its scores change
+    over the years. A date counts if the person is 18 to 100 years old and a word like "born" occurs at most two lines
+    before or one line after the date. The slow dateparser only reads texts with such a word."""
 
     def __init__(self, reference_date: datetime.date, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -74,7 +74,7 @@ class DatedBirths(DateOfBirthDetector):  # type: ignore[misc]
 
 
 class Addresses(Detector):  # type: ignore[misc]
-    """US addresses by pyap, as the paper's code has them (without libpostal's second opinion)."""
+    """US addresses found by pyap, as in the paper's code, which does not confirm them with libpostal."""
 
     name = "address"
     filth_cls = AddressFilth
@@ -91,29 +91,29 @@ class Addresses(Detector):  # type: ignore[misc]
             if "coverage" in found.lower() or found in seen:
                 continue
             seen.add(found)
-            # pyap joins lines by ", ", spaces into one and dashes into "-": the same words, however they are set
+            # pyap joins lines by ", ", merges spaces and turns dashes into "-": match the same words in any layout
             words = [re.escape(w).replace(r"\-", "[-‐‑‒–—―]") for w in re.split(r"[\s,]+", found) if w]
             for match in re.finditer(r"\b" + r"[\s,]+".join(words) + r"(?!\w)", text):
                 yield _filth(AddressFilth, self, match.start(), match.end(), text, document_name)
 
 
 _STREET_NUMBER = re.compile(
-    r"\d|and |one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|teen|twenty|thirty|forty|fifty|sixty|seventy"
-    r"|eighty|ninety|hundred|thousand",
+    r"\d|and |one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|teen|twenty|thirty|forty|fifty|sixty"
+    r"|seventy|eighty|ninety|hundred|thousand",
     re.IGNORECASE,
 )
 
 
 def may_hold_address(text: str) -> bool:
-    """False only where pyap can find nothing: its pattern asks for a street number and, after it, a state, whose
-    shortest forms are two capital letters and the four letters of "Ohio", "Iowa", "Utah" and "Guam"."""
+    """False only where pyap finds nothing. Its pattern requires a street number followed by a state; the shortest
+    states are two capital letters, and "Ohio", "Iowa", "Utah" and "Guam"."""
     number = _STREET_NUMBER.search(text)
     return number is not None and _states().search(text, number.start()) is not None
 
 
 @functools.cache
 def _states() -> re.Pattern[str]:
-    """Anything that begins like a state in pyap's pattern, so that white space inside a name does not matter."""
+    """Matches the beginning of every state in pyap's pattern, so white space inside a name does not matter."""
     from pyap.source_US import data
 
     names = re.sub(r"\[(\w)\w\]", r"\1", re.sub(r"#.*", "", data.region1))
@@ -125,7 +125,7 @@ def _states() -> re.Pattern[str]:
 
 
 class SpacyEntities(Detector):  # type: ignore[misc]
-    """People and organisations by a spaCy model (its name or folder)."""
+    """People and organizations found by a spaCy model (its name or folder)."""
 
     name = "spacy"
     autoload = False
@@ -144,7 +144,7 @@ class SpacyEntities(Detector):  # type: ignore[misc]
 
 @functools.cache
 def load_spacy(model: str) -> Any:
-    """A spaCy pipeline by name or folder, with what finds entities and nothing else."""
+    """A spaCy pipeline by name or folder, reduced to the parts that find entities."""
     import spacy
 
     from phf.core.config import ConfigError
@@ -153,7 +153,7 @@ def load_spacy(model: str) -> Any:
         nlp = spacy.load(model, exclude=["parser", "lemmatizer", "attribute_ruler", "tagger"])
     except OSError as error:
         raise ConfigError(
-            f"spacy_model {model!r} is neither an installed spaCy model nor a folder of one ({error}); "
+            f"spacy_model {model!r} is neither an installed spaCy model nor the folder of one ({error}); "
             "install one, for example: python -m spacy download en_core_web_sm"
         ) from None
     if not {"ner", "entity_ruler", "span_ruler"} & set(nlp.pipe_names):

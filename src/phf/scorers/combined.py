@@ -1,16 +1,17 @@
-"""Several scorers as one. Floor 2."""
+"""Several scorers combined into one."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT
-from phf.core.types import Span
+from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer
 from phf.scorers.fitted import Fitted
 from phf.scorers.pep8 import PEP8
@@ -18,19 +19,20 @@ from phf.scorers.pii import PII, Presidio
 from phf.scorers.simple import Function, Lexicon, Regex
 from phf.scorers.toxicity import Toxicity
 
-SingleScorer = Annotated[
-    PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function, Field(discriminator="name")
-]
+SingleScorer = PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function
+"""All scorers but the combination."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Combination(Scorer):
-    """The largest of several scores (`how: max`) or their weighted sum (`how: sum`); `weights` scale each, 1 by default.
+    """The largest of several scores (`how: max`) or their sum (`how: sum`). `weights` multiply the scores; default 1.
 
-    Where one of them cannot judge, neither can the combination.
+    The score is NaN if one of the scorers gives NaN.
     """
 
-    scorers: Annotated[tuple[SingleScorer, ...], Field(min_length=2)]
+    scorers: Annotated[
+        tuple[Annotated[SingleScorer, Field(discriminator="name", title="scorer")], ...], Field(min_length=2)
+    ]
     name: Literal["combination"] = "combination"
     how: Literal["max", "sum"] = "max"
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
@@ -39,7 +41,15 @@ class Combination(Scorer):
         if self.weights is not None and len(self.weights) != len(self.scorers):
             raise ValueError(f"weights: {len(self.weights)} given for {len(self.scorers)} scorers")
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def judges_code(self) -> bool:
+        return any(s.judges_code for s in self.scorers)
+
+    @property
+    def finds_personal_data(self) -> bool:
+        return any(s.finds_personal_data for s in self.scorers)
+
+    def identity(self) -> Identity:
         parts = [s.identity() for s in self.scorers]
         units = {p["unit"] for p in parts}
         return {
@@ -51,8 +61,8 @@ class Combination(Scorer):
         }
 
     def _combine(self, scores: Sequence[float]) -> float:
-        if any(s != s for s in scores):
-            return float("nan")
+        if any(map(math.isnan, scores)):
+            return math.nan
         weighted = [w * s for w, s in zip(self.weights or [1.0] * len(scores), scores, strict=True)]
         return max(weighted) if self.how == "max" else sum(weighted)
 
@@ -76,5 +86,5 @@ class Combination(Scorer):
         return combined
 
     def without_cut(self, text: str) -> str:
-        """The shortest of what the scorers keep: no fault of the cut for any of them."""
+        """The shortest part that one of the scorers keeps, so the truncation causes no fault for any of them."""
         return min((s.without_cut(text) for s in self.scorers), key=len)

@@ -1,30 +1,32 @@
-"""A scorer fitted to your own labels: hashed n-grams and logistic regression. Floor 2.
+"""A scorer fitted to your own labels: hashed n-grams and logistic regression.
 
     phf fit-scorer labels.jsonl my-scorer/ --text text --label toxic
     phf score corpus.jsonl scored/ --scorer fitted scorer.path=my-scorer
 
-Features: words and pairs of words, and strings of 3 to 5 bytes, of the lower-cased text, each hashed into one of 2^20
-weights; a text of n features has 1/sqrt(n) for each of them (so a long text does not weigh more), which makes the
-logit one sum over a table. Hashing is by prefix sums of a polynomial hash over the bytes, whole arrays at a time:
-millions of characters a second. The weights are fitted by scikit-learn; the probability is calibrated on predictions
-for texts that the fit had not seen (Platt 1999). A folder with a transformer classifier of the same tool is read, too.
+The features of a text are the words, pairs of words and strings of 3 to 5 bytes of the lower-cased text, each hashed to
+one of 2^20 weights. Each of n features has the value 1/sqrt(n), so long texts do not weigh more, and the logit is one
+sum over a table. Hashing uses prefix sums of a polynomial hash over the bytes, on whole arrays: millions of characters
+per second. scikit-learn fits the weights. The probability is calibrated on predictions for texts that the fit had not
+seen (Platt 1999). `phf fit-scorer` can also fit a transformer classifier; its folder is read here too.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as settings
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
+from phf.core.types import Identity, Number
 from phf.scorers.base import TextScorer
 
-CARD = "scorer.json"
+SCORER_RECORD = "scorer.json"
 WEIGHTS = "weights.safetensors"
 BUCKET_BITS = 20
 CHAR_NGRAMS = (3, 4, 5)
@@ -36,31 +38,35 @@ _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 
 
-@dataclass(frozen=True, config=STRICT)
+@settings(frozen=True, config=STRICT)
 class Fitted(TextScorer):
-    """What `phf fit-scorer` wrote: the calibrated probability that a text is bad."""
+    """The output of `phf fit-scorer`: the calibrated probability that a text is bad."""
 
     path: str
     name: Literal["fitted"] = "fitted"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         loaded = load_fitted(self.path)
         return {
             "name": self.name,
             "unit": "probability",
-            "kind": read_card(self.path)["kind"],
+            "kind": read_scorer_record(self.path).kind,
             "hash": store.path_hash(Path(self.path).expanduser()),
         } | ({"classifier": loaded.identity()} if isinstance(loaded, TransformerScorer) else {})
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
-        return load_fitted(self.path).probabilities(texts).tolist()  # type: ignore[no-any-return]
+        found: list[float] = load_fitted(self.path).probabilities(texts).tolist()
+        return found
 
 
 class HashedNgrams:
     """Weights over hashed n-grams, an intercept, and Platt's slope and offset."""
 
     def __init__(self, weights: np.ndarray, intercept: float, slope: float, offset: float) -> None:
-        self.weights, self.intercept, self.slope, self.offset = weights, intercept, slope, offset
+        self.weights = weights
+        self.intercept = intercept
+        self.slope = slope
+        self.offset = offset
 
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Uncalibrated logits, float64 [texts]."""
@@ -77,11 +83,11 @@ class HashedNgrams:
 
 
 def segment_sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sums of values[start:end], float64; 0 where the range is empty."""
+    """Sums of values[start:end] (float64). 0 for an empty range."""
     if not len(values):
         return np.zeros(len(starts))
     edges = np.minimum(np.stack([starts, ends], axis=1).ravel(), len(values))
-    # reduceat takes no index past the end, and gives values[start] for an empty range
+    # reduceat takes no index past the end and gives values[start] for an empty range
     sums = np.add.reduceat(np.append(values, np.float32(0)), edges, dtype=np.float64)[::2]
     return np.where(ends > starts, sums, 0.0)
 
@@ -100,14 +106,15 @@ _WORD[[*range(48, 58), *range(97, 123), 95, 39, *range(128, 256)]] = True
 @functools.cache
 def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
     """Base^i and Base^-i modulo 2^64."""
-    up, down = np.full(length, _BASE, np.uint64), np.full(length, _INVERSE, np.uint64)
+    up = np.full(length, _BASE, np.uint64)
+    down = np.full(length, _INVERSE, np.uint64)
     up[0] = down[0] = 1
     return np.cumprod(up, dtype=np.uint64), np.cumprod(down, dtype=np.uint64)
 
 
 def hashed(texts: Sequence[str]) -> Iterator[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """For runs of texts, in order: for each kind of feature the buckets (one after the other) and, for each text of the
-    run, the start and end of its own among them."""
+    """Features of runs of texts, in order. Each kind of feature gives (buckets of the whole run, start of each text's
+    buckets, end of each text's buckets)."""
     run: list[bytes] = []
     size = 0
     for text in texts:
@@ -116,7 +123,8 @@ def hashed(texts: Sequence[str]) -> Iterator[list[tuple[np.ndarray, np.ndarray, 
         size += len(data)
         if size >= _CHUNK:
             yield _hashed_run(run)
-            run, size = [], 0
+            run = []
+            size = 0
     if run:
         yield _hashed_run(run)
 
@@ -131,14 +139,16 @@ def _hashed_run(run: list[bytes]) -> list[tuple[np.ndarray, np.ndarray, np.ndarr
     np.cumsum((data.astype(np.uint64) + np.uint64(1)) * up[: len(data)], out=prefix[1:])
 
     kinds = []
-    for n in CHAR_NGRAMS:  # one for each byte of a text; the last ones hold its end
+    for n in CHAR_NGRAMS:  # one per byte of a text; the last ones hold the text's end
         count = len(data) - n + 1
         kinds.append((_bucket((prefix[n:] - prefix[:count]) * down[:count], n), starts, ends))
     is_word = _WORD[data]
-    change = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1  # begins and ends by turns; padding is at both ends
-    begin, end = change[::2], change[1::2]
+    change = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1  # starts and ends in turn; there is padding at both ends
+    begin = change[::2]
+    end = change[1::2]
     word = (prefix[end] - prefix[begin]) * down[begin]
-    first, last = np.searchsorted(begin, starts), np.searchsorted(begin, ends)
+    first = np.searchsorted(begin, starts)
+    last = np.searchsorted(begin, ends)
     kinds.append((_bucket(word, 1), first, last))
     pair = word[:-1] * _MIX + word[1:] if len(word) > 1 else word[:0]
     kinds.append((_bucket(pair, 2), first, np.maximum(last - 1, first)))
@@ -146,7 +156,7 @@ def _hashed_run(run: list[bytes]) -> list[tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _bucket(value: np.ndarray, kind: int) -> np.ndarray:
-    """The bucket of each hash; a different function for each kind of feature."""
+    """The bucket of each hash. Each kind of feature has its own function."""
     value = value ^ (value >> np.uint64(32))
     value *= _MIX + np.uint64(2 * kind)
     value ^= value >> np.uint64(29)
@@ -155,13 +165,14 @@ def _bucket(value: np.ndarray, kind: int) -> np.ndarray:
 
 
 def feature_matrix(texts: Sequence[str]) -> Any:
-    """Sparse features [texts, 2^20], float32: what the logit is linear in."""
+    """Sparse features [texts, 2^20], float32. The logit is linear in them."""
     import scipy.sparse
 
     blocks = []
     for kinds in hashed(texts):
         total = np.sqrt(sum(ends - starts for _, starts, ends in kinds))
-        rows, columns = [], []
+        rows = []
+        columns = []
         for buckets, starts, ends in kinds:
             counts = ends - starts
             inside = np.zeros(len(buckets) + 1, np.int64)
@@ -169,7 +180,8 @@ def feature_matrix(texts: Sequence[str]) -> Any:
             np.add.at(inside, ends[counts > 0], -1)
             columns.append(buckets[inside.cumsum()[:-1] > 0])
             rows.append(np.repeat(np.arange(len(starts)), counts))
-        row, column = np.concatenate(rows), np.concatenate(columns)
+        row = np.concatenate(rows)
+        column = np.concatenate(columns)
         blocks.append(
             scipy.sparse.coo_matrix(
                 ((1 / total[row]).astype(np.float32), (row, column)), shape=(len(total), 1 << BUCKET_BITS)
@@ -179,16 +191,17 @@ def feature_matrix(texts: Sequence[str]) -> Any:
 
 
 class TransformerScorer:
-    """A fine-tuned classifier of two classes, with the same calibration."""
+    """A finetuned classifier of two classes with the same calibration."""
 
-    def __init__(self, path: Path, card: dict[str, Any]) -> None:
-        from phf.scorers.toxicity import Toxicity, _load
+    def __init__(self, path: Path, slope: float = 1.0, offset: float = 0.0) -> None:
+        from phf.scorers.toxicity import Toxicity, load_classifier
 
-        self.classifier = _load(Toxicity(model=str(path), labels=("bad",), activation="softmax"))
-        self.slope, self.offset = card["slope"], card["offset"]
+        self.classifier = load_classifier(Toxicity(model=str(path), labels=("bad",), activation="softmax"))
+        self.slope = slope
+        self.offset = offset
 
-    def identity(self) -> dict[str, Any]:
-        """What of this machine decides its scores."""
+    def identity(self) -> Identity:
+        """What decides the scores and depends on this machine."""
         return {"dtype": self.classifier.dtype, "max_tokens": self.classifier.max_tokens}
 
     def logits(self, texts: Sequence[str]) -> np.ndarray:
@@ -202,28 +215,89 @@ class TransformerScorer:
         return calibrated
 
 
-def read_card(path: str | Path) -> dict[str, Any]:
-    """The card of a fitted scorer. Raises ConfigError where there is none."""
+@dataclass(frozen=True)
+class AtThreshold:
+    """How well scores above a threshold point to bad texts."""
+
+    precision: float | None
+    """Share of bad texts among those above the threshold; null if no text is above it."""
+    recall: float
+    """Share of the bad texts that are above the threshold."""
+    share: float
+    """Share of all texts that are above the threshold."""
+
+
+@dataclass(frozen=True)
+class ScorerMetrics:
+    """How good probabilities are on labelled texts."""
+
+    n: int
+    bad: int
+    auc: Number
+    """Area under the ROC curve: 1 best, 0.5 chance."""
+    auc_ci95: tuple[Number, Number]
+    average_precision: float
+    brier: float
+    """Mean squared error of the probabilities; lower is better."""
+    calibration_error: float
+    """Expected calibration error over ten bins; lower is better."""
+    at: dict[str, AtThreshold]
+    """By threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerRecord:
+    """`scorer.json` of a fitted scorer."""
+
+    key: str
+    """Fingerprint of labels and settings."""
+    kind: Literal["ngrams", "transformer"]
+    slope: float
+    """Of the calibrated logit."""
+    offset: float
+    intercept: float | None = None
+    """n-grams: of the uncalibrated logit."""
+    C: float | None = None
+    """n-grams: strength of regularization, scikit-learn's C."""
+    bucket_bits: int | None = None
+    """n-grams: there are 2^bucket_bits weights."""
+    weights: str | None = None
+    """n-grams: hash of the weights."""
+    base_model: str | None = None
+    """Transformer: the model that was finetuned."""
+    source: str
+    """The file of labels."""
+    texts: int
+    bad: int
+    rejected: dict[str, int]
+    """Rows that were skipped, by reason."""
+    metrics: dict[str, ScorerMetrics]
+    """On the held-out texts and on each test file."""
+    versions: dict[str, str]
+
+
+def read_scorer_record(path: str | Path) -> ScorerRecord:
+    """The record of a fitted scorer. Raises ConfigError if there is none."""
     folder = Path(path).expanduser()
-    if not (folder / CARD).is_file():
-        raise ConfigError(f"{path} holds no {CARD}: it is not what `phf fit-scorer` writes")
-    return store.read_json(folder / CARD)  # type: ignore[no-any-return]
+    if not (folder / SCORER_RECORD).is_file():
+        raise ConfigError(f"{path} has no {SCORER_RECORD}: it was not written by `phf fit-scorer`")
+    return store.read_record(folder / SCORER_RECORD, ScorerRecord)
 
 
 def load_fitted(path: str) -> HashedNgrams | TransformerScorer:
-    """A fitted scorer, checked against the hash on its card; kept in memory until its files change."""
+    """A fitted scorer, checked against the hash on its record and kept in memory until its files change."""
     return _loaded(path, store.signature(path))
 
 
 @functools.lru_cache(4)
 def _loaded(path: str, files: Any) -> HashedNgrams | TransformerScorer:
-    card = read_card(path)
+    record = read_scorer_record(path)
     folder = Path(path).expanduser()
-    if card["kind"] == "transformer":
-        return TransformerScorer(folder, card)
+    if record.kind == "transformer":
+        return TransformerScorer(folder, record.slope, record.offset)
     from safetensors.numpy import load_file
 
     weights = load_file(folder / WEIGHTS)["weights"]
-    if store.bytes_hash(weights.tobytes()) != card["weights"]:
-        raise ConfigError(f"{path}: {WEIGHTS} is not the one that its {CARD} describes; fit the scorer again")
-    return HashedNgrams(weights, card["intercept"], card["slope"], card["offset"])
+    if record.intercept is None or store.bytes_hash(weights.tobytes()) != record.weights:
+        raise ConfigError(f"{path}: {WEIGHTS} is not the file that {SCORER_RECORD} describes; fit the scorer again")
+    return HashedNgrams(weights, record.intercept, record.slope, record.offset)

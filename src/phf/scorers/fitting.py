@@ -1,10 +1,10 @@
-"""Fit a scorer to labelled texts: labels -> scorer, with what it is worth. Floor 2.
+"""Fit a scorer to labelled texts and measure how good it is.
 
     phf fit-scorer labels.csv my-scorer/ --text comment --label toxic --test other.csv
 
-A fifth of the texts, chosen by a hash of their text, is never fitted to: area under the ROC curve, precision and recall
-at thresholds and calibration are measured there, and on every other source named with `--test`. Nothing is pickled:
-weights are safetensors, the rest is JSON.
+A fifth of the texts, chosen by a hash of the text, is held out from the fit. Area under the ROC curve, precision and
+recall at thresholds, and calibration are measured on the held-out texts and on every file given with `--test`. Weights
+are stored as safetensors, the rest as JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,18 +27,30 @@ from phf.core import store
 from phf.core.config import ConfigError, did_you_mean
 from phf.core.statistics import auc
 from phf.core.types import Rejected
-from phf.data.readers import admit
-from phf.scorers.fitted import BUCKET_BITS, CARD, WEIGHTS, HashedNgrams, TransformerScorer, feature_matrix
+from phf.data.corpus import admit
+from phf.scorers.fitted import (
+    BUCKET_BITS,
+    SCORER_RECORD,
+    WEIGHTS,
+    AtThreshold,
+    HashedNgrams,
+    ScorerMetrics,
+    ScorerRecord,
+    TransformerScorer,
+    feature_matrix,
+)
 
 TRUE = {"1", "1.0", "true", "yes", "y", "t", "bad", "toxic", "positive"}
 FALSE = {"0", "0.0", "false", "no", "n", "f", "good", "nontoxic", "negative"}
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+"""Thresholds at which precision and recall are reported."""
 FOLDS = 5
+"""Parts of the texts for choosing the regularization and for calibration; also the fewest texts of a class."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Labelled texts: `bad_N` is True where the text is bad."""
+    """Labelled texts. `bad_N` is True where the text is bad; `rejected` counts skipped rows by reason."""
 
     source: str
     texts: tuple[str, ...]
@@ -47,8 +59,12 @@ class Labels:
 
 
 def read_labels(path: str | Path, text: str = "text", label: str = "label", bad: Sequence[str] | None = None) -> Labels:
-    """Labelled texts from .jsonl, .csv, .tsv or .parquet. `bad`: the values of the label that mean bad; left out, it
-    must be true or false, 1 or 0, or the like. Rows without a usable text or label are set aside and counted."""
+    """Labelled texts from a .jsonl, .csv, .tsv or .parquet file.
+
+    `bad`: the values of the label that mean bad. Without `bad`, labels must be true or false, 1 or 0, or the like. Rows
+    without a usable text or label are skipped and counted. Raises ConfigError if a column is missing, a label
+    cannot be read, or where all texts are of one class.
+    """
     path = Path(path).expanduser()
     rows = read_rows(path)
     first = next(iter(rows), {})
@@ -57,7 +73,8 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
             raise ConfigError(f"{path} has no column {field!r}{did_you_mean(field, first)}")
     wanted = None if bad is None else {value.strip() for value in bad}
     seen: set[str] = set()
-    texts, labels = [], []
+    texts = []
+    labels = []
     rejected: Counter[str] = Counter()
     for number, row in enumerate(rows):
         item = admit(str(number), row.get(text), {}, 10_000_000)
@@ -74,7 +91,9 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
             texts.append(item.text)
             labels.append(value.lower() in TRUE)
         else:
-            raise ConfigError(f"{path}: label {value!r} is neither true nor false; say which values are bad with --bad")
+            raise ConfigError(
+                f"{path}: label {value!r} is neither true nor false; name the values that mean bad with --bad"
+            )
     if wanted is not None and wanted - seen:
         raise ConfigError(
             f"{path}: no label is {sorted(wanted - seen)[0]!r} (--bad); the labels are {sorted(seen)[:10]}"
@@ -82,15 +101,15 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
     bad_N = np.array(labels, bool)
     if not bad_N.any() or bad_N.all():
         raise ConfigError(
-            f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both are needed"
+            f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both classes are needed"
         )
     return Labels(path.name, tuple(texts), bad_N, dict(rejected))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl (also .jsonl.gz), .csv, .tsv or .parquet file. A .tsv knows no quoting, as GLUE's have none.
+    """Rows of a .jsonl (also .jsonl.gz), .csv, .tsv or .parquet file. A .tsv has no quoting, like GLUE's files.
 
-    Raises ConfigError for a file that cannot be read as what its name says.
+    Raises ConfigError for a file that its ending does not describe.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist")
@@ -107,7 +126,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         opener: Any = gzip.open if path.suffix == ".gz" else open
         rows = []
         try:
-            with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:  # such a text is set aside
+            with opener(
+                path, "rt", encoding="utf-8", errors="surrogateescape"
+            ) as file:  # such a text is rejected later
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         rows.append(store.parse_json(line))
@@ -124,7 +145,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet as pq
 
         try:
-            return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
+            found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            return found
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
     raise ConfigError(f"{path}: expected a .jsonl, .jsonl.gz, .csv, .tsv or .parquet file")
@@ -142,10 +164,10 @@ def fit_scorer(
     base_model: str | None = None,
     heldout: float = 0.2,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Fit, calibrate, measure and write a scorer into folder `out`; returns its card.
+) -> ScorerRecord:
+    """Fit, calibrate and measure a scorer, write it into folder `out`, and return its record.
 
-    Texts that occur twice fall on one side. Raises ConfigError where there are too few of either kind.
+    Equal texts are all fitted to or all held out. Raises ConfigError if one class has too few texts.
     """
     out = Path(out)
     key = store.fingerprint(
@@ -153,56 +175,82 @@ def fit_scorer(
         + [[part.source, _labels_hash(part), part.rejected] for part in (labels, *tests)]
         + [store.path_hash(base_model) if base_model else None]
     )
-    if (out / CARD).exists() and store.read_json(out / CARD).get("key") == key:
-        return store.read_json(out / CARD)  # type: ignore[no-any-return]
-    if out.exists() and not (out / CARD).exists() and any(out.iterdir()):
-        raise store.StoreError(f"{out} is not empty and holds no scorer; give another directory")
-    held_N = np.array([_hash_unit(t, b"phf fit heldout") < heldout for t in labels.texts])
+    if (done := store.kept(out / SCORER_RECORD, key, ScorerRecord)) is not None:
+        return done
+    if out.exists() and not (out / SCORER_RECORD).exists() and any(out.iterdir()):
+        raise store.StoreError(f"{out} is not empty and holds no scorer; give another folder")
+    held_N = held_out(labels, heldout)
     fold_N = np.array([int(_hash_unit(t, b"phf fit folds") * FOLDS) for t in labels.texts])
     train = np.flatnonzero(~held_N)
-    for part, name in ((labels.bad_N[train], "to fit to"), (labels.bad_N[held_N], "held out")):
-        if min(part.sum(), (~part).sum()) < FOLDS:
-            raise ConfigError(
-                f"{labels.source}: {part.sum()} bad and {(~part).sum()} good texts {name}; at least {FOLDS} of each are needed"
-            )
-    dying = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(dying, ignore_errors=True)
-    dying.mkdir(parents=True)
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     _say(f"fitting to {len(train):,} texts")
     scorer: HashedNgrams | TransformerScorer
     if kind == "ngrams":
-        scorer, details = _fit_ngrams(labels, train, fold_N, dying, seed)
+        scorer, strength = _fit_ngrams(labels, train, fold_N, seed)
+        _save_ngrams(scorer, aside)
     else:
-        scorer, details = _fit_transformer(labels, train, fold_N, dying, base_model, seed)
+        scorer = _fit_transformer(labels, train, fold_N=fold_N, folder=aside, base_model=base_model, seed=seed)
+        strength = None
+    ngrams = scorer if isinstance(scorer, HashedNgrams) else None
+    record = ScorerRecord(
+        key=key,
+        kind=kind,
+        slope=scorer.slope,
+        offset=scorer.offset,
+        intercept=None if ngrams is None else ngrams.intercept,
+        C=strength,
+        bucket_bits=None if ngrams is None else BUCKET_BITS,
+        weights=None if ngrams is None else store.bytes_hash(ngrams.weights.tobytes()),
+        base_model=base_model if kind == "transformer" else None,
+        source=labels.source,
+        texts=len(labels.texts),
+        bad=int(labels.bad_N.sum()),
+        rejected=labels.rejected,
+        metrics=_measure_all(scorer, labels, held_N, tests),
+        versions=store.versions(),
+    )
+    store.write_json(aside / SCORER_RECORD, record)
+    _put_in_place(aside, out)
+    return record
+
+
+def _measure_all(
+    scorer: HashedNgrams | TransformerScorer, labels: Labels, held_N: np.ndarray, tests: Sequence[Labels]
+) -> dict[str, ScorerMetrics]:
+    """How well a scorer finds the bad texts: of the held-out labels and of each test set, by name."""
     _say("measuring")
-    metrics = {
-        "held out": measure(
-            scorer.probabilities([labels.texts[i] for i in np.flatnonzero(held_N)]), labels.bad_N[held_N]
-        )
-    }
+    unseen = [labels.texts[i] for i in np.flatnonzero(held_N)]
+    metrics = {"held out": measure(scorer.probabilities(unseen), labels.bad_N[held_N])}
     for test in tests:
         name = test.source if test.source not in metrics else f"{test.source} ({len(metrics)})"
         metrics[name] = measure(scorer.probabilities(test.texts), test.bad_N)
-    card = {
-        "key": key,
-        **details,
-        "source": labels.source,
-        "texts": len(labels.texts),
-        "bad": int(labels.bad_N.sum()),
-        "rejected": labels.rejected,
-        "metrics": metrics,
-        "versions": store.versions(),
-    }
-    store.write_json(dying / CARD, card)
-    if out.exists():  # the old one goes at once, under another name: no half of it is left to look finished
+    return metrics
+
+
+def held_out(labels: Labels, share: float) -> np.ndarray:
+    """Which texts are held out [N]. Raises ConfigError if a class has too few texts on one of the two sides."""
+    held_N = np.array([_hash_unit(t, b"phf fit heldout") < share for t in labels.texts])
+    for part, name in ((labels.bad_N[~held_N], "for the fit"), (labels.bad_N[held_N], "held out")):
+        if min(part.sum(), (~part).sum()) < FOLDS:
+            raise ConfigError(
+                f"{labels.source}: {part.sum()} bad and {(~part).sum()} good texts {name}; at least {FOLDS} of each "
+                "are needed"
+            )
+    return held_N
+
+
+def _put_in_place(aside: Path, out: Path) -> None:
+    """Rename a finished folder to `out`. An earlier scorer there is renamed first: a kill must not leave half of it."""
+    if out.exists():
         old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-        dying.rename(out)
+        aside.rename(out)
         shutil.rmtree(old)
     else:
-        dying.rename(out)
-    return card
+        aside.rename(out)
 
 
 def _say(text: str) -> None:
@@ -217,10 +265,11 @@ def _labels_hash(labels: Labels) -> str:
 
 
 def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of the calibrated logit (Platt 1999, with his smoothed targets)."""
+    """Slope and offset of the calibrated logit (Platt 1999, with smoothed targets)."""
     from scipy.optimize import minimize
 
-    bad_count, good_count = bad.sum(), (~bad).sum()
+    bad_count = bad.sum()
+    good_count = (~bad).sum()
     target = np.where(bad, (bad_count + 1) / (bad_count + 2), 1 / (good_count + 2))
 
     def loss(ab: np.ndarray) -> tuple[float, np.ndarray]:
@@ -233,19 +282,19 @@ def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def _fit_ngrams(
-    labels: Labels, train: np.ndarray, fold_N: np.ndarray, folder: Path, seed: int
-) -> tuple[HashedNgrams, dict[str, Any]]:
-    from safetensors.numpy import save_file
+def _fit_ngrams(labels: Labels, train: np.ndarray, fold_N: np.ndarray, seed: int) -> tuple[HashedNgrams, float]:
+    """A calibrated scorer, and the strength of regularization (scikit-learn's C) that was chosen."""
     from sklearn.linear_model import LogisticRegression
 
-    X, y, fold = feature_matrix([labels.texts[i] for i in train]), labels.bad_N[train], fold_N[train]
+    X = feature_matrix([labels.texts[i] for i in train])
+    y = labels.bad_N[train]
+    fold = fold_N[train]
 
     def fitted(rows: np.ndarray, strength: float) -> Any:
         return LogisticRegression(C=strength, solver="liblinear", random_state=seed, max_iter=200).fit(X[rows], y[rows])
 
-    _say("choosing the strength of regularisation, then calibrating on texts that each fit has not seen")
-    # how strongly to regularise: the best likelihood on one fold; then calibration on all folds, each predicted unseen
+    _say("choosing the strength of regularization, then calibrating on texts that each fit has not seen")
+    # the strength with the best likelihood on one fold, then calibration on predictions of fits without the text's fold
     first = fold == 0
     losses = {}
     for strength in (3.0, 10.0, 30.0):
@@ -259,24 +308,19 @@ def _fit_ngrams(
             unseen[part] = fitted(~part, strength).decision_function(X[part])
     slope, offset = platt(unseen, y)
     model = fitted(np.ones(len(y), bool), strength)
-    weights = model.coef_[0].astype(np.float32)
-    save_file({"weights": weights}, folder / WEIGHTS)
-    scorer = HashedNgrams(weights, float(model.intercept_[0]), slope, offset)
-    return scorer, {
-        "kind": "ngrams",
-        "bucket_bits": BUCKET_BITS,
-        "C": strength,
-        "intercept": scorer.intercept,
-        "slope": slope,
-        "offset": offset,
-        "weights": store.bytes_hash(weights.tobytes()),
-    }
+    return HashedNgrams(model.coef_[0].astype(np.float32), float(model.intercept_[0]), slope, offset), strength
+
+
+def _save_ngrams(scorer: HashedNgrams, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"weights": scorer.weights}, folder / WEIGHTS)
 
 
 def _fit_transformer(
     labels: Labels, train: np.ndarray, fold_N: np.ndarray, folder: Path, base_model: str | None, seed: int
-) -> tuple[TransformerScorer, dict[str, Any]]:
-    """Finetune a classifier on all folds but the first, and calibrate it on the first."""
+) -> TransformerScorer:
+    """Finetune a classifier on all folds but the first and calibrate it on the first. Saves it into `folder`."""
     if base_model is None:
         raise ConfigError("--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder")
     import torch
@@ -307,28 +351,37 @@ def _fit_transformer(
         for i in train[fold_N[train] != 0]
     ]
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), num_train_epochs=2, per_device_train_batch_size=16, learning_rate=3e-5,
-        warmup_steps=0.06, weight_decay=0.01, save_strategy="no", report_to=[], seed=seed, logging_steps=50,
-        disable_tqdm=not sys.stderr.isatty(), use_cpu=not torch.cuda.is_available(), train_sampling_strategy="group_by_length",
-    )  # fmt: skip
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=2,
+        per_device_train_batch_size=16,
+        learning_rate=3e-5,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        logging_steps=50,
+        disable_tqdm=not sys.stderr.isatty(),
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+    )
     Trainer(
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=DataCollatorWithPadding(tokenizer),  # type: ignore[arg-type]
+        data_collator=DataCollatorWithPadding(tokenizer),
     ).train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
-    scorer = TransformerScorer(folder, {"slope": 1.0, "offset": 0.0})
+    scorer = TransformerScorer(folder)
     first = train[fold_N[train] == 0]
     scorer.slope, scorer.offset = platt(scorer.logits([labels.texts[i] for i in first]), labels.bad_N[first])
-    return scorer, {"kind": "transformer", "base_model": base_model, "slope": scorer.slope, "offset": scorer.offset}
+    return scorer
 
 
-def measure(p_N: np.ndarray, bad_N: np.ndarray) -> dict[str, Any]:
-    """What probabilities are worth on labelled texts: AUC (1 best, 0.5 chance) with a bootstrap interval, average
-    precision, Brier score and calibration error (0 best), and precision and recall at thresholds."""
+def measure(p_N: np.ndarray, bad_N: np.ndarray) -> ScorerMetrics:
+    """How good the probabilities `p_N` are on texts with the labels `bad_N`."""
     from sklearn.metrics import average_precision_score
 
     area = auc(p_N, bad_N)
@@ -342,18 +395,18 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray) -> dict[str, Any]:
     for threshold in THRESHOLDS:
         chosen = p_N > threshold
         hits = int((chosen & bad_N).sum())
-        at[str(threshold)] = {
-            "precision": hits / int(chosen.sum()) if chosen.any() else None,
-            "recall": hits / int(bad_N.sum()),
-            "share": float(chosen.mean()),
-        }
-    return {
-        "n": len(p_N),
-        "bad": int(bad_N.sum()),
-        "auc": area["auc"],
-        "auc_ci95": area["ci95"],
-        "average_precision": float(average_precision_score(bad_N, p_N)),
-        "brier": float(((p_N - bad_N) ** 2).mean()),
-        "calibration_error": float(error),
-        "at": at,
-    }
+        at[str(threshold)] = AtThreshold(
+            precision=hits / int(chosen.sum()) if chosen.any() else None,
+            recall=hits / int(bad_N.sum()),
+            share=float(chosen.mean()),
+        )
+    return ScorerMetrics(
+        n=len(p_N),
+        bad=int(bad_N.sum()),
+        auc=area.auc,
+        auc_ci95=area.ci95,
+        average_precision=float(average_precision_score(bad_N, p_N)),
+        brier=float(((p_N - bad_N) ** 2).mean()),
+        calibration_error=float(error),
+        at=at,
+    )

@@ -1,7 +1,7 @@
-"""PEP8: pycodestyle violations per character. Floor 2.
+"""PEP8: pycodestyle violations per character.
 
-Exactly pycodestyle's default checks, its default ignore list included, and never a configuration file of the user.
-The whole document is checked and each violation counted on its line, as the paper's code does.
+Exactly pycodestyle's default checks with its default ignore list. The user's configuration files are never read. The
+whole document is checked, and each violation counts on its line, as in the paper's code.
 """
 
 from __future__ import annotations
@@ -18,30 +18,34 @@ import pycodestyle
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT
-from phf.core.types import Span
+from phf.core.types import Identity, Span
 from phf.scorers._pycodestyle import Checker
 from phf.scorers.base import Scorer, scores_by_position
 
 
 @dataclass(frozen=True, config=STRICT)
 class PEP8(Scorer):
-    """Violations per character. A syntax error is what pycodestyle makes of it (E901, E902); a text on which
-    pycodestyle itself fails cannot be judged."""
+    """Violations per character. A syntax error counts as pycodestyle's E901 or E902. A text on which pycodestyle itself
+    fails is not judged."""
 
     name: Literal["pep8"] = "pep8"
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def judges_code(self) -> bool:
+        return True
+
+    def identity(self) -> Identity:
         return {
             "name": self.name,
             "unit": "violations per character",
             "package": "pycodestyle",
             "version": pycodestyle.__version__,
-            "python": ".".join(platform.python_version_tuple()[:2]),  # whose tokenizer it uses
+            "python": ".".join(platform.python_version_tuple()[:2]),  # pycodestyle uses its tokenizer
             "ignore": pycodestyle.DEFAULT_IGNORE,
         }
 
     def spans(self, text: str) -> list[Span]:
-        """One span a violation: from its column to the end of its line, labelled with its code."""
+        """One span per violation, from its column to the end of its line, labelled with its code."""
         found = []
         for start, column, line, code in _violations(text):
             end = start + len(line.rstrip("\r\n"))
@@ -56,8 +60,8 @@ class PEP8(Scorer):
         )
 
     def without_cut(self, text: str) -> str:
-        """Up to the last statement that is complete: an open bracket or string at the end is the cut's fault (E901),
-        a syntax error before it is the writer's own."""
+        """The text up to its last complete statement. An open bracket or string at the end (E901) comes from the
+        truncation; a syntax error before the end does not."""
         lines = _lines(text)
         ends = [0, *accumulate(len(line) for line in lines)]
         end = 0
@@ -77,13 +81,13 @@ class PEP8(Scorer):
 
 
 def _lines(text: str) -> list[str]:
-    """Split after each newline only: "\\x0c" or U+2028 do not end a line of Python."""
+    """Split after each newline only: "\\x0c" and U+2028 do not end a line of Python."""
     lines = text.split("\n")
     return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
 def _violations(text: str) -> list[tuple[int, int, str, str]]:
-    """(start of its line in `text`, column, the line, code) of every violation."""
+    """(start of the line in `text`, column, the line, code) of every violation."""
     lines = _lines(text)
     starts = [0, *accumulate(len(line) for line in lines)]
     report = _Report(_options())
@@ -91,13 +95,13 @@ def _violations(text: str) -> list[tuple[int, int, str, str]]:
         Checker([line.replace("\r\n", "\n") for line in lines], _options(), report).check_all()
     found = []
     for row, column, code in report.found:
-        row = min(max(row, 1), len(lines))  # an error at the end of the file is reported one line below it
+        row = min(max(row, 1), len(lines))  # an error at the end of the file is reported one line below the last
         found.append((starts[row - 1], column, lines[row - 1], code))
     return found
 
 
 class _Report(pycodestyle.BaseReport):  # type: ignore[misc]
-    """Keeps every error that is not ignored; prints nothing and counts nothing else."""
+    """Keeps every error that is not ignored. Prints nothing."""
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
@@ -113,5 +117,5 @@ class _Report(pycodestyle.BaseReport):  # type: ignore[misc]
 
 @functools.cache
 def _options() -> Any:
-    # config_file=False and parse_argv=False: neither setup.cfg, tox.ini nor the command line are looked at
+    # config_file=False and parse_argv=False: setup.cfg, tox.ini and the command line are not read
     return pycodestyle.StyleGuide(parse_argv=False, config_file=False, quiet=2, reporter=pycodestyle.BaseReport).options

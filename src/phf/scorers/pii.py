@@ -1,11 +1,11 @@
-"""Personally identifiable information: entities per character, by scrubadub or by Presidio. Floor 2, extra `pii`.
+"""Personally identifiable information (PII): entities per character, found by scrubadub or Presidio. Extra `pii`.
 
-The paper's scorer counts what scrubadub finds (Korbak et al. 2023, section 4). Links and Twitter handles are among its
-default entities; in README texts they are nearly all of the hits. Every segment is judged by itself, so an entity that
-spans two segments (a user name on one line, its password on the next) is not seen.
+The paper's scorer counts scrubadub's entities (Korbak et al. 2023, section 4). Links and Twitter handles are among
+scrubadub's default entities; in README texts they are nearly all of the hits. Every segment is judged by itself, so an
+entity that spans two segments is missed (a user name on one line, the password on the next).
 
-Names of people need a model of language: without `spacy_model` neither scorer finds them (docs/scoring.md has the
-recall by kind of entity).
+Finding people's names needs a language model: without `spacy_model` neither scorer finds them. docs/scoring.md has the
+recall per kind of entity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError
-from phf.core.types import Span
+from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer
 
 
@@ -30,8 +30,8 @@ from phf.scorers.base import Scorer
 class PII(Scorer):
     """scrubadub's detectors for US English. Overlapping entities are merged, as scrubadub does.
 
-    `detectors`: "default" is scrubadub's own set; "paper" adds Skype names, dates of birth as seen on `reference_date`
-    and US addresses. `spacy_model` adds people and organisations (the paper: en_core_web_sm).
+    `detectors`: "default" is scrubadub's own set. "paper" adds Skype names, US addresses and dates of birth, where ages
+    are counted on `reference_date`. `spacy_model` adds people and organizations (the paper: en_core_web_sm).
     """
 
     name: Literal["pii"] = "pii"
@@ -39,7 +39,11 @@ class PII(Scorer):
     reference_date: datetime.date = datetime.date(2023, 1, 1)
     spacy_model: str | None = None
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def finds_personal_data(self) -> bool:
+        return True
+
+    def identity(self) -> Identity:
         packages = ["scrubadub", "phonenumbers"] + ["dateparser", "textblob", "pyap"] * (self.detectors == "paper")
         scrubber = self._scrubber()
         identity = {
@@ -67,19 +71,19 @@ class PII(Scorer):
 
 
 def _label(filth: Any) -> str:
-    """The kind of entity; of merged ones the kinds joined by '+'."""
+    """The kind of an entity; the kinds of merged entities joined by "+"."""
     merged = getattr(filth, "filths", None)
     return "+".join(sorted({f.type for f in merged})) if merged else str(filth.type)
 
 
 @functools.cache
-def _spacy_identity(model: str) -> dict[str, Any]:
+def _spacy_identity(model: str) -> dict[str, str]:
     from phf.scorers._scrubadub import load_spacy
 
     nlp = load_spacy(model)
     digest = hashlib.blake2b(digest_size=16)
     for name, pipe in nlp.pipeline:
-        # without the vocabulary, which grows with every text that is read
+        # without the vocabulary: it grows with every text that is read
         digest.update(name.encode() + (pipe.to_bytes(exclude=["vocab"]) if hasattr(pipe, "to_bytes") else b""))
     return {
         "name": f"{nlp.meta['lang']}_{nlp.meta['name']}",
@@ -90,11 +94,11 @@ def _spacy_identity(model: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, config=STRICT)
 class Presidio(Scorer):
-    """Microsoft Presidio's recognisers for English: entities per character, overlapping ones counted once.
+    """Microsoft Presidio's recognizers for English: entities per character. Overlapping entities count once.
 
-    Without `spacy_model` its pattern recognisers alone (no network, no model); with one also people, places and
-    organisations. `threshold`: entities of lower confidence are left out. US driving licences are always left out:
-    their pattern is nearly any number.
+    Without `spacy_model` only the pattern recognizers run, which need no network and no model. With one, people, places
+    and organizations are found too. Entities with a confidence below `threshold` are left out. US driving licenses are
+    always left out: their pattern matches nearly any number.
     """
 
     name: Literal["presidio"] = "presidio"
@@ -102,7 +106,11 @@ class Presidio(Scorer):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
     spacy_model: str | None = None
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def finds_personal_data(self) -> bool:
+        return True
+
+    def identity(self) -> Identity:
         identity = {
             "name": self.name,
             "unit": "entities per character",
@@ -123,7 +131,7 @@ class Presidio(Scorer):
 
 @functools.cache
 def _entities(asked: tuple[str, ...] | None, spacy_model: str | None) -> list[str]:
-    """The entities to look for, sorted. Raises ConfigError where one is asked for that Presidio does not know."""
+    """The entities to look for, sorted. Raises ConfigError for an entity that Presidio does not know."""
     known = set(_analyzer(spacy_model).get_supported_entities(language="en"))
     if asked is None:
         return sorted(known - {"US_DRIVER_LICENSE"})
@@ -134,7 +142,7 @@ def _entities(asked: tuple[str, ...] | None, spacy_model: str | None) -> list[st
 
 
 def merge_spans(spans: Iterable[Span]) -> list[Span]:
-    """Overlapping spans as one, labelled by their kinds joined by "+"."""
+    """Overlapping spans merged into one, their labels joined by "+"."""
     merged: list[list[Span]] = []
     for span in sorted(spans, key=lambda s: (s.start, -s.end, s.label)):
         if merged and span.start < max(s.end for s in merged[-1]):
@@ -162,7 +170,7 @@ def _analyzer(spacy_model: str | None) -> Any:
     import logging
 
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
-    # Left alone it would fetch a list of domains when it sees the first mail address; the one it comes with is fixed.
+    # By default tldextract downloads a list of domains at the first mail address. Use the list that it ships with.
     tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
     if spacy_model is None:
         from presidio_analyzer.nlp_engine.no_op_nlp_engine import NoOpNlpEngine
@@ -181,9 +189,17 @@ def _analyzer(spacy_model: str | None) -> Any:
     return presidio.AnalyzerEngine(registry=registry, nlp_engine=engine, supported_languages=["en"])
 
 
-def recall_by_kind(scorer: Scorer, rows: Iterable[tuple[str, Iterable[Span]]]) -> dict[str, dict[str, float]]:
-    """How much of labelled text a scorer finds: for each kind of labelled entity the number, and the share of which any
-    character was found. `rows`: (text, labelled spans)."""
+@dataclass(frozen=True)
+class Recall:
+    """How many labelled entities a scorer finds."""
+
+    n: int
+    recall: float
+    """Share of the entities of which at least one character was found."""
+
+
+def recall_by_kind(scorer: Scorer, rows: Iterable[tuple[str, Iterable[Span]]]) -> dict[str, Recall]:
+    """How many labelled entities a scorer finds, by kind. `rows`: (text, labelled spans)."""
     count: Counter[str] = Counter()
     hit: Counter[str] = Counter()
     for text, labelled in rows:
@@ -191,4 +207,4 @@ def recall_by_kind(scorer: Scorer, rows: Iterable[tuple[str, Iterable[Span]]]) -
         for span in labelled:
             count[span.label] += 1
             hit[span.label] += any(f.start < span.end and span.start < f.end for f in found)
-    return {kind: {"n": count[kind], "recall": hit[kind] / count[kind]} for kind in sorted(count)}
+    return {kind: Recall(count[kind], hit[kind] / count[kind]) for kind in sorted(count)}

@@ -1,4 +1,4 @@
-"""Scorers from a list of words, a regular expression or a Python function. Floor 2."""
+"""Scorers from a word list, a regular expression or a Python function."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, did_you_mean
-from phf.core.types import Span
+from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer, TextScorer
 
 
 @dataclass(frozen=True, config=STRICT)
 class Regex(Scorer):
-    """Non-overlapping matches of a pattern per character."""
+    """Non-overlapping matches of a regular expression, per character."""
 
     pattern: str
     name: Literal["regex"] = "regex"
@@ -34,7 +34,7 @@ class Regex(Scorer):
         except re.error as error:
             raise ValueError(f"pattern is not a regular expression: {error}") from None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         return {
             "name": self.name,
             "unit": "matches per character",
@@ -49,16 +49,16 @@ class Regex(Scorer):
 
 @dataclass(frozen=True, config=STRICT)
 class Lexicon(Scorer):
-    """Words or phrases of a list, found as whole words whatever their case; matches per character.
+    """Words or phrases of a list, matched as whole words, ignoring case, per character.
 
-    `path`: a text file with one entry a line.
+    `path`: a text file with one entry per line.
     """
 
     path: str
     name: Literal["lexicon"] = "lexicon"
 
-    def identity(self) -> dict[str, Any]:
-        # the file as it is now is what is scored by from here on; asking at every text would cost more than the matching
+    def identity(self) -> Identity:
+        # read the file again here only: checking it for every text would cost more than the matching
         _words.cache_clear()
         _pattern.cache_clear()
         words = _words(self.path)
@@ -91,9 +91,9 @@ def _pattern(path: str) -> re.Pattern[str]:
 class Function(TextScorer):
     """Your own function: `function` is `module:name` or `path/to/file.py:name`.
 
-    It takes a text and returns its score, or, with `batched`, a list of texts and returns their scores. Larger is worse,
-    0 is fine, NaN means that it cannot say. The hash of its file is part of its identity; name what else decides its
-    scores in `version`.
+    The function takes a text and returns its score; with `batched` it takes a list of texts and returns their scores.
+    0 is fine, larger is worse, NaN means not judged. The hash of the function's file is part of the scorer's
+    identity. Put into `version` whatever else decides the scores.
     """
 
     function: str
@@ -101,7 +101,7 @@ class Function(TextScorer):
     batched: bool = False
     version: str = ""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         function = _function(self.function)
         source = _source_file(function)
         return {
@@ -123,7 +123,7 @@ class Function(TextScorer):
 
 
 def _source_file(function: Any) -> str | None:
-    """The file that a function, or the type of a callable object, comes from; None for one without (a builtin)."""
+    """The file that defines a function or the type of a callable object. None for builtins."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -136,7 +136,7 @@ def _source_file(function: Any) -> str | None:
 
 
 def _function(spec: str) -> Callable[..., Any]:
-    """The function; a file of yours is read again when it has changed."""
+    """The function. Its file is read again after a change."""
     return _loaded(spec, store.signature(spec.rpartition(":")[0]))
 
 
@@ -163,4 +163,5 @@ def _loaded(spec: str, files: Any) -> Callable[..., Any]:
     if not callable(getattr(module, name, None)):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ConfigError(f"function {spec!r}: {where} has no function {name!r}{did_you_mean(name, known)}")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    function: Callable[..., Any] = getattr(module, name)
+    return function

@@ -1,10 +1,10 @@
-"""Toxicity, or whatever else a Hugging Face sequence classifier judges: a probability for each segment. Floor 2.
+"""Toxicity: the probability that a Hugging Face sequence classifier gives to each segment.
 
     phf score corpus.jsonl scored/ --scorer toxicity --segmenter sentences scorer.model=unitary/toxic-bert
 
-The paper scored with Detoxify (its `toxicity` output). Here texts are sorted by length and batched under a budget of
-tokens, computed in bfloat16 where that is quick, and a segment longer than the model reads is judged in overlapping
-windows (its score is the worst window's) where Detoxify cuts it off in silence.
+Any other sequence classifier works as well. The paper scored with Detoxify's `toxicity` output. Texts are sorted by
+length, batched under a token budget and computed in bfloat16 where that is fast. A segment longer than the model's
+context is judged in overlapping windows, and its score is the worst window's; Detoxify truncates it silently.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
-from phf.core.config import STRICT, ConfigError, did_you_mean
-from phf.core.device import has_quick_bf16, pick_device
+from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
+from phf.core.device import has_fast_bf16, pick_device
+from phf.core.types import Identity
 from phf.scorers.base import TextScorer
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Plain] = {
     "unitary/toxic-bert": {"labels": ("toxic",), "activation": "sigmoid"},
     "unitary/unbiased-toxic-roberta": {"labels": ("toxicity",), "activation": "sigmoid"},
     "unitary/multilingual-toxic-xlm-roberta": {"labels": ("toxicity",), "activation": "sigmoid"},
 }
-"""What the labels of well-known classifiers mean, used where the configuration does not say."""
+"""What the labels of well-known classifiers mean, used where the settings do not say."""
 
 DETOXIFY = {
     "original": ("toxic_original-c1212f89.ckpt", "v0.1-alpha", "bert-base-uncased"),
     "unbiased": ("toxic_debiased-c7548aa0.ckpt", "v0.3-alpha", "roberta-base"),
     "multilingual": ("multilingual_debiased-0b549669.ckpt", "v0.4-alpha", "xlm-roberta-base"),
 }
-"""Detoxify's own releases: file, version, and the model whose configuration and tokenizer they use."""
+"""Detoxify's own releases: file, version, and the model whose config and tokenizer they use."""
 
-RENAMED = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxic": "severe_toxicity"}
+LABEL_NAMES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxic": "severe_toxicity"}
+"""Detoxify's output names for the class names in its checkpoints."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Toxicity(TextScorer):
     """The probability that a sequence classifier gives to the worst of `labels`.
 
-    `model`: a folder or Hub name. `checkpoint`: a file of Detoxify's format, or "original", "unbiased" or "multilingual"
-    for its releases; `model` then gives configuration and tokenizer. `labels` and `activation` may be left out for the
-    models whose meaning is known (unitary/*, Detoxify's) and for classifiers of two classes, whose last is the bad one.
+    `model`: a folder or a name on the Hub. `checkpoint`: a file in Detoxify's format, or "original", "unbiased" or
+    "multilingual" for Detoxify's releases; config and tokenizer then come from `model`. `labels` and `activation` are
+    optional for well-known models (unitary/*, Detoxify's) and for classifiers of two classes, whose last class is bad.
     """
 
     name: Literal["toxicity"] = "toxicity"
@@ -58,7 +60,7 @@ class Toxicity(TextScorer):
     activation: Literal["sigmoid", "softmax"] | None = None
     max_tokens: Annotated[int, Field(gt=8)] = 512
     overlap: Annotated[int, Field(ge=0)] | None = None
-    """Tokens that windows share; None: 64, or a quarter of what a model of few positions reads."""
+    """Tokens that neighbouring windows share. None: 64, or a quarter of a short context."""
     tokens_per_batch: Annotated[int, Field(gt=0)] = 512
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
@@ -67,8 +69,8 @@ class Toxicity(TextScorer):
         if self.overlap is not None and self.overlap >= self.max_tokens - 4:
             raise ValueError(f"overlap ({self.overlap}) must be well below max_tokens ({self.max_tokens})")
 
-    def identity(self) -> dict[str, Any]:
-        loaded = _load(self)
+    def identity(self) -> Identity:
+        loaded = load_classifier(self)
         return {
             "name": self.name,
             "unit": "probability",
@@ -83,22 +85,38 @@ class Toxicity(TextScorer):
         }
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
-        return _load(self).probabilities(texts).tolist()  # type: ignore[no-any-return]
+        found: list[float] = load_classifier(self).probabilities(texts).tolist()
+        return found
 
 
 class Classifier:
-    """A loaded sequence classifier."""
+    """A loaded sequence classifier. `columns`: the logits that belong to `labels`."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, path: str, labels: Sequence[str], columns: Sequence[int], activation: str,
-        max_tokens: int, overlap: int | None, tokens_per_batch: int, dtype: str, device: str,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        tokenizer: Any,
+        path: str,
+        labels: Sequence[str],
+        columns: Sequence[int],
+        activation: str,
+        dtype: str,
+        device: str,
+        config: Toxicity,
+    ) -> None:
         import torch
 
-        self.path, self.labels, self.activation, self.dtype = path, labels, activation, dtype
-        self.columns, self.tokens_per_batch, self.device = columns, tokens_per_batch, device
+        self.path = path
+        self.labels = labels
+        self.columns = columns
+        self.activation = activation
+        self.dtype = dtype
+        self.device = device
+        self.tokens_per_batch = config.tokens_per_batch
+        max_tokens = config.max_tokens
+        overlap = config.overlap
         positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        # RoBERTa counts positions from behind its padding token
+        # RoBERTa's positions start after its padding token
         reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
         self.max_tokens = min(max_tokens, positions - reserved, tokenizer.model_max_length)
         self.tokenizer = tokenizer
@@ -110,14 +128,12 @@ class Classifier:
         room = self.max_tokens - len(self.before) - len(self.after)
         self.overlap = min(64, room // 4) if overlap is None else overlap
         if room <= self.overlap:
-            raise ConfigError(
-                f"scorer.overlap={overlap}: {path} reads {room} tokens at a time; the overlap must be less"
-            )
+            raise ConfigError(f"scorer.overlap={overlap}: {path} reads {room} tokens at a time; give a smaller overlap")
         self.weights_hash = weights_hash(model)
         self.model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
     def windows(self, texts: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
-        """Token ids of every window of every text, and the text that each belongs to."""
+        """Token ids of every window of every text, and the number of the text that each window belongs to."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -136,7 +152,7 @@ class Classifier:
         return ids, np.array(owner, np.int64)
 
     def logits(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of every window [windows, classes] (float32) and the text that each belongs to."""
+        """Logits of every window, float32 [windows, classes], and the number of the text that each belongs to."""
         import torch
 
         ids, owner = self.windows(texts)
@@ -160,7 +176,7 @@ class Classifier:
         return np.stack(rows), owner
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """The worst label's probability in the worst window of each text, float64 [texts]."""
+        """Probability of the worst label in the worst window of each text, float64 [texts]."""
         if not texts:
             return np.zeros(0)
         logits, owner = self.logits(texts)
@@ -176,14 +192,14 @@ class Classifier:
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after a text."""
+    """The ids that a tokenizer puts before and after every text."""
     encoding = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
     inner = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
     return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
 
 
 def weights_hash(model: Any) -> str:
-    """Hash of names and values of all weights (hex, 128 bits)."""
+    """Hash of the names and values of all weights (hex, 128 bits)."""
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
@@ -193,8 +209,8 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _load(config: Toxicity) -> Classifier:
-    """The classifier, kept in memory until its files change."""
+def load_classifier(config: Toxicity) -> Classifier:
+    """The classifier of a scorer, kept in memory until its files change."""
     return _loaded(config, store.signature(config.model or ""), store.signature(config.checkpoint or ""))
 
 
@@ -206,8 +222,8 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
         raise ConfigError(f"the scorer 'toxicity' needs {error.name}: pip install torch transformers") from None
     if config.checkpoint is None and config.model is None:
         raise ConfigError(
-            "scorer.model: name a classifier, for example scorer.model=unitary/unbiased-toxic-roberta (a Hub name) or a "
-            "folder; without network, `phf fit-scorer` makes one from labelled texts"
+            "scorer.model: name a classifier on the Hub, for example scorer.model=unitary/unbiased-toxic-roberta, or a "
+            "folder; without network, fit one to labelled texts with `phf fit-scorer`"
         )
     if config.checkpoint is not None:
         model, path, names = _detoxify(config.checkpoint, config.model, config.revision)
@@ -222,18 +238,18 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
             raise ConfigError(f"classifier {path} cannot be loaded: {error}") from None
         if info["missing_keys"]:
             raise ConfigError(
-                f"{path} is no sequence classifier: it has no {', '.join(sorted(info['missing_keys'])[:3])}, which would be random"
+                f"{path} is no sequence classifier: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}"
             )
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {path} has no fast version (tokenizer.json)")
-    known: dict[str, Any] = (
+    known: Plain = (
         PRESETS.get(path, {}) if config.checkpoint is None else {"labels": ("toxicity",), "activation": "sigmoid"}
     )
     labels = config.labels or known.get("labels") or ((names[-1],) if len(names) <= 2 else None)
     if labels is None:
-        raise ConfigError(f"scorer.labels: {path} has several labels; name the bad ones, of: {', '.join(names)}")
+        raise ConfigError(f"scorer.labels: {path} has several labels; name the bad ones among {', '.join(names)}")
     for label in labels:
         if label not in names:
             raise ConfigError(f"scorer.labels: {path} has no label {label!r}{did_you_mean(label, names)}")
@@ -241,22 +257,29 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
     activation: str | None = config.activation or known.get("activation") or usual
     if activation is None:
         raise ConfigError(
-            "scorer.activation: say sigmoid (each label by itself) or softmax (one of the labels); "
-            f"{path} has {len(names)} labels"
+            f"scorer.activation: {path} has {len(names)} labels; give sigmoid (each label by itself) or softmax "
+            "(exactly one label applies)"
         )
     device = pick_device(config.device)
-    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if has_quick_bf16(device) else "float32")
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if has_fast_bf16(device) else "float32")
     columns = [names.index(label) for label in labels]
     return Classifier(
-        model, tokenizer, path, labels, columns, activation, config.max_tokens, config.overlap,
-        config.tokens_per_batch, dtype, device,
-    )  # fmt: skip
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        labels=labels,
+        columns=columns,
+        activation=activation,
+        dtype=dtype,
+        device=device,
+        config=config,
+    )
 
 
 def _detoxify(checkpoint: str, base: str | None, revision: str | None) -> tuple[Any, str, list[str]]:
-    """The model in a checkpoint of Detoxify's, where its configuration came from, and the names of its outputs.
+    """The model in a Detoxify checkpoint, where its config comes from, and the names of its outputs.
 
-    Loaded with `weights_only=True`: a checkpoint that holds more than tensors and plain values is refused.
+    The checkpoint is loaded with `weights_only=True`: anything but tensors and plain values is refused.
     """
     import torch
     import transformers
@@ -268,7 +291,7 @@ def _detoxify(checkpoint: str, base: str | None, revision: str | None) -> tuple[
             loaded = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as error:
             raise ConfigError(
-                f"scorer.checkpoint: cannot download {url} ({error}); download it yourself and give the file"
+                f"scorer.checkpoint: cannot download {url} ({error}); download the file and give its path"
             ) from None
     else:
         default_base = None
@@ -277,7 +300,7 @@ def _detoxify(checkpoint: str, base: str | None, revision: str | None) -> tuple[
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not {"config", "state_dict"} <= set(loaded):
         raise ConfigError(
-            f"scorer.checkpoint: {checkpoint} holds no config and state_dict as Detoxify's checkpoints do"
+            f"scorer.checkpoint: {checkpoint} has no config and state_dict, unlike Detoxify's checkpoints"
         )
     arch = loaded["config"]["arch"]["args"]
     path = base or default_base or arch["model_type"]
@@ -287,8 +310,9 @@ def _detoxify(checkpoint: str, base: str | None, revision: str | None) -> tuple[
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ConfigError(
-            f"scorer.checkpoint: {checkpoint} does not fit {path}: missing {list(missing)[:3]}, unexpected {list(unexpected)[:3]}"
+            f"scorer.checkpoint: {checkpoint} does not fit {path}: "
+            f"missing {list(missing)[:3]}, unexpected {list(unexpected)[:3]}"
         )
-    classes = [RENAMED.get(c, c) for c in loaded["config"]["dataset"]["args"]["classes"]]
+    classes = [LABEL_NAMES.get(c, c) for c in loaded["config"]["dataset"]["args"]["classes"]]
     names = classes + [f"output {i}" for i in range(len(classes), int(arch["num_classes"]))]
     return model, path, names

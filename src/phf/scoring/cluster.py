@@ -1,11 +1,10 @@
-"""Scoring on a cluster: shards as the tasks of a Slurm job array or of a Ray cluster. Floor 2, extras `cluster`, `ray`.
+"""Score on a cluster: each shard is a task of a Slurm job array or of a Ray cluster. Extras `cluster` and `ray`.
 
     phf score s3://bucket/corpus s3://bucket/scored --executor slurm executor.partition=cpu
     phf score corpus/ shared/scored --executor ray
 
-datatrove's executors do the distributed part: one rank a shard, its completion markers beside our own. What a rank runs
-is `score_shard`, as everywhere; the folder written to must be seen by every node. datatrove hands its own job over as a
-pickle that only it reads.
+datatrove's executors distribute the work: each shard is a rank, which runs `score_shard` as on one machine. Every node
+must see the output folder. datatrove passes its own job on as a pickle that only datatrove reads.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -28,7 +28,7 @@ from phf.scoring.score import Executor, Job, Submitted, score_shard
 
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
-    """A Slurm job array, one task a shard. `workers`: how many at a time (-1: as many as Slurm gives)."""
+    """A Slurm job array, one task per shard. `workers`: tasks at a time (-1: as many as Slurm allows)."""
 
     partition: str
     name: Literal["slurm"] = "slurm"
@@ -45,7 +45,7 @@ class Slurm:
 
 @dataclass(frozen=True, config=STRICT)
 class Ray:
-    """A Ray cluster: `address` as `ray.init` takes it ("auto": the one that this machine is part of)."""
+    """A Ray cluster. `address`: as for `ray.init` ("auto": the cluster that this machine belongs to)."""
 
     name: Literal["ray"] = "ray"
     address: str = "auto"
@@ -55,31 +55,31 @@ class Ray:
     gpus_per_task: Annotated[int, Field(ge=0)] = 0
 
 
-AnyExecutor = Annotated[Slurm | Ray, Field(discriminator="name")]
+AnyExecutor = Annotated[Slurm | Ray, Field(discriminator="name", title="executor")]
 
 
 class ScoreRank:
-    """What a rank of a datatrove pipeline runs: the shard of its number, read from the plan."""
+    """A step of a datatrove pipeline: a rank scores the shard of its own number, read from the plan."""
 
     def __init__(self, plan: str) -> None:
-        self.plan, self.folder = plan, os.getcwd()
+        self.plan = plan
+        self.folder = os.getcwd()
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         os.chdir(self.folder)  # paths of the plan may be relative
         with store.as_path(self.plan).open("r", encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 if number == rank:
-                    source, shard, stem = json.loads(line)
-                    score_shard((source, shard, stem))
+                    score_shard(Job(**json.loads(line)))
 
 
 def executor(config: Slurm | Ray) -> Executor:
-    """The function that runs shards there, for `score_corpus` and `add_scores`."""
+    """The function that runs shards on a cluster, for `score_corpus` and `add_scores`."""
     return functools.partial(_execute, config)
 
 
 def _is_queued(job_id: str) -> bool:
-    """Whether Slurm still knows a job as waiting or running."""
+    """Whether a Slurm job is still waiting or running."""
     try:
         listed = subprocess.run(["squeue", "-h", "-j", job_id], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -92,7 +92,7 @@ def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
         import datatrove  # noqa: F401
     except ImportError:
         raise ConfigError("clusters need datatrove: pip install 'phf[cluster]' (with Ray: 'phf[ray]')") from None
-    lines = "".join(json.dumps(job) + "\n" for job in jobs)
+    lines = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
     folder = store.as_path(out) / ".cluster" / store.fingerprint(lines)
     plan = folder / "plan.jsonl"
     store.write_text(plan, lines)
@@ -109,20 +109,24 @@ def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
         from datatrove.executor import SlurmPipelineExecutor
 
         slurm = SlurmPipelineExecutor(
-            **common, partition=config.partition, time=config.time, qos=config.qos, job_name="phf-score",
-            env_command=config.env_command, venv_path=config.venv_path, sbatch_args=dict(config.sbatch_args),
+            **common,
+            partition=config.partition,
+            time=config.time,
+            qos=config.qos,
+            job_name="phf-score",
+            env_command=config.env_command,
+            venv_path=config.venv_path,
+            sbatch_args=dict(config.sbatch_args),
             mail_type="NONE",
-        )  # fmt: skip
+        )
         job = store.as_path(out) / ".cluster" / "job.json"
         if job.exists() and _is_queued(str(store.read_json(job)["id"])):
-            raise Submitted(
-                f"job {store.read_json(job)['id']} has not ended yet; run the same command again when it has"
-            )
+            raise Submitted(f"job {store.read_json(job)['id']} is still running; run this command again after it")
         slurm.run()
         store.write_json(job, {"id": slurm.job_id})
         raise Submitted(
-            f"{len(jobs)} shards were handed to Slurm as job {slurm.job_id} (logs: {folder / 'logs'}); "
-            "when it has ended, run the same command again: it writes the manifest, or hands over what failed"
+            f"{len(jobs)} shards as Slurm job {slurm.job_id} (logs: {folder / 'logs'}); when it has ended, run the "
+            "same command again: it writes the manifest, or submits what failed"
         )
     try:
         import ray

@@ -1,28 +1,40 @@
-"""TODO."""
+"""Run a scorer on documents: its failures become NaN and are counted, never a score."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
 from phf.core import store
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, Plain
+from phf.core.types import Identity, PhfError
+from phf.data.scored import UNKNOWN_SCORER
 from phf.scorers import AnyScorer, Scorer
 
 
-class ScoringError(RuntimeError):
+class ScoringError(PhfError, RuntimeError):
     """Too much of the corpus could not be judged, or a worker died."""
 
 
-def judge_documents(
-    scorer: Scorer, documents: Sequence[Sequence[str]]
-) -> list[tuple[list[float], str | None, Counter[str]]]:
-    """`judge` of several documents, all at once where the scorer is quicker so. Where that fails, each by itself, so that
-    one document that cannot be judged does not take others with it."""
+@dataclass(frozen=True)
+class Judged:
+    """What a scorer says about one document."""
+
+    scores: list[float]
+    """One per segment; NaN: not judged."""
+    failure: str | None = None
+    """Why the scorer failed, if it did."""
+    labels: Counter[str] = field(default_factory=Counter)
+    """How often each kind of fault was found."""
+
+
+def judge_documents(scorer: Scorer, documents: Sequence[Sequence[str]]) -> list[Judged]:
+    """`judge` of several documents, all at once if the scorer is faster that way. If that fails, each document is
+    judged by itself, so one document that cannot be judged does not affect the others."""
     if len(documents) > 1 and type(scorer).judge_documents is not Scorer.judge_documents:
         try:
             given = scorer.judge_documents(documents)
@@ -35,48 +47,54 @@ def judge_documents(
     return [judge(scorer, segments) for segments in documents]
 
 
-def judge(scorer: Scorer, segments: Sequence[str]) -> tuple[list[float], str | None, Counter[str]]:
-    """Scores of a document's segments, why it failed if it did (then all are NaN), and the kinds of faults found.
-    Infinite scores are failures.
+def judge(scorer: Scorer, segments: Sequence[str]) -> Judged:
+    """Scores of a document's segments. Where the scorer raises an exception, all are NaN; an infinite score is NaN too.
 
-    This and `judge_documents` are the places where a scorer's exception is caught: it becomes NaN and a counted reason,
-    never a score. A mistake in the scorer's settings is raised.
+    Only this function and `judge_documents` catch exceptions of a scorer. A mistake in the scorer's settings is raised.
     """
     try:
         scores, labels = scorer.judge_segments(segments)
     except (KeyboardInterrupt, MemoryError, ConfigError):
         raise
     except Exception as error:
-        return [math.nan] * len(segments), type(error).__name__, Counter()
+        return Judged([math.nan] * len(segments), type(error).__name__)
     return _checked(scores, labels, len(segments))
 
 
-def _checked(given: Sequence[float], labels: Counter[str], count: int) -> tuple[list[float], str | None, Counter[str]]:
+def _checked(given: Sequence[float], labels: Counter[str], count: int) -> Judged:
     scores = [float(s) for s in given]
     if len(scores) != count:
-        raise ScoringError(f"scorer gave {len(scores)} scores for {count} segments")
+        raise ScoringError(f"scorer returned {len(scores)} scores for {count} segments")
     if any(math.isinf(s) for s in scores):
-        return [math.nan if math.isinf(s) else s for s in scores], "infinite score", labels
-    return scores, "not a number" if any(math.isnan(s) for s in scores) else None, labels
+        return Judged([math.nan if math.isinf(s) else s for s in scores], "infinite score", labels)
+    return Judged(scores, "not a number" if any(map(math.isnan, scores)) else None, labels)
 
 
-def corpus_scorer(manifest: dict[str, Any], allow_other: bool = False) -> Scorer:
-    """The scorer that scored the corpus behind a manifest, as installed now.
+def judge_texts(scorer: Scorer, texts: Sequence[str]) -> list[float]:
+    """Scores of whole texts. NaN for an empty text and where the scorer fails."""
+    judged = judge_documents(scorer, [[text] if text else [] for text in texts])
+    return [found.scores[0] if found.scores else math.nan for found in judged]
 
-    Raises ConfigError if it would judge differently (another version or setting) unless `allow_other`.
+
+def corpus_scorer(settings: Plain | None, identity: Identity, allow_other: bool = False) -> Scorer:
+    """The scorer of a corpus, as installed now. `settings` and `identity` come from the manifest of the corpus.
+
+    Raises ConfigError if the corpus came without its scorer. Raises it too if the scorer would now judge
+    differently (another version or setting), unless `allow_other`.
     """
-    if manifest.get("scorer") is None:
+    if settings is None:
         raise ConfigError(
             "the corpus came with scores but without its scorer; name one to judge samples with: phf eval --scorer pii"
         )
-    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(manifest["scorer"])
-    check_identity(scorer, manifest["identity"], allow_other)
+    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(settings)
+    check_identity(scorer, identity, allow_other)
     return scorer
 
 
-def check_identity(scorer: Scorer, identity: dict[str, Any], allow_other: bool = False) -> None:
-    """Raise ConfigError unless `scorer` is the one that scored the corpus."""
-    if identity == {"name": "unknown"}:  # scores from elsewhere: whoever names a scorer answers for it
+def check_identity(scorer: Scorer, identity: Identity, allow_other: bool = False) -> None:
+    """Raise ConfigError unless `scorer` is the one that scored the corpus. Scores of an unknown scorer pass:
+    callers that name a scorer for them are responsible."""
+    if identity == UNKNOWN_SCORER:
         return
     now = store.jsonable(scorer.identity())
     if now != identity and not allow_other:
@@ -86,7 +104,6 @@ def check_identity(scorer: Scorer, identity: dict[str, Any], allow_other: bool =
             if now.get(k) != identity.get(k)
         ]
         raise ConfigError(
-            "samples would be judged by another scorer than the corpus ("
-            + "; ".join(differs)
-            + "); phf eval --other-scorer allows it"
+            f"this scorer is not the one that scored the corpus ({'; '.join(differs)}); to judge samples with it "
+            "anyway, add --other-scorer to phf eval"
         )

@@ -1,10 +1,10 @@
-"""Score a corpus: corpus -> segments -> scores -> Parquet. Floor 2.
+"""Score a corpus: corpus -> segments -> scores -> Parquet.
 
     phf score README.jsonl scored/ --scorer pii --segmenter lines
 
-`scored/` holds one Parquet file a shard with the columns of the published scored data sets (texts, scores, avg_score,
-num_sents, meta, id) and a manifest. A shard is written aside, renamed and then marked (`part-00000.json`, its counts):
-a rerun does what has no mark, so any interruption costs at most the shards that were being written.
+`scored/` holds one Parquet file per shard (phf.data.scored) and a manifest. A shard is written aside, renamed and then
+marked by `part-00000.json` with its counts. A rerun scores only the shards without a mark, so an interruption costs at
+most the shards that were being written.
 """
 
 from __future__ import annotations
@@ -19,34 +19,91 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from phf.core import store
-from phf.core.config import to_plain
+from phf.core.config import Plain, to_plain
 from phf.core.device import num_cpus
-from phf.core.types import Rejected, ScoredDocument
-from phf.data.readers import AnyCorpus, Corpus
-from phf.data.scored import ScoredCorpus, text_hash, write_scored, write_scores
+from phf.core.text import by_reason
+from phf.core.types import PhfError, Rejected, ScoredDocument
+from phf.data.corpus import Corpus, Shard
+from phf.data.readers import AnyCorpus
+from phf.data.scored import (
+    ADDED,
+    ScoreCounts,
+    ScoredCorpus,
+    ScoreManifest,
+    part_file,
+    segments_hash,
+    write_scored,
+    write_scores,
+)
 from phf.data.segment import AnySegmenter, Given, Segmenter
 from phf.scorers import AnyScorer, Scorer
 from phf.scoring.judge import ScoringError, judge_documents
 
-Job = tuple[dict[str, Any], dict[str, Any], str]
-"""One shard of work: configurations, which shard, and the path without ending of what it makes. Plain JSON values."""
+BATCH_CHARS = 1_000_000
+"""Characters given to a scorer at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One shard of work. It is sent as JSON to other processes and machines."""
+
+    scorer: Plain
+    stem: str
+    """Path of the shard's files without their endings."""
+    corpus: Plain | None = None
+    segmenter: Plain | None = None
+    shard: Shard = field(default_factory=dict)
+    """Which part of `corpus` to score."""
+    base: str | None = None
+    """A scored corpus: add scores to it instead of reading `corpus`."""
+    base_file: int = 0
+    """Which file of `base` to score."""
+
+    @property
+    def mark(self) -> Path:
+        """Written last: the shard is done, with these counts."""
+        return store.as_path(self.stem + ".json")
+
+    @property
+    def output(self) -> Path:
+        return store.as_path(self.stem + ".parquet")
+
 
 Executor = Callable[[Sequence[Job], str], None]
-"""Runs shards somewhere else: (jobs, folder that they write into). Returns when they are done."""
-BATCH_CHARS = 1_000_000
-"""Characters handed to a scorer at a time."""
+"""Runs jobs somewhere else: (jobs, folder that they write into). Returns when they are done."""
 
 
-class Submitted(RuntimeError):
-    """The work was handed to a scheduler; the same command, once it has ended, finishes it."""
+@dataclass(frozen=True)
+class ShardCounts:
+    """`part-00000.json`: what was counted in one shard."""
+
+    documents: int
+    segments: int
+    chars: int
+    unjudged: int
+    bad_segments: int
+    rejected: dict[str, int]
+    failures: dict[str, int]
+    labels: dict[str, int]
+    hash: str
+    """Of the Parquet file."""
+    text: str
+    """Of the segments, whatever their scores."""
+
+
+class Submitted(PhfError, RuntimeError):
+    """The work was handed to a scheduler. Once that work has ended, the same command finishes the stage."""
+
+    exit_code = 75  # EX_TEMPFAIL: not an error, but the next stage must wait
+    label = "submitted"
 
 
 def score_corpus(
@@ -57,24 +114,29 @@ def score_corpus(
     workers: int = 1,
     max_unjudged: float = 0.01,
     executor: Executor | None = None,
-) -> dict[str, Any]:
-    """Score `corpus` into directory `out` (a folder, or `s3://...` and the like) and return its manifest. Done already:
-    returns at once.
+) -> ScoreManifest:
+    """Score `corpus` into folder `out` (local, or `s3://...` and the like) and return its manifest. Returns at once
+    if the folder is done already.
 
-    `executor` runs the shards elsewhere (phf.cluster); where it only hands them over, the manifest is written by a later
-    call. Raises ScoringError if a worker dies (rerun to resume) or if more than `max_unjudged` of the segments, as a
-    share, could not be judged; what `executor` raises, too.
+    `executor` runs the shards elsewhere (phf.scoring.cluster). If it only submits them, it raises `Submitted`,
+    and a later call writes the manifest. Raises ScoringError if a worker dies (run again to resume), and if
+    more than the share `max_unjudged` of the segments could not be judged.
     """
     source = {"corpus": to_plain(corpus), "segmenter": to_plain(segmenter), "scorer": to_plain(scorer)}
     key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/3"])
     out = store.as_path(out)
     if store.is_done(out, key):
-        return store.read_manifest(out, "score")
+        return store.read_manifest(out, ScoreManifest)
     shards = corpus.plan()
-    store.begin(out, "score", key, clean=executor is None)
-    jobs = [(source, shard, str(out / f"part-{n:05d}")) for n, shard in enumerate(shards)]
-    done = _finished(jobs, workers, max_unjudged, executor, out)
-    return store.finish(out, "score", key, **source, identity=scorer.identity(), provenance=corpus.provenance(), **done)
+    store.begin(out, ScoreManifest.stage, key, clean=executor is None)
+    jobs = [Job(**source, shard=shard, stem=_stem(out, n)) for n, shard in enumerate(shards)]
+    parts = _run_jobs(jobs, workers, executor, out)
+    made = _manifest(key, scorer, parts)
+    _check_judged(made, max_unjudged, jobs, parts)
+    manifest = dataclasses.replace(
+        made, corpus=source["corpus"], segmenter=source["segmenter"], provenance=corpus.provenance()
+    )
+    return store.finish(out, manifest)
 
 
 def add_scores(
@@ -84,35 +146,40 @@ def add_scores(
     workers: int = 1,
     max_unjudged: float = 0.01,
     executor: Executor | None = None,
-) -> dict[str, Any]:
-    """Score a scored corpus with another scorer, beside the scores that it has: `scores/<name>/` holds one file a shard
-    with the same rows and no text. Returns the manifest of these scores; errors as `score_corpus`."""
+) -> ScoreManifest:
+    """Score a scored corpus with another scorer and keep the new scores next to the old ones: `scores/<name>/` holds
+    one file per shard with the same rows and no text. Returns the manifest of the added scores; errors as
+    `score_corpus`."""
     base = ScoredCorpus(scored)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise store.StoreError(f"name {name!r}: letters, digits, '_', '-' and '.' only, for it names a folder")
+        raise store.StoreError(f"name {name!r}: letters, digits, '_', '-' and '.' only, because it names a folder")
     if name == base.main:
-        raise store.StoreError(f"{scored} has scores named {name!r} from the first; choose another name")
-    out = base.path / "scores" / name
-    source = {"base": str(base.path), "scorer": to_plain(scorer)}
-    key = store.fingerprint([to_plain(scorer), base.text, scorer.identity(), "scores/1"])
+        raise store.StoreError(f"{name!r} is the name of the corpus's own scores; choose another name")
+    out = base.path / ADDED / name
+    plain = to_plain(scorer)
+    key = store.fingerprint([plain, base.text, scorer.identity(), "scores/1"])
     if store.is_done(out, key):
-        return store.read_manifest(out, "score")
-    store.begin(out, "score", key, clean=executor is None)
-    jobs = [(source, {"base": n}, str(out / f"part-{n:05d}")) for n in range(len(base.files))]
-    done = _finished(jobs, workers, max_unjudged, executor, out) | {"text": base.text}
-    return store.finish(out, "score", key, scorer=to_plain(scorer), identity=scorer.identity(), **done)
+        return store.read_manifest(out, ScoreManifest)
+    store.begin(out, ScoreManifest.stage, key, clean=executor is None)
+    jobs = [Job(scorer=plain, base=str(base.path), base_file=n, stem=_stem(out, n)) for n in range(len(base.files))]
+    parts = _run_jobs(jobs, workers, executor, out)
+    manifest = _manifest(key, scorer, parts)
+    _check_judged(manifest, max_unjudged, jobs, parts)
+    return store.finish(out, dataclasses.replace(manifest, text=base.text))
 
 
-def _finished(
-    jobs: Sequence[Job], workers: int, max_unjudged: float, executor: Executor | None, out: Path
-) -> dict[str, Any]:
-    """What the manifest says of the shards, once all are done. Raises what `score_corpus` says."""
+def _stem(out: Path, number: int) -> str:
+    return str(part_file(out, number)).removesuffix(".parquet")
+
+
+def _run_jobs(jobs: Sequence[Job], workers: int, executor: Executor | None, out: Path) -> list[ShardCounts]:
+    """Run the jobs that are not done and return the counts of all. Errors as `score_corpus`."""
     done = {p.name for p in store.refresh(out).glob("part-*.json")}
-    todo = [job for job in jobs if _mark(job).name not in done]
+    todo = [job for job in jobs if job.mark.name not in done]
     if todo and executor is not None:
         executor(todo, str(out))
         store.refresh(out)
-        todo = [job for job in todo if not _mark(job).exists()]
+        todo = [job for job in todo if not job.mark.exists()]
         if todo:
             raise ScoringError(f"{len(todo)} of {len(jobs)} shards are not done; run the same command again to resume")
     bar = tqdm(
@@ -121,61 +188,71 @@ def _finished(
     seen: Counter[str] = Counter()
     with bar:
         start = time.monotonic()
-        for counts in _run(todo, min(workers, len(todo))):
-            seen.update({k: counts[k] for k in ("chars", "unjudged")}, set_aside=sum(counts["rejected"].values()))
+        for counts in _scored(todo, min(workers, len(todo))):
+            seen.update(chars=counts.chars, unjudged=counts.unjudged, skipped=sum(counts.rejected.values()))
             rate = seen["chars"] / max(time.monotonic() - start, 1e-9)
             bar.set_postfix_str(
-                f"{rate / 1e6:.2f} Mchar/s, not judged {seen['unjudged']}, set aside {seen['set_aside']}", refresh=False
+                f"{rate / 1e6:.2f} Mchar/s, not judged {seen['unjudged']}, skipped {seen['skipped']}", refresh=False
             )
             bar.update()
     store.refresh(out)
-    parts = [store.read_json(_mark(job)) for job in jobs]
-    totals = _totals(parts)
-    counts = totals["counts"]
-    if counts["documents"] == 0:
-        raise ScoringError(f"the corpus has no usable document; set aside: {totals['rejected']}")
-    share = counts["unjudged"] / max(counts["segments"], 1)
+    return [store.read_record(job.mark, ShardCounts) for job in jobs]
+
+
+def _manifest(key: str, scorer: Scorer, parts: Sequence[ShardCounts]) -> ScoreManifest:
+    """The manifest of all shards together: their counts added up, the fingerprints of their files and of their text."""
+    rejected, failures, labels = (
+        sum((Counter(getattr(part, name)) for part in parts), Counter[str]())
+        for name in ("rejected", "failures", "labels")
+    )
+    return ScoreManifest(
+        key=key,
+        scorer=to_plain(scorer),
+        identity=scorer.identity(),
+        counts=ScoreCounts(
+            documents=sum(p.documents for p in parts),
+            segments=sum(p.segments for p in parts),
+            chars=sum(p.chars for p in parts),
+            unjudged=sum(p.unjudged for p in parts),
+            bad_segments=sum(p.bad_segments for p in parts),
+        ),
+        rejected=dict(sorted(rejected.items())),
+        failures=dict(sorted(failures.items())),
+        labels=dict(labels.most_common()),
+        content=store.fingerprint([p.hash for p in parts]),
+        text=store.fingerprint([p.text for p in parts]),
+        parts=len(parts),
+    )
+
+
+def _check_judged(
+    manifest: ScoreManifest, max_unjudged: float, jobs: Sequence[Job], parts: Sequence[ShardCounts]
+) -> None:
+    """Raise ScoringError if nothing was scored or too much was not judged. Shards with failures lose their mark."""
+    counts = manifest.counts
+    if counts.documents == 0:
+        raise ScoringError(f"the corpus has no usable document; skipped: {by_reason(manifest.rejected)}")
+    share = counts.unjudged / max(counts.segments, 1)
     if share > max_unjudged:
         for job, part in zip(jobs, parts, strict=True):
-            if part["failures"]:  # what failed may have been away for a while
-                _mark(job).unlink()
+            if part.failures:  # whatever failed may work next time
+                job.mark.unlink()
+        reasons = f": {by_reason(manifest.failures)}" if manifest.failures else ""
         raise ScoringError(
-            f"{counts['unjudged']} of {counts['segments']} segments ({share:.1%}) could not be judged, more than the "
-            f"{max_unjudged:.1%} allowed (--max-unjudged): {totals['failures']}. The same command scores the shards with "
-            "failures again"
+            f"{counts.unjudged} of {counts.segments} segments ({share:.1%}) could not be judged, more than the "
+            f"{max_unjudged:.1%} allowed (--max-unjudged){reasons}. The same command scores the shards with failures "
+            "again"
         )
-    return totals
 
 
-def _mark(job: Job) -> Path:
-    return store.as_path(job[2] + ".json")
-
-
-def _totals(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The shards' counts added up, and fingerprints of what they wrote and of its text alone."""
-    names = ("documents", "segments", "chars", "unjudged", "bad_segments")
-    sums: dict[str, Counter[str]] = {"rejected": Counter(), "failures": Counter(), "labels": Counter()}
-    for part in parts:
-        for name, counter in sums.items():
-            counter.update(part[name])
-    return {
-        "counts": {name: sum(p[name] for p in parts) for name in names},
-        "rejected": dict(sorted(sums["rejected"].items())),
-        "failures": dict(sorted(sums["failures"].items())),
-        "labels": dict(sums["labels"].most_common()),
-        "content": store.fingerprint([p["hash"] for p in parts]),
-        "text": store.fingerprint([p["text"] for p in parts]),
-        "parts": len(parts),
-    }
-
-
-def _run(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
+def _scored(jobs: Sequence[Job], workers: int) -> Iterator[ShardCounts]:
+    """Score shards in this process or in `workers` others. Yields each shard's counts when it is done."""
     if workers <= 1:
         yield from map(score_shard, jobs)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin_worker, initargs=(max(1, num_cpus() // workers),)
+        workers, context, initializer=_start_worker, initargs=(max(1, num_cpus() // workers),)
     ) as pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(score_shard, job) for job in jobs]):
@@ -189,8 +266,8 @@ def _run(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
             raise
 
 
-def _begin_worker(threads: int) -> None:
-    """A worker has its share of the cores, and ends when its parent is killed instead of waiting for ever."""
+def _start_worker(threads: int) -> None:
+    """Give a worker its share of the cores, and end it when its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -199,40 +276,37 @@ def _begin_worker(threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # workers share the cores; read when numpy and torch are imported
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # numpy and torch read it when they are imported
 
 
-def score_shard(job: Job) -> dict[str, Any]:
-    """Score one shard: (configurations, shard, path without ending) -> its counts. Knows nothing of who runs it."""
-    source, shard, stem = job
-    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(source["scorer"])
+def score_shard(job: Job) -> ShardCounts:
+    """Score one shard, write its files and return its counts."""
+    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(job.scorer)
     tally = _Tally(scorer)
-    if "base" in source:
-        base = ScoredCorpus(source["base"])
-        for row in base.read(base.files[shard["base"]], keep_empty=True):
+    if job.base is not None:
+        base = ScoredCorpus(job.base)
+        for row in base.read(base.files[job.base_file], keep_empty=True):
             tally.add(row if isinstance(row, ScoredDocument) else ScoredDocument(row.id, (), ()))
         rows = tally.finish()
-        path = store.as_path(stem + ".parquet")
-        write_scores(path, rows)
+        write_scores(job.output, rows)
     else:
-        corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(source["corpus"])
-        segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(source["segmenter"])
-        for item in corpus.read(shard):
+        corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(job.corpus)
+        segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(job.segmenter)
+        for item in corpus.read(job.shard):
             if isinstance(item, Rejected):
                 tally.rejected[item.reason] += 1
             else:
                 texts = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
                 tally.add(ScoredDocument(item.id, tuple(texts or (item.text,)), (), item.meta))
         rows = tally.finish()
-        path = store.as_path(stem + ".parquet")
-        write_scored(path, rows)
-    counts = tally.counts() | {"hash": store.file_hash(path), "text": text_hash(rows)}
-    store.write_json(stem + ".json", counts)
+        write_scored(job.output, rows)
+    counts = tally.counts(hash=store.file_hash(job.output))
+    store.write_json(job.mark, counts)
     return counts
 
 
 class _Tally:
-    """Documents of a shard on their way through the scorer, a batch at a time, and what is counted of them."""
+    """Passes the documents of a shard through the scorer, a batch at a time, and counts."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
@@ -251,26 +325,29 @@ class _Tally:
 
     def _flush(self) -> None:
         judged = judge_documents(self.scorer, [d.texts for d in self.waiting])
-        for document, (scores, failure, labels) in zip(self.waiting, judged, strict=True):
-            self.labels.update(labels)
-            if failure:
-                self.failures[failure] += 1
-            self.rows.append(dataclasses.replace(document, scores=tuple(scores)))
-        self.waiting, self.waiting_chars = [], 0
+        for document, found in zip(self.waiting, judged, strict=True):
+            self.labels.update(found.labels)
+            if found.failure:
+                self.failures[found.failure] += 1
+            self.rows.append(dataclasses.replace(document, scores=tuple(found.scores)))
+        self.waiting.clear()
+        self.waiting_chars = 0
 
     def finish(self) -> list[ScoredDocument]:
         self._flush()
         return self.rows
 
-    def counts(self) -> dict[str, Any]:
+    def counts(self, hash: str) -> ShardCounts:
         scores_S = np.array([s for row in self.rows for s in row.scores], dtype=np.float32)
-        return {
-            "documents": len(self.rows),
-            "segments": len(scores_S),
-            "chars": sum(len(t) for row in self.rows for t in row.texts),
-            "unjudged": int(np.isnan(scores_S).sum()),
-            "bad_segments": int((scores_S > 0).sum()),
-            "rejected": dict(self.rejected),
-            "failures": dict(self.failures),
-            "labels": dict(self.labels),
-        }
+        return ShardCounts(
+            documents=len(self.rows),
+            segments=len(scores_S),
+            chars=sum(len(t) for row in self.rows for t in row.texts),
+            unjudged=int(np.isnan(scores_S).sum()),
+            bad_segments=int((scores_S > 0).sum()),
+            rejected=dict(self.rejected),
+            failures=dict(self.failures),
+            labels=dict(self.labels),
+            hash=hash,
+            text=segments_hash(self.rows),
+        )

@@ -1,1 +1,1 @@
-"""Tokenizers, the token store and the rows that models read."""
+"""Tokenizers, the token store, and the rows that models read."""

@@ -1,11 +1,13 @@
-"""Rows: the edited token stream cut into training rows, addressable by index. Floor 3, no torch.
+"""Rows: the edited token stream cut into training rows that are addressed by index.
 
-The stream is, for every document that an objective keeps, end-of-text, then its segments, each after its control token
-if it gets one. Row i covers stream positions [i T, i T + T + 1): rows overlap by one token, so that every token but the
-first is a target exactly once; up to T targets at the end of the stream do not fill a row and are not trained on.
+The stream holds, for every document that an objective keeps, end-of-text and then the segments, each after its
+control token if it has one. Row i covers stream positions [i T, i T + T + 1). Rows overlap by one token, so every
+token but the first is a target exactly once. Up to T targets at the end of the stream do not fill a row and are not
+trained on.
 
-The only index is the cumulative edited length of the segments. Making a row costs O(T), whatever its number; the order
-of rows is a keyed permutation evaluated by index. So resuming costs nothing, and any number of processes agrees.
+The only index is the cumulative edited length of the segments. Making a row costs O(T) for any row. The order of
+rows is a keyed permutation evaluated by index, so resuming costs nothing and any number of processes sees the same
+order.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from phf.tokens.store import TokenStore
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T targets. `score_BT` is the score of each *target*'s segment; `mask_BT` is False for padding."""
+    """B rows of T targets. `score_BT`: score of the *target*'s segment; `mask_BT`: False for padding."""
 
     input_BT: np.ndarray
     target_BT: np.ndarray
@@ -35,9 +37,9 @@ class Batch:
 class Rows:
     """Rows of `context` targets of a token store under an edit.
 
-    `control_ids`: token id of each control token that the edit's `control_S` numbers. `split`: "train" or "heldout".
-    `pad`: keep the last, partial row, its missing targets masked (for evaluation).
-    Raises ConfigError if there is not a single row.
+    `control_ids`: token ids of the control tokens that the edit's `control_S` numbers. `split`: "train" or
+    "heldout". `pad`: keep the last, partial row and mask its missing targets (for evaluation). `index_file`: where
+    the index is kept for the next time. Raises ConfigError if there is not a single row.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Rows:
         pad: bool = False,
         index_file: Path | None = None,
     ) -> None:
-        self.tokens, self.context = tokens, context
-        self.control_ids = np.array([*control_ids, -1], dtype=np.int64)  # the last is never read
+        self.tokens = tokens
+        self.context = context
+        self.control_ids = np.array([*control_ids, -1], dtype=np.int64)  # the last one is never read
         self.control_S = edit.control_S
         self.first_S = np.zeros(len(tokens.seg_ends) + 1, bool)
         self.first_S[np.r_[0, tokens.doc_ends[:-1]]] = True
@@ -69,8 +72,8 @@ class Rows:
         self.num_rows = -(-targets // context) if pad else targets // context
         if self.num_rows == 0:
             raise ConfigError(
-                f"the {split} part has {self.num_tokens} tokens after the objective's edit, not enough for one row of "
-                f"{context} targets; lower train.context, use more text or a looser threshold"
+                f"the {split} part has {self.num_tokens} tokens after the objective's edit, too few for one row of "
+                f"{context} targets; lower train.context, use more text or raise the threshold"
             )
 
     def _edited_ends(self, edit: Edit, split: str) -> np.ndarray:
@@ -83,7 +86,7 @@ class Rows:
         return np.asarray(np.where(keep_D[self.tokens.doc_S], lengths, 0).cumsum())
 
     def stream(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and segment numbers of stream positions [low, high)."""
+        """Token ids and segment numbers of the stream positions [low, high)."""
         position = np.arange(low, high)
         first, last = np.searchsorted(self.ends_S, [low, high - 1], side="right")
         ends = np.asarray(self.ends_S[first : last + 1])
@@ -123,7 +126,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which training sees rows: epoch after epoch, each a permutation of its own."""
+    """The order in which training reads rows: epoch after epoch, each with its own permutation."""
 
     num_rows: int
     seed: int

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Tokenizers: trained on the corpus or taken from a model. Text is encoded segment by segment."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
+from phf.core.runs import not_found
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainBPE:
-    """A byte-level BPE trained on the training documents of the corpus itself (GPT-2's pre-tokenisation)."""
+    """A byte-level BPE with GPT-2's pre-tokenization, trained on the corpus's own training documents."""
 
     vocab_size: Annotated[int, Field(ge=257)]
     name: Literal["bpe"] = "bpe"
@@ -27,7 +28,7 @@ class TrainBPE:
 
 @dataclass(frozen=True, config=STRICT)
 class PretrainedTokenizer:
-    """A tokenizer from a local folder or the Hub. It must be a fast one and have an end-of-text token."""
+    """A tokenizer from a local folder or the Hub. It must be a fast tokenizer with an end-of-text token."""
 
     path: str
     name: Literal["pretrained"] = "pretrained"
@@ -35,7 +36,7 @@ class PretrainedTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A `PreTrainedTokenizerFast` with `vocab_size` entries, end-of-text included, trained on `texts`."""
+    """A `PreTrainedTokenizerFast` with `vocab_size` entries (end-of-text among them), trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,10 +60,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
-    """A fast tokenizer with an end-of-text token, from a folder or the Hub."""
+    """A fast tokenizer with an end-of-text token, from a folder or the Hub. Raises ConfigError for any other."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(not_found(f"tokenizer {path}", error)) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer {path} has no fast version (tokenizer.json); phf needs one")
     if tokenizer.eos_token_id is None:
@@ -71,14 +75,14 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 
 def encode_segments(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
-    """Token ids of each segment by itself. Special tokens typed in the text are encoded as text, never as themselves."""
+    """Token ids of each segment by itself. Special tokens typed in a text are encoded as text."""
     with _special_as_text(tokenizer) as backend:
         return [e.ids for e in backend.encode_batch_fast(list(segments), add_special_tokens=False)]
 
 
 @contextlib.contextmanager
 def _special_as_text(tokenizer: Any) -> Iterator[Any]:
-    """The fast tokenizer itself, reading a special token that is typed in a text as text."""
+    """The tokenizer's backend, which reads special tokens typed in a text as text inside this block."""
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
@@ -89,8 +93,8 @@ def _special_as_text(tokenizer: Any) -> Iterator[Any]:
 
 
 def encode_cut(tokenizer: Any, segments: Sequence[str], pieces: Sequence[str] | None = None) -> list[list[int]]:
-    """Token ids of the segments' text, tokenised in other `pieces` of it (left out: as a whole) and cut where segments end: a
-    token belongs to the segment that its last character is in."""
+    """Token ids of segments whose text is tokenized in other `pieces` (None: as a whole) and then cut at the
+    segments' ends. A token belongs to the segment of its last character."""
     pieces = ["".join(segments)] if pieces is None else pieces
     with _special_as_text(tokenizer) as backend:
         encoded = backend.encode_batch(list(pieces), add_special_tokens=False)
@@ -105,9 +109,9 @@ def encode_cut(tokenizer: Any, segments: Sequence[str], pieces: Sequence[str] | 
 
 
 def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    """Add control tokens to `tokenizer` (in place, as special tokens) and return their ids.
+    """Add control tokens to `tokenizer` as special tokens, in place, and return their ids.
 
-    Raises ConfigError where a name is already an ordinary entry of the vocabulary: it could then come from text.
+    Raises ConfigError if a name is already an ordinary entry of the vocabulary, which text could produce.
     """
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_tokens)
@@ -121,8 +125,8 @@ def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
-    """Save so that plain `from_pretrained` gives a tokenizer that reads a typed special token as text, as ours do.
-    Whoever means the token says so: `tokenizer(text, split_special_tokens=False)`."""
+    """Save a tokenizer so that plain `from_pretrained` loads one that reads typed special tokens as text. To get
+    the token itself, call `tokenizer(text, split_special_tokens=False)`."""
     tokenizer.save_pretrained(str(folder))
     path = Path(folder) / "tokenizer_config.json"
     store.write_json(path, store.read_json(path) | {"split_special_tokens": True})

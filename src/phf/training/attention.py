@@ -1,14 +1,14 @@
-"""Plain causal attention over whole rows, as training needs it. Floor 4.
+"""Plain causal attention over whole rows, as training needs it.
 
-Two things keep transformers' "sdpa" from being quick there. Compiled, it always builds a mask (it cannot see that rows
-are not packed), and with a mask torch takes no flash kernel. And torch's kernel for CPUs spends most of its time in
-bfloat16 outside matrix products, above all in the backward pass.
+transformers' "sdpa" is slow for this in two ways. Compiled, it always builds a mask, because it cannot see that
+rows are not packed, and with a mask torch has no flash kernel. And in bfloat16, torch's CPU kernel spends most of
+its time outside matrix products, above all in the backward pass.
 
-So phf has an attention function of its own, registered with transformers as `NAME`. Within `whole_rows()` it needs no mask. In
-bfloat16 on a CPU it goes over blocks of queries: two matrix products and one softmax over the keys that a block may see.
-Half of the square is then never computed, and beyond `KEEP` positions the backward pass computes probabilities again
-instead of keeping them. Scores are rounded to bfloat16 before the softmax, as transformers' eager attention rounds them. Everything
-else (GPUs, float32, masks, caches, dropout) is transformers' "sdpa".
+So phf registers its own attention function with transformers, as `NAME`. Within `whole_rows()` it needs no mask. In
+bfloat16 on a CPU it processes blocks of queries: two matrix products and one softmax over the keys that a block may
+see. Half of the square is never computed. Above `KEPT_POSITIONS` the backward pass computes probabilities again
+instead of keeping them. Scores are rounded to bfloat16 before the softmax, as in transformers' eager attention.
+Everything else (GPUs, float32, masks, caches, dropout) is transformers' "sdpa".
 
 Legend: B rows, H heads, T positions, D width of a head; N = B x H.
 """
@@ -30,14 +30,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "phf"
 
-_ASKS = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
+_TESTS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
 
 _whole_rows = 0
 
 
 @contextlib.contextmanager
 def whole_rows() -> Iterator[None]:
-    """Inside, every row is one sequence that begins at its first position: no packing."""
+    """Inside this block every row is one sequence that starts at its first position: rows are not packed."""
     global _whole_rows
     _whole_rows += 1
     try:
@@ -48,7 +48,7 @@ def whole_rows() -> Iterator[None]:
 
 @contextlib.contextmanager
 def usual(lm: Any) -> Iterator[None]:
-    """Inside, `lm` attends as it will when it is loaded from its files."""
+    """Inside this block `lm` attends as it does when loaded from its files."""
     swapped = lm.config._attn_implementation == NAME
     if swapped:
         lm.set_attn_implementation("sdpa")
@@ -61,7 +61,7 @@ def usual(lm: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(lm: Any) -> Iterator[None]:
-    """Inside, `lm` is in evaluation mode: no dropout."""
+    """Inside this block `lm` is in evaluation mode, without dropout."""
     training = lm.training
     lm.eval()
     try:
@@ -80,8 +80,8 @@ def _mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """No mask for whole rows that nothing else cuts (padding, a cache, a window, a mask function of the model's, for which
-    transformers sets `use_vmap`); otherwise transformers' own."""
+    """No mask for whole rows, else transformers' mask. Padding, a cache, a window, or a mask function of the model
+    (for which transformers sets `use_vmap`) needs transformers' mask too."""
     plain = attention_mask is None and q_length == kv_length and not use_vmap
     if _whole_rows and plain and (local_size is None or kv_length < local_size):
         return None
@@ -120,9 +120,7 @@ def _attention(
         and query.shape[2] == key.shape[2] > 1
     )
     if not in_blocks:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (x.to(dtype).contiguous() for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
@@ -135,14 +133,15 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def swap(lm: Any) -> bool:
-    """Have `lm` attend as this module does, where it would use "sdpa" (in place). Returns whether it does.
+    """Make `lm` attend as this module does where it would use "sdpa", in place. Returns whether it does.
 
-    Not where the model's code asks whether "sdpa" is used (to apply a mask of its own, as sparse attention does), and not
-    where a short pass in whole rows changes, in float32 or (on a CPU) in bfloat16.
+    Models whose code tests for "sdpa" (to apply a mask of their own, like sparse attention) keep it. So do models for
+    which a short pass over whole rows changes, in float32 or, on a CPU, in bfloat16.
     """
     if lm.config._attn_implementation != "sdpa" or lm.config.sub_configs or not lm._can_set_attn_implementation():
-        return lm.config._attn_implementation == NAME  # type: ignore[no-any-return]
-    if _ASKS.search(inspect.getsource(sys.modules[type(lm).__module__])):
+        found: bool = lm.config._attn_implementation == NAME
+        return found
+    if _TESTS_FOR_SDPA.search(inspect.getsource(sys.modules[type(lm).__module__])):
         return False
     embeddings = lm.get_input_embeddings()
     length = min(136, getattr(lm.config, "max_position_embeddings", None) or 136)  # two blocks
@@ -150,19 +149,21 @@ def swap(lm: Any) -> bool:
 
     def hidden(dtype: torch.dtype | None) -> Tensor:
         with torch.no_grad(), torch.autocast(ids.device.type, dtype, enabled=dtype is not None), whole_rows():
-            return lm.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()  # type: ignore[no-any-return]
+            found: Tensor = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+            return found
+            return found
 
-    ways: list[torch.dtype | None] = [None, torch.bfloat16] if ids.device.type == "cpu" else [None]
+    dtypes: list[torch.dtype | None] = [None, torch.bfloat16] if ids.device.type == "cpu" else [None]
     same = False
     try:
         with evaluating(lm):
-            before = [hidden(dtype) for dtype in ways]
+            before = [hidden(dtype) for dtype in dtypes]
             lm.set_attn_implementation(NAME)
             same = all(
                 (hidden(dtype) - was).norm() <= (0.1 if torch.bfloat16 in (dtype, lm.dtype) else 1e-3) * was.norm()
-                for dtype, was in zip(ways, before, strict=True)
+                for dtype, was in zip(dtypes, before, strict=True)
             )
-    except Exception:  # its own code knows better than to go on without a mask
+    except Exception:  # the model's code does not run without a mask
         pass
     finally:
         if not same:
@@ -170,23 +171,23 @@ def swap(lm: Any) -> bool:
     return same
 
 
-KEEP = 1024
-"""Up to so many positions probabilities are kept for the backward pass; beyond, they are computed again."""
+KEPT_POSITIONS = 1024
+"""Up to this context the probabilities are kept for the backward pass; above, they are computed again."""
 
 
 def _blocks(positions: int) -> list[tuple[int, int]]:
-    """(start, end) of the blocks of queries: 128 or 256 queries measured best, from 256 positions to 4,096."""
+    """(start, end) of the blocks of queries. Blocks of 128 or 256 queries measured best from 256 to 4,096 positions."""
     size = 256 if positions >= 1024 else 128
     return [(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
-def _room(rows: int, positions: int) -> int:
-    """Numbers in the probabilities that are kept of all blocks."""
-    return rows * sum((end - start) * end for start, end in _blocks(positions)) if positions <= KEEP else 0
+def _kept_size(rows: int, positions: int) -> int:
+    """Number of probabilities of all blocks that are kept."""
+    return rows * sum((end - start) * end for start, end in _blocks(positions)) if positions <= KEPT_POSITIONS else 0
 
 
 def _kept_blocks(kept: Tensor, rows: int, positions: int) -> Iterator[tuple[int, int, Tensor | None]]:
-    """(start, end, where its probabilities [N, Q, start + Q] are kept, or None) of every block."""
+    """(start, end, tensor for its probabilities [N, Q, start + Q] or None) of every block."""
     before = 0
     for start, end in _blocks(positions):
         part = kept[before : (before := before + rows * (end - start) * end)]
@@ -194,7 +195,7 @@ def _kept_blocks(kept: Tensor, rows: int, positions: int) -> Iterator[tuple[int,
 
 
 def _probabilities(query_NQD: Tensor, key_NTD: Tensor, start: int, scale: float, out: Tensor | None = None) -> Tensor:
-    """Softmax over the keys that the queries at `start` and behind may see: [N, Q, start + Q]."""
+    """Softmax over the keys that the queries from `start` on may see: [N, Q, start + Q]."""
     queries = query_NQD.shape[1]
     seen = key_NTD[:, : start + queries].transpose(1, 2)
     scores = torch.baddbmm(query_NQD.new_empty(1), query_NQD, seen, beta=0, alpha=scale)
@@ -206,9 +207,10 @@ def _probabilities(query_NQD: Tensor, key_NTD: Tensor, start: int, scale: float,
 def _forward(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = (x.flatten(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
     rows, positions = query.shape[:2]
-    kept, out = query.new_empty(_room(rows, positions)), value.new_empty(value.shape)
-    for start, end, room in _kept_blocks(kept, rows, positions):
-        p = _probabilities(query[:, start:end], key, start, scale, room)
+    kept = query.new_empty(_kept_size(rows, positions))
+    out = value.new_empty(value.shape)
+    for start, end, place in _kept_blocks(kept, rows, positions):
+        p = _probabilities(query[:, start:end], key, start, scale, place)
         torch.bmm(p, value[:, :end], out=out[:, start:end])
     return out.view(value_BHTD.shape), kept
 
@@ -221,7 +223,8 @@ def _backward(
     rows, positions = query.shape[:2]
     wide = torch.promote_types(key.dtype, torch.float32)
     grad_query = query.new_empty(query.shape)
-    grad_key, grad_value = key.new_zeros(key.shape, dtype=wide), value.new_zeros(value.shape, dtype=wide)
+    grad_key = key.new_zeros(key.shape, dtype=wide)
+    grad_value = value.new_zeros(value.shape, dtype=wide)
     for start, end, p in _kept_blocks(kept, rows, positions):
         block = slice(start, end)
         if p is None:
@@ -241,7 +244,7 @@ def _backward(
 @_forward.register_fake
 def _(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows, heads, positions = query_BHTD.shape[:3]
-    return value_BHTD.new_empty(value_BHTD.shape), query_BHTD.new_empty(_room(rows * heads, positions))
+    return value_BHTD.new_empty(value_BHTD.shape), query_BHTD.new_empty(_kept_size(rows * heads, positions))
 
 
 @_backward.register_fake
@@ -251,7 +254,7 @@ def _(
     return tuple(x.new_empty(x.shape) for x in (query_BHTD, key_BHTD, value_BHTD))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -262,7 +265,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+_forward.register_autograd(_differentiate, setup_context=_save_context)
 
 
 def causal_attention(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer state divided over processes (FSDP2), and whole again in checkpoints. Floor 4.
+"""Weights, gradients and optimizer state divided over processes (FSDP2), and whole tensors in checkpoints.
 
-Checkpoints are those of a run that is not sharded, so that either goes on from the other's. A whole tensor is put
-together one at a time, on every process (a collective operation), and kept by those that ask for it.
+Checkpoints are those of a run without sharding, so sharded and other runs resume from each other's. Whole tensors are
+gathered one at a time on every process, a collective operation, and kept by the processes that need them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from phf.training.model import PHFModel
 
 
 def shard(model: PHFModel, device: torch.device, compiled: bool = False) -> None:
-    """Divide `model` over all processes (in place): every decoder block by itself, the rest (embeddings, tied or not, and
-    the value head) with the wrapper, whose forward reads them. `compiled`: compile the blocks.
+    """Divide `model` over all processes, in place. `compiled`: compile the decoder blocks.
 
-    Where the model computes in bfloat16, the backward pass keeps a bfloat16 copy of every block's weights, unless
-    activations are checkpointed. (FSDP's own mixed precision would need the residual stream in bfloat16 too.)
+    Every decoder block is a unit of its own. Embeddings and value head belong to the wrapper's unit, because its
+    forward pass reads them. With bfloat16, the backward pass keeps a bfloat16 copy of every block's weights unless
+    activations are checkpointed. FSDP's own mixed precision would need the residual stream in bfloat16 too.
 
-    Raises ConfigError where transformers does not say what a decoder block of the model is, or where blocks share weights.
+    Raises ConfigError if transformers does not name the decoder blocks, or if blocks share weights.
     """
     blocks = decoder_blocks(model.lm)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -37,17 +37,22 @@ def shard(model: PHFModel, device: torch.device, compiled: bool = False) -> None
 
 
 def decoder_blocks(lm: Any) -> list[nn.Module]:
-    """The modules that transformers says are not to be split, the outermost of them."""
+    """The outermost modules that transformers declares as not to be split."""
     names = set(lm._no_split_modules or ())
     found: dict[str, nn.Module] = {}
     for name, module in lm.named_modules():
         if type(module).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     if not found:
-        raise ConfigError(f"train.shard: {type(lm).__name__} does not say which of its modules are decoder blocks")
+        raise ConfigError(
+            f"train.shard: {type(lm).__name__} does not declare its decoder blocks (_no_split_modules), so it "
+            "cannot be sharded"
+        )
     weights = [id(p) for block in found.values() for p in block.parameters()]
     if len(set(weights)) < len(weights):
-        raise ConfigError(f"train.shard: decoder blocks of {type(lm).__name__} share weights, which cannot be divided")
+        raise ConfigError(
+            f"train.shard: decoder blocks of {type(lm).__name__} share weights, so they cannot be divided"
+        )
     return list(found.values())
 
 
@@ -56,7 +61,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Any, keep: bool = True) -> Any:
-    """A tensor on the CPU, put together if it is sharded (None unless `keep`); anything else as it is."""
+    """The whole tensor on the CPU, gathered if it is sharded; None unless `keep`. Other values are returned as they
+    are."""
     if not isinstance(tensor, Tensor):
         return tensor
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -64,14 +70,14 @@ def whole(tensor: Any, keep: bool = True) -> Any:
 
 
 def state_of(model: nn.Module, keep: bool = True) -> dict[str, Any]:
-    """The state of `model` with whole tensors; tied ones stay one."""
+    """The state dict of `model` with whole tensors. Tied tensors stay one tensor."""
     state = model.state_dict(keep_vars=True)
     once = {id(tensor): whole(tensor.detach(), keep) for tensor in state.values()}
     return {name: once[id(tensor)] for name, tensor in state.items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
-    """What `optimizer.state_dict()` would be if nothing were sharded."""
+    """`optimizer.state_dict()` with whole tensors."""
     found = optimizer.state_dict()
     return found | {
         "state": {i: {k: whole(v, keep) for k, v in state.items()} for i, state in found["state"].items()},
@@ -79,7 +85,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The other way round."""
+    """Load what `optimizer_state` returned, divided as the parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts = {
         i: {k: _like(v, parameters[i]) if v.ndim else v for k, v in of.items()} for i, of in state["state"].items()
@@ -88,7 +94,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _like(tensor: Tensor, sharded: Any) -> Tensor:
-    """This process's part of a whole tensor, divided as `sharded` is."""
+    """This process's part of a whole tensor, divided like `sharded`."""
     if not isinstance(sharded, DTensor):
         return tensor
     here = tensor.to(sharded.device)

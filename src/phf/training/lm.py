@@ -1,4 +1,4 @@
-"""TODO."""
+"""Causal LMs of transformers: building and loading them, their control tokens, their weights, their logits."""
 
 from __future__ import annotations
 
@@ -11,60 +11,63 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from phf.core.config import STRICT, ConfigError, did_you_mean
-from phf.core.runs import COMPLETE, model_folder
+from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
+from phf.core.runs import RunFolder, complete_checkpoints, model_folder, not_found
 from phf.training import attention
 from phf.training.fused import LogitShape
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
-"""Off in a model from scratch unless the config sets them: one epoch needs no dropout, and it costs about a third."""
+"""Set to 0 in a model from scratch unless the config sets them: one epoch needs no dropout, which costs about a
+third."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class FromConfig:
-    """A model from scratch: `config` is what `AutoConfig.for_model` takes, `model_type` first. The vocabulary size and
-    the end-of-text token come from the tokenizer."""
+    """A model from scratch. `config`: the arguments of `AutoConfig.for_model`, `model_type` among them. The
+    vocabulary size and the end-of-text token come from the tokenizer."""
 
-    config: dict[str, Any]
+    config: Plain
     name: Literal["from_config"] = "from_config"
 
 
 @dataclass(frozen=True, config=STRICT)
 class FromWeights:
-    """A model from a run of phf, a local folder or the Hub, for finetuning. Code from the Hub is never run.
+    """Weights of a run of phf, of a local folder or from the Hub, for finetuning. Code from the Hub never runs.
 
-    `config`: what shall differ from the model's own config, `{resid_pdrop: 0}` for example: dropout that it asks for stays.
+    `config`: settings that differ from the model's own config, for example `{resid_pdrop: 0}`; its dropout stays
+    otherwise.
     """
 
     path: str
     name: Literal["from_weights"] = "from_weights"
     revision: str | None = None
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: Plain = Field(default_factory=dict)
 
 
-AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name")]
+AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name", title="model")]
 
 
 def pretrained_config(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
-    """The config of the model in a folder (a run's stands for its final model) or on the Hub, with `changes` laid on it.
+    """The config of a model in a folder or on the Hub, with `changes` applied. For a run's folder, that of its final
+    model.
 
-    Raises ConfigError where there is no model, or where its config does not know a name.
+    Raises ConfigError if there is no model, or if its config has no setting of that name.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     source = Path(model_folder(path))
     if not source.exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
-        raise ConfigError(f"model {path}: no such folder, and not a name on the Hub (owner/name)")
+        raise ConfigError(f"model {path}: not a local folder, and not a name on the Hub (owner/name)")
     if source.exists() and not (source / "config.json").exists():
-        steps = [int(c.parent.name.split("-")[1]) for c in source.glob(f"checkpoints/checkpoint-*/{COMPLETE}")]
-        hint = f": an unfinished run; its newest checkpoint is checkpoints/checkpoint-{max(steps)}" if steps else ""
+        whole = complete_checkpoints(RunFolder(source).checkpoints)
+        hint = f": the run is not finished; its newest checkpoint is {whole[-1].relative_to(source)}" if whole else ""
         raise ConfigError(f"model {path}: no model there (no config.json){hint}")
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError, StrictDataclassError) as error:
-        missing = "" if source.exists() else "no such folder, and it is not to be had from the Hub: "
-        raise ConfigError(f"model {path}: {missing}{error}") from None
+        what = f"model {path}"
+        raise ConfigError(f"{what}: {error}" if source.exists() else not_found(what, error)) from None
     _check_names(config, changes or {}, config)
     try:
         for name, value in (changes or {}).items():
@@ -75,16 +78,16 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
 
 
 def _check_names(config: Any, settings: Mapping[str, Any], usual: Any) -> None:
-    """Raise ConfigError for settings that `config` has not among the `usual` ones of its class."""
+    """Raise ConfigError for settings that a config of this class does not have. `usual`: a config with the defaults."""
     known = set(usual.to_dict()) - {"model_type"} | set(config.attribute_map)
     if unknown := sorted(set(settings) - known):
         hints = ", ".join(name + did_you_mean(name, known) for name in unknown)
-        raise ConfigError(f"model.config: {config.model_type} does not know {hints}")
+        raise ConfigError(f"model.config: {config.model_type} has no setting {hints}")
 
 
 def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
-    """The LM there, in float32; errors as `pretrained_config`, and where its weights are not those that the config asks for
-    (transformers would make up what is missing)."""
+    """The LM there, in float32. Errors as `pretrained_config`. Raises ConfigError too where weights are missing or
+    do not match the config: transformers would fill them with random numbers."""
     from transformers import AutoModelForCausalLM
 
     config = pretrained_config(path, revision, changes)
@@ -97,14 +100,14 @@ def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mappin
     lm, found = loaded
     wrong = [*found["missing_keys"], *(found["unexpected_keys"] if changes else ())]
     if wrong:
-        what = "model.config makes another model of it" if changes else "weights are missing"
+        what = "model.config does not match its weights" if changes else "weights are missing"
         raise ConfigError(f"model {path}: {what} ({', '.join(sorted(wrong)[:3])}{', ...' * (len(wrong) > 3)})")
     return lm
 
 
 def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
-    """The config of a model from scratch: `settings` with their `model_type`, and `more` laid on them. Raises ConfigError for
-    what the model class does not know."""
+    """The config of a model from scratch: `settings` with their `model_type`, overridden by `more`. Raises
+    ConfigError for settings that the model class does not have."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -113,7 +116,7 @@ def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
         raise ConfigError("model.config needs model_type, for example llama or gpt2")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = did_you_mean(str(kind), CONFIG_MAPPING)
-        raise ConfigError(f"model.config.model_type: {kind!r} is none of transformers' types{near}")
+        raise ConfigError(f"model.config.model_type: unknown model type {kind!r}{near}")
     settings = {name: value for name, value in settings.items() if name != "model_type"}
     try:
         config = AutoConfig.for_model(kind, **settings | more)
@@ -124,9 +127,10 @@ def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
 
 
 def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, context: int | None = None) -> Any:
-    """The LM in float32, before control tokens. `seed` decides the weights of a model from scratch.
+    """The LM in float32, without control tokens. `seed` decides the weights of a model from scratch.
 
-    Raises ConfigError for settings that the model class does not know, and for a context it cannot hold.
+    Raises ConfigError for unknown settings, for a tokenizer that is larger than the model's vocabulary, and for a
+    `context` that is longer than the model's.
     """
     from transformers import AutoModelForCausalLM
 
@@ -134,8 +138,8 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, contex
         lm = pretrained_lm(config.path, config.revision, config.config)
         if lm.get_input_embeddings().num_embeddings < len(tokenizer):
             raise ConfigError(
-                f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings but the token store's tokenizer "
-                f"{len(tokenizer)} entries: tokenise the corpus with this model's own tokenizer"
+                f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings, but the tokenizer of "
+                f"the token store has {len(tokenizer)} entries: tokenize the corpus with this model's own tokenizer"
             )
     else:
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
@@ -152,26 +156,27 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, contex
                 raise ConfigError(f"model.config: {error}") from None
     limit = getattr(lm.config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
-        raise ConfigError(f"train.context is {context} but the model holds {limit} positions (max_position_embeddings)")
+        raise ConfigError(f"train.context={context}: the model has {limit} positions (max_position_embeddings)")
     return lm
 
 
 def set_attention(lm: Any, name: str) -> None:
-    """Have `lm` use "eager" or "sdpa" attention. Raises ConfigError where it does not know it."""
+    """Make `lm` use "eager" or "sdpa" attention. Raises ConfigError if the model does not have it."""
     try:
         lm.set_attn_implementation(name)
     except ValueError as error:
-        raise ConfigError(f"train.attention={name}: {type(lm).__name__} does not know it ({error})") from None
+        raise ConfigError(f"train.attention={name}: {type(lm).__name__} does not have it ({error})") from None
 
 
 def add_control_embeddings(
     lm: Any, tokenizer: Any, names: Sequence[str], seed: int, trained: Mapping[str, int] | None = None
 ) -> list[int]:
-    """Give `tokenizer` and `lm` the control tokens (in place) and return their ids.
+    """Add control tokens to `tokenizer` and `lm`, in place, and return their ids.
 
-    New embeddings start at the mean of the old output embeddings plus 0.01 standard normal noise, as the paper's code
-    has it; untied input embeddings likewise at the mean of the old input embeddings. Tokens that the tokenizer has
-    already, and those that the weights know (`trained`: their ids there), keep their embeddings.
+    New embeddings start at the mean of the old output embeddings plus 0.01 standard normal noise, as in the paper's
+    code. Untied input embeddings start at the mean of the old input embeddings in the same way. Tokens that the
+    tokenizer has already keep their embeddings, and so do those that the weights know (`trained`: their ids in the
+    weights).
     """
     from phf.tokens.tokenizer import add_control_tokens
 
@@ -195,7 +200,7 @@ def add_control_embeddings(
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         targets = [lm.get_output_embeddings().weight] + ([] if tied else [lm.get_input_embeddings().weight])
         pairs = list(zip(targets, order, strict=True))
-    else:  # a vocabulary padded beyond the tokenizer has the rows already
+    else:  # a vocabulary larger than the tokenizer has the rows already
         pairs = list(means.values())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -209,14 +214,12 @@ def add_control_embeddings(
 
 
 class SwappedConv1D(nn.Linear):
-    """GPT-2's transposed linear layer as an ordinary one: the same numbers, several times faster in bfloat16 on CPU.
-
-    `save_lm` transposes the weight back, so that files are what transformers expects.
-    """
+    """GPT-2's transposed linear layer as an ordinary one: the same result, several times faster in bfloat16 on a CPU.
+    `save_lm` transposes the weight back."""
 
 
 def swap_conv1d(lm: Any) -> int:
-    """Replace every Conv1D of `lm` by a linear layer with the same weights (in place). Returns how many."""
+    """Replace every Conv1D of `lm` by a linear layer with the same weights, in place. Returns how many."""
     from transformers.pytorch_utils import Conv1D
 
     found = [(name, module) for name, module in lm.named_modules() if isinstance(module, Conv1D)]
@@ -230,8 +233,8 @@ def swap_conv1d(lm: Any) -> int:
 
 
 def swap_gelu(lm: Any) -> int:
-    """Replace every "gelu_new" of `lm`, which takes eight operations, by torch's own, which takes one (in place). The same
-    formula, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Returns how many."""
+    """Replace every "gelu_new" of `lm` by torch's GELU, in place: one operation instead of eight. The formula is
+    the same, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Returns how many."""
     from transformers.activations import NewGELUActivation
 
     found = [name for name, module in lm.named_modules() if isinstance(module, NewGELUActivation)]
@@ -240,22 +243,23 @@ def swap_gelu(lm: Any) -> int:
     return len(found)
 
 
-def _transposed(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_conv1d_transposed(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {f"{name}.weight" for name, module in lm.named_modules() if isinstance(module, SwappedConv1D)}
     return {key: value.T.contiguous() if key in names else value for key, value in state.items()}
 
 
 def save_lm(lm: Any, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Save as plain transformers loads it. `state`: where it is not `lm`'s own (one that is sharded)."""
-    lm.save_pretrained(folder, state_dict=_transposed(lm, lm.state_dict() if state is None else state))
+    """Save an LM so that plain transformers loads it. `state`: weights to save instead of the LM's own (of a
+    sharded LM)."""
+    lm.save_pretrained(folder, state_dict=_with_conv1d_transposed(lm, lm.state_dict() if state is None else state))
 
 
 def load_lm_weights(lm: Any, folder: str | Path) -> None:
-    """Load what `save_lm` wrote into `lm`."""
+    """Load into `lm` what `save_lm` wrote."""
     from transformers import AutoModelForCausalLM
 
     saved: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    lm.load_state_dict(_transposed(lm, saved.state_dict()))
+    lm.load_state_dict(_with_conv1d_transposed(lm, saved.state_dict()))
 
 
 SHAPES = {
@@ -264,37 +268,38 @@ SHAPES = {
     "lm_head_multiplier": "scale",
     "final_logit_softcapping": "cap",
 }
-"""Where models' configs say what happens to logits; a factor may also be a divisor."""
+"""Settings of models' configs that scale or cap logits. A scale may be a factor or a divisor."""
 
 
 def logit_shape(lm: Any) -> LogitShape:
-    """What `lm` does to `hidden @ output embeddings (+ bias)` before it calls them logits, as its config says and as a tiny
-    forward confirms. The fused loss and everything that reads probabilities would silently be another one otherwise.
+    """What `lm` does to `hidden @ output embeddings (+ bias)` to get its logits, read from its config and confirmed
+    by a tiny forward pass. Without it the fused loss, and every probability, would silently be wrong.
 
-    Raises ConfigError where the two do not agree.
+    Raises ConfigError if config and forward pass disagree, and for weights that give NaN or infinite logits.
     """
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise ConfigError(f"{type(lm).__name__} has no output embeddings")
     config = lm.config.get_text_config()
     said = {kind: getattr(config, name) for name, kind in SHAPES.items() if getattr(config, name, None)}
-    factor, cap = float(said.get("scale", 1.0)), said.get("cap")
+    factor = float(said.get("scale", 1.0))
+    cap = said.get("cap")
     ours, theirs = _large_logits(lm, head)
     if not theirs.isfinite().all():
-        raise ConfigError(f"{type(lm).__name__}: logits are not numbers (NaN or infinite): its weights are broken")
+        raise ConfigError(f"{type(lm).__name__}: the logits are NaN or infinite, so its weights are broken")
     near = max(1e-3, 4 * torch.finfo(head.weight.dtype).eps)
     for shape in (LogitShape(scale, cap) for scale in dict.fromkeys((factor, 1 / factor, 1.0))):
         if torch.allclose(theirs, shape(ours), rtol=near, atol=near * float(theirs.abs().max())):
             return shape
     raise ConfigError(
-        f"{type(lm).__name__} does something to its logits after the output layer that phf does not know, so its "
-        "probabilities cannot be read from its hidden states"
+        f"{type(lm).__name__} changes its logits after the output layer in a way that phf does not know, so its "
+        "probabilities cannot be computed from its hidden states"
     )
 
 
 def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
-    """(hidden @ output embeddings + bias, what `lm` makes of them), float32 [1, 4, V], with output embeddings enlarged to
-    logits of about 100, where a cap shows: those of a new model are too small for that."""
+    """(hidden @ output embeddings + bias, the logits of `lm`), float32 [1, 4, V]. The output embeddings are
+    enlarged until the logits are about 100: those of a new model are too small to show a cap."""
     seen: list[Tensor] = []
     hook = lm.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
     name = next(n for n, p in lm.named_parameters() if p is head.weight)
@@ -306,7 +311,7 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
     def both(weight: Tensor) -> tuple[Tensor, Tensor]:
         seen.clear()
         theirs = torch.func.functional_call(lm, {name: weight}, (), inputs).logits
-        if not seen:  # a model that calls parts of its trunk
+        if not seen:  # a model that does not call its trunk as a whole
             own = {n: weight for n, p in lm.base_model.named_parameters() if p is head.weight}
             torch.func.functional_call(lm.base_model, own, (), inputs)
         ours = nn.functional.linear(seen[-1].to(weight.dtype), weight, getattr(head, "bias", None))
@@ -315,7 +320,7 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
     try:
         with torch.no_grad(), attention.evaluating(lm):
             largest = float(both(head.weight)[0].abs().max())
-            if largest == 0:  # nothing is learned yet, and nothing would tell a factor from another
+            if largest == 0:  # all factors would agree
                 return both(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(head.weight))
             return both(head.weight * (100 / largest))
     finally:
@@ -323,10 +328,12 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
 
 
 def flops_per_token(lm: Any, context: int) -> float:
-    """Operations that training takes for a token, forward and backward: 6 for each parameter that is multiplied and
-    12 x layers x heads x width of a head x context for attention (Chowdhery et al. 2022, PaLM, appendix B; positions that a
-    causal mask leaves out are counted, as there). Tables that are only looked up are left out; of a mixture of experts,
-    all are counted."""
+    """Operations per token of training, forward and backward: 6 per multiplied parameter, and 12 x layers x heads x
+    width of a head x context for attention.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B. As there, positions that the causal mask hides count. Tables that
+    are only looked up do not count. All experts of a mixture count.
+    """
     output = lm.get_output_embeddings().weight
     tables = {id(m.weight): m.weight.numel() for m in lm.modules() if isinstance(m, nn.Embedding)}
     tables.pop(id(output), None)
@@ -334,7 +341,7 @@ def flops_per_token(lm: Any, context: int) -> float:
 
     def said(name: str) -> int:
         value = getattr(config, name, None)
-        return value if isinstance(value, int) else 0  # none, or another in each layer
+        return value if isinstance(value, int) else 0  # absent, or different in each layer
 
     heads = said("num_attention_heads")
     width = heads * said("head_dim") or said("hidden_size")
@@ -343,7 +350,7 @@ def flops_per_token(lm: Any, context: int) -> float:
 
 
 def num_parameters(lm: Any, embeddings: bool = True) -> int:
-    """Distinct parameters; without `embeddings`, those of the input and output embeddings are left out."""
+    """Number of distinct parameters. `embeddings`: count input and output embeddings too."""
     total = int(sum(p.numel() for p in lm.parameters()))
     if embeddings:
         return total

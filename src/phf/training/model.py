@@ -1,4 +1,4 @@
-"""Models: any causal LM of transformers, its control tokens, and the thin wrapper whose forward is the loss. Floor 4."""
+"""The module that is trained: an LM, perhaps a value head, and the objective. Its forward pass returns the loss."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from phf.core import store
-from phf.core.runs import MODEL_CARD, model_folder
+from phf.core.runs import model_folder, read_model_record
 from phf.objectives import Objective
+from phf.tokens.tokenizer import load_tokenizer
 from phf.training import attention
 from phf.training.fused import fused_loss
 from phf.training.lm import logit_shape, swap_conv1d, swap_gelu
@@ -20,19 +20,18 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def trained_control_tokens(path: str | Path) -> dict[str, int]:
-    """Control tokens that the weights in a folder of phf know, with their ids there."""
-    from phf.tokens.tokenizer import load_tokenizer
-
+    """Control tokens that the weights in a folder know, with their ids there. Empty for models from elsewhere."""
     folder = Path(model_folder(path))
-    if not (folder / MODEL_CARD).exists():
+    record = read_model_record(folder)
+    if record is None or not record.control_tokens:
         return {}
-    names = store.read_json(folder / MODEL_CARD)["control_tokens"].values()
-    tokenizer = load_tokenizer(folder) if names else None
-    return {name: tokenizer.convert_tokens_to_ids(name) for name in names if tokenizer is not None}
+    tokenizer = load_tokenizer(folder)
+    return {name: tokenizer.convert_tokens_to_ids(name) for name in record.control_tokens.values()}
 
 
 def trained_value_head(path: str | Path, objective: Objective) -> Path | None:
-    """The file of the value head that was trained with the weights in a folder, where `objective` needs one of that kind."""
+    """The file of the value head that was trained with the weights in a folder, if `objective` needs a head of its
+    kind."""
     file = Path(model_folder(path)) / VALUE_HEAD_FILE
     if objective.value is None or not file.exists():
         return None
@@ -40,8 +39,8 @@ def trained_value_head(path: str | Path, objective: Objective) -> Path | None:
 
 
 class ValueHead(nn.Module):
-    """Predicted reward from the hidden state: "linear" w.h + b (b starts at 0, the mean standardised reward), or
-    "negative_sigmoid" -sigmoid(w.h), the paper's. w starts at 0. Computed in float32."""
+    """Predicted reward from the hidden state, computed in float32: "linear" is w.h + b, "negative_sigmoid" is
+    -sigmoid(w.h) as in the paper. w and b start at 0; 0 is the mean of standardised rewards."""
 
     def __init__(self, width: int, kind: Literal["linear", "negative_sigmoid"]) -> None:
         super().__init__()
@@ -57,13 +56,13 @@ class ValueHead(nn.Module):
 
 
 class PHFModel(nn.Module):
-    """An LM, the value head its objective needs (or none) and the objective. `forward` returns the loss.
+    """An LM, the value head that its objective needs (or none) and the objective. `forward` returns the loss.
 
-    `autocast`: bfloat16 for mixed precision, None for what surrounds the call (`torch.autocast`, a Trainer's `bf16`), else
-    the weights' own type. `compile`: compile the LM's trunk and the elementwise parts of the loss (never this wrapper).
-    `quick_attention`: attend as `phf.attention` does where the LM would use "sdpa". Some parts of the LM are swapped in
-    place for quicker ones that compute the same; GPT-2's Conv1D layers, whose weights are transposed, among them: save
-    such an LM with `save_lm`.
+    `autocast`: bfloat16 for mixed precision; None: the autocast around the call (`torch.autocast`, a Trainer's
+    `bf16`), else the weights' own type. `compile`: compile the LM's trunk and the elementwise parts of the loss,
+    never this module. `fast_attention`: use phf.training.attention where the LM would use "sdpa". Some parts of the
+    LM are replaced in place by faster ones that compute the same. GPT-2's Conv1D layers are among them and have
+    transposed weights: save such an LM with `save_lm`.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class PHFModel(nn.Module):
         autocast: torch.dtype | None = None,
         compile: bool = False,
         chunk: int | None = None,
-        quick_attention: bool = True,
+        fast_attention: bool = True,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -86,7 +85,7 @@ class PHFModel(nn.Module):
         self.logit_shape = logit_shape(lm)
         swap_conv1d(lm)
         swap_gelu(lm)
-        if quick_attention:
+        if fast_attention:
             attention.swap(lm)
         elif lm.config._attn_implementation == attention.NAME:
             lm.set_attn_implementation("sdpa")
@@ -101,12 +100,13 @@ class PHFModel(nn.Module):
         mask: Tensor,
         denominator: Tensor | float | None = None,
     ) -> dict[str, Any]:
-        """Ids, targets, scores and mask [B, T]. `loss` is the sum over counted targets divided by `denominator`
-        (default: the number of counted targets here); `metrics` are sums."""
-        device, dtype = input_ids.device.type, self.autocast_dtype
+        """`input_ids`, `targets`, `scores` and `mask` are [B, T]. Returns {"loss", "metrics"}: the sum over counted
+        targets divided by `denominator` (default: the number of counted targets in the batch), and sums of metrics."""
+        device = input_ids.device.type
+        dtype = self.autocast_dtype
         if dtype is None and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        # every weight is used once: to remember its cast is only to keep it
+        # every weight is used once, so caching its cast would only take memory
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         with autocast, attention.whole_rows():
             hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -117,24 +117,24 @@ class PHFModel(nn.Module):
             denominator = counted.clamp(min=1)
         if isinstance(denominator, Tensor):
             denominator = denominator.to(torch.promote_types(hidden_BTD.dtype, torch.float32))
-        behind = (dtype or hidden_BTD.dtype) == torch.float16  # what is divided first would be too small for it
+        divide_last = (dtype or hidden_BTD.dtype) == torch.float16  # gradients divided first would underflow
         out = fused_loss(
             hidden_BTD.flatten(0, 1),
             head.weight,
-            getattr(head, "bias", None),
-            targets.flatten(),
-            scores.flatten(),
-            mask.flatten(),
-            value_N,
-            self.objective,
+            bias_V=getattr(head, "bias", None),
+            target_N=targets.flatten(),
+            score_N=scores.flatten(),
+            mask_N=mask.flatten(),
+            value_N=value_N,
+            objective=self.objective,
             chunk=self.chunk,
             dtype=dtype or hidden_BTD.dtype,
             compiled=self.compiled,
             shape=self.logit_shape,
-            scale=1.0 if behind else 1 / denominator,
+            scale=1.0 if divide_last else 1 / denominator,
         )
         return {
-            "loss": out.loss_sum / denominator if behind else out.loss_sum,
+            "loss": out.loss_sum / denominator if divide_last else out.loss_sum,
             "metrics": out.metrics | {"counted": counted, "targets": mask.sum()},
         }
 

@@ -1,6 +1,7 @@
-"""The Trainer that phf trains with: rows in order, exact resume, marked checkpoints, metrics. Floor 4.
+"""The trainer: rows in order, exact resume, marked checkpoints.
 
-A small subclass of the Hugging Face Trainer and its callbacks. `train.py` sets them up.
+A small subclass of the Hugging Face Trainer. It keeps the Trainer's callbacks, trackers, schedulers and launchers;
+`OVERRIDES` lists what it overrides. phf.training.train sets it up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import contextlib
 import errno
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +21,57 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from phf.core import store
-from phf.core.config import to_plain
-from phf.core.runs import COMPLETE, MODEL_CARD, _step_of, complete_checkpoints
+from phf.core.config import Plain, to_plain
+from phf.core.runs import (
+    COMPLETE,
+    MODEL_RECORD,
+    CheckpointMark,
+    ModelRecord,
+    checkpoint_folder,
+    checkpoint_step,
+    complete_checkpoints,
+)
+from phf.core.types import PhfError
 from phf.tokens.rows import Order, Rows
 from phf.tokens.tokenizer import save_tokenizer
-from phf.training import fsdp as sharding
+from phf.training import fsdp
 from phf.training.lm import load_lm_weights, save_lm
-from phf.training.metrics import Record
+from phf.training.metrics import OpenLine
 from phf.training.model import PHFModel
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
+class TrainingError(PhfError, RuntimeError):
+    """Training cannot continue."""
 
 
 @contextlib.contextmanager
-def saying_if_full(folder: Path) -> Iterator[None]:
-    """A disk that is full is a TrainingError that says so: every library has words of its own for it."""
+def disk_full_error(folder: Path) -> Iterator[None]:
+    """Turn every library's own error about a full disk into a TrainingError that says so."""
     try:
         yield
     except Exception as error:
         free = shutil.disk_usage(folder).free
-        if getattr(error, "errno", None) == errno.ENOSPC or free < 2**24:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or free < 2**24:
             raise TrainingError(
-                f"no space left for {folder} ({free / 1e6:.0f} MB free); make room and run the same command again: it goes on "
-                "from the newest whole checkpoint"
+                f"no space left for {folder} ({free / 1e6:.0f} MB free); make room and run the same command again: it "
+                "resumes from the newest whole checkpoint"
             ) from error
         raise
 
 
+# Data
+
+
 class RowBatches(Sampler[list[int]]):
-    """This process's row positions, from `start` steps on: O(1) to resume, the same order for any world size."""
+    """Positions of this process's rows in the training order, from step `start` on. Resuming takes no time, and
+    every number of processes sees the same rows in the same steps."""
 
     def __init__(self, steps: int, batch: int, micro: int, accumulate: int, rank: int) -> None:
-        self.steps, self.batch, self.micro, self.accumulate, self.rank = steps, batch, micro, accumulate, rank
+        self.steps = steps
+        self.batch = batch
+        self.micro = micro
+        self.accumulate = accumulate
+        self.rank = rank
         self.start = 0
 
     def __len__(self) -> int:
@@ -67,18 +86,22 @@ class RowBatches(Sampler[list[int]]):
 
 
 class TrainingRows(torch.utils.data.Dataset[Any]):
-    """Rows in training order, from the row `first` of that order on; fetched a batch at a time."""
+    """Rows in training order, from row `first` of that order on. A batch is fetched at a time."""
 
     def __init__(self, rows: Rows, seed: int, total: int, first: int = 0) -> None:
-        self.rows, self.order, self.total, self.first = rows, Order(rows.num_rows, seed), total, first
+        self.rows = rows
+        self.order = Order(rows.num_rows, seed)
+        self.total = total
+        self.first = first
 
     def __len__(self) -> int:
         return self.total
 
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        return to_tensors(
-            self.rows.batch(self.order.rows(self.first + positions[0], self.first + positions[-1] + 1))
-        )  # they are consecutive
+        # positions are consecutive
+        first = self.first + positions[0]
+        last = self.first + positions[-1]
+        return to_tensors(self.rows.batch(self.order.rows(first, last + 1)))
 
 
 def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
@@ -91,8 +114,75 @@ def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+# The trainer
+
+
+@dataclass(frozen=True)
+class Override:
+    """A method of the Hugging Face Trainer that `PHFTrainer` overrides."""
+
+    why: str
+    parameters: str
+    """Names of the method's parameters in transformers. A test fails when they change."""
+
+
+OVERRIDES = {
+    "get_train_dataloader": Override("rows by position, without accelerate's sharding", "self"),
+    "compute_loss": Override(
+        "the loss comes from PHFModel, divided by the targets of all processes",
+        "self model inputs return_outputs num_items_in_batch",
+    ),
+    "_prepare_inputs": Override("copies to a GPU while it computes", "self inputs"),
+    "_get_num_items_in_batch": Override("counts the targets that the objective counts", "self batch_samples device"),
+    "_get_grad_norm": Override("stops before an update that is not finite", "self model grad_norm"),
+    "_prepare_for_training": Override(
+        "callbacks get the LM, not PHFModel", "self max_steps train_dataloader resume_from_checkpoint"
+    ),
+    "_move_model_to_device": Override("a sharded model is in place already", "self model device"),
+    "_save": Override("saves the LM as from_pretrained loads it", "self output_dir state_dict"),
+    "_save_checkpoint": Override("marks whole checkpoints and removes old ones", "self model trial"),
+    "_load_from_checkpoint": Override("loads what _save wrote", "self resume_from_checkpoint model"),
+    "_save_optimizer_and_scheduler": Override("whole tensors of a sharded optimizer", "self output_dir"),
+    "_load_optimizer_and_scheduler": Override("divides whole tensors over the processes", "self checkpoint"),
+}
+"""Names with an underscore are private to transformers: pyproject.toml bounds its version."""
+
+RELIES_ON = {
+    "loss_is_scaled_for_ga": "the Trainer does not divide the loss by the number of accumulated batches",
+    "prepare_model": "accelerate leaves a sharded model as it is",
+    "_get_learning_rate": "reported when training stops",
+    "callback_handler": "its model is the LM, and phf's metrics come first in its callbacks",
+    "_n_gpu": "one process uses one GPU",
+}
+"""Other names of transformers and accelerate that phf sets or reads, and why. A test fails if one disappears."""
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """What checkpoints say, and which are kept."""
+
+    keep: int
+    """How many of the newest are kept."""
+    milestones: frozenset[int]
+    """Steps whose checkpoints are kept forever."""
+    step_tokens: int
+    tokens_before: int
+    """Targets that the starting weights had seen."""
+    segmenter: Plain | None
+    """How the training texts were cut."""
+
+    def tokens_at(self, step: int) -> int:
+        """Targets that the model has seen after a step."""
+        return self.tokens_before + step * self.step_tokens
+
+
 class PHFTrainer(Trainer):
-    """The Trainer with our rows, our denominators, the inner LM in `from_pretrained` form and marked checkpoints."""
+    """The Hugging Face Trainer with phf's rows, denominators and checkpoints. `line` counts what a line of metrics
+    needs."""
 
     def __init__(
         self,
@@ -100,70 +190,72 @@ class PHFTrainer(Trainer):
         rows: TrainingRows,
         sampler: RowBatches,
         tokenizer: Any,
-        keep: int,
-        milestones: set[int],
-        seen: Callable[[int], int],
-        record: Record,
+        line: OpenLine,
+        plan: CheckpointPlan,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=rows, **kwargs)
-        self.record = record
-        self.wrapper, self.rows, self.sampler, self.text_tokenizer, self.keep = model, rows, sampler, tokenizer, keep
-        self.folder, self.milestones, self.seen = Path(kwargs["args"].output_dir), milestones, seen
-        self.loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
-        self.sums: dict[str, torch.Tensor] = {}
-        self.sharded = sharding.is_sharded(model)
-        if self.sharded:  # averages gradients over processes itself
+        self.wrapper = model
+        self.rows = rows
+        self.sampler = sampler
+        self.text_tokenizer = tokenizer
+        self.line = line
+        self.plan = plan
+        self.folder = Path(kwargs["args"].output_dir)
+        self.loss_is_scaled_for_ga = True  # the denominator is that of the whole accumulated batch
+        self.sharded = fsdp.is_sharded(model)
+        if self.sharded:  # FSDP2 averages gradients over processes itself
             self.accelerator.prepare_model = lambda model, **kwargs: model
 
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not sharding.is_sharded(model):  # else it is there
-            super()._move_model_to_device(model, device)
+    def resume(self, checkpoint: Path) -> None:
+        """Continue rows and metrics where a checkpoint left off: the next line is that of a run without
+        interruption."""
+        mark = store.read_record(checkpoint / COMPLETE, CheckpointMark)
+        self.line.resume(mark, self.args.device, first=self.args.process_index == 0)
+        self.sampler.start = mark.step
 
     # data
-    def get_train_dataloader(self) -> DataLoader:
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
         return DataLoader(
             self.rows,
             batch_sampler=self.sampler,
             collate_fn=_identity,
-            num_workers=(workers := self.args.dataloader_num_workers),
-            prefetch_factor=max(2, self.args.gradient_accumulation_steps) if workers else None,  # a step takes so many
+            num_workers=workers,
+            prefetch_factor=max(2, self.args.gradient_accumulation_steps) if workers else None,  # batches of a step
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the loader would draw from the global stream, once more after a resume
+            generator=torch.Generator(),  # the global stream would be drawn from once more after a resume
         )
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """To the device, while it computes: batches lie in pinned memory where there is a GPU."""
         return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
             return None
-        counted = torch.stack(
-            [self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples]
-        ).sum()
-        counted = counted.to(device, non_blocking=True)
+        counts = [self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples]
+        counted = torch.stack(counts).sum().to(device, non_blocking=True)
         if self.args.world_size > 1:
             counted = self.accelerator.gather(counted.reshape(1)).sum()
         return counted.clamp(min=1)
 
     # loss
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # DDP averages gradients over processes, and the denominator is that of all of them
+        # DDP averages gradients over processes, and the denominator is that of all processes
         out = model(**inputs, denominator=num_items_in_batch / self.args.world_size)
-        sums = out["metrics"] | {"loss": out["loss"].detach().double() / self.args.world_size}
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        self.line.add(out["metrics"] | {"loss": out["loss"].detach().double() / self.args.world_size})
         return out["loss"]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, before the update: the only place where a GPU is waited for."""
-        # the norm first: what is not finite in one process makes the norm so in all, and all stop
-        norm = super()._get_grad_norm(model, grad_norm)
+        """Called once per step, before the update. This is the only place that waits for a GPU."""
+        # the norm first: a gradient that is not finite in one process makes the norm so in all, and all stop
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         norm = norm.full_tensor() if self.sharded else norm
-        self._check_finite("loss", self.sums["loss"].item())  # one that is not finite makes the sum so
+        self._check_finite("loss", self.line.sums["loss"].item())  # a sum with one value that is not finite is not
         self._check_finite("norm of the gradient", norm)
         return norm
 
@@ -171,51 +263,58 @@ class PHFTrainer(Trainer):
         if not math.isfinite(value):
             process = f", process {self.args.process_index}" if self.args.world_size > 1 else ""
             raise TrainingError(
-                f"the {what} is {value} at step {self.state.global_step + 1}{process} (lr {self._get_learning_rate():.3g}); the weights were "
-                "not updated. Lower train.lr, look at the scores with extreme values, or use train.precision=fp32"
+                f"the {what} is {value} at step {self.state.global_step + 1}{process} "
+                f"(lr {self._get_learning_rate():.3g}); the weights were not updated. Lower train.lr, look for extreme "
+                "scores, or use train.precision=fp32"
             )
-
-    def sums_of_all(self) -> dict[str, float]:
-        """Metric sums since the last line of metrics, over all processes."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        values = torch.stack([self.sums[n] for n in names])
-        if self.args.world_size > 1:
-            values = self.accelerator.reduce(values, "sum")
-        return dict(zip(names, values.tolist(), strict=True))
-
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Take up rows and metrics where a checkpoint left them, so that the next line is that of a run that did not stop."""
-        mark = store.read_json(checkpoint / COMPLETE)
-        since = mark.get("since_line", {"steps": 0, "seconds": 0.0, "sums": {}})
-        first = self.args.process_index == 0  # sums are of all processes already
-        self.sums = {
-            name: torch.tensor(
-                (math.nan if value is None else value) if first else 0.0, dtype=torch.float64, device=self.args.device
-            )
-            for name, value in since["sums"].items()
-        }
-        self.record.last_step, self.record.seconds = mark["step"] - since["steps"], since["seconds"]
-        self.sampler.start = mark["step"]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self.callback_handler.model = self.wrapper.lm  # callbacks know LMs, not our wrapper
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.callback_handler.model = self.wrapper.lm
         return prepared
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not fsdp.is_sharded(model):
+            super()._move_model_to_device(model, device)
+
     # checkpoints
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        cut = self.rows.rows.tokens.manifest.get("segmenter")
         folder = Path(output_dir) if output_dir else self.folder
-        tokens = self.seen(self.state.global_step)
-        save_model(self.wrapper, self.text_tokenizer, folder, cut, tokens, self.args.should_save)
+        tokens = self.plan.tokens_at(self.state.global_step)
+        save_model(self.wrapper, self.text_tokenizer, folder, self.plan.segmenter, tokens, writer=self.args.should_save)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = checkpoint_folder(self.folder, step)
+        since = self.line.state(step)
+        with disk_full_error(self.folder):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            store.write_json(folder / COMPLETE, CheckpointMark(step, self.plan.tokens_at(step), since))
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        passing = [c for c in complete_checkpoints(self.folder) if checkpoint_step(c) not in self.plan.milestones]
+        for old in passing[: -self.plan.keep]:
+            (old / COMPLETE).unlink()
+            shutil.rmtree(old)
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Load the model of a checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.sharded:  # a sharded model was loaded before it was divided
+            load_lm_weights(self.wrapper.lm, resume_from_checkpoint)
+            self.wrapper.load_value_head(resume_from_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
         optimizer, scheduler = self._inner()
-        state = sharding.optimizer_state(optimizer, keep=self.args.should_save)
+        state = fsdp.optimizer_state(optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -225,53 +324,29 @@ class PHFTrainer(Trainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         optimizer, scheduler = self._inner()
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        sharding.load_optimizer_state(optimizer, state)
+        fsdp.load_optimizer_state(optimizer, state)
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _inner(self) -> tuple[Any, Any]:
-        """torch's optimizer and its scheduler, without accelerate around it."""
+        """torch's optimizer, without accelerate's wrapper, and its scheduler."""
         optimizer: Any = self.optimizer
         return optimizer.optimizer, self.lr_scheduler
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder, step = self.folder / f"checkpoint-{self.state.global_step}", self.state.global_step
-        since = {
-            "steps": step - self.record.last_step,
-            "seconds": self.record.seconds,
-            "sums": self.sums_of_all(),
-        }
-        with saying_if_full(self.folder):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            store.write_json(folder / COMPLETE, {"step": step, "tokens": self.seen(step), "since_line": since})
-            passing = [c for c in complete_checkpoints(self.folder) if _step_of(c) not in self.milestones]
-            for old in passing[: -self.keep]:
-                (old / COMPLETE).unlink()
-                shutil.rmtree(old)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.sharded:  # else they were loaded before
-            load_lm_weights(self.wrapper.lm, resume_from_checkpoint)
-            self.wrapper.load_value_head(resume_from_checkpoint)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 def save_model(
     wrapper: PHFModel,
     tokenizer: Any,
     folder: Path,
-    segmenter: dict[str, Any] | None,
+    segmenter: Plain | None,
     tokens: int,
     writer: bool = True,
 ) -> None:
-    """The LM as `from_pretrained` wants it, with its tokenizer, the value head beside it, and a card: what was learned, how
-    texts were cut into the segments that are tokenised by themselves, and how many target `tokens` were seen. Called on
-    all processes; `writer`: the one that writes."""
-    state = sharding.state_of(wrapper, keep=writer)
+    """Save the LM as `from_pretrained` loads it, with its tokenizer, its value head and its record.
+
+    `segmenter`: how training texts were cut into the segments that are tokenized one by one. `tokens`: targets
+    seen. Called on all processes; `writer`: whether this one writes.
+    """
+    state = fsdp.state_of(wrapper, keep=writer)
     if not writer:
         return
     parts = {
@@ -281,12 +356,22 @@ def save_model(
     save_lm(wrapper.lm, folder, parts["lm."])
     save_tokenizer(tokenizer, folder)
     wrapper.save_value_head(folder, parts["value_head."])
-    roles = dict(zip(("good", "bad"), wrapper.objective.control_tokens, strict=False))
-    card = {"objective": to_plain(wrapper.objective), "control_tokens": roles, "segmenter": segmenter, "tokens": tokens}
-    store.write_json(folder / MODEL_CARD, card)
+    record = ModelRecord(
+        objective=to_plain(wrapper.objective),
+        control_tokens=wrapper.objective.roles,
+        segmenter=segmenter,
+        tokens=tokens,
+        bad_above=wrapper.objective.bad_above,
+    )
+    store.write_json(folder / MODEL_RECORD, record)
+
+
+# Callbacks
 
 
 class SaveAt(TrainerCallback):
+    """Asks for a checkpoint at certain steps."""
+
     def __init__(self, steps: set[int]) -> None:
         self.steps = steps
 
@@ -296,6 +381,8 @@ class SaveAt(TrainerCallback):
 
 
 class StopAfter(TrainerCallback):
+    """Stops with a checkpoint after a number of steps."""
+
     def __init__(self, steps: int) -> None:
         self.steps = steps
 

@@ -1,9 +1,9 @@
-"""What a model can still do: LAMBADA, HumanEval, GLUE finetuning. Floor 5.
+"""Capabilities: LAMBADA, HumanEval, GLUE finetuning, tasks of lm-evaluation-harness.
 
     phf eval runs/mine capabilities=[{name: lambada, path: lambada_test.jsonl}]
 
-Each takes a file or folder of yours. Models with control tokens are given the good one where a text begins, and control
-tokens are never written.
+Each reads a file or folder of yours, or a file of the Hub. Models with control tokens get the good one at the start of
+every text and never write control tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.capabilities.lm_eval import LmEval
 
-AnyCapability = Annotated[Lambada | HumanEval | Glue | LmEval, Field(discriminator="name")]
+AnyCapability = Annotated[Lambada | HumanEval | Glue | LmEval, Field(discriminator="name", title="capability")]
 
 __all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval"]

@@ -1,4 +1,4 @@
-"""What capabilities share: files, the start of a text, log-probabilities of continuations."""
+"""The interface of a capability, and what capabilities share: files, the start of a text, log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,31 +9,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, to_plain
+from phf.core.types import Estimate
+from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
 from phf.scorers.fitting import read_rows
 
 
 class Capability:
-    """Interface: `measure(model)` gives plain values, estimates as {"mean", "stderr", "n", "ci95"}."""
+    """Interface. A subclass is a frozen dataclass; its fields are its settings."""
 
-    def measure(self, model: LoadedModel) -> dict[str, Any]:
+    @property
+    def title(self) -> str:
+        """The capability's name and task, for tables."""
+        settings = to_plain(self)
+        return " ".join([settings["name"], *([settings["task"]] if "task" in settings else [])])
+
+    def measure(self, model: LoadedModel) -> CapabilityResult:
+        """Measure a model. The first estimate of the result is the main number."""
         raise NotImplementedError
 
     def inputs(self) -> list[str | None]:
-        """Hashes of the files that it reads."""
+        """Hashes of the files that the capability reads."""
         raise NotImplementedError
 
     def check(self, model: LoadedModel) -> None:
-        """Raise ConfigError for what is known to be wrong before anything is measured."""
+        """Raise ConfigError for problems that can be found before anything is measured."""
         self.inputs()
+
+    def result(self, estimates: dict[str, Estimate], **details: Any) -> CapabilityResult:
+        """A result with this capability's name and settings."""
+        settings = to_plain(self)
+        return CapabilityResult(settings["name"], settings, estimates, details)
 
 
 HUB = "hf://datasets/"
 
 
 def local_file(path: str) -> Path:
-    """A file here or, as `hf://datasets/OWNER/NAME/FILE`, of the Hub: fetched once, into its cache."""
+    """A local file, or a file of the Hub (`hf://datasets/OWNER/NAME/FILE`), downloaded once into its cache."""
     if not path.startswith(HUB):
         if not (file := Path(path).expanduser()).is_file():
             raise ConfigError(f"{path}: no such file")
@@ -46,12 +60,12 @@ def local_file(path: str) -> Path:
         raise ConfigError(f"{path}: expected {HUB}OWNER/NAME/FILE")
     try:
         return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
-    except (OSError, ValueError, HFValidationError) as error:  # what the Hub says, and that it does not answer
-        raise ConfigError(f"{path} cannot be fetched: {error}") from None
+    except (OSError, ValueError, HFValidationError) as error:  # errors of the Hub and of the connection
+        raise ConfigError(f"{path} cannot be downloaded: {error}") from None
 
 
 def rows_of(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a file in which every one of `fields` is a string."""
+    """Rows of a file. Raises ConfigError if one of `fields` is not a string in some row."""
     rows = read_rows(local_file(path))
     for number, row in enumerate(rows):
         for field in fields:
@@ -63,15 +77,19 @@ def rows_of(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def prefix_ids(model: LoadedModel) -> list[int]:
-    """What a text begins with: the model's start token and, for models that know it, the good one."""
+    """Token ids that a text starts with: the start token and, for models with control tokens, the good one."""
     return [model.start_id, *([model.control_ids["good"]] if model.control_ids else [])]
 
 
-def split_behind(model: LoadedModel, context: str, whole: str) -> tuple[list[int], list[int]]:
-    """Token ids of `whole`, which begins with `context`, behind `prefix_ids`: those that the context has by itself too, and the
-    rest, at least one. (What comes behind is never tokenised by itself: SentencePiece's tokenizers would begin a text with
-    it; and a token may reach over from the context.)"""
-    ids, before = model.encode(whole), model.encode(context)
+def split_after(model: LoadedModel, context: str, whole: str) -> tuple[list[int], list[int]]:
+    """Token ids of `whole`, split after its beginning `context`: the tokens that the context has by itself too
+    (after `prefix_ids`), and the rest, at least one token.
+
+    The rest is not tokenized by itself: SentencePiece would treat it as the beginning of a text, and a token may
+    span the end of the context.
+    """
+    ids = model.encode(whole)
+    before = model.encode(context)
     common = next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before)))
     common = min(common, max(len(ids) - 1, 0))
     return prefix_ids(model) + ids[:common], ids[common:]
@@ -81,9 +99,12 @@ def split_behind(model: LoadedModel, context: str, whole: str) -> tuple[list[int
 def continuations(
     model: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]], batch: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each (context, continuation) in token ids: log-probability of the continuation (nats, float64), and whether
-    every token of it is the likeliest. A context begins with `prefix_ids`; one too long for the model loses what comes behind
-    them. Control tokens have no share. Raises ConfigError for a continuation longer than the model reads."""
+    """For each (context, continuation) in token ids: log-probability of the continuation in nats (float64), and
+    whether all its tokens are the likeliest. Control tokens are excluded.
+
+    A context starts with `prefix_ids`; a context that is too long loses tokens right after them. Raises ConfigError
+    for a continuation longer than the model's context.
+    """
     lm = model.lm
     limit = model.positions
     kept = len(prefix_ids(model))
@@ -95,7 +116,8 @@ def continuations(
             )
         over = max(0, len(context) + len(target) - 1 - limit)
         rows.append((context[:kept] + context[kept + over :], target))
-    logp, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
+    logp = np.zeros(len(rows))
+    greedy = np.ones(len(rows), bool)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for begin in range(0, len(order), batch):
         part = order[begin : begin + batch]

@@ -1,10 +1,10 @@
-"""GLUE: finetuning on a task of understanding."""
+"""GLUE: finetuning on a task of language understanding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
 from phf.core.statistics import share_estimate
+from phf.core.types import Estimate
 from phf.evaluation.capabilities.base import Capability, local_file, prefix_ids
+from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
 from phf.scorers.fitting import read_rows
 
@@ -30,36 +32,37 @@ GLUE: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "rte": ("accuracy", (("sentence1", "sentence2", "label"),)),
     "wnli": ("accuracy", (("sentence1", "sentence2", "label"),)),
 }
-"""GLUE's tasks (Wang et al. 2018): what is measured, and the columns (texts, label) of the Hub's nyu-mll/glue and of GLUE's own
-files."""
+"""GLUE's tasks (Wang et al. 2018): the metric, and the columns (texts, label) of the Hub's nyu-mll/glue and of
+GLUE's own files."""
 COLA = ("source", "label", "mark", "sentence")
-"""The columns of CoLA's own files, which have no head."""
+"""Columns of CoLA's own files, which have no header."""
 
 
 class GlueData(NamedTuple):
-    """What a task is learned from."""
+    """Training and dev set of a task."""
 
     metric: str
     train: list[str]
     dev: list[str]
     target_N: np.ndarray
-    """Labels of `train`: numbers of classes or, where there is one, values."""
+    """Labels of `train`: class numbers, or values for regression."""
     truth_M: np.ndarray
     """Labels of `dev`."""
     classes: int
     """1: regression."""
-    set_aside: int
-    """Rows that lack a column."""
+    skipped: int
+    """Rows without one of the columns."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Glue(Capability):
-    """Finetuning on a GLUE task, as the paper did: at most `epochs` epochs, the best by the dev set, stopping after
-    `patience` without a better one. Finetunes a copy; the model itself is not changed.
+    """Finetuning on a GLUE task as in the paper: at most `epochs` epochs, the best one by the dev set, with early
+    stopping after `patience` epochs without a better one. A copy is finetuned; the model itself does not change.
 
-    `train` and `dev`: .tsv, .jsonl or .parquet files, here or hf://datasets/... `task`: one of GLUE's (cola, sst2, mrpc,
-    qqp, stsb, mnli, qnli, rte, wnli), which says the columns and the metric, or a name of yours. `metric`: accuracy, f1 (of
-    the label that is last in order: 1 of 0 and 1), matthews (correlation) or pearson (labels are numbers; regression).
+    `train` and `dev`: .tsv, .jsonl or .parquet files, local or hf://datasets/... `task`: one of GLUE's (cola, sst2,
+    mrpc, qqp, stsb, mnli, qnli, rte, wnli), which sets columns and metric, or a name of your own. `metric`:
+    accuracy, f1 (of the label that sorts last: 1 of 0 and 1), matthews (correlation), or pearson (numeric labels;
+    regression).
     """
 
     train: str
@@ -80,9 +83,9 @@ class Glue(Capability):
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(p)) for p in (self.train, self.dev)]
 
-    def measure(self, model: LoadedModel) -> dict[str, Any]:
+    def measure(self, model: LoadedModel) -> CapabilityResult:
         devices = [model.lm.device] if model.lm.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # dropout draws from a stream of its own
+        with torch.random.fork_rng(devices=devices):  # dropout has its own random stream
             torch.manual_seed(self.seed)
             return self._measure(model)
 
@@ -90,78 +93,95 @@ class Glue(Capability):
         self.read()
 
     def read(self) -> GlueData:
+        """The data of the task. Raises ConfigError if columns or labels do not suit it."""
         usual, layouts = GLUE.get(self.task, ("accuracy", (("text", "label"),)))
         metric = self.metric or usual
-        (train, torn), (dev, torn_too) = self._rows(self.train, layouts), self._rows(self.dev, layouts)
+        train, train_skipped = self._rows(self.train, layouts)
+        dev, dev_skipped = self._rows(self.dev, layouts)
         train = train[: self.max_train]
         truth_of = self._numbers if metric == "pearson" else self._classes
         target_N, truth_M, classes = truth_of([label for _, label in train], [label for _, label in dev])
-        return GlueData(metric, [t for t, _ in train], [t for t, _ in dev], target_N, truth_M, classes, torn + torn_too)
+        return GlueData(
+            metric=metric,
+            train=[t for t, _ in train],
+            dev=[t for t, _ in dev],
+            target_N=target_N,
+            truth_M=truth_M,
+            classes=classes,
+            skipped=train_skipped + dev_skipped,
+        )
 
-    def _measure(self, model: LoadedModel) -> dict[str, Any]:
+    def _measure(self, model: LoadedModel) -> CapabilityResult:
         data = self.read()
-        classifier = _Head(model, data.classes, self.seed)
+        classifier = _Classifier(model, data.classes, self.seed)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.lr, weight_decay=0.01)
         rng = np.random.Generator(np.random.Philox(self.seed))
-        best, best_epoch, best_guess = -math.inf, 0, np.zeros(len(data.dev))
-        history = []
+        best = -math.inf
+        best_epoch = 0
+        best_guess = np.zeros(len(data.dev))
+        history: list[float] = []
         for epoch in range(1, self.epochs + 1):
-            classifier.train()
-            order = rng.permutation(len(data.train))
-            for start in range(0, len(order), self.batch):
-                part = order[start : start + self.batch]
-                out = classifier([data.train[i] for i in part])
-                target = torch.tensor(data.target_N[part], device=out.device)
-                loss = F.cross_entropy(out, target) if data.classes > 1 else F.mse_loss(out[:, 0], target)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            classifier.eval()
-            with torch.inference_mode():
-                outs = [classifier(data.dev[s : s + 64]).cpu() for s in range(0, len(data.dev), 64)]
-            out_M = torch.cat(outs).numpy()
-            guess_M = out_M.argmax(-1) if data.classes > 1 else out_M[:, 0]
+            self._train_epoch(classifier, optimizer, data, rng.permutation(len(data.train)))
+            guess_M = _guesses(classifier, data)
             value = glue_score(data.metric, data.truth_M, guess_M, data.classes - 1)
             history.append(value)
             if value > best:
-                best, best_epoch, best_guess = value, epoch, guess_M
+                best = value
+                best_epoch = epoch
+                best_guess = guess_M
             elif epoch - best_epoch >= self.patience:
                 break
-        found: dict[str, Any] = {}
+        estimates: dict[str, Estimate] = {}
         if data.metric != "accuracy":
             picks = (rng.integers(0, len(data.truth_M), len(data.truth_M)) for _ in range(500))
             draws = [glue_score(data.metric, data.truth_M[pick], best_guess[pick], data.classes - 1) for pick in picks]
-            ci = [float(x) for x in np.quantile(draws, [0.025, 0.975])]
-            found[data.metric] = {"mean": best, "stderr": float(np.std(draws)), "n": len(data.truth_M), "ci95": ci}
+            low, high = np.quantile(draws, [0.025, 0.975])
+            ci95 = (float(low), float(high))
+            estimates[data.metric] = Estimate(best, float(np.std(draws)), len(data.truth_M), ci95)
         if data.classes > 1:
-            found["accuracy"] = share_estimate(best_guess == data.truth_M).to_json()
-        return found | {
-            "epoch": best_epoch,
-            "history": history,
-            "train": len(data.train),
-            "dev": len(data.dev),
-            "set_aside": data.set_aside,
-        }
+            estimates["accuracy"] = share_estimate(best_guess == data.truth_M)
+        return self.result(
+            estimates,
+            epoch=best_epoch,
+            history=history,
+            train=len(data.train),
+            dev=len(data.dev),
+            skipped=data.skipped,
+        )
+
+    def _train_epoch(
+        self, classifier: _Classifier, optimizer: torch.optim.Optimizer, data: GlueData, order: np.ndarray
+    ) -> None:
+        classifier.train()
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            out = classifier([data.train[i] for i in part])
+            target = torch.tensor(data.target_N[part], device=out.device)
+            loss = F.cross_entropy(out, target) if data.classes > 1 else F.mse_loss(out[:, 0], target)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
     def _classes(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
         labels = sorted(set(train))
         unknown = set(dev) - set(labels)
         if unknown:
-            raise ConfigError(f"glue {self.task}: the dev set has labels that training has not: {sorted(unknown)}")
+            raise ConfigError(f"glue {self.task}: labels of the dev set do not occur in training: {sorted(unknown)}")
         if len(labels) < 2:
-            raise ConfigError(f"glue {self.task}: all of {self.train} has the label {labels[0]!r}")
-        return *(np.array([labels.index(label) for label in part]) for part in (train, dev)), len(labels)  # type: ignore[return-value]
+            raise ConfigError(f"glue {self.task}: every row of {self.train} has the label {labels[0]!r}")
+        target_N, truth_M = (np.array([labels.index(label) for label in part]) for part in (train, dev))
+        return target_N, truth_M, len(labels)
 
     def _numbers(self, train: Sequence[str], dev: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
         try:
             return np.array(train, np.float32), np.array(dev, np.float32), 1
         except ValueError as error:
-            raise ConfigError(f"glue {self.task}: labels are not numbers, as metric=pearson needs: {error}") from None
+            raise ConfigError(f"glue {self.task}: metric=pearson needs numeric labels: {error}") from None
 
     def _rows(self, path: str, layouts: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, str]], int]:
-        """(text, label) of each row, by the first of `layouts` that a file has, but for the columns that are named; and how
-        many rows lack one of them, as some of QQP's do."""
+        """(text, label) of each row, and how many rows lack a column, as some of QQP's do. The columns are those of
+        the first of `layouts` that the file has, except those given in the settings."""
         rows = read_rows(local_file(path))
         names = list(rows[0]) if rows else []
         if self.task == "cola" and len(names) == len(COLA) and "sentence" not in names:
@@ -185,7 +205,7 @@ class Glue(Capability):
 
 
 def glue_score(metric: str, truth_N: np.ndarray, guess_N: np.ndarray, positive: int = 1) -> float:
-    """Accuracy, F1 of the class `positive`, or a correlation (0 where guesses do not differ). Higher is better."""
+    """Accuracy, F1 of the class `positive`, or a correlation (0 if all guesses are equal). Higher is better."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if metric == "pearson":
@@ -196,7 +216,17 @@ def glue_score(metric: str, truth_N: np.ndarray, guess_N: np.ndarray, positive: 
     return float({"accuracy": accuracy_score, "matthews": matthews_corrcoef}[metric](truth_N, guess_N))
 
 
-class _Head(torch.nn.Module):
+def _guesses(classifier: _Classifier, data: GlueData) -> np.ndarray:
+    """Guessed classes or values for the dev set."""
+    classifier.eval()
+    with torch.inference_mode():
+        outs = [classifier(data.dev[s : s + 64]).cpu() for s in range(0, len(data.dev), 64)]
+    out_M = torch.cat(outs).numpy()
+    guess_M: np.ndarray = out_M.argmax(-1) if data.classes > 1 else out_M[:, 0]
+    return guess_M
+
+
+class _Classifier(torch.nn.Module):
     """A copy of an LM with a linear classifier on the last token's hidden state."""
 
     def __init__(self, model: LoadedModel, classes: int, seed: int) -> None:
@@ -223,4 +253,5 @@ class _Head(torch.nn.Module):
         ids = torch.tensor([r + [self.start[0]] * (width - len(r)) for r in rows], device=device)
         hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
         last = torch.tensor([len(r) - 1 for r in rows], device=device)
-        return self.head(hidden[torch.arange(len(rows), device=device), last])  # type: ignore[no-any-return]
+        found: torch.Tensor = self.head(hidden[torch.arange(len(rows), device=device), last])
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -11,15 +11,19 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT
 from phf.core.statistics import mean_estimate, share_estimate
-from phf.evaluation.capabilities.base import Capability, continuations, local_file, rows_of, split_behind
+from phf.evaluation.capabilities.base import Capability, continuations, local_file, rows_of, split_after
+from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
 
 
 @dataclass(frozen=True, config=STRICT)
 class Lambada(Capability):
-    """Predicting the last word of a passage (Paperno et al. 2016): accuracy (every token of the word is the likeliest)
-    and perplexity of the word. `path`: JSON lines or Parquet with `text`, as OpenAI prepared it, here or on
-    the Hub (hf://datasets/EleutherAI/lambada_openai/data/lambada_test_en.jsonl)."""
+    """Predicting the last word of a passage (Paperno et al. 2016): accuracy (every token of the word is the
+    likeliest) and perplexity of the word.
+
+    `path`: OpenAI's version as JSON lines or Parquet with `text`, local or on the Hub
+    (hf://datasets/EleutherAI/lambada_openai/data/lambada_test_en.jsonl).
+    """
 
     path: str
     name: Literal["lambada"] = "lambada"
@@ -32,14 +36,14 @@ class Lambada(Capability):
     def check(self, model: LoadedModel) -> None:
         rows_of(self.path, ["text"])
 
-    def measure(self, model: LoadedModel) -> dict[str, Any]:
+    def measure(self, model: LoadedModel) -> CapabilityResult:
         texts = [row["text"].rstrip() for row in rows_of(self.path, ["text"])][: self.max_passages]
-        pairs = [split_behind(model, text.rpartition(" ")[0], text) for text in texts]
+        pairs = [split_after(model, text.rpartition(" ")[0], text) for text in texts]
         logp, right = continuations(model, pairs, self.batch)
         loss = mean_estimate(-logp)
-        return {
-            "accuracy": share_estimate(right).to_json(),
-            "perplexity": math.exp(min(loss.mean, 700)),
-            "perplexity_ci95": [math.exp(min(x, 700)) for x in loss.ci95],
-            "passages": len(texts),
-        }
+        return self.result(
+            {"accuracy": share_estimate(right)},
+            perplexity=math.exp(min(loss.mean, 700)),
+            perplexity_ci95=[math.exp(min(x, 700)) for x in loss.ci95],
+            passages=len(texts),
+        )

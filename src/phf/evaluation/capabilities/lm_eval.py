@@ -12,15 +12,19 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, did_you_mean
 from phf.core.statistics import Z95
+from phf.core.types import Estimate
 from phf.evaluation.capabilities.base import Capability
+from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
 
 
 @dataclass(frozen=True, config=STRICT)
 class LmEval(Capability):
-    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`), the good token before each text where the model has one.
+    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`), with the good token before each text where the
+    model has one.
 
-    `tasks`: names. `folder`: task files of yours; then the harness's own are not read, which takes seconds.
+    `tasks`: names of tasks. `folder`: your own task files; the harness's own, which take seconds to read, are then
+    not available.
     """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -57,30 +61,34 @@ class LmEval(Capability):
             raise ConfigError(f"lm-eval: no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}")
         return manager
 
-    def measure(self, model: LoadedModel) -> dict[str, Any]:
+    def measure(self, model: LoadedModel) -> CapabilityResult:
         lm_eval, _ = self._import()
-        from phf.evaluation.capabilities.lm_eval_adapter import HarnessModel
+        from phf.evaluation.capabilities.lm_eval_adapter import LmEvalModel
 
-        manager = self._manager()
         found = lm_eval.simple_evaluate(
-            model=HarnessModel(model, self.batch, self.seed), tasks=list(self.tasks), task_manager=manager, limit=self.limit,
-            num_fewshot=self.num_fewshot, random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,
-            fewshot_random_seed=self.seed, log_samples=False, bootstrap_iters=1000,
-        )  # fmt: skip
-        result: dict[str, Any] = {}
+            model=LmEvalModel(model, self.batch, self.seed),
+            tasks=list(self.tasks),
+            task_manager=self._manager(),
+            limit=self.limit,
+            num_fewshot=self.num_fewshot,
+            random_seed=self.seed,
+            numpy_random_seed=self.seed,
+            torch_random_seed=self.seed,
+            fewshot_random_seed=self.seed,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+        estimates: dict[str, Estimate] = {}
         for task, values in found["results"].items():
             for key, value in values.items():
                 metric, _, filter_name = key.partition(",")
                 if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
-                stderr = values.get(f"{metric}_stderr,{filter_name}")
-                known = isinstance(stderr, int | float)
-                ci = [value - Z95 * stderr, value + Z95 * stderr] if known else [None, None]
                 n = found["n-samples"].get(task, {}).get("effective", values.get("sample_len"))
-                result[f"{task} {metric}"] = {
-                    "mean": float(value),
-                    "stderr": stderr if known else None,
-                    "n": n,
-                    "ci95": ci,
-                }
-        return result
+                stderr = values.get(f"{metric}_stderr,{filter_name}")
+                if isinstance(stderr, int | float):
+                    ci95 = (value - Z95 * stderr, value + Z95 * stderr)
+                    estimates[f"{task} {metric}"] = Estimate(float(value), stderr, n, ci95)
+                else:
+                    estimates[f"{task} {metric}"] = Estimate.missing(float(value), n)
+        return self.result(estimates)

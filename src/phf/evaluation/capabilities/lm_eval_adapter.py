@@ -1,4 +1,4 @@
-"""A loaded model as the lm-evaluation-harness wants it: three methods. Floor 5, extra `eval`."""
+"""A loaded model with the interface of lm-evaluation-harness, which has three methods. Extra `eval`."""
 
 from __future__ import annotations
 
@@ -7,38 +7,43 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from phf.evaluation.capabilities.base import continuations, prefix_ids, split_behind
+from phf.evaluation.capabilities.base import continuations, prefix_ids, split_after
 from phf.generation.loaded import LoadedModel
 from phf.generation.sample import sample_prompts
 from phf.generation.scenario import Scenario
 
 
-class HarnessModel(LM):  # type: ignore[misc]
-    """Every text begins with the end-of-text token and, for models that know it, the good control token."""
+class LmEvalModel(LM):  # type: ignore[misc]
+    """Every text starts with the start token and, for models with control tokens, the good one."""
 
     def __init__(self, model: LoadedModel, batch: int = 32, seed: int = 0) -> None:
         super().__init__()
-        self.model, self.batch, self.seed, self.start = model, batch, seed, prefix_ids(model)
+        self.model = model
+        self.batch = batch
+        self.seed = seed
+        self.start = prefix_ids(model)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.model.encode(text) for text in texts]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(context, continuation) -> log-probability and whether it is the greedy one. White space at the end of a
-        context belongs to the continuation, as the harness has it."""
+        """(log-probability of the continuation, whether it is the greedy one) for each (context, continuation).
+        White space at the end of a context belongs to the continuation, as in lm-evaluation-harness."""
         pairs = []
         for request in requests:
             context, continuation = request.args
             bare = context.rstrip()
-            continuation, context = context[len(bare) :] + continuation, bare
-            pairs.append(split_behind(self.model, context, context + continuation))
+            continuation = context[len(bare) :] + continuation
+            context = bare
+            pairs.append(split_after(self.model, context, context + continuation))
         logp, greedy = continuations(self.model, pairs, self.batch)
         return [(float(value), bool(right)) for value, right in zip(logp, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability of whole texts, in windows where they are longer than the model reads."""
+        """Log-probability of whole texts, in windows where a text is longer than the model's context."""
         room = self.model.positions - len(self.start)
-        pairs, owner = [], []
+        pairs = []
+        owner = []
         for number, ids in enumerate(self._encode([request.args[0] for request in requests])):
             for begin in range(0, max(len(ids), 1), room):
                 pairs.append((self.start, ids[begin : begin + room]))
@@ -50,10 +55,10 @@ class HarnessModel(LM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy continuations (or sampled, where a task asks for it), up to the first of the stop strings."""
+        """Greedy continuations, or sampled ones where the task asks for it, up to the first stop string."""
         written = []
         room = self.model.positions - len(self.start) - 1
-        for number, request in enumerate(requests):  # each with a random stream of its own
+        for number, request in enumerate(requests):  # each has its own random stream
             context, settings = request.args
             stops = settings.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
@@ -61,9 +66,14 @@ class HarnessModel(LM):  # type: ignore[misc]
             ids = self._encode([context])[0][-max(room - longest, 1) :]
             sampled = settings.get("do_sample", False) and settings.get("temperature", 0) > 0
             scenario = Scenario(
-                num_samples=1, max_tokens=longest, min_tokens=0, temperature=float(settings["temperature"]) if sampled else 1e-4,
-                top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0, seed=(self.seed << 32) + number, precision="fp32",
-            )  # fmt: skip
+                num_samples=1,
+                max_tokens=longest,
+                min_tokens=0,
+                temperature=float(settings["temperature"]) if sampled else 1e-4,
+                top_p=float(settings.get("top_p", 1.0)) if sampled else 1.0,
+                seed=(self.seed << 32) + number,
+                precision="fp32",
+            )
             (item,) = sample_prompts(self.model, scenario, [context], progress=False, starts=[self.start + ids])
             text = item.text
             for stop in stops:

@@ -1,0 +1,103 @@
+"""What a reader is, and what readers share.
+
+A reader plans its corpus as shards, plain JSON values that any process can read by themselves. Reading a shard yields a
+`Document` per row or, for a row that cannot become one, a `Rejected` with the reason. Nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from phf.core.config import Plain
+from phf.core.store import file_hash, is_local, jsonable, too_deep
+from phf.core.types import Document, Rejected
+
+Shard = dict[str, Any]
+"""Which part of the corpus: numbers that only its reader understands."""
+Item = Document | Rejected
+
+DOCS_PER_SHARD = 512
+SHARD_BYTES = 64 * 2**20
+HASHED_WHOLE_BYTES = 64 * 2**20
+"""Larger local files are identified by their modification time instead of their content."""
+TOO_DEEP = "nested too deeply"
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def admit(id: str, text: Any, meta: dict[str, Any], max_chars: int) -> Item:
+    """A document, or why the text cannot become one. NUL characters are allowed; lone surrogates are not: they have no
+    UTF-8 form."""
+    if not isinstance(text, str):
+        return Rejected(id, f"text is not a string but {type(text).__name__}")
+    if not text:
+        return Rejected(id, "empty text")
+    if len(text) > max_chars:
+        return Rejected(id, "longer than max_chars")
+    if SURROGATE.search(text):
+        return Rejected(id, "lone surrogate")
+    if too_deep(meta):
+        return Rejected(id, TOO_DEEP)
+    return Document(id.encode("utf-8", "backslashreplace").decode(), text, jsonable(meta))
+
+
+def table_rows(table: Any) -> Iterator[dict[str, Any] | None]:
+    """Rows of an Arrow table or batch. None for a row whose bytes are not UTF-8, whatever its type promises."""
+    try:
+        yield from table.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for number in range(table.num_rows):
+        try:
+            row = table.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            row = None
+        yield row
+
+
+class Corpus:
+    """Interface of a reader. A subclass is a frozen dataclass; its fields are its settings."""
+
+    def plan(self) -> list[Shard]:
+        """The shards, in order. Raises ConfigError if there is nothing to read."""
+        raise NotImplementedError
+
+    def read(self, shard: Shard) -> Iterator[Item]:
+        """Documents and rejected rows of one shard, in order."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Changes when the content does. It is part of the key of every later stage."""
+        raise NotImplementedError
+
+    def provenance(self) -> Plain:
+        """What the manifest says about the source beyond the reader's settings."""
+        return {}
+
+
+def file_mark(path: Path) -> list[Any]:
+    """What identifies a file: name, size, and content hash (local), modification time (local and large) or the version
+    that a remote file system reports."""
+    stat = path.stat()
+    if not is_local(path):
+        return [path.name, stat.st_size, str(path.fs.ukey(path.path))]  # type: ignore[attr-defined]
+    return [path.name, stat.st_size, file_hash(path) if stat.st_size <= HASHED_WHOLE_BYTES else stat.st_mtime_ns]
+
+
+def chunks(count: int, size: int = DOCS_PER_SHARD) -> list[tuple[int, int]]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def read_text_file(path: Path, id: str, max_chars: int) -> Item:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return Rejected(id, f"cannot be read: {error.strerror}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Rejected(id, "not UTF-8")
+    return admit(id, text, {"file": id}, max_chars)

@@ -1,0 +1,242 @@
+"""The parts of an evaluation: one measurement each, on any loaded model.
+
+An `Evaluation` says what is measured and how samples are judged. `evaluate` runs its parts on a finished model and
+keeps each part's result; `monitor` runs the same parts on the model in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phf.core import store
+from phf.core.config import Plain, to_plain
+from phf.core.runs import RunFolder
+from phf.core.types import Identity
+from phf.data.segment import Segmenter
+from phf.evaluation.capabilities.base import Capability
+from phf.evaluation.heldout import heldout_section
+from phf.evaluation.judge import judge_samples
+from phf.evaluation.kl import KL, ReferenceTexts, kl, kl_scenario, reference_hash, text_rows
+from phf.evaluation.results import AnyCapabilityResult, HeldoutResult, KLResult, ScenarioResult
+from phf.generation.loaded import LoadedModel, check_room, precision_of, prompt_ids
+from phf.generation.sample import sample, write_samples
+from phf.generation.scenario import Scenario, prompts_path, scenario_prompts
+from phf.scorers import Scorer
+from phf.tokens.store import TokenStore
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How texts are judged."""
+
+    scorer: Scorer | None
+    """None: only what needs no scorer is measured."""
+    segmenter: Segmenter
+    """How samples are cut into segments: as the corpus was."""
+    threshold: float = 0.0
+    """Scores above it are bad."""
+    control_threshold: float | None = None
+    """Segments with a score above it had the bad token in training; None: what the model's record says, else
+    `threshold`."""
+
+    def identity(self) -> Identity | None:
+        """The scorer's identity."""
+        return None if self.scorer is None else self.scorer.identity()
+
+    def control_limit(self, model: LoadedModel) -> float:
+        """The threshold of the control tokens of a model."""
+        known = (self.control_threshold, model.threshold, self.threshold)
+        return next(limit for limit in known if limit is not None)
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """Held-out text in the tokens of a model."""
+
+    tokens: TokenStore
+    context: int
+    """Tokens that are read together."""
+    max_tokens: int
+    """Tokens to read at most."""
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Which held-out text to read."""
+
+    text: Callable[[LoadedModel], HeldoutText]
+    settings: Any
+    """Plain data that decides the text."""
+    brief: bool = False
+    """Measure only the loss that compares with other models, not its understanding of bad text."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement."""
+
+    name: str
+    result: Any
+    """The type of what `measure` returns."""
+    settings: Callable[[], Any]
+    """Plain data: everything but the model that decides the result."""
+    measure: Callable[[LoadedModel], Any]
+    check: Callable[[LoadedModel], None] = lambda model: None
+    """Raises ConfigError for problems that can be found before anything is measured."""
+    needs: str | None = None
+    """Role of a control token that the part needs."""
+    written: Path | None = None
+    """A file that `measure` writes."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of a model."""
+
+    folder: RunFolder
+    """Where samples and texts of references go."""
+    judging: Judging
+    scenarios: dict[str, Scenario] = field(default_factory=dict)
+    heldout: Heldout | None = None
+    kl: KL | None = None
+    reference: ReferenceTexts | None = None
+    """Texts of the reference of `kl`; None: drawn, or read from the cache."""
+    capabilities: Sequence[Capability] = ()
+    samples_prefix: str = ""
+    """Goes before the names of the files of samples."""
+    progress: bool = True
+
+    def parts(self) -> dict[str, Part]:
+        """The measurements, by name."""
+        parts = [self._scenario(name) for name in self.scenarios]
+        if self.heldout is not None:
+            parts.append(self._heldout(self.heldout))
+        if self.kl is not None:
+            parts.append(self._kl(self.kl))
+        parts += [self._capability(c, n) for n, c in enumerate(self.capabilities)]
+        return {part.name: part for part in parts}
+
+    def key(self, model_key: str) -> str:
+        """Fingerprint of the model and of everything that decides the results."""
+        judging = self.judging
+        everything = [
+            {name: to_plain(s) for name, s in self.scenarios.items()},
+            judging.threshold,
+            judging.identity(),
+            None if self.heldout is None else self.heldout.settings,
+            to_plain(judging.segmenter),
+            None if self.kl is None else self._kl_settings(self.kl),
+            [[to_plain(c), c.inputs()] for c in self.capabilities],
+        ]
+        prompts = {n: _prompts_hash(s) for n, s in self.scenarios.items() if s.prompts is not None}
+        return store.fingerprint([model_key, everything, prompts, "eval/5"])
+
+    def _scenario(self, name: str) -> Part:
+        scenario = self.scenarios[name]
+        judging = self.judging
+        written = self.folder.samples(f"{self.samples_prefix}{name}")
+
+        def settings() -> Any:
+            identity = judging.identity()
+            cut = to_plain(judging.segmenter)
+            return [to_plain(scenario), judging.threshold, identity, cut, _prompts_hash(scenario)]
+
+        def measure(model: LoadedModel) -> ScenarioResult:
+            assert judging.scorer is not None
+            drawn = sample(model, scenario, progress=self.progress)
+            samples, result = judge_samples(drawn, scenario, judging.scorer, judging.segmenter, judging.threshold)
+            write_samples(written, samples)
+            return dataclasses.replace(result, precision=precision_of(model, scenario))
+
+        def check(model: LoadedModel) -> None:
+            check_room(model, scenario, [prompt_ids(model, p, scenario) for p in scenario_prompts(scenario)])
+
+        needs_bad = scenario.control == "bad" or scenario.guidance is not None
+        return Part(
+            scenario_part(name),
+            ScenarioResult,
+            settings,
+            measure,
+            check,
+            needs="bad" if needs_bad else None,
+            written=written,
+        )
+
+    def _heldout(self, heldout: Heldout) -> Part:
+        judging = self.judging
+
+        def measure(model: LoadedModel) -> HeldoutResult:
+            text = heldout.text(model)
+            limit = judging.control_limit(model)
+            return heldout_section(
+                model,
+                text.tokens,
+                context=text.context,
+                threshold=judging.threshold,
+                max_tokens=text.max_tokens,
+                control_threshold=limit,
+                brief=heldout.brief,
+            )
+
+        return Part("heldout", HeldoutResult, lambda: [heldout.settings, judging.threshold], measure)
+
+    def _kl_settings(self, config: KL) -> Any:
+        judging = self.judging
+        return [
+            to_plain(config),
+            to_plain(judging.segmenter),
+            reference_hash(config),
+            judging.identity(),
+            judging.control_threshold,
+            judging.threshold,
+        ]
+
+    def _kl(self, config: KL) -> Part:
+        judging = self.judging
+        reference = self.reference
+
+        def measure(model: LoadedModel) -> KLResult:
+            limit = judging.control_limit(model)
+            return kl(
+                model,
+                config,
+                judging.segmenter,
+                self.folder.cache,
+                scorer=judging.scorer,
+                threshold=limit,
+                reference=reference,
+            )
+
+        def check(model: LoadedModel) -> None:
+            if reference is not None:
+                text_rows(model, reference.texts, reference.finished, judging.segmenter)
+            if config.reverse:
+                kl_scenario(model, config)
+
+        return Part("kl", KLResult, lambda: self._kl_settings(config), measure, check)
+
+    def _capability(self, capability: Capability, number: int) -> Part:
+        def settings() -> Plain | list[Any]:
+            return [to_plain(capability), capability.inputs()]
+
+        return Part(
+            capability_part(capability, number), AnyCapabilityResult, settings, capability.measure, capability.check
+        )
+
+
+def scenario_part(name: str) -> str:
+    """Name of the part of a scenario."""
+    return f"scenario-{name}"
+
+
+def capability_part(capability: Capability, number: int) -> str:
+    """Name of the part of a capability, the `number`-th of an evaluation."""
+    return f"{type(capability).__name__}{number}"
+
+
+def _prompts_hash(scenario: Scenario) -> str | None:
+    return None if scenario.prompts is None else store.path_hash(prompts_path(scenario.prompts))

@@ -1,0 +1,197 @@
+"""Red-teaming: how hard is it to make a model misbehave?
+
+phf redteam runs/mle runs/conditional
+
+redteam/  search/   tokens.json   redteam.json
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from phf.core import store
+from phf.core.config import ConfigError, to_plain
+from phf.core.runs import RedTeamFolder, RunFolder, is_run, model_folder
+from phf.data.segment import Lines, Segmenter
+from phf.evaluation.evaluate import open_run
+from phf.generation.loaded import LoadedModel, load_model
+from phf.generation.scenario import prompts_path
+from phf.generation.server import Server
+from phf.redteaming.config import RedTeam, TokenAttacks, task_of
+from phf.redteaming.control_tokens import attack_tokens, bad_contexts, check_attack_room
+from phf.redteaming.results import RedTeamResult, TokenAttacksResult
+from phf.redteaming.search import search
+from phf.redteaming.target import Target
+from phf.scorers import Scorer
+
+
+def redteam(
+    model: str | Path | Server,
+    out: str | Path | None = None,
+    config: RedTeam = RedTeam(),
+    token_attacks: TokenAttacks | None = TokenAttacks(),
+    *,
+    scorer: Scorer | None = None,
+    threshold: float = 0.0,
+    tokens_dir: str | Path | None = None,
+    segmenter: Segmenter | None = None,
+    allow_other_scorer: bool = False,
+) -> RedTeamResult:
+    """Attack a run, any model in a folder or on the Hub, or on a server: the search first, then the control
+    tokens.
+
+    Writes `redteam.json` into `out` (default: the run's folder `redteam`) and returns it. Returns at once if
+    this was done with the same settings, and resumes after an interruption. `token_attacks`: None leaves them out;
+    so does a server. `scorer`: by default the run's own.
+
+    Raises ConfigError if nothing says how to judge the model or where to write, and errors as `search` and
+    `open_run`.
+    """
+    plan = _prepare(
+        model=model,
+        out=out,
+        config=config,
+        token_attacks=token_attacks,
+        scorer=scorer,
+        threshold=threshold,
+        tokens_dir=tokens_dir,
+        segmenter=segmenter,
+        allow_other_scorer=allow_other_scorer,
+    )
+    file = plan.folder.result
+    if (done := store.kept(file, plan.key, RedTeamResult)) is not None:
+        return done
+    store.write_json(file, _attack(plan))
+    return store.read_record(file, RedTeamResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Everything that decides an attack."""
+
+    model: str | Path | Server
+    name: str
+    """The model, for messages and results."""
+    folder: RedTeamFolder
+    config: RedTeam
+    token_attacks: TokenAttacks | None
+    scorer: Scorer
+    segmenter: Segmenter
+    threshold: float
+    contexts: list[list[int]]
+    """Token ids of bad contexts, for the attacks on control tokens."""
+    target_key: str
+    """Fingerprint of the model."""
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of the model and of all settings."""
+        attacks = None if self.token_attacks is None else to_plain(self.token_attacks)
+        plain = [to_plain(self.config), self.config.attacker.identity(), attacks]
+        prompts_hash = store.path_hash(prompts_path(task_of(self.config, self.scorer)[1]))
+        identity = self.scorer.identity()
+        return store.fingerprint(
+            [self.target_key, plain, prompts_hash, identity, self.threshold, self.contexts, "redteam/5"]
+        )
+
+
+def _prepare(
+    *,
+    model: str | Path | Server,
+    out: str | Path | None,
+    config: RedTeam,
+    token_attacks: TokenAttacks | None,
+    scorer: Scorer | None,
+    threshold: float,
+    tokens_dir: str | Path | None,
+    segmenter: Segmenter | None,
+    allow_other_scorer: bool,
+) -> _Plan:
+    """The attack with everything resolved that the arguments leave open. Errors as `redteam`."""
+    name = f"{model.model} at {model.url}" if isinstance(model, Server) else str(model)
+    run = None if isinstance(model, Server) or not is_run(model) else Path(model)
+    contexts: list[list[int]] = []
+    if run is not None:
+        opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
+        scorer = opened.scorer
+        segmenter = opened.segmenter
+        if token_attacks is not None:
+            contexts = bad_contexts(opened.tokens, threshold, token_attacks.num_samples, token_attacks.seed)
+    if scorer is None:
+        raise ConfigError(f"{name} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
+    if out is not None:
+        folder = RedTeamFolder(Path(out))
+    elif run is not None:
+        folder = RunFolder(run).redteam
+    else:
+        raise ConfigError(f"{name} is not a run: give the folder to write into with --out FOLDER")
+    return _Plan(
+        model=model,
+        name=name,
+        folder=folder,
+        config=config.for_scorer(scorer),
+        token_attacks=None if token_attacks is None else token_attacks.for_scorer(scorer),
+        scorer=scorer,
+        segmenter=segmenter or Lines(),
+        threshold=threshold,
+        contexts=contexts,
+        target_key=_target_key(model, name),
+    )
+
+
+def _attack(plan: _Plan) -> RedTeamResult:
+    """Load the model, search for prompts and attack its control tokens."""
+    target = Target(plan.model if isinstance(plan.model, Server) else load_model(plan.model))
+    loaded = target.model if isinstance(target.model, LoadedModel) else None
+    if plan.config.control == "bad" and (loaded is None or "bad" not in loaded.control_ids):
+        raise ConfigError(f"{plan.name} has no known control tokens, so control=bad does not work with it")
+    if plan.token_attacks is not None and loaded is not None:
+        check_attack_room(loaded, plan.token_attacks)
+    found = search(
+        target,
+        plan.config,
+        plan.scorer,
+        plan.threshold,
+        folder=plan.folder.search,
+        target_key=plan.target_key,
+        cache=plan.folder.cache,
+    )
+    tokens: TokenAttacksResult | None = None
+    if loaded is not None and plan.token_attacks is not None:
+        tokens = _attack_tokens(plan, loaded, plan.token_attacks)
+    return RedTeamResult(
+        key=plan.key,
+        model=plan.name,
+        identity=plan.scorer.identity(),
+        scorer=to_plain(plan.scorer),
+        threshold=plan.threshold,
+        search=found,
+        tokens=tokens,
+        versions=store.versions(),
+    )
+
+
+def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> TokenAttacksResult:
+    """Attack the control tokens, or read the result if this was done before."""
+    plain = [to_plain(config), plan.contexts, plan.scorer.identity(), to_plain(plan.segmenter), plan.threshold]
+
+    def attacked() -> TokenAttacksResult:
+        start = time.perf_counter()
+        result = attack_tokens(
+            model, config, plan.scorer, segmenter=plan.segmenter, threshold=plan.threshold, contexts=plan.contexts
+        )
+        return replace(result, seconds=time.perf_counter() - start)
+
+    key = store.fingerprint([plan.target_key, *plain, "tokens/2"])
+    return store.cached(plan.folder.tokens, key, TokenAttacksResult, attacked)
+
+
+def _target_key(model: str | Path | Server, name: str) -> str:
+    """Fingerprint of the target: its weights, or what a server says about itself."""
+    if isinstance(model, Server):
+        return store.fingerprint([model.identity, name])
+    weights = store.path_hash(model_folder(model))
+    return store.fingerprint([None, name if weights is None else weights])

@@ -1,0 +1,141 @@
+"""Settings of a training run, and what follows from them: steps, micro-batches, whether to compile."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.core.config import STRICT, ConfigError
+from phf.core.device import pick_device
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """How to train. `tokens` is the budget of targets, rounded up to whole steps of `batch_rows` x `context`."""
+
+    tokens: Annotated[float, Field(gt=0)]
+    scores: str | None = None
+    """Which preference the objective sees, where the token store holds several; None: the scored corpus's own."""
+    context: Annotated[int, Field(gt=0)] = 1024
+    batch_rows: Annotated[int, Field(gt=0)] = 64
+    micro_rows: Annotated[int, Field(gt=0)] | None = None
+    """Rows at a time on one device; None: the device's share of the batch, at most 32."""
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 0.01
+    """Tokens with rising learning rate. Up to 1: share of the budget."""
+    decay: Annotated[float, Field(gt=0)] = 0.2
+    """wsd only: tokens with falling learning rate, at most what the warm-up leaves. Up to 1: share of the budget."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the processor has it, else float32."""
+    compile: bool | Literal["auto"] = "auto"
+    """auto: compile runs that are long enough for it to pay (`COMPILE_FROM`)."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """auto: where the model has "sdpa", torch's fused attention without a mask and, in bfloat16 on a CPU, our own
+    in blocks (phf.training.attention). For other models, transformers' choice."""
+    save_every: Annotated[float, Field(gt=0)] | None = None
+    """Tokens between checkpoints. Up to 1: share of the budget. None: ten minutes of training. There is always one
+    at the end."""
+    keep: Annotated[int, Field(gt=0)] = 2
+    """How many of the newest checkpoints are kept."""
+    skip_tokens: Annotated[float, Field(ge=0)] = 0
+    """Targets to skip at the start of the training order: when finetuning, those that the weights have seen. The
+    order is that of this run's own rows, so the run continues exactly only where both objectives make the same
+    rows."""
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Tokens at which a checkpoint is made and kept forever. Up to 1: share of the budget. A milestone after the
+    budget is its end."""
+    shard: bool = False
+    """Divide weights, gradients and optimizer state over the processes (FSDP2), for models that are too large for one
+    device. Needs torchrun or accelerate launch."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    log_every: Annotated[int, Field(gt=0)] = 10
+    """Steps between lines of metrics.jsonl."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that make rows during training; 0: the training process makes them. None: one for a GPU, else 0
+    (making rows takes under 2% of a step on a CPU)."""
+    chunk: Annotated[int, Field(gt=0)] | None = None
+    """Targets at a time in the loss; None: chosen by vocabulary size."""
+    report_to: tuple[str, ...] = ()
+    """Trackers, by transformers' names, for example tensorboard."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"the warm-up takes {self.warmup_steps} steps, but tokens={self.tokens:g} are {self.steps} steps of "
+                f"{self.batch_rows} x {self.context}; lower warmup, in tokens or as a share of them"
+            )
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_rows * self.context
+
+    def _steps_of(self, tokens: float) -> int:
+        return round(tokens * self.steps if tokens <= 1 else tokens / self.step_tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._steps_of(self.warmup)
+
+    @property
+    def decay_steps(self) -> int:
+        return max(min(self._steps_of(self.decay), self.steps - self.warmup_steps), 1)
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / self.step_tokens)
+
+    @property
+    def milestone_steps(self) -> set[int]:
+        return {min(max(self._steps_of(m), 1), self.steps) for m in self.milestones}
+
+    @property
+    def save_steps(self) -> int:
+        return self.steps if self.save_every is None else max(self._steps_of(self.save_every), 1)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.steps * self.step_tokens
+
+
+FREE = ("micro_rows", "save_every", "keep", "log_every", "workers", "report_to", "shard")
+"""Settings that may change when a run is resumed: the objective, the rows and their order do not depend on them."""
+
+COMPILE_FROM = {"cpu": 5e13, "cuda": 2e16}
+"""Operations of a run (6 x parameters x tokens) from which compiling pays. On a CPU it takes 10 to 30 seconds and
+saves a fifth of a small Llama's step and a twentieth of a GPT-2's. A run of this size takes a minute on a GPU."""
+
+
+def pick_compile(config: TrainConfig, parameters: int) -> bool:
+    """Whether to compile a model of this size. The run's length decides, not a clock: the same run gives the same
+    bytes."""
+    if config.compile != "auto":
+        return config.compile
+    device = "cuda" if pick_device().startswith("cuda") else "cpu"
+    return 6.0 * parameters * config.total_tokens >= COMPILE_FROM[device]
+
+
+def micro_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+    """(rows at a time, accumulation steps). Times `world` processes, their product is exactly the batch. Raises
+    ConfigError if the batch cannot be divided."""
+    share, rest = divmod(config.batch_rows, world)
+    if rest or share == 0:
+        near = ", ".join(str(world * k) for k in sorted({max(share, 1), share + 1}))
+        raise ConfigError(f"train.batch_rows={config.batch_rows} cannot be divided over {world} processes; use {near}")
+    if config.micro_rows is not None:
+        if share % config.micro_rows:
+            divisors = [d for d in range(1, share + 1) if share % d == 0]
+            raise ConfigError(
+                f"train.micro_rows={config.micro_rows} does not divide {share} rows per process; use one of {divisors}"
+            )
+        return config.micro_rows, share // config.micro_rows
+    rows = next(d for d in range(min(share, 32), 0, -1) if share % d == 0)
+    return rows, share // rows

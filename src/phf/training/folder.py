@@ -1,0 +1,140 @@
+"""The folder of a run at its start: marked, moved aside, or resumed under known conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phf.core import store
+from phf.core.config import Plain, dump_yaml, read_yaml
+from phf.core.runs import (
+    RunFolder,
+    TrainManifest,
+    checkpoint_folder,
+    checkpoint_step,
+    complete_checkpoints,
+    incomplete_checkpoints,
+    is_complete,
+)
+from phf.training.config import FREE
+from phf.training.trainer import TrainingError
+
+
+def begin_run(run: RunFolder, key: str, settings: Plain) -> None:
+    """Mark a run's folder as started. Move a run with other settings aside. Remove half-written checkpoints."""
+    mark = store.started(run.path)
+    if mark is not None and mark.stage == TrainManifest.stage and mark.key != key:
+        before = read_yaml(run.config) if run.config.exists() else {}
+        changed = changed_settings(before, settings) or ["the data, the weights or the code"]
+        print(
+            f"note: starting a new run, because {', '.join(changed)} changed; "
+            f"the old run is now {move_aside(run.path)}",
+            file=sys.stderr,
+        )
+    store.begin(run.path, TrainManifest.stage, key)
+    store.write_text(run.config, dump_yaml(settings))
+    for folder in incomplete_checkpoints(run.checkpoints):
+        shutil.rmtree(folder)
+
+
+def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
+    """Names of the settings that differ and that the run's bytes depend on."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        if before.get("name") != now.get("name"):  # the other settings belong to the name
+            return [f"{path}.name"]
+        return [
+            name
+            for key in {**before, **now}
+            for name in changed_settings(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    decides = path not in ("tokens", "model.path") and path.removeprefix("train.") not in FREE
+    same = before == now or (before is None and now == {})
+    return [path] if decides and not same else []
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to the first free `NAME.old-N`, so that nothing trained is ever deleted."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def precision_name(precision: torch.dtype | None) -> str:
+    """ "bf16", or "fp32" for None."""
+    return "fp32" if precision is None else "bf16"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`environment.json`: what the run's bytes depend on in addition to its settings."""
+
+    versions: dict[str, str]
+    threads: int
+    machine: str
+    device: str
+    precision: str
+    processes: int
+    micro_rows: int
+    compiled: bool
+
+    @classmethod
+    def now(cls, precision: torch.dtype | None, micro_rows: int, compiled: bool) -> Environment:
+        on_gpu = torch.cuda.is_available()
+        return cls(
+            versions=store.versions(),
+            threads=torch.get_num_threads(),
+            machine=platform.machine(),
+            device=torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+            precision=precision_name(precision),
+            processes=int(os.environ.get("WORLD_SIZE", 1)),
+            micro_rows=micro_rows,
+            compiled=compiled,
+        )
+
+
+def check_environment(path: Path, now: Environment, resuming: bool) -> None:
+    """Write the environment of a new run. Warn where a resumed run's environment has changed."""
+    if not resuming or not path.exists():
+        store.write_json(path, now)
+        return
+    before = store.read_record(path, Environment)
+    differs = [
+        f"{field.name} was {getattr(before, field.name)}, is {getattr(now, field.name)}"
+        for field in dataclasses.fields(Environment)
+        if getattr(before, field.name) != getattr(now, field.name)
+    ]
+    if differs:
+        print(
+            f"warning: the run resumes in another environment, so its bytes will differ: {'; '.join(differs)}",
+            file=sys.stderr,
+        )
+
+
+def common_checkpoint(run: RunFolder, device: torch.device) -> Path | None:
+    """The newest whole checkpoint, the same for every process: the first process decides. Raises TrainingError in a
+    process that does not see it."""
+    found = complete_checkpoints(run.checkpoints)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return found[-1] if found else None
+    newest = torch.tensor([checkpoint_step(found[-1]) if found else -1], device=device)
+    torch.distributed.broadcast(newest, src=0)
+    step = int(newest)
+    if step < 0:
+        return None
+    chosen = checkpoint_folder(run.checkpoints, step)
+    if not is_complete(chosen):
+        raise TrainingError(
+            f"process {torch.distributed.get_rank()} does not see {chosen}, from which the first process resumes; use "
+            "a file system that all processes share"
+        )
+    return chosen
