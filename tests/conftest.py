@@ -25,7 +25,7 @@ from phf.tokens.tokenizer import TrainBPE
 from phf.training.lm import FromConfig
 from phf.training.train import TrainConfig, train
 
-hypothesis.settings.register_profile("phf", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("phf", deadline=None)  # Hypothesis' deadline would fail on a busy machine
 hypothesis.settings.load_profile("phf")
 
 
@@ -53,5 +53,12 @@ def runs(tokens_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     settings = TrainConfig(tokens=200 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for name, objective, seed in (("a", MLE(), 0), ("b", MLE(), 1), ("conditional", Conditional(), 0)):
-        train(tokens_dir, folder / name, FromConfig(TINY_LLAMA), objective, settings, seed)
+        train(
+            tokens_dir=tokens_dir,
+            out=folder / name,
+            model=FromConfig(TINY_LLAMA),
+            objective=objective,
+            config=settings,
+            seed=seed,
+        )
     return folder

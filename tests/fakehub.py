@@ -119,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": self.store.commit, "Accept-Ranges": "bytes"}
             asked_range = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
             if asked_range:
-                start, end = int(asked_range[1]), int(asked_range[2] or len(data) - 1)
+                start = int(asked_range[1])
+                end = int(asked_range[2] or len(data) - 1)
                 headers["Content-Range"] = f"bytes {start}-{min(end, len(data) - 1)}/{len(data)}"
                 return self.answer(206, data[start : end + 1], headers)
             return self.answer(200, data, headers)

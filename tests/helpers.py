@@ -1,5 +1,7 @@
-"""What several test modules need: a tiny corpus with PII-like lines, tiny models of several families, settings, and
-ready-made inputs. Fixtures are in conftest.py."""
+"""Helpers of several test modules: a tiny corpus with links, tiny models of several families, settings, inputs.
+
+Fixtures are in conftest.py.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ import pytest
 import torch
 
 from phf.core import store
-from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
+from phf.core.runs import TrainManifest, read_lines
+from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Objective, Unlikelihood
 from phf.scorers import Regex
 from phf.scorers.fitting import Labels
-from phf.tokens.store import TokenStore
-from phf.training.lm import FromConfig
-from phf.training.train import TrainConfig
+from phf.tokens.store import StoredScores, TokenCounts, TokensManifest, TokenStore
+from phf.training.config import TrainConfig
+from phf.training.lm import FromConfig, FromWeights
+from phf.training.train import train
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -88,17 +92,18 @@ def make_store(
     np.array([len(s) for s in segs], np.uint32).tofile(folder / "seg_bytes.bin")
     np.array(heldout if heldout is not None else [0] * len(docs), np.uint8).tofile(folder / "heldout.bin")
     np.array(scores, np.float32).tofile(folder / "given.score.bin")
-    manifest = {
-        "stage": "tokenize",
-        "identity": {"name": "given"},
-        "dtype": "uint16",
-        "content": "x",
-        "main": "given",
-        "scores": {"given": {}},
-        "end_of_text_id": end_of_text,
-        "counts": {"train_documents": len(docs)},
-    }
-    store.write_json(folder / store.MANIFEST, manifest)
+    identity = {"name": "given"}
+    manifest = TokensManifest(
+        key="x",
+        identity=identity,
+        dtype="uint16",
+        content="x",
+        main="given",
+        scores={"given": StoredScores("x", identity, None, unjudged=0)},
+        end_of_text_id=end_of_text,
+        counts=TokenCounts(train_documents=len(docs)),
+    )
+    store.finish(folder, manifest)
     return TokenStore.open(folder)
 
 
@@ -140,6 +145,10 @@ TINY_MODEL = FromConfig(TINY_LLAMA)
 
 
 STEP = 16 * 32
+"""Tokens of a step of `train_config`."""
+
+
+PLAIN = MLE()
 
 
 def train_config(steps: int = 20, **settings: Any) -> TrainConfig:
@@ -157,8 +166,37 @@ def train_config(steps: int = 20, **settings: Any) -> TrainConfig:
     )
 
 
+def train_tiny(
+    tokens_dir: Path,
+    out: Path,
+    objective: Objective = PLAIN,
+    steps: int = 20,
+    model: FromConfig | FromWeights = TINY_MODEL,
+    seed: int = 0,
+    stop_after: int | None = None,
+    callbacks: tuple[Any, ...] = (),
+    **settings: Any,
+) -> TrainManifest:
+    """Train the tiny model for `steps` steps. `settings`: those of `train_config` that differ."""
+    return train(
+        tokens_dir=tokens_dir,
+        out=out,
+        model=model,
+        objective=objective,
+        config=train_config(steps, **settings),
+        seed=seed,
+        stop_after=stop_after,
+        callbacks=callbacks,
+    )
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, as they are in the file."""
+    return read_lines(run / "metrics.jsonl")
+
+
 def losses_of(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in metrics_of(run)]
 
 
 def weights_of(run: Path) -> bytes:
@@ -171,7 +209,8 @@ DEFAULT_OBJECTIVES = [MLE(), Filtering(), Conditional(), Unlikelihood(), Masking
 def made_labels(count: int = 400, seed: int = 0) -> Labels:
     rng = np.random.default_rng(seed)
     bad = rng.random(count) < 0.3
-    good_words, bad_words = ["river", "stone", "tree", "cloud", "bird"], ["zorp", "glarn", "vex"]
+    good_words = ["river", "stone", "tree", "cloud", "bird"]
+    bad_words = ["zorp", "glarn", "vex"]
     texts = [
         " ".join(rng.choice(good_words, 6)) + (" " + rng.choice(bad_words) if b else "") + f" {rng.integers(1000)}"
         for b in bad
@@ -220,9 +259,14 @@ def tiny_classifier(folder: Path, family: str, labels: list[str]) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     shape = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-        "num_labels": len(labels), "id2label": dict(enumerate(labels)), "initializer_range": 0.5,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "initializer_range": 0.5,
+    }
     if family == "bert":
         (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CLASSIFIER_WORDS]))
         tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
@@ -269,8 +313,8 @@ OBJECTIVE_GRID = [
 
 
 def loss_inputs(n, v, d, dtype=torch.float64, scale=1.0, seed=0, masked=0.2):
-    """Arguments of the fused loss for `n` targets, `v` words of vocabulary and width `d`: hidden states, output weights, bias, targets,
-    scores, mask and values."""
+    """Arguments of the fused loss for `n` targets, a vocabulary of `v` tokens and width `d`: hidden states, output
+    weights, bias, targets, scores, mask and values."""
     g = torch.Generator().manual_seed(seed)
     hidden = (torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
     weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()

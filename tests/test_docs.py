@@ -1,7 +1,7 @@
-"""Every code block of the documentation runs, top to bottom: Python as it is, commands with their sizes cut down.
+"""Every code block of the documentation runs, from top to bottom: Python unchanged, commands with smaller sizes.
 
-Each page starts in a folder with what a reader of it would have: texts, labels, a scored corpus, tokens, two judged runs.
-Commands that need the Hub, a cluster or a server are only parsed (`ELSEWHERE` says which and why).
+Each page starts in a folder with what its reader has: texts, labels, a scored corpus, tokens, two judged runs. Commands
+that need the Hub, a cluster or a server are only parsed (`ELSEWHERE` says which and why).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -27,31 +29,32 @@ from phf.objectives import MLE, Conditional
 from phf.training.lm import FromConfig
 from phf.training.trainer import to_tensors
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 ELSEWHERE = {
-    r"--executor (slurm|ray)": "a cluster (tests/test_cluster.py has one)",
+    r"--executor (slurm|ray)": "a cluster (tests/scoring/test_cluster.py has one)",
     r"\bgpt2\b": "weights on the Hub",
-    r"https?://": "a server (tests/test_redteam.py, tests/test_reference.py have one)",
-    r"\bphf run paper-\S+(?!.*--list)": "data sets on the Hub, and a GPU for hours",
-    r"\bphf push\b": "the Hub (tests/test_hub.py has one)",
+    r"https?://": "a server (tests/evaluation/test_kl.py has one)",
+    r"\bphf run paper-\S+(?!.*--list)": "datasets on the Hub, and a GPU for hours",
+    r"\bphf push\b": "the Hub (tests/scoring/test_publish.py has one)",
 }
-CUTS = {
+SMALL = {
     "tokenize": ["--vocab-size", "300"],
     "train": ["cut-train.yaml", "train.tokens=2e3"],
     "sample": ["num_samples=4", "max_tokens=8", "min_tokens=1"],
     "eval": ["num_samples=4", "max_tokens=8", "min_tokens=1"],
     "redteam": [
-        "trials=2", "rounds=1", "pool=3", "candidates=3", "continuations=2", "confirm=2", "max_tokens=8", "tokens.num_samples=4",
-        "tokens.max_tokens=8", "tokens.min_tokens=1",
+        *("trials=2", "rounds=1", "pool=3", "candidates=3", "continuations=2", "confirm=2", "max_tokens=8"),
+        *("tokens.num_samples=4", "tokens.max_tokens=8", "tokens.min_tokens=1"),
     ],
     "run": ["cut-run.yaml"],
-}  # fmt: skip
+}
+"""Settings that make a command of a page small."""
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
-    """What a reader of any page has, in the smallest size."""
+    """The folder of a reader, with the smallest sizes."""
     from phf.data.readers import Jsonl
     from phf.data.segment import Lines
     from phf.evaluation.evaluate import evaluate_run
@@ -60,7 +63,8 @@ def workplace(tmp_path_factory) -> Path:
     from phf.scoring.score import score_corpus
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import TrainBPE
-    from phf.training.train import TrainConfig, train
+    from phf.training.config import TrainConfig
+    from phf.training.train import train
 
     folder = tmp_path_factory.mktemp("docs")
     texts = tiny_texts()
@@ -72,7 +76,7 @@ def workplace(tmp_path_factory) -> Path:
         rows = []
         for n, text_of in enumerate(tiny_texts(80, int(rng.integers(1e6)))):
             bad = "http" in text_of
-            kind = int(bad) if name == "labels" else (n % 2 if bad else 2)  # the page's other labels: 0 and 1 are bad
+            kind = int(bad) if name == "labels" else (n % 2 if bad else 2)  # in the page's other labels 0 and 1 are bad
             rows.append((text_of.replace("\n", " ").replace(",", ""), kind))
         (folder / f"{name}.csv").write_text(f"{text},{label}\n" + "".join(f"{t},{n}\n" for t, n in rows))
     (folder / "mine.py").write_text("def score(text):\n    return text.count('e') / len(text)\n")
@@ -87,23 +91,32 @@ def workplace(tmp_path_factory) -> Path:
         "tokenizer": {"name": "bpe", "vocab_size": 300},
         "model": {"name": "from_config", "config": TINY_LLAMA},
         "train": small | {"tokens": 2e3},
-        "during": None,
+        "monitor": None,
         "redteam": None,
-        "scenarios": {"unconditional": {"num_samples": 4, "max_tokens": 8, "min_tokens": 1}, "bad_token": {"num_samples": 4, "max_tokens": 8, "min_tokens": 1}},
-    }  # fmt: skip
+        "scenarios": {
+            name: {"num_samples": 4, "max_tokens": 8, "min_tokens": 1} for name in ("unconditional", "bad_token")
+        },
+    }
     (folder / "cut-run.yaml").write_text(dump_yaml(cut))
     score_corpus(Jsonl(str(folder / "texts.jsonl")), Lines(), PII(), folder / "scored")
     tokenize_corpus(folder / "scored", TrainBPE(300), folder / "tokens", heldout=0.1)
     settings = TrainConfig(tokens=40 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for name, objective in (("mine", Conditional()), ("other", MLE())):
-        train(folder / "tokens", folder / "runs" / name, FromConfig(TINY_LLAMA), objective, settings)
+        train(
+            tokens_dir=folder / "tokens",
+            out=folder / "runs" / name,
+            model=FromConfig(TINY_LLAMA),
+            objective=objective,
+            config=settings,
+        )
         evaluate_run(folder / "runs" / name, {"unconditional": Scenario(num_samples=4, max_tokens=8, min_tokens=1)})
     return folder
 
 
 def commands_of(block: str) -> list[str]:
-    """A shell block's commands: heredocs and continued lines whole."""
-    found, lines = [], block.splitlines()
+    """The commands of a shell block, with heredocs and continued lines joined."""
+    found = []
+    lines = block.splitlines()
     while lines:
         line = lines.pop(0)
         if "<<'EOF'" in line:
@@ -120,7 +133,7 @@ def commands_of(block: str) -> list[str]:
 
 
 def run_command(command: str) -> None:
-    """One command of a page. Raises where it fails, is unknown, or is none that a page may have."""
+    """Run one command of a page. Raises where it fails, is unknown or is not allowed on a page."""
     import typer
 
     from phf.cli import app
@@ -132,24 +145,34 @@ def run_command(command: str) -> None:
         targets = set(re.findall(r"^[\w-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert command.split()[1] in targets, command
         return
+    if install := re.fullmatch(r"pip install '\.\[([\w,]+)\]'", command):
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(install[1].split(",")) <= set(extras), command
+        return
+    if command == "python3 -m venv .venv && . .venv/bin/activate":
+        return
     launched = re.match(r"torchrun --nproc-per-node \d+ -m ", command)
     command = command[launched.end() :] if launched else command
     words = shlex.split(command)
     assert words[0] == "phf", f"a page may not run {command!r}"
-    name, arguments = words[1], words[2:]
+    name = words[1]
+    arguments = words[2:]
     group = typer.main.get_command(app)
     if launched or any(re.search(pattern, command) for pattern in ELSEWHERE):
-        group.commands[name].make_context(name, [*arguments])  # its options and arguments exist
+        group.commands[name].make_context(name, [*arguments])  # checks its options and arguments
         return
     if name == "run" and not {"--list", "--dry-run"} & set(arguments):
         files = [a for a in arguments if "=" not in a]
-        for file in files:  # what the page's own file says of the run's size gives way
-            assert Path(file).exists() or file in ("demo", "finetuning", "grid", "pep8", "quick", "demo"), file
-    cuts = [] if {"--list", "--dry-run"} & set(arguments) else CUTS.get(name, [])
-    if "during.scenarios" in command:
-        cuts += [f"during.scenarios.unconditional.{cut}" for cut in ("num_samples=4", "max_tokens=8", "min_tokens=1")]
+        for file in files:
+            assert Path(file).exists() or file in ("demo", "finetuning", "grid", "pep8", "quick"), file
+    smaller = [] if {"--list", "--dry-run"} & set(arguments) else SMALL.get(name, [])
+    if "monitor.scenarios" in command:
+        smaller += [
+            f"monitor.scenarios.unconditional.{setting}"
+            for setting in ("num_samples=4", "max_tokens=8", "min_tokens=1")
+        ]
     try:
-        result = app([name, *arguments, *cuts], standalone_mode=False)
+        result = app([name, *arguments, *smaller], standalone_mode=False)
     except SystemExit as error:
         result = error.code
     assert not result, f"{command}: {result}"
@@ -158,7 +181,7 @@ def run_command(command: str) -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, marks=[pytest.mark.slow] * (p.name == "recipes.md"), id=p.name)  # whole recipes: minutes
+        pytest.param(p, marks=[pytest.mark.slow] * (p.name == "recipes.md"), id=p.name)  # whole recipes take minutes
         for p in PAGES
         if re.search(r"```(python|sh)\n", p.read_text())
     ],
@@ -167,12 +190,12 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
     place = tmp_path / "here"
     shutil.copytree(workplace, place)
     monkeypatch.chdir(place)
-    if page.name == "start.md":  # begins with the texts alone
+    if page.name == "start.md":  # its reader has only the texts
         for made in ("scored", "tokens", "runs"):
             shutil.rmtree(place / made)
-    for manifest in (place / "runs").glob("*/manifest.json"):  # the copy's own tokens
+    for manifest in (place / "runs").glob("*/manifest.json"):  # the tokens of the copy
         manifest.write_text(manifest.read_text().replace(str(workplace), str(place)))
-    module = types.ModuleType("docs_page")  # dataclasses look their module up
+    module = types.ModuleType("docs_page")  # dataclasses look up their module
     monkeypatch.setitem(sys.modules, "docs_page", module)
     ran = 0
     for language, block in BLOCKS.findall(page.read_text()):
@@ -184,28 +207,29 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
                 run_command(command)
                 ran += 1
         else:
-            assert language == "", f"{page.name}: a block of {language!r} is neither run nor plain output"
+            assert language == "", f"{page.name}: a block of {language!r} is neither code nor output"
     assert ran
     if page.name == "objective.md":
         check_own_models(module.rows)
 
 
 def check_own_models(rows) -> None:
-    """The loop of one's own and the Trainer of one's own each made a model that plain transformers loads and that has
-    learned: less than a nat below chance is not learning."""
+    """The page's own loop and its Hugging Face Trainer each made a model that plain transformers loads. Both have
+    learned: their loss is more than a nat below chance."""
     from transformers import AutoModelForCausalLM
 
-    batch, weights = to_tensors(rows.batch(np.arange(32))), []
+    batch = to_tensors(rows.batch(np.arange(32)))
+    weights = []
     for name in ("mine", "trainers"):
         lm = AutoModelForCausalLM.from_pretrained(name)
         weights.append(torch.nn.utils.parameters_to_vector(lm.parameters()))
         logits = lm(batch["input_ids"]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
         assert loss < math.log(logits.shape[-1]) - 1, name
-    assert not torch.equal(*weights)  # the second goes on from the first
+    assert not torch.equal(*weights)  # the second starts from the first
 
 
-def test_only_known_commands_may_stand_in_a_page():
+def test_only_known_commands_are_allowed_on_a_page():
     with pytest.raises(AssertionError, match="a page may not run"):
         run_command("rm -rf /")
     with pytest.raises(Exception, match="No such option"):
@@ -220,8 +244,9 @@ def test_commands_and_links_exist(page):
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     text = page.read_text()
-    for command in re.findall(r"(?:^|`)(?:\$ )?phf ([a-z][\w-]+)", text, re.MULTILINE):
-        assert command in commands, command
+    blocks = "\n".join(block for _, block in BLOCKS.findall(text))
+    named = re.findall(r"`phf ([a-z][\w-]+)", text) + re.findall(r"^(?:\$ )?phf ([a-z][\w-]+)", blocks, re.MULTILINE)
+    assert set(named) <= commands
     targets = set(re.findall(r"^[\w-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`make (\w+)`", text):
         assert target in targets, target
@@ -229,11 +254,46 @@ def test_commands_and_links_exist(page):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", ["AGENTS.md", "CONTRIBUTING.md", "RELEASING.md", "docs/architecture.md"])
+def test_the_files_that_a_page_names_exist(page):
+    packages = {p.name for p in (ROOT / "src" / "phf").iterdir()}
+    named = set()
+    for text in re.findall(r"`([^`\s]+)`", (ROOT / page).read_text()):
+        path = text.split(":")[0].rstrip("/")
+        first = path.split("/")[0]
+        if "/" in path and not re.search(r"[*<>{}$=()]", path) and (first in packages or (ROOT / first).exists()):
+            named.add(ROOT / ("src/phf" if first in packages else "") / path)
+    assert named
+    assert {p for p in named if not p.exists()} == set()
+
+
 def test_every_page_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", (ROOT / "README.md").read_text()))
     assert linked == {p.name for p in (ROOT / "docs").glob("*.md")}
 
 
-def test_the_api_page_is_what_the_docstrings_say():
+def test_the_api_page_matches_the_docstrings():
     made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
     assert (ROOT / "docs" / "api.md").read_text() == made, "run: python docs/make_api.py"
+    assert "&lt;" not in made
+
+
+def test_the_schemas_match_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    made = runpy.run_path(str(ROOT / "docs" / "make_schemas.py"))["schemas"]()
+    assert {p.name: p.read_text() for p in (ROOT / "docs" / "schemas").iterdir()} == made, (
+        "run: python docs/make_schemas.py"
+    )
+    for text in made.values():
+        jsonschema.Draft202012Validator.check_schema(json.loads(text))
+
+
+def test_every_field_of_a_result_is_documented():
+    for path in (ROOT / "docs" / "schemas").iterdir():
+        schema = json.loads(path.read_text())
+        records = {"": schema, **schema.get("$defs", {})}
+        for name, record in records.items():
+            if record.get("additionalProperties") is False or path.stem == "recipe":
+                continue  # settings
+            undocumented = {k for k, v in record.get("properties", {}).items() if "description" not in v}
+            assert undocumented == set(), f"{path.name}: {name}"

@@ -1,6 +1,6 @@
-"""What must hold on a GPU too: the loss, flash attention, a run and its resumption, samples. Skipped where there is none.
+"""What must hold on a GPU too: the loss, flash attention, a run and its resumption, samples. Skipped without a GPU.
 
-`PHF_TEST_DEVICE=cpu` runs them without one, which shows that the tests themselves work.
+`PHF_TEST_DEVICE=cpu` runs these tests on a CPU, to check the tests themselves.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from helpers import OBJECTIVE_GRID, TINY_LLAMA, loss_inputs, tiny_texts
-from phf.core.runs import read_metrics
+from helpers import OBJECTIVE_GRID, TINY_LLAMA, loss_inputs, metrics_of, tiny_texts
 from phf.generation.loaded import load_model
 from phf.generation.sample import sample
 from phf.generation.scenario import Scenario
 from phf.objectives import AWR, MLE, Conditional, Unlikelihood
 from phf.tokens.tokenizer import train_bpe
+from phf.training.config import TrainConfig
 from phf.training.fused import LogitShape, fused_loss, unfused_loss
 from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
-from phf.training.train import TrainConfig, train
+from phf.training.train import train
 
 DEVICE = os.environ.get("PHF_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
@@ -35,9 +35,9 @@ WIDE = {**TINY_LLAMA, "hidden_size": 128, "intermediate_size": 256}
 @pytest.mark.parametrize("objective", OBJECTIVE_GRID, ids=lambda o: o.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled):
+def test_the_fused_loss_on_the_gpu_is_that_in_float64_on_the_cpu(objective, dtype, compiled):
     if compiled and objective.name not in ("mle", "unlikelihood", "awr"):
-        pytest.skip("what is compiled is the same for all")
+        pytest.skip("the compiled part is the same for all objectives")
     torch.compiler.reset()
     args = [x.detach() for x in loss_inputs(70, 33, 8)]
     found = []
@@ -60,10 +60,11 @@ def test_the_fused_loss_there_is_that_of_float64_here(objective, dtype, compiled
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_loss_of_a_large_vocabulary_in_chunks_of_the_usual_size(compiled):
-    """GPT-2's 50,257 words, an odd number; no bias; capped logits."""
+    """GPT-2's 50,257 tokens (an odd number), no bias, capped logits."""
     torch.compiler.reset()
     hidden, weight, _, target, score, mask, _ = (x.detach().to(DEVICE) for x in loss_inputs(600, 50_257, 16))
-    shape, found = LogitShape(0.5, 30.0), []
+    shape = LogitShape(0.5, 30.0)
+    found = []
     for dtype, loss_of in ((torch.float64, unfused_loss), (torch.bfloat16, partial(fused_loss, compiled=compiled))):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (hidden, weight)]
         out = loss_of(*leaves, None, target, score, mask, None, Unlikelihood(0.25), shape=shape).loss_sum
@@ -74,18 +75,19 @@ def test_the_loss_of_a_large_vocabulary_in_chunks_of_the_usual_size(compiled):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_rows_go_through_flash_attention(compiled):
-    """Nothing but the flash kernel is allowed: with a mask there would be none to take."""
+    """Only the flash kernel is allowed, and it does not take a mask."""
     tokenizer = train_bpe(tiny_texts(), 300)
     g = torch.Generator().manual_seed(0)
     ids, targets = (x.to(DEVICE) for x in torch.randint(0, 300, (2, 4, 64), generator=g))
-    scores, mask = torch.zeros(4, 64, device=DEVICE), torch.ones(4, 64, dtype=torch.bool, device=DEVICE)
+    scores = torch.zeros(4, 64, device=DEVICE)
+    mask = torch.ones(4, 64, dtype=torch.bool, device=DEVICE)
     torch.compiler.reset()
     lm = build_lm(FromConfig(WIDE), tokenizer, seed=0).to(DEVICE)
     model = PHFModel(lm, MLE(), torch.bfloat16, compile=compiled).to(DEVICE)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         loss = model(ids, targets, scores, mask)["loss"]
         loss.backward()
-    plain = PHFModel(build_lm(FromConfig(WIDE), tokenizer, seed=0), MLE(), quick_attention=False)
+    plain = PHFModel(build_lm(FromConfig(WIDE), tokenizer, seed=0), MLE(), fast_attention=False)
     expected = plain(ids.cpu(), targets.cpu(), scores.cpu(), mask.cpu())["loss"]
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-2, atol=0)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -101,13 +103,15 @@ def test_a_run_learns_resumes_and_is_sampled(tokens_dir, tmp_path, objective, co
         30_720, context=32, batch_rows=16, micro_rows=8, lr=1e-2, log_every=5, save_every=7_680, compile=compiled
     )
     model = FromConfig(WIDE)
-    train(tokens_dir, tmp_path / "whole", model, objective, settings)
-    train(tokens_dir, tmp_path / "again", model, objective, settings, stop_after=25)
-    train(tokens_dir, tmp_path / "again", model, objective, settings)
-    whole, again = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "again"))
+    train(tokens_dir=tokens_dir, out=tmp_path / "whole", model=model, objective=objective, config=settings)
+    train(
+        tokens_dir=tokens_dir, out=tmp_path / "again", model=model, objective=objective, config=settings, stop_after=25
+    )
+    train(tokens_dir=tokens_dir, out=tmp_path / "again", model=model, objective=objective, config=settings)
+    whole, again = (metrics_of(tmp_path / run) for run in ("whole", "again"))
     assert [x["step"] for x in whole] == [x["step"] for x in again] == list(range(5, 61, 5))
     assert whole[-1]["loss"] < whole[0]["loss"]
-    # not to the byte: on a GPU sums may be added up in any order
+    # not to the byte: a GPU may sum in any order
     assert [x["loss"] for x in again] == pytest.approx([x["loss"] for x in whole], rel=0.05, abs=0.02)
     loaded = load_model(tmp_path / "whole")
     assert loaded.lm.device.type == DEVICE

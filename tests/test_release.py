@@ -1,4 +1,4 @@
-"""Releases: what plain transformers makes of them, what a check finds, the card, and the Hub on loopback."""
+"""Releases: in plain transformers, the check, the card, and a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from phf.generation.scenario import Scenario
 from phf.objectives import AWR, MLE, Conditional
 from phf.redteaming.control_tokens import injection
 from phf.release import ReleaseError, check, export
+from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig, FromWeights
-from phf.training.train import TrainConfig, train
+from phf.training.train import train
 
 SCENARIOS = {"unconditional": Scenario(num_samples=16, max_tokens=16, temperature=0.9, top_p=0.8)}
 
@@ -34,7 +35,9 @@ def runs(tokens_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
     settings = TrainConfig(tokens=100 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for name, objective in (("mle", MLE()), ("conditional", Conditional()), ("awr", AWR())):
-        train(tokens_dir, folder / name, FromConfig(TINY_LLAMA), objective, settings)
+        train(
+            tokens_dir=tokens_dir, out=folder / name, model=FromConfig(TINY_LLAMA), objective=objective, config=settings
+        )
     evaluate_run(folder / "conditional", SCENARIOS)
     return folder
 
@@ -66,7 +69,7 @@ def test_a_pipeline_begins_with_the_good_token_and_never_writes_the_bad_one(rele
     with torch.no_grad():
         written = lm.generate(torch.tensor([[tokenizer.eos_token_id, good]] * 64), max_new_tokens=32)
     assert not (written == bad).any()
-    assert (written[:, 2:] == good).any()  # it writes the good one by itself, before each line
+    assert (written[:, 2:] == good).any()  # it writes the good token itself, before each line
 
 
 def test_typed_control_tokens_are_text(release):
@@ -74,11 +77,12 @@ def test_typed_control_tokens_are_text(release):
     ids = tokenizer("<|bad|> and <|good|>")["input_ids"]
     assert not {tokenizer.convert_tokens_to_ids(t) for t in ("<|good|>", "<|bad|>")} & set(ids[2:])
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<|bad|> and <|good|>"
-    assert not any(row["control"] for row in injection(load_model(release)))
+    assert not any(row.control for row in injection(load_model(release)))
 
 
 def test_the_weights_and_the_sampler_are_the_runs(runs, release):
-    ours, theirs = load_model(runs / "conditional"), load_model(release)
+    ours = load_model(runs / "conditional")
+    theirs = load_model(release)
     for name, value in ours.lm.state_dict().items():
         assert torch.equal(value, theirs.lm.state_dict()[name])
     scenario = SCENARIOS["unconditional"]
@@ -119,7 +123,7 @@ def test_the_card(runs, release):
         assert part in body, part
     blocks = re.findall(r"```py\n(.*?)```", body, re.DOTALL)
     assert len(blocks) == 2
-    code = "".join(blocks).replace('"me/tiny"', repr(str(release)))  # what the card says to do works
+    code = "".join(blocks).replace('"me/tiny"', repr(str(release)))  # the card's code runs
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2
@@ -151,7 +155,13 @@ def test_gpt2_with_its_own_tokenizer(tokens_dir, scored_dir, tmp_path):
     tokenize_corpus(scored_dir, PretrainedTokenizer(str(tmp_path / "gpt2")), tmp_path / "tokens", 0.1)
     config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
     settings = TrainConfig(tokens=2 * 512, context=32, batch_rows=16, precision="fp32")
-    train(tmp_path / "tokens", tmp_path / "run", FromConfig(config), Conditional(), settings)
+    train(
+        tokens_dir=tmp_path / "tokens",
+        out=tmp_path / "run",
+        model=FromConfig(config),
+        objective=Conditional(),
+        config=settings,
+    )
     folder = export(tmp_path / "run", tmp_path / "release")
     _, tokenizer = plain(folder)
     assert tokenizer.convert_ids_to_tokens(tokenizer("Hello <|good|>")["input_ids"])[:3] == [
@@ -166,7 +176,7 @@ def test_odd_control_token_names_and_batches(tokens_dir, tmp_path):
 
     settings = TrainConfig(tokens=2 * 512, context=32, batch_rows=16, precision="fp32")
     odd = Conditional(good="$rating:good", bad="<|rating:bad|>")
-    train(tokens_dir, tmp_path / "run", FromConfig(TINY_LLAMA), odd, settings)
+    train(tokens_dir=tokens_dir, out=tmp_path / "run", model=FromConfig(TINY_LLAMA), objective=odd, config=settings)
     folder = export(tmp_path / "run", tmp_path / "release")
     _, tokenizer = plain(folder)
     assert tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])[1] == "$rating:good"
@@ -177,10 +187,16 @@ def test_odd_control_token_names_and_batches(tokens_dir, tmp_path):
 
 def test_a_release_is_judged_and_finetuned_like_any_model(release, tokens_dir, tmp_path):
     found = evaluate_model(str(release), tmp_path / "judged", LINK, SCENARIOS)
-    assert found["scenarios"]["unconditional"]["samples"] == 16
+    assert found.scenarios["unconditional"].samples == 16
     settings = TrainConfig(tokens=2 * 512, context=32, batch_rows=16, precision="fp32")
-    done = train(tokens_dir, tmp_path / "more", FromWeights(str(release)), Conditional(), settings)
-    assert done["control_tokens"] == ["<|good|>", "<|bad|>"]
+    done = train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "more",
+        model=FromWeights(str(release)),
+        objective=Conditional(),
+        config=settings,
+    )
+    assert done.control_tokens == ["<|good|>", "<|bad|>"]
 
 
 @pytest.mark.parametrize(
@@ -192,10 +208,10 @@ def test_a_release_is_judged_and_finetuned_like_any_model(release, tokens_dir, t
             {"suppress_tokens": None},
             "generate may write the bad token",
         ),
-        ("tokenizer.json", {"post_processor": None}, "the tokenizer begins a text with"),
+        ("tokenizer.json", {"post_processor": None}, "the tokenizer starts a text with"),
     ],
 )
-def test_the_check_finds_what_is_wrong(release, tmp_path, file, change, message):
+def test_the_check_finds_faults(release, tmp_path, file, change, message):
     copy = tmp_path / "copy"
     shutil.copytree(release, copy)
     check(copy)
@@ -226,8 +242,12 @@ def test_exporting_again_does_nothing_and_a_half_written_one_is_completed(runs, 
 def test_a_release_is_pushed_and_loads_from_the_hub(runs, tmp_path):
     with FakeHub() as hub:
         env = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-        }  # fmt: skip
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
         command = [
             sys.executable,
             "-m",

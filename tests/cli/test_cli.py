@@ -1,4 +1,4 @@
-"""The command line as its user sees it: in a subprocess where that matters, else through the app."""
+"""The command line as a user sees it: in a subprocess where that matters, else through the app."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ def run(*args, cwd=None, code=0):
 
 
 def test_help_imports_nothing_heavy():
-    """`phf --help` answers in under half a second because it imports none of these (a timed test would be noise)."""
-    code = "import sys, phf.cli\nsys.argv = ['phf', '--help']\ntry:\n    phf.cli.main()\nexcept SystemExit:\n    pass\nprint(sorted({'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib', 'pydantic', 'spacy', 'rich'} & set(sys.modules)))"
+    """`phf --help` answers in under half a second because it imports none of these."""
+    heavy = {"torch", "transformers", "numpy", "pyarrow", "matplotlib", "pydantic", "spacy", "rich"}
+    code = (
+        "import sys, phf.cli\nsys.argv = ['phf', '--help']\ntry:\n    phf.cli.main()\nexcept SystemExit:\n    pass\n"
+        f"print(sorted({heavy!r} & set(sys.modules)))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for command in ("score", "tokenize", "train", "sample", "eval", "report", "run"):
         assert command in out
-    assert set(json.loads(out.splitlines()[-1].replace("'", '"'))) <= {"pydantic"}
+    assert json.loads(out.splitlines()[-1].replace("'", '"')) == []
 
 
 @pytest.mark.parametrize("command", ["score", "tokenize", "train", "sample", "eval", "report", "run"])
@@ -76,18 +80,26 @@ def test_the_stages_one_by_one(tmp_path):
     [
         (["score", "nowhere", "out"], "neither a file, a folder nor a named corpus"),
         (["score", "a.jsonl", "out", "--scorer", "pi"], "pi"),
-        (["score", "a.jsonl", "out", "--scorer", "regex"], "regex.pattern: missing"),
+        (["score", "a.jsonl", "out", "--scorer", "regex"], "pattern: missing"),
         (["score", "a.jsonl", "out", "scorr.name=pii"], "did you mean 'scorer'"),
         (["score", "a.jsonl", "out", "stray"], "settings have the form a.b=c"),
         (["tokenize", "nowhere", "out"], "neither the output of `phf score`"),
         (
             ["train", "nowhere", "out", "train.tokens=1", "model.name=from_weights", "model.path=x"],
-            "is not a directory",
+            "is not a folder",
         ),
         (["train", "nowhere", "out", "train.tokns=1"], "did you mean 'tokens'"),
-        (["sample", "nowhere", "out"], "no such folder"),
+        (["sample", "nowhere", "out"], "not a local folder"),
         (["sample", "nowhere", "out", "top_p=2"], "top_p"),
         (["eval", "nowhere"], "is not a run, so nothing says how to judge it"),
+        (["eval", "no/such/folder"], "no/such/folder: no such folder"),
+        (["export", "nowhere", "out"], "is not a folder; expected the output of `phf train`"),
+        (
+            ["score", "a.jsonl", "out", "--scorer", "regex"],
+            "the command line has 1 problem:\n  scorer.pattern: missing",
+        ),
+        (["score", "a.jsonl", "out", "--executor", "slrm"], "did you mean 'slurm'"),
+        (["redteam", "nowhere", "trials=many"], "trials: expected a whole number, got 'many'"),
         (["report", "nowhere"], "no judged run"),
         (["run", "demoo"], "did you mean 'demo'"),
         (["run", "demo", "train.lr=fast"], "train.lr"),
@@ -122,23 +134,30 @@ def test_dry_run_prints_the_recipe_and_runs_nothing(tmp_path):
 @pytest.mark.slow
 def test_the_quick_demo_from_start_to_page(tmp_path):
     out = run("run", "demo", "quick", cwd=tmp_path)
-    assert "Too short to conclude" in out
+    assert "Budget too small for conclusions" in out
     results = json.loads((tmp_path / "runs" / "demo-quick" / "results.json").read_text())
     assert [r["objective"] for r in results["runs"]] == ["mle", "filtering", "conditional", "unlikelihood"]
     assert len({r["tokens"] for r in results["runs"]}) == 1
     assert "url" in (tmp_path / "runs" / "demo-quick" / "report.html").read_text()
 
 
-def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path, monkeypatch, capsys):
+def test_eval_judges_any_model_and_compare_finds_a_difference(tokens_dir, tmp_path, monkeypatch, capsys):
     import json
 
     from phf.objectives import MLE, Unlikelihood
+    from phf.training.config import TrainConfig
     from phf.training.lm import FromConfig
-    from phf.training.train import TrainConfig, train
+    from phf.training.train import train
 
     settings = TrainConfig(tokens=400 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for objective in (MLE(), Unlikelihood(0.0, 1.0)):
-        train(tokens_dir, tmp_path / objective.name, FromConfig(TINY_LLAMA), objective, settings)
+        train(
+            tokens_dir=tokens_dir,
+            out=tmp_path / objective.name,
+            model=FromConfig(TINY_LLAMA),
+            objective=objective,
+            config=settings,
+        )
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n{"text": "cats and dogs"}\n')
 
     def phf(*args):
@@ -146,19 +165,18 @@ def test_eval_judges_any_model_and_compare_tells_two_apart(tokens_dir, tmp_path,
 
     monkeypatch.chdir(tmp_path)
     common = ["num_samples=160", "max_tokens=40", "min_tokens=1"]
-    said = phf("eval", "mle", "unlikelihood", *common, f"kl.reference.path={tmp_path}/mle", "kl.num_samples=8", "kl.max_tokens=8",
-               "capabilities=[{name: lambada, path: l.jsonl}]")  # fmt: skip
-    assert "KL, nats a text" in said
-    assert "accuracy" in said
-    assert json.loads((tmp_path / "mle" / "eval.json").read_text())["kl"]["forward"]["nats_per_text"][
-        "mean"
-    ] == pytest.approx(0, abs=1e-3)
-    said = phf("compare", "unlikelihood", "mle")
-    assert "unconditional" in said
-    assert "lower" in said
-    said = phf("eval", "mle/model", "--scorer", "regex", "scorer.pattern=https?://\\S+", "--out", "judged", *common)
-    assert "judged/eval.json" in said
-    assert "not told apart" in phf("compare", "judged", "mle")
+    kl = [f"kl.reference.path={tmp_path}/mle", "kl.num_samples=8", "kl.max_tokens=8"]
+    table = phf("eval", "mle", "unlikelihood", *common, *kl, "capabilities=[{name: lambada, path: l.jsonl}]")
+    assert "KL, nats per text" in table
+    assert "accuracy" in table
+    found = json.loads((tmp_path / "mle" / "eval.json").read_text())["kl"]
+    assert found["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-3)
+    compared = phf("compare", "unlikelihood", "mle")
+    assert "unconditional" in compared
+    assert "lower" in compared
+    elsewhere = ["--scorer", "regex", "scorer.pattern=https?://\\S+", "--out", "judged"]
+    assert "judged/eval.json" in phf("eval", "mle/model", *elsewhere, *common)
+    assert "not significantly different" in phf("compare", "judged", "mle")
     assert "difference" in phf("compare", "unlikelihood", "judged")
 
 
@@ -166,22 +184,23 @@ def test_the_papers_scenarios_by_name(tokens_dir, tmp_path, monkeypatch, capsys)
     import json
 
     from phf.objectives import MLE
+    from phf.training.config import TrainConfig
     from phf.training.lm import FromConfig
-    from phf.training.train import TrainConfig, train
+    from phf.training.train import train
 
     settings = TrainConfig(tokens=512, context=32, batch_rows=16, precision="fp32")
     model = FromConfig({**TINY_LLAMA, "max_position_embeddings": 512})
-    train(tokens_dir, tmp_path / "r", model, MLE(), settings)
+    train(tokens_dir=tokens_dir, out=tmp_path / "r", model=model, objective=MLE(), config=settings)
     args = ["eval", str(tmp_path / "r"), "--paper", "toxicity", "num_samples=8", "max_tokens=10", "min_tokens=1"]
-    said = output_of(args, monkeypatch, capsys)
-    assert "unconditional" in said
-    assert "challenging_rtp" in said
+    table = output_of(args, monkeypatch, capsys)
+    assert "unconditional" in table
+    assert "challenging_rtp" in table
     found = json.loads((tmp_path / "r" / "eval.json").read_text())["scenarios"]
     assert set(found) == {"unconditional", "challenging_rtp"}
     assert found["challenging_rtp"]["scenario"]["samples_per_prompt"] == 4
     assert found["challenging_rtp"]["misalignment"]["n"] == 2  # prompts, not samples
     worst = found["challenging_rtp"]["expected_max"]
-    assert worst["25"]["mean"] is None  # of 4 samples a prompt nothing is known of the worst of 25
+    assert worst["25"]["mean"] is None  # 4 samples per prompt say nothing about the worst of 25
     assert worst["4"]["n"] == 2
 
 
@@ -198,13 +217,12 @@ def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
     assert "held out" in phf("fit-scorer", "l.jsonl", "mine", "--label", "toxic", "--test", "l.jsonl:text:toxic")
     assert "200 documents" in phf("score", "l.jsonl", "scored", "scorer.path=mine", "--scorer", "fitted")
     assert "200 documents" in phf("score", "scored", "--add", "zorp", "--scorer", "regex", "scorer.pattern=zorp")
-    said = phf("inspect", "scored", "--label", "toxic")
-    assert "suggested thresholds" in said
+    assert "suggested thresholds" in phf("inspect", "scored", "--label", "toxic")
     assert (tmp_path / "scored" / "inspect.html").exists()
     assert json.loads((tmp_path / "scored" / "inspect.json").read_text())["labelled"]["mean"]["auc"] > 0.9
 
 
-def test_ctrl_c_says_how_to_go_on(tokens_dir, tmp_path):
+def test_ctrl_c_tells_how_to_resume(tokens_dir, tmp_path):
     (tmp_path / "m.yaml").write_text(dump_yaml({"model": {"name": "from_config", "config": TINY_LLAMA}}))
     settings = [
         "objective.name=mle",
@@ -215,12 +233,14 @@ def test_ctrl_c_says_how_to_go_on(tokens_dir, tmp_path):
     ]
     process = subprocess.Popen(
         [*PHF, "train", str(tokens_dir), str(tmp_path / "r"), str(tmp_path / "m.yaml"), *settings],
-        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list((tmp_path / "r" / "checkpoints").glob("*/complete.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert said.strip() == "interrupted; run the same command again to go on"
+    assert error.strip() == "interrupted; run the same command again to resume"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from phf.core.config import ConfigError, load, merge, parse_override, read_yaml, validate
 from phf.objectives import AnyObjective, Conditional
 from phf.recipes.recipe import Recipe, load_recipe, packaged
-from phf.training.train import TrainConfig
+from phf.training.config import TrainConfig
 
 
 def test_numbers_without_a_dot_are_numbers(tmp_path):
@@ -42,7 +44,7 @@ def test_later_files_and_overrides_win(tmp_path):
     assert (config.tokens, config.lr, config.clip) == (10, 2e-3, 0)
 
 
-def test_every_problem_is_named_at_once_with_its_path():
+def test_all_problems_are_reported_together_with_their_paths():
     with pytest.raises(ConfigError) as caught:
         load_recipe(
             [
@@ -61,7 +63,106 @@ def test_every_problem_is_named_at_once_with_its_path():
     assert "objectives.mle" in message
     assert "seeds" in message
     assert "top_p" in message
-    assert "5 problems" in message
+    assert message.startswith("the command line has 5 problems:")
+
+
+def mistake(arguments):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("objectives.mine.name=unlikelyhood", "unknown objective 'unlikelyhood' (did you mean 'unlikelihood'?)"),
+        ("scorer.name=pepp8", "unknown scorer 'pepp8' (did you mean 'pep8'?)"),
+        ("corpus.name=installed_package", "unknown reader 'installed_package' (did you mean 'installed_packages'?)"),
+        ("segmenter.name=sentence", "unknown segmenter 'sentence' (did you mean 'sentences'?)"),
+        ("redteam.attacker.name=evolutions", "unknown attacker 'evolutions' (did you mean 'evolution'?)"),
+        ("tokenizer.name=bpee", "unknown tokenizer 'bpee' (did you mean 'bpe'?)"),
+        ("model.name=from_weight", "unknown model 'from_weight' (did you mean 'from_weights'?)"),
+        ("capabilities=[{name: lambda}]", "unknown capability 'lambda' (did you mean 'lambada'?)"),
+        ("kl.reference.name=locl", "unknown reference 'locl' (did you mean 'local'?)"),
+        ("train.schedule=cosin", "(did you mean 'cosine'?)"),
+        ("during.every=1e6", "during: unknown key (renamed to 'monitor')"),
+    ],
+)
+def test_a_mistyped_name_gets_a_suggestion(setting, message):
+    found = mistake(["demo", setting])
+    assert message in found
+    assert "discriminator" not in found
+    assert "tag" not in found
+
+
+def test_problems_are_reported_under_the_place_they_come_from(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: demo\ntrain: {lr: fast}\n")
+    file = str(tmp_path / "mine.yaml")
+    expected = f"{file} has 1 problem:\n  train.lr: .*\nthe command line has 1 problem:\n  train.clip: .*"
+    assert re.fullmatch(expected, mistake([file, "train.clip=-1"]))
+    assert mistake(["demo", "train.tokens=1000", "train.warmup=1e6"]).startswith(
+        "the command line has 1 problem:\n  train: the warm-up takes"
+    )
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("model.name=from_weights", "model.path: missing"),
+        ("scorer.name=regex", "scorer.pattern: missing"),
+        ("kl.reference.name=server", "kl.reference.url: missing"),
+        ("corpus.name=jsonl", "corpus.path: missing"),
+        ("monitor.kl.num_samples=8", "monitor.kl.reference: missing"),
+        ("trian.lr=1", "trian: unknown key (did you mean 'train'?)"),
+        ("objectives.mine.threshold=0", "objectives.mine: which objective? give a name: mle, filtering"),
+        ("objectives.mine=mle", "objectives.mine: expected settings, such as objectives.mine.name=mle, got 'mle'"),
+        ("train=5", "train: expected settings, as a mapping ({name: value}) or with a dot (a.b=value), got 5"),
+        ("train.lr=fast", "train.lr: expected a number, got 'fast'"),
+        ("train.lr=0", "train.lr: expected more than 0, got 0"),
+        ("seeds=[a]", "seeds.0: expected a whole number, got 'a'"),
+        ("seeds=[]", "seeds: expected at least 1 value, got []"),
+        ("train.compile=maybe", "train.compile: expected true or false, or 'auto', got 'maybe'"),
+        ("train.lr=.nan", "train.lr: expected a finite number, got nan"),
+        ("train.warmup=-1", "train.warmup: expected at least 0, got -1"),
+        ("train.micro_rows=few", "train.micro_rows: expected a whole number, got 'few'"),
+        ("scorer.name=", "scorer: which scorer? give a name: pii, presidio"),
+        ("capabilities=[glue]", "capabilities.0: expected settings, such as {name: glue}, got 'glue'"),
+        ("redteam.attacker.server=http://x", "redteam.attacker: which attacker? give a name: evolution, local, server"),
+        ("grid={train.lr: [fast]}", "grid: train.lr: expected a number, got 'fast'"),
+        ("finetune={lrr: 1}", "finetune.lrr: unknown key (did you mean 'lr'?)"),
+        ("train_for.mle.lr=fast", "train_for.mle.lr: expected a number, got 'fast'"),
+        ("only=[mlee]", "only: no objective 'mlee' (did you mean 'mle'?)"),
+    ],
+)
+def test_a_mistake_in_an_override_is_blamed_on_the_command_line(setting, message):
+    found = mistake(["demo", setting])
+    assert re.match(r"the command line has \d problems?:\n", found)
+    assert f"\n  {message}" in found
+    assert "demo has" not in found
+
+
+def test_what_a_file_hid_is_not_blamed_on_the_command_line_alone(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: demo\nheldout: 3\nonly: [mel]\n")
+    file = str(tmp_path / "mine.yaml")
+    found = mistake([file, "heldout=0.1"])
+    assert found.startswith(f"{file} with the command line has 1 problem:\n  only: no objective")
+
+
+def test_a_file_of_another_form_is_one_message(tmp_path):
+    cases = {"only: 5": "only: expected a list", "presets: 5\npreset: x": "presets: expected settings"}
+    for text, message in cases.items():
+        (tmp_path / "odd.yaml").write_text(text)
+        assert message in mistake(["demo", str(tmp_path / "odd.yaml")])
+    assert mistake(["paper-pii", "mle", "preset=[a]"]).startswith("preset ['a'] is not one of the recipe's")
+
+
+def test_a_bad_member_is_not_also_a_missing_one():
+    found = mistake(["demo", "scorer={name: combination, scorers: [{name: pepp8}, {name: pii}]}"])
+    assert found.splitlines()[0] == "the command line has 1 problem:"
+    assert "unknown scorer 'pepp8'" in found
+    assert "scorer.scorers: expected at least 2 values" in mistake(
+        ["demo", "scorer={name: combination, scorers: [{name: pii}]}"]
+    )
 
 
 def test_one_value_where_a_list_belongs_is_shown_as_a_list():
@@ -126,7 +227,7 @@ def test_a_file_can_be_based_on_a_recipe(tmp_path):
 
 
 def test_settings_for_an_unknown_objective_are_an_error():
-    with pytest.raises(ConfigError, match="train_for.mlee: no such objective"):
+    with pytest.raises(ConfigError, match="train_for.mlee: no objective 'mlee' .did you mean 'mle'"):
         load_recipe(["demo", "train_for.mlee.lr=1"])
 
 

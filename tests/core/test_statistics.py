@@ -111,8 +111,10 @@ def nltk_self_bleu(texts, n, references, split):
     return sum(scores) / len(scores)
 
 
-@given(st.lists(st.lists(st.sampled_from(["ab", "c", "the", "cat", "sat", ".", "on"]), max_size=14).map(" ".join), min_size=2, max_size=12),
-       st.integers(1, 5), st.integers(1, 6))  # fmt: skip
+SENTENCES = st.lists(st.sampled_from(["ab", "c", "the", "cat", "sat", ".", "on"]), max_size=14).map(" ".join)
+
+
+@given(st.lists(SENTENCES, min_size=2, max_size=12), st.integers(1, 5), st.integers(1, 6))
 @settings(max_examples=80, deadline=None)
 def test_self_bleu_equals_nltk(texts, n, references):
     assert self_bleu(texts, n, references) == pytest.approx(nltk_self_bleu(texts, n, references, str.split), abs=1e-9)
@@ -202,13 +204,14 @@ def test_auc_is_the_share_of_pairs_in_order():
     value = np.round(bad + rng.normal(0, 1, 60), 1)  # with ties
     pairs = [(b > g) + 0.5 * (b == g) for b in value[bad] for g in value[~bad]]
     found = statistics.auc(value, bad)
-    assert found["auc"] == pytest.approx(np.mean(pairs))
-    low, high = found["ci95"]
-    assert low < found["auc"] < high
-    assert statistics.auc(value, bad, np.arange(60)) == found  # each in a group of its own
+    assert found.auc == pytest.approx(np.mean(pairs))
+    low, high = found.ci95
+    assert low < found.auc < high
+    assert statistics.auc(value, bad, np.arange(60)) == found  # one group per unit
     twice = statistics.auc(np.tile(value, 4), np.tile(bad, 4), np.tile(np.arange(60), 4))
-    assert twice["auc"] == pytest.approx(found["auc"])
-    assert twice["ci95"] == pytest.approx(found["ci95"])  # copies are no evidence
-    low, high = statistics.auc(np.tile(value, 4), np.tile(bad, 4))["ci95"]
-    assert high - low < 0.7 * (found["ci95"][1] - found["ci95"][0])
-    assert statistics.auc(value, np.ones(60, bool)) == {"auc": None, "ci95": [None, None]}
+    assert twice.auc == pytest.approx(found.auc)
+    assert twice.ci95 == pytest.approx(found.ci95)  # copies add no evidence
+    low, high = statistics.auc(np.tile(value, 4), np.tile(bad, 4)).ci95
+    assert high - low < 0.7 * (found.ci95[1] - found.ci95[0])
+    missing = statistics.auc(value, np.ones(60, bool))
+    assert np.isnan([missing.auc, *missing.ci95]).all()

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from phf.core import store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(store.Manifest):
+    stage: str = "score"
+    counts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenized(store.Manifest):
+    stage: str = "tokenize"
 
 
 def test_canonical_does_not_depend_on_order():
@@ -36,12 +48,12 @@ def test_a_directory_is_done_only_with_its_manifest_and_key(tmp_path):
     store.begin(out, "score", "k1")
     assert not store.is_done(out, "k1")
     with pytest.raises(store.StoreError, match="did not finish"):
-        store.read_manifest(out, "score")
-    store.finish(out, "score", "k1", counts=3)
+        store.read_manifest(out, Scored)
+    assert store.finish(out, Scored(key="k1", counts=3)) == store.read_manifest(out, Scored)
     assert store.is_done(out, "k1")
     assert not store.is_done(out, "k2")
     with pytest.raises(store.StoreError, match="made by `phf score`"):
-        store.read_manifest(out, "tokenize")
+        store.read_manifest(out, Tokenized)
 
 
 def test_begun_work_is_kept_for_the_same_key_only(tmp_path):
@@ -54,7 +66,7 @@ def test_begun_work_is_kept_for_the_same_key_only(tmp_path):
     assert not (out / "part").exists()
 
 
-def test_a_directory_of_somebody_else_is_never_removed(tmp_path):
+def test_a_foreign_directory_is_never_removed(tmp_path):
     (tmp_path / "precious").write_text("1")
     with pytest.raises(store.StoreError, match="not empty"):
         store.begin(tmp_path, "score", "k")

@@ -9,7 +9,8 @@ import pytest
 from phf.core.config import ConfigError
 from phf.core.types import Document, Rejected
 from phf.data import readers as corpus
-from phf.data.readers import Folder, HubDataset, InstalledPackages, Jsonl, Parquet, StandardLibrary
+from phf.data.installed import InstalledPackages, StandardLibrary
+from phf.data.readers import Folder, HFDataset, Jsonl, Parquet
 
 
 def read_all(reader):
@@ -126,20 +127,20 @@ def test_parquet_errors_say_what_is_there(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_set_from_a_local_folder(tmp_path, streaming):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "k": 1}\n{"text": "", "k": 2}\n{"text": "b", "k": 3}\n')
-    reader = HubDataset(str(tmp_path), streaming=streaming)
+    reader = HFDataset(str(tmp_path), streaming=streaming)
     items = read_all(reader)
     assert [i.text for i in items if isinstance(i, Document)] == ["a", "b"]
     assert reasons(items) == ["empty text"]
-    assert reader.fingerprint() == HubDataset(str(tmp_path), streaming=streaming).fingerprint()
+    assert reader.fingerprint() == HFDataset(str(tmp_path), streaming=streaming).fingerprint()
     with pytest.raises(ConfigError, match="no column 'txt'"):
-        HubDataset(str(tmp_path), field="txt", streaming=streaming).plan()
+        HFDataset(str(tmp_path), field="txt", streaming=streaming).plan()
 
 
 def test_data_set_saved_to_disk(tmp_path):
     import datasets
 
     datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(tmp_path / "d")
-    assert [i.text for i in read_all(HubDataset(str(tmp_path / "d"), max_docs=2))] == ["a", "b"]
+    assert [i.text for i in read_all(HFDataset(str(tmp_path / "d"), max_docs=2))] == ["a", "b"]
     assert corpus.from_path(str(tmp_path / "d"))["name"] == "dataset"
 
 
@@ -191,7 +192,8 @@ def test_metadata_too_deep_and_names_that_are_not_utf8(tmp_path):
 
 
 def test_parquet_bytes_that_are_not_utf8_are_set_aside(tmp_path):
-    good, bad = b"fine", b"\xff\xfe"
+    good = b"fine"
+    bad = b"\xff\xfe"
     array = pa.Array.from_buffers(
         pa.string(),
         3,
@@ -208,12 +210,12 @@ def test_a_data_set_without_the_split_is_an_error(tmp_path):
 
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "d")
     with pytest.raises(ConfigError, match="no split 'tran'"):
-        HubDataset(str(tmp_path / "d"), split="tran").plan()
+        HFDataset(str(tmp_path / "d"), split="tran").plan()
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        HubDataset(str(tmp_path / "nothing")).plan()
+        HFDataset(str(tmp_path / "nothing")).plan()
 
 
 def test_a_streamed_data_set_gives_exactly_max_docs(tmp_path):
     for n in range(4):
         (tmp_path / f"train-{n}.jsonl").write_text("".join(f'{{"text": "{n}{i}"}}\n' for i in range(9)))
-    assert len(read_all(HubDataset(str(tmp_path), streaming=True, max_docs=10))) == 10
+    assert len(read_all(HFDataset(str(tmp_path), streaming=True, max_docs=10))) == 10

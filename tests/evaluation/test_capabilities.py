@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from phf.core.config import ConfigError
-from phf.evaluation.capabilities.base import split_behind
+from phf.evaluation.capabilities.base import split_after
 from phf.evaluation.capabilities.glue import Glue, glue_score
 from phf.evaluation.capabilities.humaneval import HumanEval, function_body, pass_at_k, run_sandboxed
 from phf.evaluation.capabilities.lambada import Lambada
@@ -26,7 +26,8 @@ def lambada_by_hand(model, text: str) -> tuple[bool, float]:
     context, _, word = text.rpartition(" ")
     tokens = lambda t: model.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
     start = [model.tokenizer.eos_token_id, *([model.control_ids["good"]] if model.control_ids else [])]
-    ids, target = start + tokens(context), tokens(" " + word)
+    ids = start + tokens(context)
+    target = tokens(" " + word)
     with torch.no_grad():
         logits = model.lm(torch.tensor([ids + target])).logits[0].double()
     logits[:, sorted(model.control_ids.values())] = -math.inf
@@ -46,9 +47,9 @@ def test_lambada_equals_plain_transformers(runs, name, tmp_path):
     (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     found = Lambada(str(tmp_path / "l.jsonl"), batch=3).measure(model)
     expected = [lambada_by_hand(model, t) for t in texts]
-    assert found["accuracy"]["mean"] == np.mean([right for right, _ in expected])
-    assert found["perplexity"] == pytest.approx(math.exp(np.mean([nats for _, nats in expected])), rel=1e-4)
-    assert Lambada(str(tmp_path / "l.jsonl"), max_passages=2).measure(model)["passages"] == 2
+    assert found.estimates["accuracy"].mean == np.mean([right for right, _ in expected])
+    assert found.details["perplexity"] == pytest.approx(math.exp(np.mean([nats for _, nats in expected])), rel=1e-4)
+    assert Lambada(str(tmp_path / "l.jsonl"), max_passages=2).measure(model).details["passages"] == 2
     (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
     with pytest.raises(ConfigError, match="row 0: no string 'text'"):
         Lambada(str(tmp_path / "bad.jsonl")).measure(model)
@@ -67,7 +68,7 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
     [
         ("assert 1 + 1 == 2", True),
         ("assert 1 + 1 == 3", False),
-        ("import sys; sys.exit(0)", False),  # leaving early is not passing
+        ("import sys; sys.exit(0)", False),  # exiting early does not pass
         ("import os; os._exit(0)", False),
         ("while True: pass", False),
         ("x = 'a' * (3 * 2**30)", False),
@@ -78,16 +79,19 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
         ("import os; assert 'HOME' not in os.environ and os.listdir('.') == []", True),
     ],
 )
-def test_the_sandbox_tells_what_passes(program, passes):
+def test_the_sandbox_finds_what_passes(program, passes):
     assert run_sandboxed(program, 2) is passes
 
 
-def test_the_sandbox_has_no_network_where_the_kernel_lets_it():
+def test_the_sandbox_has_no_network_where_the_kernel_allows():
     from phf.evaluation.capabilities.humaneval import _unshare
 
     if not _unshare():
-        pytest.skip("this kernel lets no user make a network of his own")
-    code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e:\n    assert e.errno == 101, e"
+        pytest.skip("this kernel does not let users make network namespaces")
+    code = (
+        "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\n"
+        "except OSError as e:\n    assert e.errno == 101, e"
+    )
     assert run_sandboxed(code, 3)
 
 
@@ -96,7 +100,7 @@ def test_function_bodies_end_where_the_margin_begins():
     assert function_body("    return 1") == "    return 1"
 
 
-def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_path, monkeypatch):
+def test_humaneval_runs_no_code_without_permission_and_counts_what_passes(runs, tmp_path, monkeypatch):
     model = load_model(runs / "a")
     problem = {"prompt": "def f():\n", "test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
     with gzip.open(tmp_path / "h.jsonl.gz", "wt") as file:
@@ -104,27 +108,32 @@ def test_humaneval_runs_nothing_unless_told_and_counts_what_passes(runs, tmp_pat
     path = str(tmp_path / "h.jsonl.gz")
     with pytest.raises(ConfigError, match="runs code that the model wrote"):
         HumanEval(path).measure(model)
-    with pytest.raises(ConfigError, match="k=2 needs as many samples_per_problem"):
+    with pytest.raises(ConfigError, match="k=2 needs samples_per_problem=2"):
         HumanEval(path, k=(2,), run_untrusted_code=True).measure(model)
     from phf.core.types import Sample
     from phf.evaluation.capabilities import humaneval
 
     written = ["    return 1\n", "    return 2\n", "    return 1\n", "    return 1\n"]
-    monkeypatch.setattr(
-        humaneval, "sample_prompts", lambda m, s, p: [Sample(n, q, t, 1, 0.0, True, 0) for n, (q, t) in enumerate(zip(p, written, strict=True))]
-    )  # fmt: skip
+
+    def write(model, scenario, prompts):
+        return [Sample(n, p, t, 1, 0.0, True, 0) for n, (p, t) in enumerate(zip(prompts, written, strict=True))]
+
+    monkeypatch.setattr(humaneval, "sample_prompts", write)
     found = HumanEval(path, samples_per_problem=2, k=(1, 2), run_untrusted_code=True).measure(model)
-    assert found["pass@1"]["mean"] == 0.25  # one of two of the first problem; the second names no such function
-    assert found["pass@2"]["mean"] == 0.5
+    assert (
+        found.estimates["pass@1"].mean == 0.25
+    )  # one of two for the first problem; the second problem names another function
+    assert found.estimates["pass@2"].mean == 0.5
     monkeypatch.undo()
     real = HumanEval(path, max_tokens=8, run_untrusted_code=True).measure(model)
-    assert real["problems"] == 2
+    assert real.details["problems"] == 2
 
 
 @pytest.fixture(scope="module")
 def glue_files(tmp_path_factory):
-    """Lines about cats or rivers, with how many cats there are, told apart in an epoch or two."""
-    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    """Lines about cats or rivers, labelled by the number of cats. An epoch or two is enough to learn them."""
+    folder = tmp_path_factory.mktemp("glue")
+    rng = np.random.default_rng(0)
     rows = [
         (" ".join(["cats"] * n + ["rivers"] * (3 - n) + list(rng.choice(["the", "line", "of"], 3))), n)
         for n in rng.integers(0, 4, 400)
@@ -140,8 +149,9 @@ def test_glue_finetunes_a_copy(runs, glue_files):
     before = {k: v.clone() for k, v in model.lm.state_dict().items()}
     task = Glue(*glue_files, lr=3e-3)
     found = task.measure(model)
-    assert found["accuracy"]["mean"] > 0.9
-    assert found["history"][found["epoch"] - 1] == max(found["history"]) == found["accuracy"]["mean"]
+    assert found.estimates["accuracy"].mean > 0.9
+    assert found.details["history"][found.details["epoch"] - 1] == max(found.details["history"])
+    assert max(found.details["history"]) == found.estimates["accuracy"].mean
     for name, value in model.lm.state_dict().items():
         assert torch.equal(value, before[name])
     assert task.measure(model) == found
@@ -151,25 +161,31 @@ def test_glue_finetunes_a_copy(runs, glue_files):
         Glue(*glue_files, task="mrpc").measure(model)
 
 
-@pytest.mark.parametrize("history, seen", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "history, seen", [([0.5, 0.6, 0.6, 0.9], 3), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6), ([0.7, 0.6], 2)]
+)
 def test_glue_stops_early_and_after_six_epochs(runs, glue_files, monkeypatch, history, seen):
     from phf.evaluation.capabilities import glue
 
-    model, given = load_model(runs / "a"), iter(history)
+    model = load_model(runs / "a")
+    given = iter(history)
     monkeypatch.setattr(glue, "glue_score", lambda *args: next(given))
     found = Glue(*glue_files, max_train=32).measure(model)
-    assert found["history"] == history[:seen]
-    assert found["epoch"] == 1 + int(np.argmax(history[:seen]))
+    assert found.details["history"] == history[:seen]
+    assert found.details["epoch"] == 1 + int(np.argmax(history[:seen]))
 
 
-@pytest.mark.parametrize("metric, label, least", [("matthews", "label", 0.8), ("f1", "label", 0.9), ("pearson", "count", 0.8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "metric, label, least", [("matthews", "label", 0.8), ("f1", "label", 0.9), ("pearson", "count", 0.8)]
+)
 def test_glue_metrics(runs, glue_files, metric, label, least):
     found = Glue(*glue_files, lr=3e-3, metric=metric, label=label).measure(load_model(runs / "a"))
-    assert next(iter(found)) == metric  # what the page shows
-    low, high = found[metric]["ci95"]
-    assert least < found[metric]["mean"] <= 1
-    assert low < found[metric]["mean"] < high or found[metric]["mean"] == 1
-    assert ("accuracy" in found) == (metric != "pearson")
+    assert list(found.main) == [metric]  # what the page shows
+    estimate = found.estimates[metric]
+    low, high = estimate.ci95
+    assert least < estimate.mean <= 1
+    assert low < estimate.mean < high or estimate.mean == 1
+    assert ("accuracy" in found.estimates) == (metric != "pearson")
 
 
 @pytest.mark.parametrize(
@@ -196,8 +212,12 @@ def test_glue_reads_its_own_files_and_the_hubs(tmp_path, task, text):
 
 
 def test_glue_scores_by_their_formulas():
-    truth, guess = np.array([0, 1, 1, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0])
-    tp, fp, fn, tn = 2, 1, 1, 2
+    truth = np.array([0, 1, 1, 0, 1, 0])
+    guess = np.array([0, 1, 0, 1, 1, 0])
+    tp = 2
+    fp = 1
+    fn = 1
+    tn = 2
     assert glue_score("accuracy", truth, guess) == pytest.approx(4 / 6)
     assert glue_score("f1", truth, guess) == pytest.approx(2 * tp / (2 * tp + fp + fn))
     mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
@@ -215,14 +235,14 @@ def test_nothing_that_a_program_starts_outlives_it(tmp_path):
     assert not file.exists()
 
 
-def test_what_comes_behind_may_share_a_token_with_the_context(runs):
+def test_a_continuation_may_share_a_token_with_its_context(runs):
     tokenizer = train_bpe(["foobar"] * 9, 270)
     model = dataclasses.replace(load_model(runs / "a"), tokenizer=tokenizer, segmenter=None)
     (whole,) = tokenizer("foobar")["input_ids"]
-    assert split_behind(model, "foo", "foobar") == ([model.start_id], [whole])
+    assert split_after(model, "foo", "foobar") == ([model.start_id], [whole])
 
 
-def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, monkeypatch):
+def test_a_prompt_without_a_line_break_is_run_unchanged(runs, tmp_path, monkeypatch):
     from phf.core.types import Sample
     from phf.evaluation.capabilities import humaneval
 
@@ -232,7 +252,7 @@ def test_a_prompt_without_a_line_break_is_run_as_it_was_shown(runs, tmp_path, mo
         humaneval, "sample_prompts", lambda m, s, p: [Sample(0, p[0], "    return 1\n", 4, 0.0, True, 0)]
     )
     found = HumanEval(str(tmp_path / "h.jsonl"), run_untrusted_code=True).measure(load_model(runs / "a"))
-    assert found["pass@1"]["mean"] == 1
+    assert found.estimates["pass@1"].mean == 1
 
 
 def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):
@@ -242,8 +262,8 @@ def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch
     rows = [{"prompt": "def f():\n", "test": "def check(c): pass\n", "entry_point": "f"}] * 20
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = HumanEval(str(tmp_path / "h.jsonl"), max_tokens=4, run_untrusted_code=True).measure(load_model(runs / "a"))
-    assert found["pass@1"]["mean"] == 0
-    assert found["pass@1"]["ci95"] == pytest.approx([0, 3.8415 / 23.8415], abs=1e-3)  # Wilson: z^2 / (n + z^2)
+    assert found.estimates["pass@1"].mean == 0
+    assert found.estimates["pass@1"].ci95 == pytest.approx((0, 3.8415 / 23.8415), abs=1e-3)  # Wilson: z^2 / (n + z^2)
 
 
 TASKS = """
@@ -280,7 +300,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 @pytest.mark.parametrize("name", ["a", "conditional"])
 def test_lm_eval_tasks_with_the_control_prefix(runs, name, tmp_path, monkeypatch):
-    """Real tasks of the real harness, on a file; its numbers against those of a plain loop."""
+    """Real tasks of lm-eval on a file, against a plain loop."""
     pytest.importorskip("lm_eval", reason="extra 'eval' is not installed")
     from phf.evaluation.capabilities.base import continuations, prefix_ids
     from phf.evaluation.capabilities.lm_eval import LmEval
@@ -306,11 +326,11 @@ def test_lm_eval_tasks_with_the_control_prefix(runs, name, tmp_path, monkeypatch
             whole = encode(text + " " + choice)
             pairs.append((prefix_ids(model) + whole[: len(encode(text))], whole[len(encode(text)) :]))
         right.append(int(np.argmax(continuations(model, pairs)[0])) == row["answer"])
-    assert found["tiny_choice acc"]["mean"] == pytest.approx(np.mean(right))
-    assert found["tiny_choice acc"]["n"] == 3
+    assert found.estimates["tiny_choice acc"].mean == pytest.approx(np.mean(right))
+    assert found.estimates["tiny_choice acc"].n == 3
     logp = continuations(model, [(prefix_ids(model), encode(r["text"])) for r in rows])[0]
-    words = sum(len(re.split(r"\s+", r["text"])) for r in rows)  # as the harness counts them
-    assert found["tiny_words word_perplexity"]["mean"] == pytest.approx(math.exp(-logp.sum() / words), rel=1e-4)
-    assert 0 <= found["tiny_writing exact_match"]["mean"] <= 1
+    words = sum(len(re.split(r"\s+", r["text"])) for r in rows)  # as lm-eval counts them
+    assert found.estimates["tiny_words word_perplexity"].mean == pytest.approx(math.exp(-logp.sum() / words), rel=1e-4)
+    assert 0 <= found.estimates["tiny_writing exact_match"].mean <= 1
     with pytest.raises(ConfigError, match=r"no task 'tiny_word' \(did you mean 'tiny_words'\?\)"):
         LmEval(("tiny_word",), folder=str(tmp_path / "tasks")).measure(model)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -33,7 +36,13 @@ def runs(tokens_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     settings = TrainConfig(tokens=300 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for objective in (MLE(), Conditional()):
-        train(tokens_dir, folder / objective.name, FromConfig(TINY_LLAMA), objective, settings)
+        train(
+            tokens_dir=tokens_dir,
+            out=folder / objective.name,
+            model=FromConfig(TINY_LLAMA),
+            objective=objective,
+            config=settings,
+        )
     return folder
 
 
@@ -48,12 +57,12 @@ def test_judging_by_hand():
     expected = [1 / lengths[0], 0, 2 / lengths[3]]
     assert math.isnan(scored[1].score)
     assert [s.score for i, s in enumerate(scored) if i != 1] == pytest.approx(expected)
-    assert result["misalignment"]["mean"] == pytest.approx(np.mean(expected))
-    assert result["misalignment"]["n"] == 3
-    assert (result["unjudged"], result["empty"]) == (1, 1)
-    assert result["hit_rate"]["mean"] == pytest.approx(2 / 3)
-    assert result["bad_segments"] == pytest.approx(2 / 4)
-    assert result["labels"] == {"match": 3}
+    assert result.misalignment.mean == pytest.approx(np.mean(expected))
+    assert result.misalignment.n == 3
+    assert (result.unjudged, result.empty) == (1, 1)
+    assert result.hit_rate.mean == pytest.approx(2 / 3)
+    assert result.bad_segments == pytest.approx(2 / 4)
+    assert result.labels == {"match": 3}
 
 
 def test_a_scorer_that_fails_on_a_sample_counts_it():
@@ -64,10 +73,10 @@ def test_a_scorer_that_fails_on_a_sample_counts_it():
             return super().spans(text)
 
     _, result = judge_samples([made("boom"), made("fine")], Scenario(), Fails("x"), Lines(), 0.0)
-    assert (result["unjudged"], result["failures"], result["misalignment"]["n"]) == (1, {"RecursionError": 1}, 1)
+    assert (result.unjudged, result.failures, result.misalignment.n) == (1, {"RecursionError": 1}, 1)
 
 
-def test_complete_lines_leave_the_cut_one_out():
+def test_only_complete_lines_of_a_cut_sample_are_judged():
     scenario = Scenario(complete_lines=True)
     assert scored_text(made("a\nb\nc", finished=False), scenario, LINK) == "a\nb\n"
     assert scored_text(made("a\nb\nc", finished=True), scenario, LINK) == "a\nb\nc"
@@ -86,30 +95,34 @@ def test_the_unit_is_the_prompt_where_prompts_have_several_samples():
 
 
 def slow_heldout(model, tokens, control, context):
-    """Held-out nats by the definition: one stream, cut into rows, every text token charged to its segment's slice."""
-    ids, kind, score = [], [], []
+    """Held-out nats by the definition: one stream in rows, each text token's loss added to the slice of its segment."""
+    ids = []
+    kind = []
+    score = []
     seg = 0
     for d in range(len(tokens.doc_ends)):
         for s in range(seg, tokens.doc_ends[d]):
             if tokens.heldout_D[d]:
                 if s == seg:
-                    ids, kind, score = [*ids, tokens.end_of_text_id], [*kind, "special"], [*score, tokens.score_S[s]]
+                    ids = [*ids, tokens.end_of_text_id]
+                    kind = [*kind, "special"]
+                    score = [*score, tokens.score_S[s]]
                 if control != "none":
                     name = "good" if control == "good" or tokens.score_S[s] <= 0 else "bad"
-                    ids, kind, score = [*ids, model.control_ids[name]], [*kind, "special"], [*score, tokens.score_S[s]]
+                    ids = [*ids, model.control_ids[name]]
+                    kind = [*kind, "special"]
+                    score = [*score, tokens.score_S[s]]
                 start = tokens.seg_ends[s - 1] if s else 0
                 part = tokens.tokens[start : tokens.seg_ends[s]].tolist()
-                ids, kind, score = (
-                    [*ids, *part],
-                    [*kind, *["text"] * len(part)],
-                    [*score, *[tokens.score_S[s]] * len(part)],
-                )
+                ids = [*ids, *part]
+                kind = [*kind, *["text"] * len(part)]
+                score = [*score, *[tokens.score_S[s]] * len(part)]
         seg = int(tokens.doc_ends[d])
     nats = {"good": 0.0, "bad": 0.0}
     for start in range(0, len(ids) - 1, context):
         row = torch.tensor([ids[start : start + context + 1]])
         logits = model.lm(input_ids=row[:, :-1]).logits[0].double()
-        logits[:, sorted(model.control_ids.values())] = -math.inf  # no share of theirs in what text is charged
+        logits[:, sorted(model.control_ids.values())] = -math.inf  # text has the whole probability
         logp = torch.log_softmax(logits, -1)
         for t in range(row.shape[1] - 1):
             if kind[start + t + 1] == "text":
@@ -125,36 +138,36 @@ def test_heldout_loss_equals_the_definition(runs, tokens, name, control):
     use = tokens.heldout_D[tokens.doc_S]
     for part, chosen in (("good", tokens.score_S <= 0), ("bad", tokens.score_S > 0)):
         num_bytes = tokens.seg_bytes[use & chosen].sum()
-        assert result[part]["bytes"] == num_bytes
-        assert result[part]["nats_per_byte"] == pytest.approx(expected[part] / num_bytes, rel=1e-4)
-        assert result[part]["bits_per_byte"] == pytest.approx(expected[part] / np.log(2) / num_bytes, rel=1e-4)
-    assert result["all"]["bytes"] == tokens.seg_bytes[use].sum()
+        assert getattr(result, part).bytes == num_bytes
+        assert getattr(result, part).nats_per_byte == pytest.approx(expected[part] / num_bytes, rel=1e-4)
+        assert getattr(result, part).bits_per_byte == pytest.approx(expected[part] / np.log(2) / num_bytes, rel=1e-4)
+    assert result.all.bytes == tokens.seg_bytes[use].sum()
 
 
-def test_the_bad_text_is_told_apart_by_the_token(runs, tokens):
+def test_bad_text_is_likelier_under_the_bad_token(runs, tokens):
     """A model that knows its control tokens finds bad text likelier under the bad token than under the good one."""
     model = load_model(runs / "conditional")
-    oracle, good = (heldout_loss(model, tokens, 32, 0.0, c)["bad"]["nats_per_byte"] for c in ("oracle", "good"))
+    oracle, good = (heldout_loss(model, tokens, 32, 0.0, c).bad.nats_per_byte for c in ("oracle", "good"))
     assert oracle < good
 
 
-def test_a_run_is_judged_once_and_with_the_corpus_scorer(runs):
+def test_a_run_is_judged_once_by_the_scorer_of_its_corpus(runs):
     scenarios = {
         "unconditional": Scenario(num_samples=8, max_tokens=16),
         "bad_token": Scenario(num_samples=4, max_tokens=16, control="bad"),
     }
     result = evaluate_run(runs / "conditional", scenarios)
-    assert set(result["scenarios"]) == {"unconditional", "bad_token"}
-    assert set(result["heldout"]) == {"oracle", "good"}
+    assert set(result.scenarios) == {"unconditional", "bad_token"}
+    assert (result.heldout.none is None, result.heldout.main_name) == (True, "good")
     stamp = (runs / "conditional" / "samples" / "unconditional.jsonl").stat().st_mtime_ns
     assert evaluate_run(runs / "conditional", scenarios) == result
     assert (runs / "conditional" / "samples" / "unconditional.jsonl").stat().st_mtime_ns == stamp
-    assert set(evaluate_run(runs / "mle", scenarios)["scenarios"]) == {"unconditional"}  # it has no bad token
+    assert set(evaluate_run(runs / "mle", scenarios).scenarios) == {"unconditional"}  # it has no bad token
 
 
-def test_another_scorer_is_an_error_unless_asked_for(runs):
+def test_another_scorer_is_an_error_unless_allowed(runs):
     """Defect 4: corpus and samples were judged by different models."""
-    with pytest.raises(ConfigError, match="judged by another scorer.*pattern"):
+    with pytest.raises(ConfigError, match="not the one that scored the corpus .pattern"):
         evaluate_run(runs / "mle", {"u": Scenario(num_samples=2, max_tokens=12)}, scorer=Regex("x"))
     evaluate_run(
         runs / "mle", {"u": Scenario(num_samples=2, max_tokens=12)}, scorer=Regex("x"), allow_other_scorer=True
@@ -163,11 +176,11 @@ def test_another_scorer_is_an_error_unless_asked_for(runs):
         check_identity(LINK, {**LINK.identity(), "version": "0"})
 
 
-def test_scores_from_elsewhere_need_a_scorer_named():
+def test_scores_from_elsewhere_need_the_name_of_a_scorer():
     from phf.scoring.judge import corpus_scorer
 
     with pytest.raises(ConfigError, match="phf eval --scorer"):
-        corpus_scorer({"scorer": None, "identity": {"name": "unknown"}})
+        corpus_scorer(None, {"name": "unknown"})
     check_identity(LINK, {"name": "unknown"})
 
 
@@ -177,18 +190,18 @@ def test_the_bad_token_of_a_model_without_one_is_an_error(runs):
 
 
 @pytest.mark.parametrize("text, share", [("nothing\n", 0.0), ("http://x.y\n", 1.0)])
-def test_where_no_or_every_sample_hits_the_interval_is_wilsons_over_prompts(text, share):
+def test_the_interval_of_no_hits_or_all_hits_is_wilsons_over_prompts(text, share):
     scenario = Scenario(num_samples=12, samples_per_prompt=3, prompts="some.jsonl")
     _, result = judge_samples([made(text, i) for i in range(12)], scenario, LINK, Lines(), 0.0)
-    assert result["hit_rate"]["mean"] == share
-    assert result["hit_rate"]["ci95"] == list(statistics.wilson(int(4 * share), 4))
+    assert result.hit_rate.mean == share
+    assert result.hit_rate.ci95 == statistics.wilson(int(4 * share), 4)
 
 
 def test_hits_of_one_prompt_are_one_unit():
     samples = [made("http://x.y" if i < 2 else "none", i) for i in range(4)]
     scenario = Scenario(num_samples=4, samples_per_prompt=2, prompts="p")
     _, result = judge_samples(samples, scenario, LINK, Lines(), 0.0)
-    assert (result["hit_rate"]["mean"], result["hit_rate"]["n"]) == (0.5, 2)
+    assert (result.hit_rate.mean, result.hit_rate.n) == (0.5, 2)
 
 
 def test_a_budget_of_held_out_tokens_reads_the_same_documents_for_every_model(runs, tokens):
@@ -196,8 +209,8 @@ def test_a_budget_of_held_out_tokens_reads_the_same_documents_for_every_model(ru
         heldout_loss(load_model(runs / name), tokens, 32, 0.0, control, max_tokens=400)
         for name, control in (("mle", "none"), ("conditional", "good"))
     ]
-    assert results[0]["all"]["bytes"] == results[1]["all"]["bytes"] > 0
-    assert results[0]["all"]["tokens"] <= 400
+    assert results[0].all.bytes == results[1].all.bytes > 0
+    assert results[0].all.tokens <= 400
 
 
 def test_another_token_store_is_an_error(runs, tmp_path):
@@ -220,9 +233,9 @@ def test_expected_max_is_per_prompt_where_prompts_have_enough_samples(tmp_path):
     samples = [dataclasses.replace(made(t, i), prompt="p" if i < 5 else "q") for i, t in enumerate(texts)]
     scenario = Scenario(num_samples=10, samples_per_prompt=5, prompts="p")
     _, result = judge_samples(samples, scenario, LINK, Lines(), 0.0)
-    assert result["expected_max"]["5"]["mean"] == pytest.approx((1 / 10 + 1 / 12) / 2)
-    assert result["expected_max"]["5"]["n"] == 2
-    assert result["expected_max"]["25"]["mean"] is None or math.isnan(result["expected_max"]["25"]["mean"])
+    assert result.expected_max["5"].mean == pytest.approx((1 / 10 + 1 / 12) / 2)
+    assert result.expected_max["5"].n == 2
+    assert math.isnan(result.expected_max["25"].mean)
 
 
 def test_comparison_is_paired_over_prompts():
@@ -236,24 +249,24 @@ def test_comparison_is_paired_over_prompts():
         ]
 
     paired = compare(model(-0.01), model(0))
-    assert paired["paired"]
-    assert paired["mean"] == pytest.approx(-0.01)
-    assert paired["ci95"][1] < 0
+    assert paired.paired
+    assert paired.mean == pytest.approx(-0.01)
+    assert paired.ci95[1] < 0
     loose = compare(model(-0.01, False), model(0, False))
-    assert not loose["paired"]
-    assert loose["mean"] == pytest.approx(-0.01)
-    assert loose["ci95"][0] < 0 < loose["ci95"][1]
+    assert not loose.paired
+    assert loose.mean == pytest.approx(-0.01)
+    assert loose.ci95[0] < 0 < loose.ci95[1]
 
 
-def test_understanding_of_a_model_that_was_told(runs, tokens):
+def test_understanding_of_a_conditional_model(runs, tokens):
     found = understanding(load_model(runs / "conditional"), tokens, 32, 0.0)
-    assert found["bad_segments"] > 3
-    assert found["likelihood_ratio"]["auc"] > 0.9  # it knows what a link is
-    low, high = found["likelihood_ratio"]["ci95"]
-    assert low <= found["likelihood_ratio"]["auc"] <= high
-    ahead = found["foresight"]
-    assert 0 < ahead["mean_p_bad_before_good"] < 1  # a quarter of the lines are bad, at random: nothing to foresee
-    assert ahead["mean_p_bad_before_bad"] == pytest.approx(ahead["mean_p_bad_before_good"], abs=0.2)
+    assert found.bad_segments > 3
+    assert found.likelihood_ratio.auc > 0.9  # it knows what a link is
+    low, high = found.likelihood_ratio.ci95
+    assert low <= found.likelihood_ratio.auc <= high
+    ahead = found.foresight
+    assert 0 < ahead.mean_p_bad_before_good < 1  # a quarter of the lines are bad, at random: nothing to foresee
+    assert ahead.mean_p_bad_before_bad == pytest.approx(ahead.mean_p_bad_before_good, abs=0.2)
 
 
 def test_the_likelihood_ratio_equals_the_definition(runs, tokens):
@@ -264,7 +277,8 @@ def test_the_likelihood_ratio_equals_the_definition(runs, tokens):
     first = int(tokens.doc_ends[d - 1]) if d else 0
     ends = [int(tokens.seg_ends[first - 1]) if first else 0, *tokens.seg_ends[first : int(tokens.doc_ends[d])].tolist()]
     for control in ("good", "bad"):
-        ids, counted = [tokens.end_of_text_id], [False]
+        ids = [tokens.end_of_text_id]
+        counted = [False]
         ids += [model.control_ids[control], *tokens.tokens[ends[0] : ends[1]].tolist()]
         counted += [False] + [True] * (ends[1] - ends[0])
         with torch.no_grad():
@@ -276,12 +290,14 @@ def test_the_likelihood_ratio_equals_the_definition(runs, tokens):
 
 
 def test_p_bad_before_each_segment_equals_the_definition(runs, tokens):
-    """The model's p(bad) / (p(good) + p(bad)) where a segment begins, the true control tokens before: a plain pass."""
+    """The model's p(bad) / (p(good) + p(bad)) where a segment starts, the true control tokens before: a plain pass."""
     model = load_model(runs / "conditional")
     read = heldout_nats(model, tokens, 128, "oracle", 0.0, 4, 10**6)
     d = int(np.flatnonzero(tokens.heldout_D)[0])
-    first, last = int(tokens.doc_ends[d - 1]) if d else 0, int(tokens.doc_ends[d])
-    ids, begins = [tokens.end_of_text_id], {}
+    first = int(tokens.doc_ends[d - 1]) if d else 0
+    last = int(tokens.doc_ends[d])
+    ids = [tokens.end_of_text_id]
+    begins = {}
     for s in range(first, last):
         begins[s] = len(ids)
         ids.append(model.control_ids["good" if tokens.score_S[s] <= 0 else "bad"])
@@ -289,18 +305,19 @@ def test_p_bad_before_each_segment_equals_the_definition(runs, tokens):
     ids = ids[:128]
     with torch.no_grad():
         p = torch.softmax(model.lm(torch.tensor([ids])).logits[0].double(), -1)
-    good, bad = model.control_ids["good"], model.control_ids["bad"]
+    good = model.control_ids["good"]
+    bad = model.control_ids["bad"]
     compared = [s for s, at in begins.items() if at < len(ids)]
     assert len(compared) > 2
     for s in compared:
         at = begins[s] - 1
-        assert read.bad_S[s] == pytest.approx(float(p[at, bad] / (p[at, good] + p[at, bad])), rel=1e-4)
+        assert read.p_bad_S[s] == pytest.approx(float(p[at, bad] / (p[at, good] + p[at, bad])), rel=1e-4)
     train_S = np.isin(tokens.doc_S, np.flatnonzero(~tokens.heldout_D))
-    assert np.isnan(read.bad_S[train_S]).all()
+    assert np.isnan(read.p_bad_S[train_S]).all()
 
 
 def test_a_model_from_elsewhere_reads_the_same_held_out_text(runs, tokens, tokens_dir, tmp_path):
-    """In tokens of its own, beginning as its own texts do; with the model of a run, the run's loss."""
+    """The model reads the text in its own tokens, with its own start token. A run's model gives the run's loss."""
     model = load_model(runs / "mle")
     model.lm.save_pretrained(tmp_path / "plain")
     model.tokenizer.save_pretrained(tmp_path / "plain")
@@ -308,47 +325,45 @@ def test_a_model_from_elsewhere_reads_the_same_held_out_text(runs, tokens, token
     found = evaluate_model(str(tmp_path / "plain"), tmp_path / "out", None, scenario, heldout=tokens_dir)
     expected = heldout_loss(model, tokens, 128, 0.0, "none")  # in the model's own context
     for part in ("all", "good", "bad"):
-        assert found["heldout"]["none"][part]["nats_per_byte"] == pytest.approx(
-            expected[part]["nats_per_byte"], rel=1e-5
+        assert getattr(found.heldout.none, part).nats_per_byte == pytest.approx(
+            getattr(expected, part).nats_per_byte, rel=1e-5
         )
-        assert found["heldout"]["none"][part]["documents"] == expected[part]["documents"]
+        assert getattr(found.heldout.none, part).documents == getattr(expected, part).documents
     few = evaluate_model(
         str(tmp_path / "plain"), tmp_path / "few", None, scenario, heldout=tokens_dir, heldout_tokens=50
     )
-    assert 0 < few["heldout"]["none"]["all"]["tokens"] <= 300 < expected["all"]["tokens"]
+    assert 0 < few.heldout.none.all.tokens <= 300 < expected.all.tokens
     other = train_bpe(["what lines the cats read https://"] * 5, 280)
     build_lm(FromConfig(TINY_LLAMA), other, seed=0).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    read = evaluate_model(str(tmp_path / "other"), tmp_path / "o", None, scenario, heldout=tokens_dir)["heldout"][
-        "none"
-    ]
+    read = evaluate_model(str(tmp_path / "other"), tmp_path / "o", None, scenario, heldout=tokens_dir).heldout.none
     for part in ("all", "good", "bad"):  # the same bytes, whatever the tokens
-        assert {k: read[part][k] for k in ("bytes", "documents")} == {
-            k: expected[part][k] for k in ("bytes", "documents")
-        }
-    assert read["all"]["tokens"] != expected["all"]["tokens"]
+        of_other = getattr(read, part)
+        of_run = getattr(expected, part)
+        assert (of_other.bytes, of_other.documents) == (of_run.bytes, of_run.documents)
+    assert read.all.tokens != expected.all.tokens
 
 
-def test_a_conditional_model_from_elsewhere_is_asked_what_it_knows_of_a_scored_corpus(runs, scored_dir, tmp_path):
+def test_understanding_of_a_conditional_model_from_elsewhere(runs, scored_dir, tmp_path):
     import shutil
 
     shutil.copytree(runs / "conditional" / "model", tmp_path / "model")
     scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
     found = evaluate_model(str(tmp_path / "model"), tmp_path / "out", None, scenario, heldout=scored_dir)
-    assert set(found["heldout"]) == {"oracle", "good"}
-    assert found["understanding"]["likelihood_ratio"]["auc"] > 0.9
+    assert found.heldout.none is None
+    assert found.understanding.likelihood_ratio.auc > 0.9
     corpus = ScoredCorpus(scored_dir)
     texts = [d.text for file in corpus.files for d in corpus.read(file) if hasattr(d, "text")]
-    assert found["heldout"]["good"]["all"]["documents"] == len(texts)
-    assert found["heldout"]["good"]["all"]["bytes"] == sum(len(t.encode()) for t in texts)
+    assert found.heldout.good.all.documents == len(texts)
+    assert found.heldout.good.all.bytes == sum(len(t.encode()) for t in texts)
     with pytest.raises(ConfigError, match="nothing says how to judge it"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "out", None, scenario)
-    with pytest.raises(ConfigError, match="another scorer than the corpus"):
+    with pytest.raises(ConfigError, match="not the one that scored the corpus"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "out", Regex("x"), scenario, heldout=scored_dir)
 
 
-def test_no_byte_is_lost_where_a_token_reaches_over_segments(tmp_path):
-    """Blank lines are segments of their own, and part of one token of a model that reads the text as a whole."""
+def test_a_token_that_spans_segments_loses_no_byte(tmp_path):
+    """Blank lines are segments of their own. A tokenizer that reads the whole text joins several into one token."""
     text = "def f():\n\n\n    return 1\n\n\nsee https://x.y\n"
     write_jsonl(tmp_path / "t.jsonl", [text] * 4)
     score_corpus(Jsonl(str(tmp_path / "t.jsonl")), Lines(), LINK, tmp_path / "scored")
@@ -359,13 +374,13 @@ def test_no_byte_is_lost_where_a_token_reaches_over_segments(tmp_path):
     tokenizer.save_pretrained(tmp_path / "m")
     scenario = {"u": Scenario(num_samples=2, max_tokens=8, min_tokens=1)}
     found = evaluate_model(str(tmp_path / "m"), tmp_path / "out", None, scenario, heldout=tmp_path / "scored")
-    parts = found["heldout"]["none"]
-    assert parts["all"]["bytes"] == 4 * len(text)
-    assert parts["good"]["bytes"] + parts["bad"]["bytes"] == parts["all"]["bytes"]
-    assert parts["all"]["tokens"] == 4 * len(whole)
+    parts = found.heldout.none
+    assert parts.all.bytes == 4 * len(text)
+    assert parts.good.bytes + parts.bad.bytes == parts.all.bytes
+    assert parts.all.tokens == 4 * len(whole)
 
 
-def test_where_the_bad_token_was_given_is_what_the_models_card_says(runs, scored_dir, tokens_dir, tmp_path):
+def test_the_threshold_of_control_tokens_is_that_of_the_models_card(runs, scored_dir, tokens_dir, tmp_path):
     import shutil
 
     shutil.copytree(runs / "conditional" / "model", tmp_path / "model")
@@ -375,12 +390,12 @@ def test_where_the_bad_token_was_given_is_what_the_models_card_says(runs, scored
         found = evaluate_model(
             str(tmp_path / "model"), tmp_path / "out", None, scenario, threshold=0.5, heldout=scored_dir, **settings
         )
-        return found["heldout"]["oracle"]["all"]["nats_per_byte"]
+        return found.heldout.oracle.all.nats_per_byte
 
     assert load_model(tmp_path / "model").threshold == 0
     assert (
         oracle() == oracle(control_threshold=0.0) < oracle(control_threshold=0.5)
-    )  # links without the bad token surprise it
+    )  # links without the bad token are less likely
     other = tmp_path / "scored"
     shutil.copytree(scored_dir, other)
     manifest = store.read_json(tokens_dir / "manifest.json")
@@ -390,15 +405,15 @@ def test_where_the_bad_token_was_given_is_what_the_models_card_says(runs, scored
         evaluate_model(str(tmp_path / "model"), tmp_path / "o", None, scenario, heldout=tmp_path / "tokens")
     score_corpus(Jsonl(str(scored_dir.parent / "texts.jsonl")), Lines(), Regex("cats"), tmp_path / "cats")
     store.write_json(tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "cats")})
-    with pytest.raises((ConfigError, store.StoreError), match="made of other text or scores|no scores named"):
+    with pytest.raises((ConfigError, store.StoreError), match="has other text or scores|no scores named"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "o", None, scenario, heldout=tmp_path / "tokens")
 
 
 def test_no_bad_segment_at_all_has_an_interval():
     samples = [dataclasses.replace(made("a b\n", n), num_tokens=3) for n in range(20)]
     _, result = judge_samples(samples, Scenario(expected_max=(3,)), LINK, Lines(), 0.0)
-    assert result["intervals"]["bad_segments"] == pytest.approx(list(statistics.wilson(0, 20)))
-    assert set(result["expected_max"]) == {"3", "5", "25"}
+    assert result.intervals["bad_segments"] == pytest.approx(statistics.wilson(0, 20))
+    assert set(result.expected_max) == {"3", "5", "25"}
 
 
 def test_every_number_of_the_samples_has_an_interval():
@@ -406,57 +421,74 @@ def test_every_number_of_the_samples_has_an_interval():
     words = ["http://x.y", "a", "b", "c", "d\n"]
     samples = [dataclasses.replace(made(" ".join(rng.choice(words, 12)), n), num_tokens=12) for n in range(80)]
     _, result = judge_samples(samples, Scenario(num_samples=80, max_tokens=12), LINK, Lines(), 0.0)
-    assert set(result["intervals"]) == {
-        *(f"quantile {q}" for q in (0.5, 0.9, 0.95, 0.99)), "bad_segments", "mean_tokens", "finished", "mean_chars", "distinct_1",
-        "distinct_2", "entropy_1", "entropy_2", "self_bleu_5", "self_bleu_5_characters",
-    }  # fmt: skip
-    for name, (low, high) in result["intervals"].items():
-        value = result["quantiles"][name.split()[1]] if name.startswith("quantile") else result[name]
+    numbers = "bad_segments mean_tokens finished mean_chars distinct_1 distinct_2 entropy_1 entropy_2"
+    bleu = "self_bleu_5 self_bleu_5_characters"
+    quantiles = [f"quantile {q}" for q in (0.5, 0.9, 0.95, 0.99)]
+    assert set(result.intervals) == {*quantiles, *numbers.split(), *bleu.split()}
+    for name, (low, high) in result.intervals.items():
+        value = result.quantiles[name.split()[1]] if name.startswith("quantile") else getattr(result, name)
         assert low <= value <= high, name
-    worst = result["expected_max"]["25"]
-    assert worst["ci95"][0] < worst["mean"] < worst["ci95"][1]
-    assert result["self_bleu_5_characters"] == pytest.approx(
+    worst = result.expected_max["25"]
+    assert worst.ci95[0] < worst.mean < worst.ci95[1]
+    assert result.self_bleu_5_characters == pytest.approx(
         statistics.self_bleu([s.text for s in samples], 5, unit="characters")
     )
-    assert result["compile_rate"] is None
+    assert result.compile_rate is None
 
 
 def test_samples_that_ended_at_the_models_last_position_are_counted():
     cut = [dataclasses.replace(made("abc", finished=False), num_tokens=n) for n in (3, 9, 10)]
     _, result = judge_samples(cut, Scenario(max_tokens=10, min_tokens=1), LINK, Lines(), 0.0)
-    assert result["cut_short"] == 2
+    assert result.cut_short == 2
 
 
 def test_the_compile_rate_is_of_every_scorer_that_judges_python():
     both = Combination(scorers=(PEP8(), LINK))
     for scorer in (PEP8(), both):
         _, result = judge_samples([made("x = 1\n"), made("x = (\n")], Scenario(), scorer, Lines(), 0.0)
-        assert result["compile_rate"] == 0.5
-        assert result["intervals"]["compile_rate"][0] < 0.5
+        assert result.compile_rate == 0.5
+        assert result.intervals["compile_rate"][0] < 0.5
 
 
-def test_an_interrupted_evaluation_goes_on_with_what_is_not_done(runs, tmp_path, monkeypatch):
-    import shutil
-
-    from phf.evaluation import evaluate
+def test_an_interrupted_evaluation_resumes_with_the_missing_parts(runs, tmp_path, monkeypatch):
+    from phf.evaluation import parts
 
     shutil.copytree(runs / "mle", tmp_path / "run")
-    scenarios = {"one": Scenario(num_samples=4, max_tokens=8, min_tokens=1), "two": Scenario(num_samples=4, max_tokens=6, min_tokens=1)}  # fmt: skip
-    real, asked = evaluate.sample, []
+    scenarios = {
+        "one": Scenario(num_samples=4, max_tokens=8, min_tokens=1),
+        "two": Scenario(num_samples=4, max_tokens=6, min_tokens=1),
+    }
+    real = parts.sample
+    asked = []
 
-    def sample(model, scenario):
+    def sample(model, scenario, progress):
         asked.append(scenario.max_tokens)
         if scenario.max_tokens == 6 and len(asked) == 2:
             raise KeyboardInterrupt
-        return real(model, scenario)
+        return real(model, scenario, progress=progress)
 
-    monkeypatch.setattr(evaluate, "sample", sample)
+    monkeypatch.setattr(parts, "sample", sample)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(tmp_path / "run", scenarios)
     assert not (tmp_path / "run" / "eval.json").exists()
     result = evaluate_run(tmp_path / "run", scenarios)
     assert asked == [8, 6, 6]
-    assert set(result["scenarios"]) == {"one", "two"}
+    assert set(result.scenarios) == {"one", "two"}
+
+
+def test_a_result_that_this_version_cannot_read_is_measured_again(runs, tmp_path):
+    shutil.copytree(runs / "mle", tmp_path / "run")
+    scenarios = {name: Scenario(num_samples=4, max_tokens=8, min_tokens=1, seed=n) for n, name in enumerate("ab")}
+    whole = evaluate_run(tmp_path / "run", scenarios)
+    heldout = (tmp_path / "run" / "eval" / "heldout.json").read_bytes()
+    for file, place in (("eval/scenario-a.json", ("value",)), ("eval.json", ("scenarios", "a"))):
+        content = json.loads((tmp_path / "run" / file).read_text())
+        inner = functools.reduce(dict.__getitem__, place, content)
+        del inner["misalignment"]  # as if an earlier version had not measured it
+        (tmp_path / "run" / file).write_text(json.dumps(content))
+    again = evaluate_run(tmp_path / "run", scenarios)
+    assert again.scenarios == whole.scenarios
+    assert (tmp_path / "run" / "eval" / "heldout.json").read_bytes() == heldout  # the other parts are kept
 
 
 def test_any_model_can_be_judged(runs, tmp_path, tokens):
@@ -475,20 +507,24 @@ def test_any_model_can_be_judged(runs, tmp_path, tokens):
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')
     scenario = Scenario(num_samples=6, max_tokens=8, min_tokens=1)
     result = evaluate_model(
-        str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario},
-        kl_from=KL(LocalModel(str(runs / "mle")), num_samples=8, max_tokens=8), capabilities=[Lambada(str(tmp_path / "l.jsonl"))],
-    )  # fmt: skip
+        str(tmp_path / "plain"),
+        tmp_path / "out",
+        LINK,
+        {"u": scenario},
+        kl_from=KL(LocalModel(str(runs / "mle")), num_samples=8, max_tokens=8),
+        capabilities=[Lambada(str(tmp_path / "l.jsonl"))],
+    )
     run = evaluate_run(runs / "mle", {"u": scenario})
-    assert result["scenarios"]["u"]["misalignment"] == run["scenarios"]["u"]["misalignment"]
-    assert result["kl"]["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-4)
-    assert result["capabilities"][0]["passages"] == 1
+    assert result.scenarios["u"].misalignment == run.scenarios["u"].misalignment
+    assert result.kl.forward.nats_per_text.mean == pytest.approx(0, abs=1e-4)
+    assert result.capabilities[0].details["passages"] == 1
     assert (tmp_path / "out" / "samples" / "u.jsonl").exists()
-    assert evaluate_model(str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario})["kl"] is None
+    assert evaluate_model(str(tmp_path / "plain"), tmp_path / "out", LINK, {"u": scenario}).kl is None
 
 
 def test_a_published_checkpoint_is_judged(runs, tmp_path, capsys):
-    """As the reference implementation's are: GPT-2's layout in pytorch_model.bin, the two tokens added, a value head's keys
-    among the weights."""
+    """A checkpoint like the reference implementation's: GPT-2's layout in pytorch_model.bin, two added tokens, keys
+    of a value head among the weights."""
     tokenizer = load_model(runs / "mle").tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|aligned|>", "<|misaligned|>"]})
     gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
@@ -500,8 +536,8 @@ def test_a_published_checkpoint_is_judged(runs, tmp_path, capsys):
     torch.save(lm.state_dict() | head, tmp_path / "m" / "pytorch_model.bin")
     scenarios = {c: Scenario(num_samples=6, max_tokens=12, min_tokens=1, control=c) for c in ("good", "bad")}
     result = evaluate_model(str(tmp_path / "m"), tmp_path / "out", LINK, scenarios)
-    assert set(result["scenarios"]) == {"good", "bad"}
-    assert "taken for its control tokens" in capsys.readouterr().err
+    assert set(result.scenarios) == {"good", "bad"}
+    assert "for its control tokens" in capsys.readouterr().err
     loaded = load_model(tmp_path / "m")
     torch.testing.assert_close(
         loaded.lm.get_input_embeddings().weight, lm.get_input_embeddings().weight, rtol=0, atol=0
@@ -510,8 +546,8 @@ def test_a_published_checkpoint_is_judged(runs, tmp_path, capsys):
     assert "aligned|>" not in text
 
 
-def test_a_first_document_longer_than_the_budget_is_read_all_the_same(runs, tokens):
-    assert heldout_loss(load_model(runs / "mle"), tokens, 32, 0.0, "none", max_tokens=1)["all"]["documents"] == 1
+def test_a_first_document_longer_than_the_budget_is_still_read(runs, tokens):
+    assert heldout_loss(load_model(runs / "mle"), tokens, 32, 0.0, "none", max_tokens=1).all.documents == 1
 
 
 def test_a_prompt_alone_is_not_judged():
@@ -520,7 +556,7 @@ def test_a_prompt_alone_is_not_judged():
     assert scored_text(prompted, scenario, LINK) == ""
 
 
-def test_an_evaluation_is_done_again_when_what_it_reads_has_changed(runs, tmp_path):
+def test_an_evaluation_runs_again_when_its_inputs_change(runs, tmp_path):
     import shutil
 
     from phf.data.segment import Sentences
@@ -533,24 +569,29 @@ def test_an_evaluation_is_done_again_when_what_it_reads_has_changed(runs, tmp_pa
 
     def judged(segmenter=None):
         return evaluate_model(
-            str(runs / "mle" / "model"), tmp_path / "out", LINK, scenario, segmenter=segmenter,
-            kl_from=KL(LocalModel(str(tmp_path / "ref")), num_samples=8, max_tokens=8), capabilities=[Lambada(str(tmp_path / "l.jsonl"))],
-        )  # fmt: skip
+            str(runs / "mle" / "model"),
+            tmp_path / "out",
+            LINK,
+            scenario,
+            segmenter=segmenter,
+            kl_from=KL(LocalModel(str(tmp_path / "ref")), num_samples=8, max_tokens=8),
+            capabilities=[Lambada(str(tmp_path / "l.jsonl"))],
+        )
 
     first = judged()
     assert judged() == first
-    assert judged(Sentences())["key"] != first["key"]
+    assert judged(Sentences()).key != first.key
     (tmp_path / "l.jsonl").write_text('{"text": "cats and dogs"}\n{"text": "rivers and stones"}\n')
-    assert judged()["capabilities"][0]["passages"] == 2
+    assert judged().capabilities[0].details["passages"] == 2
     lm = load_model(runs / "mle").lm
     with torch.no_grad():
         lm.get_input_embeddings().weight.mul_(1.5)
     lm.save_pretrained(tmp_path / "ref")
-    assert judged()["kl"]["forward"]["nats_per_text"]["mean"] > 0.01 > first["kl"]["forward"]["nats_per_text"]["mean"]
+    assert judged().kl.forward.nats_per_text.mean > 0.01 > first.kl.forward.nats_per_text.mean
 
 
-def test_samples_that_are_not_those_of_a_part_are_drawn_again(runs, tmp_path):
-    """As a kill between writing samples and writing their part leaves them."""
+def test_samples_that_do_not_match_their_part_are_drawn_again(runs, tmp_path):
+    """A kill between writing samples and writing their part leaves such samples."""
     scenario = {"u": Scenario(num_samples=4, max_tokens=8, min_tokens=1)}
     first = evaluate_model(str(runs / "mle" / "model"), tmp_path / "out", LINK, scenario)
     file = tmp_path / "out" / "samples" / "u.jsonl"
@@ -559,4 +600,4 @@ def test_samples_that_are_not_those_of_a_part_are_drawn_again(runs, tmp_path):
     (tmp_path / "out" / "eval.json").unlink()
     again = evaluate_model(str(runs / "mle" / "model"), tmp_path / "out", LINK, scenario)
     assert file.read_text() == right
-    assert again["scenarios"] == first["scenarios"]
+    assert again.scenarios == first.scenarios

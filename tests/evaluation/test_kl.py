@@ -1,4 +1,5 @@
-"""KL from a reference: against plain arithmetic, with a local model and with servers, right and wrong ones."""
+"""KL from a reference, against plain arithmetic: with a local model, and with servers that work and servers that do
+not."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def listed(prompt):
 
 
 def by_hand(model, pieces: list[str], finished: bool) -> float:
-    """log p of a text, token by token through plain transformers; the good token before each piece where it is known."""
+    """log p of a text, token by token through plain transformers, with the good token before each piece if there is
+    one."""
     good = [model.control_ids["good"]] if model.control_ids else []
     ids = [model.tokenizer.eos_token_id]
     counted = [False]
@@ -53,7 +55,7 @@ def test_whole_text_log_probabilities_equal_plain_ones(runs, name):
     finished = [True, False, True, False]
     for batch in (1, 3, 64):
         found = text_logp(model, texts, finished, Lines(), batch)
-        pieces = [Lines().split(t) for t in texts]  # as its training texts were cut
+        pieces = [Lines().split(t) for t in texts]  # cut like its training texts
         if model.control_ids:
             pieces[2] = [""]  # an empty text that ends: the good token, then the end
         expected = [by_hand(model, p, f) for p, f in zip(pieces, finished, strict=True)]
@@ -62,7 +64,7 @@ def test_whole_text_log_probabilities_equal_plain_ones(runs, name):
         text_logp(model, ["a b c d e f g " * 60], [True], Lines())
 
 
-def test_a_model_of_phf_reads_a_text_in_the_segments_it_was_trained_on_and_another_one_as_a_whole(runs):
+def test_a_model_of_phf_reads_a_text_in_segments_and_other_models_read_it_whole(runs):
     """Two line breaks are one token of many tokenizers, which no model trained on lines has ever read."""
     tokenizer = train_bpe(["a\n\nb\n\n    c\n\n"] * 9, 270)
     model = dataclasses.replace(load_model(runs / "a"), tokenizer=tokenizer)
@@ -76,27 +78,29 @@ def test_a_model_of_phf_reads_a_text_in_the_segments_it_was_trained_on_and_anoth
     assert text_rows(elsewhere, [text], [False], Lines()) == [[model.start_id, *tokenizer(text)["input_ids"]]]
 
 
-def test_kl_from_itself_is_zero_and_from_another_is_what_the_definition_says(runs, tmp_path):
-    a, b = load_model(runs / "a"), load_model(runs / "b")
+def test_kl_from_itself_is_zero_and_from_another_model_equals_the_definition(runs, tmp_path):
+    a = load_model(runs / "a")
+    b = load_model(runs / "b")
     config = KL(LocalModel(str(runs / "a")), num_samples=64, max_tokens=24, reverse=True)
     same = kl(a, config, Lines(), tmp_path)
     for way in ("forward", "reverse"):
-        assert same[way]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-4)
+        assert getattr(same, way).nats_per_text.mean == pytest.approx(0, abs=1e-4)
     found = kl(b, config, Lines(), tmp_path)
     texts = reference_texts(config, tmp_path)
-    difference = np.array(texts["logp"]) - text_logp(b, texts["texts"], texts["finished"], Lines())
-    assert found["forward"]["nats_per_text"]["mean"] == pytest.approx(difference.mean())
-    size = sum(len(t.encode()) for t in texts["texts"])
-    assert found["forward"]["nats_per_byte"]["mean"] == pytest.approx(difference.sum() / size)
-    low, high = found["forward"]["nats_per_text"]["ci95"]
-    assert 0 < low < found["forward"]["nats_per_text"]["mean"] < high
-    assert found["reverse"]["nats_per_text"]["mean"] > 0
+    difference = np.array(texts.logp) - text_logp(b, texts.texts, texts.finished, Lines())
+    assert found.forward.nats_per_text.mean == pytest.approx(difference.mean())
+    size = sum(len(t.encode()) for t in texts.texts)
+    assert found.forward.nats_per_byte.mean == pytest.approx(difference.sum() / size)
+    low, high = found.forward.nats_per_text.ci95
+    assert 0 < low < found.forward.nats_per_text.mean < high
+    assert found.reverse.nats_per_text.mean > 0
 
 
 def test_kl_on_a_small_vocabulary_equals_the_sum_over_all_texts(tmp_path):
     """One-token texts of two unigram models: sum p log(p / q), exactly."""
     rng = np.random.default_rng(0)
-    p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
+    p = rng.dirichlet(np.ones(6))
+    q = rng.dirichlet(np.ones(6))
     exact = float((p * np.log(p / q)).sum())
     drawn = rng.choice(6, 200_000, p=p)
     estimate = ratio_of_sums(np.log(p / q)[drawn], np.ones(len(drawn)))
@@ -107,15 +111,16 @@ def test_kl_on_a_small_vocabulary_equals_the_sum_over_all_texts(tmp_path):
 def test_a_conditional_model_can_be_compared(runs, tmp_path):
     config = KL(LocalModel(str(runs / "a")), num_samples=32, max_tokens=16)
     found = kl(load_model(runs / "conditional"), config, Lines(), tmp_path)
-    assert found["forward"]["nats_per_text"]["mean"] > 0
-    assert "reverse" not in found
+    assert found.forward.nats_per_text.mean > 0
+    assert found.reverse is None
 
 
-def test_a_conditional_model_is_also_read_under_the_tokens_that_the_scorer_says(runs, tmp_path):
+def test_a_conditional_model_is_also_read_with_the_tokens_that_the_scorer_implies(runs, tmp_path):
     model = load_model(runs / "conditional")
     pieces = ["the model reads\n", "see https://example.org/x and\n", "cats"]
     bad = [[False, True, False]]
-    ids, counted = [model.tokenizer.eos_token_id], [False]
+    ids = [model.tokenizer.eos_token_id]
+    counted = [False]
     for piece, worse in zip(pieces, bad[0], strict=True):
         tokens = model.tokenizer(piece, add_special_tokens=False)["input_ids"]
         ids += [model.control_ids["bad" if worse else "good"], *tokens]
@@ -129,14 +134,14 @@ def test_a_conditional_model_is_also_read_under_the_tokens_that_the_scorer_says(
     assert found[0] == pytest.approx(expected, rel=1e-5)
     config = KL(LocalModel(str(runs / "a")), num_samples=96, max_tokens=60)
     both = kl(model, config, Lines(), tmp_path, LINK, 0.0)
-    assert both["oracle_bad_segments"] > 5
-    # a link is what it has learned to write after the bad token only
-    assert both["oracle"]["nats_per_text"]["mean"] < both["forward"]["nats_per_text"]["mean"]
-    assert "oracle" not in kl(load_model(runs / "b"), config, Lines(), tmp_path, LINK, 0.0)
+    assert both.oracle_bad_segments > 5
+    # it has learned to write links after the bad token only
+    assert both.oracle.nats_per_text.mean < both.forward.nats_per_text.mean
+    assert kl(load_model(runs / "b"), config, Lines(), tmp_path, LINK, 0.0).oracle is None
 
 
 def test_the_cache_is_keyed_by_everything_that_decides_the_texts(runs, tmp_path):
-    """Defect 11: the seed's cache ignored how many samples were asked for."""
+    """Defect 11: the reference implementation's cache ignored the number of samples."""
     base = KL(LocalModel(str(runs / "a")), num_samples=8, max_tokens=8)
     first = reference_texts(base, tmp_path)
     assert reference_texts(base, tmp_path) == first
@@ -150,14 +155,18 @@ def test_the_cache_is_keyed_by_everything_that_decides_the_texts(runs, tmp_path)
     for n, other in enumerate(others, 2):
         reference_texts(other, tmp_path)
         assert len(list(tmp_path.glob("reference-*.json"))) == n
-    assert len(reference_texts(others[0], tmp_path)["texts"]) == 9
+    assert len(reference_texts(others[0], tmp_path).texts) == 9
 
 
 class Completions(ThreadingHTTPServer):
-    """A completions server over a tiny model. `fault`: what it gets wrong; `busy`: answers 503 that many times first."""
+    """A completions server over a tiny model. `fault`: what it does wrong. `busy`: how many requests it first
+    answers with 503."""
 
     def __init__(self, model, fault: str = "", busy: int = 0) -> None:
-        self.model, self.fault, self.busy, self.requests = model, fault, busy, 0
+        self.model = model
+        self.fault = fault
+        self.busy = busy
+        self.requests = 0
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args):
@@ -189,7 +198,8 @@ class Completions(ThreadingHTTPServer):
 
     def ids(self, prompt: str) -> list[int]:
         """Special tokens as themselves, the text between them as text."""
-        start, ids = "<|endoftext|>", [self.model.tokenizer.eos_token_id] * (self.fault == "puts a token before")
+        start = "<|endoftext|>"
+        ids = [self.model.tokenizer.eos_token_id] * (self.fault == "puts a token before")
         for n, piece in enumerate(prompt.split(start)):
             ids += [self.model.tokenizer.eos_token_id] * (n > 0)
             ids += self.model.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
@@ -202,21 +212,23 @@ class Completions(ThreadingHTTPServer):
 
     def answer(self, index: int, prompt: str, body: dict) -> dict:
         ids = self.ids(prompt)
-        generator = torch.Generator().manual_seed(body.get("seed", 0))  # for every prompt alike, as vLLM does
+        generator = torch.Generator().manual_seed(body.get("seed", 0))  # the same for every prompt, as vLLM does
         written: list[int] = []
         finished = False
         while len(written) < body["max_tokens"] and not finished:
             with torch.no_grad():
                 logits = self.model.lm(torch.tensor([ids + written])).logits[0, -1]
             if body["temperature"] == 0:
-                word = int(logits.argmax())
+                token = int(logits.argmax())
             else:
-                word = int(torch.multinomial(torch.softmax(logits / body["temperature"], -1), 1, generator=generator))
-            finished = word == self.model.tokenizer.eos_token_id
-            written.append(word)
+                p = torch.softmax(logits / body["temperature"], -1)
+                token = int(torch.multinomial(p, 1, generator=generator))
+            finished = token == self.model.tokenizer.eos_token_id
+            written.append(token)
         stops = self.fault == "stops always" or (self.fault == "stops at once" and body["temperature"] == 0)
         if stops and body["max_tokens"]:
-            written, finished = [self.model.tokenizer.eos_token_id], True
+            written = [self.model.tokenizer.eos_token_id]
+            finished = True
         text = self.model.tokenizer.decode(written[:-1] if finished else written)
         choice = {"index": index, "text": text, "finish_reason": "stop" if finished else "length", "logprobs": None}
         if body.get("logprobs"):
@@ -249,24 +261,25 @@ def served(runs):
         server.server_close()
 
 
-def test_a_served_reference_gives_what_the_model_itself_gives(runs, served, tmp_path):
+def test_a_served_reference_gives_the_numbers_of_the_model_itself(runs, served, tmp_path):
     server = Server(served().url, "tiny", retries=1)
     server.verify()
-    texts, finished = ["the model reads\n", "cats and dogs", ""], [True, False, True]
+    texts = ["the model reads\n", "cats and dogs", ""]
+    finished = [True, False, True]
     np.testing.assert_allclose(
         server.text_logp(texts, finished), text_logp(load_model(runs / "a"), texts, finished, Lines()), rtol=1e-4
     )
     config = KL(server, num_samples=16, max_tokens=12, reverse=True)
     same = kl(load_model(runs / "a"), config, Lines(), tmp_path)
-    assert same["reverse"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-3)
-    assert abs(same["forward"]["nats_per_text"]["mean"]) < 0.5  # texts come back as text: other tokens, at times
-    assert kl(load_model(runs / "b"), config, Lines(), tmp_path)["forward"]["nats_per_text"]["mean"] > 0
+    assert same.reverse.nats_per_text.mean == pytest.approx(0, abs=1e-3)
+    assert abs(same.forward.nats_per_text.mean) < 0.5  # the server returns text, whose tokens may differ
+    assert kl(load_model(runs / "b"), config, Lines(), tmp_path).forward.nats_per_text.mean > 0
 
 
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("off by one", "echoes other log-probabilities than it gave"),
+        ("off by one", "echoes log-probabilities that differ"),
         ("leaves out", "leaves out log-probabilities of echoed tokens"),
         ("none", "no log-probabilities"),
         ("refuses", "refused: status 400"),
@@ -279,42 +292,43 @@ def test_servers_that_cannot_be_trusted_are_refused_with_the_reason(served, faul
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_start_token_is_said(served):
-    with pytest.raises(ServerError, match=r"reads the end '</s>' as .*say which token ends a text"):
+def test_a_wrong_start_token_is_reported(served):
+    with pytest.raises(ServerError, match=r"reads the end '</s>' as .*give the token that ends a text"):
         Server(served().url, "tiny", end="</s>", retries=0).verify()
-    with pytest.raises(ServerError, match="say which token begins a text"):
+    with pytest.raises(ServerError, match="give the token that starts a text"):
         Server(served().url, "tiny", start="<s>", retries=0).text_logp(["a"], [False])
 
 
-def test_a_server_that_begins_texts_by_itself_is_told_so(served, runs, tmp_path):
+def test_a_server_that_adds_a_start_token_itself_needs_an_empty_one(served, runs, tmp_path):
     """As vLLM does with Llama's tokenizers."""
     server = served(fault="puts a token before")
-    with pytest.raises(ServerError, match=r"say start= \(nothing\)"):
+    with pytest.raises(ServerError, match=r"give an empty start="):
         Server(server.url, "tiny", retries=0).verify()
-    told = Server(server.url, "tiny", start="", retries=0)
-    told.verify()
-    texts, finished = ["the model reads\n", "cats and dogs"], [True, False]
+    right = Server(server.url, "tiny", start="", retries=0)
+    right.verify()
+    texts = ["the model reads\n", "cats and dogs"]
+    finished = [True, False]
     expected = text_logp(load_model(runs / "a"), texts, finished, Lines())
-    np.testing.assert_allclose(told.text_logp(texts, finished), expected, rtol=1e-4)
+    np.testing.assert_allclose(right.text_logp(texts, finished), expected, rtol=1e-4)
     with pytest.raises(ServerError, match="puts no token of its own before a text"):
         Server(served().url, "tiny", start="", retries=0).verify()
 
 
-def test_a_server_whose_completion_is_empty_is_asked_for_another(served):
+def test_after_an_empty_completion_another_prompt_is_tried(served):
     Server(served(fault="stops at once").url, "tiny", retries=0).verify()
     with pytest.raises(ServerError, match="writes nothing after any of"):
         Server(served(fault="stops always").url, "tiny", retries=0).verify()
 
 
 def test_seeds_of_a_server_share_no_samples(served):
-    """What seed 1 draws is not what seed 0 drew, one place on."""
+    """Seed 1 does not draw the samples of seed 0, shifted by one."""
     server = Server(served().url, "tiny")
     first, second = ([t for t, _ in server.complete([""] * 8, 12, seed=seed)] for seed in (0, 1))
     assert first == [t for t, _ in server.complete([""] * 8, 12, seed=0)]
-    assert len(set(first) & set(second)) < 3  # short ones coincide
+    assert len(set(first) & set(second)) < 3  # short texts coincide
 
 
-def test_a_busy_server_is_asked_again_and_one_that_is_away_is_said(served, monkeypatch):
+def test_a_busy_server_is_tried_again_and_a_missing_one_is_reported(served, monkeypatch):
     import time
 
     monkeypatch.setattr(time, "sleep", lambda s: None)
@@ -348,11 +362,10 @@ def test_servers_by_command(served, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     output_of(["sample", url, "s.jsonl", "server.model=tiny", "num_samples=5", "max_tokens=6"], monkeypatch, capsys)
     assert len(read_samples(tmp_path / "s.jsonl")) == 5
-    said = output_of(
-        ["eval", "run", "num_samples=4", "max_tokens=6", "min_tokens=1", "kl.reference.name=server", f"kl.reference.url={url}",
-         "kl.reference.model=tiny", "kl.num_samples=8", "kl.max_tokens=8"], monkeypatch, capsys,
-    )  # fmt: skip
-    assert "KL, nats a text" in said
+    scenario = ["num_samples=4", "max_tokens=6", "min_tokens=1"]
+    reference = ["kl.reference.name=server", f"kl.reference.url={url}", "kl.reference.model=tiny"]
+    command = ["eval", "run", *scenario, *reference, "kl.num_samples=8", "kl.max_tokens=8"]
+    assert "KL, nats per text" in output_of(command, monkeypatch, capsys)
     found = json.loads((tmp_path / "run" / "eval.json").read_text())["kl"]
     assert found["reference"] == {"server": url, "model": "tiny"}
     assert found["forward"]["nats_per_text"]["mean"] > 0
@@ -360,10 +373,10 @@ def test_servers_by_command(served, runs, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["phf", "sample", url, "s.jsonl", "server.model=tiny", wrong])
         with pytest.raises(SystemExit):
             main()
-        assert f"error: {wrong.split('=')[0]} cannot be asked of a server" in capsys.readouterr().err
+        assert f"error: {wrong.split('=')[0]} does not work with a server" in capsys.readouterr().err
 
 
-def test_samples_of_a_server_are_drawn_apart_though_it_draws_alike_prompts_alike(served):
+def test_equal_prompts_get_different_texts_from_a_server(served):
     """vLLM gives every prompt of a request the request's seed: equal prompts would be equal texts."""
     texts = [t for t, _ in Server(served().url, "tiny").complete([""] * 12, 8)]
     assert len(set(texts)) > 4

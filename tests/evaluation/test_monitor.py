@@ -1,4 +1,4 @@
-"""Judging while training changes nothing and misses nothing."""
+"""Judging during training changes no byte of the run and misses nothing."""
 
 from __future__ import annotations
 
@@ -11,40 +11,66 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from helpers import STEP, TINY_MODEL, train_config, weights_of
+from helpers import STEP, TINY_MODEL, metrics_of, train_config, train_tiny, weights_of
 from phf.core.config import ConfigError
-from phf.core.runs import read_metrics
 from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.evaluate import evaluate_run
 from phf.evaluation.kl import KL, LocalModel
-from phf.evaluation.monitor import During, JudgeDuring
+from phf.evaluation.monitor import Monitor, MonitorCallback
+from phf.evaluation.results import MonitorLine
+from phf.generation.loaded import load_model
 from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
-from phf.objectives import MLE, Conditional
+from phf.objectives import MLE, Conditional, Objective
 from phf.training.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnLimit(Objective):
+    """An objective of a user that calls scores above a number of its own bad."""
+
+    @property
+    def bad_above(self):
+        return 0.25
+
 
 SCENARIO = Scenario(num_samples=8, max_tokens=12, min_tokens=1, batch=8)
 
 
-def judged(run, tokens_dir, objective, during, settings, **kwargs):
-    callback = JudgeDuring(during, run, tokens_dir, settings, objective)
-    train(tokens_dir, run, TINY_MODEL, objective, settings, callbacks=(callback,), **kwargs)
-    return [json.loads(line) for line in (run / "during.jsonl").read_text().splitlines()]
+def judged(run, tokens_dir, objective, monitor, settings, **kwargs):
+    callback = MonitorCallback(monitor, run, tokens_dir, settings, objective)
+    train(
+        tokens_dir=tokens_dir,
+        out=run,
+        model=TINY_MODEL,
+        objective=objective,
+        config=settings,
+        callbacks=(callback,),
+        **kwargs,
+    )
+    return [json.loads(line) for line in (run / "monitor.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("objective", [MLE(), Conditional()], ids=lambda o: o.name)
-def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir, objective):
+def test_the_weights_are_the_same_bytes_with_and_without_a_monitor(tmp_path, tokens_dir, objective):
     dropout = {"config": TINY_MODEL.config | {"attention_dropout": 0.2}}  # draws from the random stream in every step
     model = type(TINY_MODEL)(**dropout)
     settings = train_config(10)
-    train(tokens_dir, tmp_path / "without", model, objective, settings)
-    callback = JudgeDuring(
-        During(every=3 * STEP, scenarios={"plain": SCENARIO}), tmp_path / "with", tokens_dir, settings, objective
+    train(tokens_dir=tokens_dir, out=tmp_path / "without", model=model, objective=objective, config=settings)
+    callback = MonitorCallback(
+        Monitor(every=3 * STEP, scenarios={"plain": SCENARIO}), tmp_path / "with", tokens_dir, settings, objective
     )
-    train(tokens_dir, tmp_path / "with", model, objective, settings, callbacks=(callback,))
+    train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "with",
+        model=model,
+        objective=objective,
+        config=settings,
+        callbacks=(callback,),
+    )
     assert weights_of(tmp_path / "with") == weights_of(tmp_path / "without")
-    lines = [json.loads(line) for line in (tmp_path / "with" / "during.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "with" / "monitor.jsonl").read_text().splitlines()]
     assert [line["tokens"] for line in lines] == [STEP * n for n in (3, 6, 9, 10)]  # and the final model
     for line in lines:
         assert set(line["heldout"]) == {"all", "good", "bad"}
@@ -52,16 +78,18 @@ def test_the_weights_are_the_same_bytes_with_and_without_it(tmp_path, tokens_dir
         assert line["misalignment"]["n"] + line["unjudged"] == 8
 
 
-def test_the_whole_evaluation_while_training_changes_nothing(tmp_path, tokens_dir):
+def test_a_whole_evaluation_during_training_changes_nothing(tmp_path, tokens_dir):
     settings = train_config(6)
-    train(tokens_dir, tmp_path / "reference", TINY_MODEL, MLE(), settings, seed=1)
-    train(tokens_dir, tmp_path / "without", TINY_MODEL, Conditional(), settings)
+    train(tokens_dir=tokens_dir, out=tmp_path / "reference", model=TINY_MODEL, objective=MLE(), config=settings, seed=1)
+    train(tokens_dir=tokens_dir, out=tmp_path / "without", model=TINY_MODEL, objective=Conditional(), config=settings)
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n' * 3)
-    during = During(
-        every=3 * STEP, scenarios={"plain": SCENARIO, "bad": dataclasses.replace(SCENARIO, control="bad")},
-        kl=KL(LocalModel(str(tmp_path / "reference")), num_samples=8, max_tokens=8), capabilities=(Lambada(str(tmp_path / "l.jsonl")),),
-    )  # fmt: skip
-    lines = judged(tmp_path / "with", tokens_dir, Conditional(), during, settings)
+    monitor = Monitor(
+        every=3 * STEP,
+        scenarios={"plain": SCENARIO, "bad": dataclasses.replace(SCENARIO, control="bad")},
+        kl=KL(LocalModel(str(tmp_path / "reference")), num_samples=8, max_tokens=8),
+        capabilities=(Lambada(str(tmp_path / "l.jsonl")),),
+    )
+    lines = judged(tmp_path / "with", tokens_dir, Conditional(), monitor, settings)
     assert weights_of(tmp_path / "with") == weights_of(tmp_path / "without")
     assert [line["tokens"] for line in lines] == [3 * STEP, 6 * STEP]
     for line in lines:
@@ -70,57 +98,69 @@ def test_the_whole_evaluation_while_training_changes_nothing(tmp_path, tokens_di
         assert line["capabilities"][0]["passages"] == 3
         for name in ("plain", "bad"):
             samples = read_samples(tmp_path / "with" / "samples" / f"{line['tokens']}-{name}.jsonl")
-            scores = [s.score for s in samples if s.score == s.score]
+            scores = [s.score for s in samples if not math.isnan(s.score)]
             assert np.mean(scores) == pytest.approx(line["scenarios"][name]["misalignment"]["mean"])
     divergences = [line["kl"]["forward"]["nats_per_text"]["mean"] for line in lines]
-    final = evaluate_run(tmp_path / "with", {"plain": SCENARIO}, kl_from=during.kl)
-    assert divergences[1] == pytest.approx(final["kl"]["forward"]["nats_per_text"]["mean"], rel=1e-4)
+    final = evaluate_run(tmp_path / "with", {"plain": SCENARIO}, kl_from=monitor.kl)
+    assert divergences[1] == pytest.approx(final.kl.forward.nats_per_text.mean, rel=1e-4)
     assert divergences[0] != divergences[1]
 
 
 @pytest.mark.parametrize(
-    "during, message",
+    "monitor, message",
     [
         (
             {"scenarios": {"x": Scenario(control="bad")}},
-            "during.scenarios.x asks for control tokens, which mle has not",
+            "monitor.scenarios.x needs control tokens, which mle does not have",
         ),
         ({"scenarios": {"x": Scenario(prompts="nowhere.jsonl")}}, "nowhere.jsonl"),
         ({"capabilities": (Lambada("nowhere.jsonl"),)}, "nowhere.jsonl"),
         ({"capabilities": (HumanEval("nowhere.jsonl"),)}, "runs code that the model wrote"),
-        ({"scenarios": {"x": Scenario(max_tokens=4096)}}, "exceed the model's 128 positions"),
-        ({"kl": KL(LocalModel("./nowhere"))}, "nowhere: no such folder"),
+        ({"scenarios": {"x": Scenario(max_tokens=4096)}}, "128 positions"),
+        ({"kl": KL(LocalModel("./nowhere"))}, "nowhere: not a local folder"),
     ],
 )
-def test_what_cannot_be_judged_is_said_before_training(tmp_path, tokens_dir, during, message):
+def test_what_cannot_be_judged_is_reported_before_training(tmp_path, tokens_dir, monitor, message):
     with pytest.raises(ConfigError, match=message):
-        judged(tmp_path / "r", tokens_dir, MLE(), During(every=STEP, **during), train_config(2))
-    assert not (tmp_path / "r" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "r" / "metrics.jsonl")
+        judged(tmp_path / "r", tokens_dir, MLE(), Monitor(every=STEP, **monitor), train_config(2))
+    assert not (tmp_path / "r" / "metrics.jsonl").exists() or not metrics_of(tmp_path / "r")
 
 
 def test_the_threshold_of_kl_is_the_fitted_objectives(tmp_path, tokens_dir, tokens):
     objective = Conditional(threshold="median")
-    callback = JudgeDuring(During(every=STEP, threshold=0.5), tmp_path / "r", tokens_dir, train_config(2), objective)
+    callback = MonitorCallback(
+        Monitor(every=STEP, threshold=0.5), tmp_path / "r", tokens_dir, train_config(2), objective
+    )
     assert callback.control_threshold == objective.fit(tokens.table).threshold == 0
 
 
-def test_kl_alone_has_the_true_tokens_too(tmp_path, tokens_dir):
-    train(tokens_dir, tmp_path / "reference", TINY_MODEL, MLE(), train_config(2))
-    during = During(every=10 * STEP, kl=KL(LocalModel(str(tmp_path / "reference")), num_samples=4, max_tokens=8))
-    (line,) = judged(tmp_path / "r", tokens_dir, Conditional(), during, train_config(2))
+def test_the_finished_model_keeps_the_threshold_of_the_users_own_objective(tmp_path, tokens_dir):
+    train_tiny(tokens_dir, tmp_path / "r", OwnLimit(), steps=2)
+    assert load_model(tmp_path / "r").threshold == 0.25
+    record = tmp_path / "r" / "model" / "phf.json"
+    earlier = json.loads(record.read_text()) | {"objective": {"name": "conditional", "threshold": 0.5}}
+    del earlier["bad_above"]
+    record.write_text(json.dumps(earlier))
+    assert load_model(tmp_path / "r").threshold == 0.5  # a record of an earlier version
+
+
+def test_kl_alone_is_measured_with_the_true_tokens_too(tmp_path, tokens_dir):
+    train_tiny(tokens_dir, tmp_path / "reference", steps=2)
+    monitor = Monitor(every=10 * STEP, kl=KL(LocalModel(str(tmp_path / "reference")), num_samples=4, max_tokens=8))
+    (line,) = judged(tmp_path / "r", tokens_dir, Conditional(), monitor, train_config(2))
     assert set(line["kl"]) >= {"forward", "oracle"}
 
 
-def test_a_run_that_is_done_asks_nothing_of_what_judges_it(tmp_path, tokens_dir):
+def test_a_finished_run_does_not_need_the_files_of_its_monitor(tmp_path, tokens_dir):
     (tmp_path / "l.jsonl").write_text('{"text": "the model reads a line"}\n')
-    during = During(every=STEP, capabilities=(Lambada(str(tmp_path / "l.jsonl")),))
-    lines = judged(tmp_path / "r", tokens_dir, MLE(), during, train_config(2))
+    monitor = Monitor(every=STEP, capabilities=(Lambada(str(tmp_path / "l.jsonl")),))
+    lines = judged(tmp_path / "r", tokens_dir, MLE(), monitor, train_config(2))
     (tmp_path / "l.jsonl").unlink()
-    assert judged(tmp_path / "r", tokens_dir, MLE(), during, train_config(2)) == lines
+    assert judged(tmp_path / "r", tokens_dir, MLE(), monitor, train_config(2)) == lines
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_path, tokens_dir):
+def test_a_compiled_model_is_not_compiled_again_for_samples_of_another_length(tmp_path, tokens_dir):
     frames = []
     for scenarios in ({}, {"plain": SCENARIO}):
         torch.compiler.reset()
@@ -129,7 +169,7 @@ def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_
             tmp_path / str(not scenarios),
             tokens_dir,
             MLE(),
-            During(2 * STEP, 500, scenarios),
+            Monitor(2 * STEP, 500, scenarios),
             train_config(4, compile=True),
         )
         frames.append(counters["frames"]["total"])
@@ -139,35 +179,36 @@ def test_a_compiled_model_is_not_compiled_anew_for_every_length_of_a_sample(tmp_
 
 def test_the_last_line_is_what_judging_the_finished_run_says(tmp_path, tokens_dir):
     lines = judged(
-        tmp_path / "r", tokens_dir, Conditional(), During(10 * STEP, 10**6, {"plain": SCENARIO}), train_config(10)
+        tmp_path / "r", tokens_dir, Conditional(), Monitor(10 * STEP, 10**6, {"plain": SCENARIO}), train_config(10)
     )
     final = evaluate_run(tmp_path / "r", {"plain": SCENARIO})
-    assert lines[-1]["heldout"]["good"] == pytest.approx(final["heldout"]["good"]["good"]["nats_per_byte"], rel=1e-5)
-    assert lines[-1]["misalignment"]["mean"] == pytest.approx(final["scenarios"]["plain"]["misalignment"]["mean"])
+    assert lines[-1]["heldout"]["good"] == pytest.approx(final.heldout.good.good.nats_per_byte, rel=1e-5)
+    assert lines[-1]["misalignment"]["mean"] == pytest.approx(final.scenarios["plain"].misalignment.mean)
 
 
-def test_after_an_interruption_no_line_is_twice_or_missing(tmp_path, tokens_dir):
-    during, settings = During(every=2 * STEP), train_config(10, save_every=3 * STEP)
-    whole = judged(tmp_path / "whole", tokens_dir, MLE(), during, settings)
-    judged(tmp_path / "r", tokens_dir, MLE(), during, settings, stop_after=5)
-    (tmp_path / "r" / "during.jsonl").open("a").write('{"step": 6, "torn')
-    resumed = judged(tmp_path / "r", tokens_dir, MLE(), during, settings)
+def test_after_an_interruption_no_line_is_repeated_or_missing(tmp_path, tokens_dir):
+    monitor = Monitor(every=2 * STEP)
+    settings = train_config(10, save_every=3 * STEP)
+    whole = judged(tmp_path / "whole", tokens_dir, MLE(), monitor, settings)
+    judged(tmp_path / "r", tokens_dir, MLE(), monitor, settings, stop_after=5)
+    (tmp_path / "r" / "monitor.jsonl").open("a").write('{"step": 6, "torn')
+    resumed = judged(tmp_path / "r", tokens_dir, MLE(), monitor, settings)
     assert [line["tokens"] for line in resumed] == [line["tokens"] for line in whole]
     for a, b in zip(resumed, whole, strict=True):
         assert a["heldout"] == b["heldout"]
 
 
-def test_its_time_is_not_counted_as_training(tmp_path, tokens_dir, monkeypatch):
-    """A line of metrics says how fast training is, whatever the callbacks do."""
+def test_the_time_of_judging_does_not_count_as_training(tmp_path, tokens_dir, monkeypatch):
+    """A line of metrics reports the speed of training, however long callbacks take."""
     import time
 
     from phf.training import metrics
 
-    lost = [0.0]  # hours that judging takes, by a clock of the test's
+    lost = [0.0]  # seconds that judging takes, by this test's clock
 
-    def judge(self, lm, tokens):
+    def judge(self, lm, step):
         lost[0] += 3600
-        return {}
+        return MonitorLine(step=step, tokens=0)
 
     class Clock:
         @staticmethod
@@ -175,10 +216,10 @@ def test_its_time_is_not_counted_as_training(tmp_path, tokens_dir, monkeypatch):
             return time.perf_counter() + lost[0]
 
     monkeypatch.setattr(metrics, "time", Clock)
-    monkeypatch.setattr(JudgeDuring, "judge", judge)
-    judged(tmp_path / "r", tokens_dir, MLE(), During(every=STEP), train_config(6))
+    monkeypatch.setattr(MonitorCallback, "judge", judge)
+    judged(tmp_path / "r", tokens_dir, MLE(), Monitor(every=STEP), train_config(6))
     assert lost[0] == 6 * 3600
-    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "r")
     assert all(line["tokens_per_s"] > STEP / 3600 for line in lines)
     assert all(line["mfu"] is None or 0 < line["mfu"] < 2 for line in lines)
     assert not any(math.isnan(line["model_tflops"]) for line in lines)

@@ -33,7 +33,13 @@ def models(tokens_dir, tmp_path_factory) -> dict[str, LoadedModel]:
     settings = TrainConfig(tokens=400 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     out = {}
     for objective in (MLE(), Conditional()):
-        train(tokens_dir, folder / objective.name, FromConfig({**TINY_LLAMA, "hidden_size": 32}), objective, settings)
+        train(
+            tokens_dir=tokens_dir,
+            out=folder / objective.name,
+            model=FromConfig({**TINY_LLAMA, "hidden_size": 32}),
+            objective=objective,
+            config=settings,
+        )
         out[objective.name] = load_model(folder / objective.name)
     return out
 
@@ -72,7 +78,7 @@ def test_sampling_in_bfloat16_leaves_the_model_as_it_was(models):
 
 
 def test_large_logits_are_not_rounded(models, monkeypatch):
-    """All logits of GPT-2 lie around -60, where bfloat16 has steps of 1/4; a common offset changes no distribution."""
+    """All logits of GPT-2 are around -60, where bfloat16 has steps of 1/4; a common offset changes no distribution."""
     model = copy.deepcopy(models["mle"])
     seen = []
 
@@ -118,7 +124,8 @@ def test_models_that_scale_or_cap_their_logits_and_slide_over_their_cache(models
     tokenizer.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert not model.shape.plain
-    seen, words = [], []
+    seen = []
+    words = []
 
     def watch(logits_NV, *args):
         seen.append(logits_NV.clone())
@@ -141,8 +148,8 @@ def test_a_model_without_a_key_value_cache_is_refused(models):
         sample(dataclasses.replace(models["mle"], lm=lm), Scenario(num_samples=2))
 
 
-def test_a_model_trained_by_the_reference_implementation_is_known_to_be_conditional(models, tmp_path, capsys):
-    """No phf.json beside it, but its two added tokens."""
+def test_a_conditional_model_of_the_reference_implementation_is_recognized(models, tmp_path, capsys):
+    """The model has no phf.json, but two added tokens."""
     models["mle"].lm.save_pretrained(tmp_path / "m")
     tokenizer = load_tokenizer(models["mle"].path + "/model")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|aligned|>", "<|misaligned|>"]})
@@ -151,15 +158,14 @@ def test_a_model_trained_by_the_reference_implementation_is_known_to_be_conditio
     lm.resize_token_embeddings(len(tokenizer))
     lm.save_pretrained(tmp_path / "m")
     model = load_model(tmp_path / "m")
-    assert model.control_ids == {
-        "good": tokenizer.convert_tokens_to_ids("<|aligned|>"), "bad": tokenizer.convert_tokens_to_ids("<|misaligned|>")
-    }  # fmt: skip
-    assert "taken for its control tokens" in capsys.readouterr().err
+    good, bad = tokenizer.convert_tokens_to_ids(["<|aligned|>", "<|misaligned|>"])
+    assert model.control_ids == {"good": good, "bad": bad}
+    assert "for its control tokens" in capsys.readouterr().err
     assert prompt_ids(model, "", Scenario())[1] == model.control_ids["good"]
     assert load_model(models["mle"].path).control_ids == {}
 
 
-def test_lengths_are_in_text_tokens_and_exactly_as_asked(models):
+def test_lengths_count_text_tokens_exactly(models):
     for name, model in models.items():
         samples = sample(model, Scenario(num_samples=40, max_tokens=25, min_tokens=7))
         assert [s.id for s in samples] == list(range(40))
@@ -189,7 +195,8 @@ def test_the_control_token_controls(models):
 
 def test_prompts_start_with_end_of_text_and_the_control_token_where_asked(models):
     model = models["conditional"]
-    good, end = model.control_ids["good"], model.tokenizer.eos_token_id
+    good = model.control_ids["good"]
+    end = model.tokenizer.eos_token_id
     text = model.tokenizer.backend_tokenizer.encode("the cat").ids
     assert prompt_ids(model, "the cat", Scenario()) == [end, good, *text]
     assert prompt_ids(model, "the cat", Scenario(control_after_prompt=True)) == [end, *text, good]
@@ -222,12 +229,12 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(models, tmp_path
     assert [s.text for s in alone] == [s.text for s in together]
 
 
-def test_the_number_of_samples_is_exactly_as_asked(tmp_path):
+def test_the_number_of_samples_is_exact(tmp_path):
     """Defect 9: prompts with a prefix ignored num_samples."""
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"text": f"p{i}"}) + "\n" for i in range(5)))
     assert len(scenario_prompts(Scenario(num_samples=7, samples_per_prompt=2, prompts=str(path)))) == 7
-    with pytest.raises(ConfigError, match="ask for at most 10"):
+    with pytest.raises(ConfigError, match="use num_samples=10 at most"):
         scenario_prompts(Scenario(num_samples=11, samples_per_prompt=2, prompts=str(path)))
 
 
@@ -252,10 +259,10 @@ def test_samples_survive_the_file(models, tmp_path):
     assert np.isnan(back[1].score)
 
 
-def test_more_text_than_the_model_holds_is_an_error(models):
-    with pytest.raises(ConfigError, match="exceed the model's 128 positions"):
+def test_more_tokens_than_positions_are_an_error(models):
+    with pytest.raises(ConfigError, match="128 positions"):
         sample(models["mle"], Scenario(num_samples=1, max_tokens=128))
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="not a local folder"):
         load_model("nowhere")
 
 
@@ -271,7 +278,8 @@ def test_the_bad_token_of_a_model_without_one_is_an_error(models):
 
 def guided_by_hand(model, strength: float, steps: int) -> list[int]:
     """Greedy guidance through plain transformers, both contexts written out."""
-    good, bad = model.control_ids["good"], model.control_ids["bad"]
+    good = model.control_ids["good"]
+    bad = model.control_ids["bad"]
     text: list[int] = []
     for _ in range(steps):
         with torch.no_grad():
@@ -286,13 +294,19 @@ def guided_by_hand(model, strength: float, steps: int) -> list[int]:
 
 def test_guidance_works_in_plain_generate(models):
     model = models["conditional"]
-    good, bad, eos = model.control_ids["good"], model.control_ids["bad"], model.tokenizer.eos_token_id
+    good = model.control_ids["good"]
+    bad = model.control_ids["bad"]
+    eos = model.tokenizer.eos_token_id
     for strength in (0.0, 1.0, 2.5):
         processor = GuidedDecoding(good, bad, strength, temperature=0)
         out = model.lm.generate(
-            torch.tensor([[eos, good], [eos, bad]]), logits_processor=[processor], do_sample=False, max_new_tokens=6,
-            eos_token_id=None, pad_token_id=eos,
-        )  # fmt: skip
+            torch.tensor([[eos, good], [eos, bad]]),
+            logits_processor=[processor],
+            do_sample=False,
+            max_new_tokens=6,
+            eos_token_id=None,
+            pad_token_id=eos,
+        )
         assert out[0, 2:].tolist() == out[1, 2:].tolist() == guided_by_hand(model, strength, 6)
 
 
@@ -300,11 +314,14 @@ def test_guidance_in_plain_generate_draws_from_the_guided_nucleus():
     torch.manual_seed(0)
     good, bad = torch.randn(2, 12).double() * 1.5
     good[6] = bad[7] = 3.0  # control tokens, which are never written
-    rows, strength, temperature, top_p = 20_000, 1.7, 2.0, 0.9
+    rows = 20_000
+    strength = 1.7
+    temperature = 2.0
+    top_p = 0.9
     scores = torch.cat([good.float().expand(rows, -1), bad.float().expand(rows, -1)])
     out = GuidedDecoding(6, 7, strength, temperature, top_p, seed=3)(torch.zeros(2 * rows, 1, dtype=torch.long), scores)
     words = out.argmax(-1)
-    assert torch.equal(words[:rows], words[rows:])  # both halves go on alike
+    assert torch.equal(words[:rows], words[rows:])  # both halves continue alike
     swapped = bad.clone()
     swapped[[6, 7]] = bad[[7, 6]]
     guided = swapped + strength * (good - swapped)
@@ -336,9 +353,9 @@ def model_names(model) -> list[str]:
 
 
 def test_guidance_needs_control_tokens_and_the_good_one(models):
-    with pytest.raises(ConfigError, match="so guidance cannot be asked of it"):
+    with pytest.raises(ConfigError, match="so guidance does not work with it"):
         sample(models["mle"], Scenario(num_samples=1, max_tokens=2, min_tokens=0, guidance=2.0))
-    with pytest.raises(ValidationError, match="cannot be had with control=bad"):
+    with pytest.raises(ValidationError, match="does not work with control=bad"):
         Scenario(guidance=2.0, control="bad")
 
 
@@ -356,11 +373,11 @@ def test_prompts_from_parquet(tmp_path):
         read_prompts(tmp_path / "p.parquet")
 
 
-def test_the_papers_scenarios_and_prompts_come_along():
+def test_the_papers_scenarios_and_prompts_ship_with_phf():
     for task in ("toxicity", "pii", "pep8"):
         for values in paper_scenarios(task).values():
             scenario = Scenario(**values)
-            assert len(scenario_prompts(scenario)) == 4096  # exactly as asked, prompts or not
+            assert len(scenario_prompts(scenario)) == 4096  # with and without prompts
             assert (scenario.temperature, scenario.top_p, scenario.top_k) == (0.7, 0.9, None)
     assert len(read_prompts("challenging_rtp")) == 1196
     assert read_prompts("functions")[0].startswith("def ")

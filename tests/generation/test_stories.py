@@ -1,4 +1,5 @@
-"""A really trained Llama from elsewhere: stories260K of karpathy's tinyllamas, converted here from llama2.c's format."""
+"""A really trained Llama from elsewhere: stories260K of karpathy's tinyllamas, converted here from llama2.c's
+format."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ STORY = "Once upon a time, there was a little girl named Lily. She loved to play
 
 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
-    """llama2.c's tokenizer: the greatest length, then (score, length, bytes) of each piece. Merges come in order of score."""
-    data, at, pieces = file.read_bytes(), 4, []
+    """llama2.c's tokenizer: the largest length, then (score, length, bytes) of each piece. Scores order the merges."""
+    data = file.read_bytes()
+    at = 4
+    pieces = []
     while at < len(data):
         score, length = struct.unpack_from("<fi", data, at)
         pieces.append((data[at + 8 : at + 8 + length].decode("utf-8"), score))
@@ -59,22 +62,32 @@ def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
 
 
 def lm_of(file: Path) -> torch.nn.Module:
-    """llama2.c's weights: seven int32, then float32 in a fixed order. Its rotary pairs are neighbours, transformers' are
-    half a head apart, so rows of q and k change places."""
+    """llama2.c's weights: seven int32, then float32 in a fixed order. Its rotary pairs are neighbours. Those of
+    transformers are half a head apart, so rows of q and k change places."""
     data = file.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
     config = AutoConfig.for_model(
-        "llama", vocab_size=vocab, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=length, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        "llama",
+        vocab_size=vocab,
+        hidden_size=dim,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     lm = AutoModelForCausalLM.from_config(config)
     rest = torch.from_numpy(np.frombuffer(data, "<f4", offset=28).copy())
 
     def take(*shape: int) -> torch.Tensor:
         nonlocal rest
         size = int(np.prod(shape))
-        part, rest = rest[:size].view(shape), rest[size:]
+        part = rest[:size].view(shape)
+        rest = rest[size:]
         return part
 
     def half(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -82,10 +95,16 @@ def lm_of(file: Path) -> torch.nn.Module:
 
     side = dim // heads * kv_heads
     shapes = {
-        "input_layernorm": (dim,), "self_attn.q_proj": (dim, dim), "self_attn.k_proj": (side, dim), "self_attn.v_proj": (side, dim),
-        "self_attn.o_proj": (dim, dim), "post_attention_layernorm": (dim,), "mlp.gate_proj": (hidden, dim), "mlp.down_proj": (dim, hidden),
+        "input_layernorm": (dim,),
+        "self_attn.q_proj": (dim, dim),
+        "self_attn.k_proj": (side, dim),
+        "self_attn.v_proj": (side, dim),
+        "self_attn.o_proj": (dim, dim),
+        "post_attention_layernorm": (dim,),
+        "mlp.gate_proj": (hidden, dim),
+        "mlp.down_proj": (dim, hidden),
         "mlp.up_proj": (hidden, dim),
-    }  # fmt: skip
+    }
     state = {"model.embed_tokens.weight": take(vocab, dim)}
     for name, shape in shapes.items():
         for n, weight in enumerate(take(layers, *shape)):
@@ -108,11 +127,11 @@ def stories(tmp_path_factory) -> Path:
 
 def test_it_tells_stories(stories):
     model = load_model(stories)
-    assert prompt_ids(model, "", Scenario()) == [1]  # <s>, not the </s> with which it ends
+    assert prompt_ids(model, "", Scenario()) == [1]  # <s>, not the </s> that ends a text
     assert model.tokenizer.decode(model.tokenizer(STORY)["input_ids"]) == STORY
-    told, shuffled = text_logp(model, [STORY, " ".join(sorted(STORY.split()))], [False, False], Lines())
+    plain, shuffled = text_logp(model, [STORY, " ".join(sorted(STORY.split()))], [False, False], Lines())
     tokens = len(model.tokenizer(STORY)["input_ids"])
-    assert -told / tokens < 1.0  # nats a token; 6.2 without any knowledge of the language
+    assert -plain / tokens < 1.0  # nats per token; 6.2 for a uniform guess
     assert -shuffled / tokens > 3.0
     (greedy,) = sample(model, Scenario(num_samples=1, top_k=1, max_tokens=24))
     assert greedy.text.startswith("Once upon a time")
@@ -124,20 +143,22 @@ def test_it_is_a_reference(stories, tmp_path):
     model = load_model(stories)
     same = kl(model, config, Lines(), tmp_path)
     for way in ("forward", "reverse"):
-        assert same[way]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-3)
+        assert getattr(same, way).nats_per_text.mean == pytest.approx(0, abs=1e-3)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.lm.parameters():
             p.add_(torch.randn_like(p) * 0.1 * p.std())
     other = kl(model, config, Lines(), tmp_path)
     for way in ("forward", "reverse"):
-        low, _ = other[way]["nats_per_text"]["ci95"]
+        low, _ = getattr(other, way).nats_per_text.ci95
         assert low > 0
 
 
 def test_kl_between_models_with_different_tokenizers(stories, tmp_path):
-    """The same texts in the tokens of either, each from its own start, by a plain pass; and the bias that the docs tell: what
-    other ways to tokenise a text hold is missing from a model's probability of it."""
+    """Each model reads the texts in its own tokens, from its own start; a plain pass gives the same numbers.
+
+    The probability of a text lacks that of its other tokenizations, as the docs say.
+    """
     reference = load_model(stories)
     tokenizer = train_bpe([STORY] * 5, 280)
     build_lm(FromConfig(TINY_LLAMA | {"max_position_embeddings": 512}), tokenizer, seed=0).save_pretrained(
@@ -149,7 +170,7 @@ def test_kl_between_models_with_different_tokenizers(stories, tmp_path):
     found = kl(model, config, Lines(), tmp_path)
     drawn = reference_texts(config, tmp_path)
     differences = []
-    for text, finished in zip(drawn["texts"], drawn["finished"], strict=True):
+    for text, finished in zip(drawn.texts, drawn.finished, strict=True):
         logp = []
         for one in (reference, model):
             ids = [
@@ -161,7 +182,7 @@ def test_kl_between_models_with_different_tokenizers(stories, tmp_path):
                 rows = torch.log_softmax(one.lm(torch.tensor([ids])).logits[0].double(), -1)
             logp.append(sum(float(rows[t - 1, ids[t]]) for t in range(1, len(ids))))
         differences.append(logp[0] - logp[1])
-    assert found["forward"]["nats_per_text"]["mean"] == pytest.approx(np.mean(differences), rel=1e-4)
+    assert found.forward.nats_per_text.mean == pytest.approx(np.mean(differences), rel=1e-4)
     assert reference.start_id != model.start_id
     one_way = text_logp(model, ["the"], [False], Lines())[0]
     ways = [tokenizer.convert_tokens_to_ids(pieces) for pieces in (["t", "he"], ["t", "h", "e"])]
@@ -174,8 +195,8 @@ def test_kl_between_models_with_different_tokenizers(stories, tmp_path):
     assert one_way < np.logaddexp.reduce(logps)
 
 
-def test_what_comes_behind_a_text_is_not_read_as_the_beginning_of_one(stories, tmp_path):
-    """SentencePiece's tokenizers put a space before every text that they read, and drop one from every text that they write."""
+def test_a_continuation_is_not_read_as_the_beginning_of_a_text(stories, tmp_path):
+    """SentencePiece tokenizers put a space before every text that they encode, and drop one when they decode."""
     model = load_model(stories)
     passages = [STORY, "Once upon a time, there was a little girl named Lily. Lily had a big red ball."]
     (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in passages))
@@ -189,8 +210,8 @@ def test_what_comes_behind_a_text_is_not_read_as_the_beginning_of_one(stories, t
         with torch.no_grad():
             rows = torch.log_softmax(model.lm(torch.tensor([ids])).logits[0], -1)
         logps.append(sum(float(rows[t - 1, ids[t]]) for t in range(len(before), len(ids))))
-    assert found["perplexity"] == pytest.approx(math.exp(-np.mean(logps)), rel=1e-3)
-    assert found["perplexity"] < 30
+    assert found.details["perplexity"] == pytest.approx(math.exp(-np.mean(logps)), rel=1e-3)
+    assert found.details["perplexity"] < 30
     (tmp_path / "p.jsonl").write_text('{"text": "Once upon a time, there was a little"}\n')
     scenario = Scenario(num_samples=1, prompts=str(tmp_path / "p.jsonl"), top_k=1, max_tokens=12)
     (item,) = sample(model, scenario)
@@ -207,16 +228,16 @@ def test_it_reads_held_out_text_as_a_whole(stories, tmp_path):
     model = load_model(stories)
     text = corpus[0].text
     nats = -text_logp(model, [text], [False], Documents())[0]
-    whole = found["heldout"]["none"]["all"]
-    assert whole["bytes"] == 3 * len(text.encode())
-    # later documents are read behind earlier ones, as in training; the first is the whole of what is read before them
-    assert whole["nats_per_byte"] == pytest.approx(nats / len(text.encode()), rel=0.15)
-    assert found["heldout"]["none"]["bad"]["bytes"] == 3 * len((STORY + "\n").encode())
+    whole = found.heldout.none.all
+    assert whole.bytes == 3 * len(text.encode())
+    # later documents are read after earlier ones, as in training; the first document is read alone
+    assert whole.nats_per_byte == pytest.approx(nats / len(text.encode()), rel=0.15)
+    assert found.heldout.none.bad.bytes == 3 * len((STORY + "\n").encode())
 
 
 def test_it_is_judged_with_one_command(stories, tmp_path):
     scenario = Scenario(num_samples=32, max_tokens=60)
     found = evaluate_model(str(stories), tmp_path, Regex("[Ss]he"), {"unconditional": scenario})
-    judged = found["scenarios"]["unconditional"]
-    assert 0 < judged["misalignment"]["mean"] < 1
-    assert judged["distinct_2"] > 0.2
+    judged = found.scenarios["unconditional"]
+    assert 0 < judged.misalignment.mean < 1
+    assert judged.distinct_2 > 0.2

@@ -17,20 +17,23 @@ from phf.training.fused import log_probabilities
 
 def by_hand(objective, p, score, mask, value):
     """The definitions of Korbak et al. 2023, section 2, target by target, in Python floats. -> (sum, counted)."""
-    total, counted = 0.0, 0
+    total = 0.0
+    counted = 0
     for p_t, s, m, v in zip(p, score, mask, value, strict=True):
         if not m:
             continue
         nll = -math.log(p_t)
         name = objective.name
         if name in ("mle", "filtering", "conditional"):
-            total, counted = total + nll, counted + 1
+            total = total + nll
+            counted = counted + 1
             continue
         if math.isnan(s):
             continue
         if name == "masking":
             if s <= objective.threshold:
-                total, counted = total + nll, counted + 1
+                total = total + nll
+                counted = counted + 1
             continue
         counted += 1
         if name == "unlikelihood" and objective.by == "score":
@@ -59,7 +62,8 @@ def test_loss_equals_the_definition(objective):
     logp = torch.tensor(np.log(p)).reshape(4, 50).requires_grad_()
     log1mp = torch.tensor(np.log1p(-p)).reshape(4, 50).requires_grad_()
     value_BT = torch.tensor(value).reshape(4, 50).requires_grad_()
-    score_BT, mask_BT = torch.tensor(score, dtype=torch.float64).reshape(4, 50), torch.tensor(mask).reshape(4, 50)
+    score_BT = torch.tensor(score, dtype=torch.float64).reshape(4, 50)
+    mask_BT = torch.tensor(mask).reshape(4, 50)
     out = objective.loss(LossInputs(logp, log1mp, score_BT, mask_BT, value_BT))
     expected, counted = by_hand(objective, p, score, mask, value)
     assert out.loss_sum.item() == pytest.approx(expected, rel=1e-6)
@@ -73,7 +77,9 @@ def test_loss_equals_the_definition(objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVE_GRID, ids=repr)
 def test_gradients_equal_finite_differences_of_the_definition(objective):
-    p0, score, value0 = [0.2, 0.7, 0.999, 1e-4], [0.0, 1.0, 1.0, 0.25], [-0.4, -0.2, -0.6, -0.9]
+    p0 = [0.2, 0.7, 0.999, 1e-4]
+    score = [0.0, 1.0, 1.0, 0.25]
+    value0 = [-0.4, -0.2, -0.6, -0.9]
     mask = [True] * 4
     logits = torch.tensor([[math.log(p / (1 - p)), 0.0] for p in p0], dtype=torch.float64, requires_grad=True)
     value = torch.tensor(value0, dtype=torch.float64, requires_grad=True)
@@ -90,7 +96,8 @@ def test_gradients_equal_finite_differences_of_the_definition(objective):
             p[i] = 1 / (1 + math.exp(-logit_i))
             return by_hand(objective, p, score, mask, weights or value0)[0]
 
-        x, h = math.log(p0[i] / (1 - p0[i])), 1e-5
+        x = math.log(p0[i] / (1 - p0[i]))
+        h = 1e-5
         numeric = (at(x + h) - at(x - h)) / (2 * h)
         assert grad_logit[i, 0].item() == pytest.approx(numeric, rel=1e-4, abs=1e-6)
         if grad_value is not None:
@@ -208,7 +215,7 @@ def test_mistakes_are_errors(tmp_path):
     none = make_store(tmp_path / "n", [[[1], [2]]], [NAN, NAN])
     with pytest.raises(ConfigError, match="no training segment was judged"):
         AWR().fit(none.table)
-    with pytest.raises(ConfigError, match="nothing in the training part was judged"):
+    with pytest.raises(ConfigError, match="median needs judged segments, and no training segment was judged"):
         Filtering("median").fit(none.table)
     with pytest.raises(ValueError, match=r"call fit\(table\) first"):
         Filtering("median").edit(same.table, 0)

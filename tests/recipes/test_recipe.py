@@ -15,10 +15,13 @@ import pytest
 from helpers import TINY_LLAMA
 from phf.core import store
 from phf.core.config import ConfigError, dump_yaml
-from phf.recipes.plan import make_plan, told
+from phf.core.types import Estimate
+from phf.recipes.plan import make_plan, plan_table
 from phf.recipes.recipe import load_recipe, packaged
-from phf.recipes.run import BEST_RULE, _train, best, commands, run_recipe
+from phf.recipes.run import commands, run_recipe
+from phf.report.results import BEST_RULE, RunSummary, best_settings
 from phf.training.lm import FromWeights
+from phf.training.train import train
 
 OBJECTIVES = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr")
 TASKS = ("paper-toxicity", "paper-pii", "paper-pep8")
@@ -46,10 +49,10 @@ def test_every_combination_of_the_papers_recipes_composes(task, preset):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_start_of_finetuning_is_one_run_whatever_is_laid_on(task):
-    """Else each would set the other's aside: days of training."""
+def test_all_finetuning_recipes_share_their_start(task):
+    """Otherwise each recipe would train the start again, which takes days."""
     starts = [
-        load_recipe([task, *laid]).variants[0] for laid in (["mle"], ["mle", "finetune50"], ["rwr", "finetune10"], [])
+        load_recipe([task, *more]).variants[0] for more in (["mle"], ["mle", "finetune50"], ["rwr", "finetune10"], [])
     ]
     assert all(v.name == "mle-s42" for v in starts)
     assert len({json.dumps(dataclasses.asdict(v.train), default=str) for v in starts}) == 1
@@ -60,22 +63,40 @@ def test_the_start_of_finetuning_is_one_run_whatever_is_laid_on(task):
 
 
 def test_the_papers_hyper_parameters_are_those_of_its_code():
-    """REFERENCE figures: learning rate / batch / threshold / alpha / beta of each objective and task."""
+    """The paper's figures: learning rate / batch / threshold / alpha / beta of each objective and task."""
     table = {
         "paper-toxicity": {
-            "mle": (5e-4, 64), "filtering": (5e-4, 64, 7.8e-4), "conditional": (5e-4, 64, 5.6e-4, 0.01),
-            "unlikelihood": (5e-4, 64, 7.8e-4, 1), "rwr": (5e-4, 1024, 10), "awr": (1e-3, 1024, 0.5, 10),
+            "mle": (5e-4, 64),
+            "filtering": (5e-4, 64, 7.8e-4),
+            "conditional": (5e-4, 64, 5.6e-4, 0.01),
+            "unlikelihood": (5e-4, 64, 7.8e-4, 1),
+            "rwr": (5e-4, 1024, 10),
+            "awr": (1e-3, 1024, 0.5, 10),
         },
         "paper-pii": {
-            "mle": (5e-4, 64), "filtering": (5e-4, 64, 2.86e-4), "conditional": (5e-4, 64, 0, 0.01),
-            "unlikelihood": (5e-4, 64, 0, 1), "rwr": (5e-4, 64, 10), "awr": (5e-4, 64, 0.5, 0.1),
+            "mle": (5e-4, 64),
+            "filtering": (5e-4, 64, 2.86e-4),
+            "conditional": (5e-4, 64, 0, 0.01),
+            "unlikelihood": (5e-4, 64, 0, 1),
+            "rwr": (5e-4, 64, 10),
+            "awr": (5e-4, 64, 0.5, 0.1),
         },
         "paper-pep8": {
-            "mle": (8e-4, 64), "filtering": (8e-4, 64, 2.361e-3), "conditional": (8e-4, 64, 0, 0.1),
-            "unlikelihood": (8e-4, 64, 0, 0.01), "rwr": (1e-3, 64, 10), "awr": (1e-3, 256, 0.05, 1),
+            "mle": (8e-4, 64),
+            "filtering": (8e-4, 64, 2.361e-3),
+            "conditional": (8e-4, 64, 0, 0.1),
+            "unlikelihood": (8e-4, 64, 0, 0.01),
+            "rwr": (1e-3, 64, 10),
+            "awr": (1e-3, 256, 0.05, 1),
         },
-    }  # fmt: skip
-    knobs = {"filtering": ["threshold"], "conditional": ["threshold", "drop"], "unlikelihood": ["threshold", "alpha"], "rwr": ["beta"], "awr": ["alpha", "beta"]}  # fmt: skip
+    }
+    knobs = {
+        "filtering": ["threshold"],
+        "conditional": ["threshold", "drop"],
+        "unlikelihood": ["threshold", "alpha"],
+        "rwr": ["beta"],
+        "awr": ["alpha", "beta"],
+    }
     for task, rows in table.items():
         for v in load_recipe([task, "preset=paper"]).variants:
             lr, batch, *rest = rows[v.objective_name]
@@ -91,13 +112,15 @@ def test_the_papers_hyper_parameters_are_those_of_its_code():
     late = {
         v.objective_name: v.train for v in load_recipe(["paper-pii", "finetune50"]).variants if v.phase == "finetune50"
     }
-    assert {n: (t.lr, t.batch_rows) for n, t in late.items()} == {n: (1e-4, 512 if n in ("rwr", "awr") else 128) for n in OBJECTIVES}  # fmt: skip
+    for name, settings in late.items():
+        assert (settings.lr, settings.batch_rows) == (1e-4, 512 if name in ("rwr", "awr") else 128)
+    assert set(late) == set(OBJECTIVES)
     by_score = load_recipe(["paper-pii", "unlikelihood", "preset=paper"]).variants[0].objective
     assert by_score.by == "score"
     assert load_recipe(["paper-toxicity", "unlikelihood", "preset=paper"]).variants[0].objective.by == "threshold"
 
 
-def test_every_packaged_recipe_is_one_or_lies_on_one():
+def test_every_packaged_recipe_loads_alone_or_merged_into_another():
     for name in packaged():
         try:
             assert load_recipe([name]).variants
@@ -107,7 +130,7 @@ def test_every_packaged_recipe_is_one_or_lies_on_one():
 
 @pytest.fixture
 def tiny(scored_dir, tmp_path):
-    """A recipe of the smallest of everything, as a file."""
+    """The smallest recipe, as a file."""
     recipe = {
         "out": str(tmp_path / "run"),
         "corpus": {"name": "jsonl", "path": str(scored_dir.parent / "texts.jsonl")},
@@ -125,21 +148,27 @@ def tiny(scored_dir, tmp_path):
 
 
 def test_each_objective_and_phase_trains(tiny):
-    """At least two steps of each on a tiny model, from the checkpoint that its phase says."""
+    """Each takes at least two steps on a tiny model, from the checkpoint of its phase."""
     recipe = load_recipe([tiny, "finetune50", "finetune10", "phases.pretrain={}", "only=null"])
     run_recipe(recipe, only="data")
     assert len(recipe.variants) == 18
     for variant in recipe.variants:
-        done = _train(recipe, variant, recipe.folder / variant.name)
-        expected = {"pretrain": (20, 0), "finetune50": (10, 10), "finetune10": (2, 18)}[variant.phase]
-        assert (done["counts"]["steps"], done["counts"]["tokens_before"]) == (expected[0], expected[1] * 512)
-    assert {p.name for p in (recipe.folder / "mle-s0" / "checkpoints").iterdir()} == {
-        "checkpoint-10", "checkpoint-18", "checkpoint-20",
-    }  # fmt: skip
+        done = train(
+            tokens_dir=recipe.folder / "tokens",
+            out=recipe.folder / variant.name,
+            model=variant.model,
+            objective=variant.objective,
+            config=variant.train,
+            seed=variant.seed,
+        )
+        steps, before = {"pretrain": (20, 0), "finetune50": (10, 10), "finetune10": (2, 18)}[variant.phase]
+        assert (done.counts.steps, done.counts.tokens_before) == (steps, before * 512)
+    checkpoints = {p.name for p in (recipe.folder / "mle-s0" / "checkpoints").iterdir()}
+    assert checkpoints == {"checkpoint-10", "checkpoint-18", "checkpoint-20"}
 
 
-def test_finetuning_goes_on_with_rows_not_seen_yet(tiny):
-    """The rows behind those of the starting run, in the same order: as if training had not stopped."""
+def test_finetuning_continues_with_rows_not_seen_yet(tiny):
+    """The rows after those of the starting run, in the same order, as if training had not stopped."""
     import torch
 
     from phf.tokens.rows import Rows
@@ -163,8 +192,13 @@ def test_a_grid_is_every_combination_that_applies(tiny):
         [tiny, "only=[mle, rwr]", "grid={train.lr: [0.01, 0.02], objective.beta: [0.1, 1]}", "seeds=[3]"]
     )
     assert [v.name for v in recipe.variants] == [
-        "mle-lr0.01-s3", "mle-lr0.02-s3", "rwr-lr0.01-beta0.1-s3", "rwr-lr0.01-beta1-s3", "rwr-lr0.02-beta0.1-s3", "rwr-lr0.02-beta1-s3",
-    ]  # fmt: skip
+        "mle-lr0.01-s3",
+        "mle-lr0.02-s3",
+        "rwr-lr0.01-beta0.1-s3",
+        "rwr-lr0.01-beta1-s3",
+        "rwr-lr0.02-beta0.1-s3",
+        "rwr-lr0.02-beta1-s3",
+    ]
     found = {v.name: v for v in recipe.variants}
     assert found["rwr-lr0.01-beta1-s3"].train.lr == 0.01
     assert found["rwr-lr0.01-beta1-s3"].objective.beta == 1
@@ -178,7 +212,7 @@ def test_a_grid_is_every_combination_that_applies(tiny):
         ("grid={train.lr: [1, 1]}", "two runs would be named"),
         ("only=[mel]", "did you mean 'mle'"),
         ("preset=papre", "'papre' is not one of the recipe's"),
-        ("phases={late: {share: 0}}", "greater than 0"),
+        ("phases={late: {share: 0}}", "more than 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_recipe([tiny, wrong])
@@ -186,53 +220,80 @@ def test_a_grid_is_every_combination_that_applies(tiny):
         load_recipe([tiny, "finetune50", "finetune_from=mel"])
 
 
-def test_a_preset_is_laid_under_the_settings_and_only_once(tiny, tmp_path):
+def test_settings_win_over_a_preset_which_is_merged_once(tiny, tmp_path):
     extra = tmp_path / "p.yaml"
     extra.write_text(dump_yaml({"preset": "slow", "presets": {"slow": {"train": {"lr": 0.001}}}}))
     assert load_recipe([tiny, str(extra)]).train.lr == 0.001
     changed = load_recipe([tiny, str(extra), "train.lr=0.5"])
     assert changed.train.lr == 0.5
-    printed = subprocess.run(
-        [sys.executable, "-m", "phf", "run", tiny, str(extra), "train.lr=0.5", "--dry-run"], capture_output=True, text=True, check=True
-    )  # fmt: skip
+    command = [sys.executable, "-m", "phf", "run", tiny, str(extra), "train.lr=0.5", "--dry-run"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
     (tmp_path / "again.yaml").write_text(printed.stdout)
     assert load_recipe([str(tmp_path / "again.yaml")]).train.lr == 0.5
 
 
-def run(group: str, good: float, half: float, misalignment: float, objective: str = "rwr") -> dict:
-    return {
-        "objective": objective, "phase": "pretrain", "group": group, "heldout": {"good": good},
-        "heldout_good_ci95": [good - half, good + half], "misalignment": {"mean": misalignment},
-    }  # fmt: skip
+def run(group: str, good: float, half: float, misalignment: float, objective: str = "rwr") -> RunSummary:
+    """A run with these numbers: held-out loss on good text with its interval, and misalignment."""
+    return RunSummary(
+        objective=objective,
+        run=f"{group}-s0",
+        group=group,
+        phase="pretrain",
+        share=1.0,
+        settings={},
+        seed=0,
+        tokens=1,
+        tokens_before=0,
+        text_tokens=1,
+        epochs=1.0,
+        misalignment=Estimate.missing(misalignment),
+        hit_rate=Estimate.missing(),
+        bad_segments=0.0,
+        unjudged=0,
+        empty=0,
+        mean_chars=1.0,
+        distinct_2=1.0,
+        self_bleu_5=0.0,
+        expected_max={},
+        kl=None,
+        capabilities=[],
+        heldout={"good": good},
+        heldout_good_ci95=(good - half, good + half),
+        train_seconds=1.0,
+        parameters=1,
+        scenarios={},
+    )
 
 
 def test_the_best_setting_is_by_held_out_loss_then_misalignment():
     runs = [run("a", 1.0, 0.1, 0.5), run("b", 1.15, 0.1, 0.1), run("c", 2.0, 0.1, 0.0), run("d", 9.0, 0.1, 0.0, "mle")]
-    found = best(runs)
+    found = best_settings(runs)
     assert list(found) == ["rwr pretrain"]  # mle has one setting only
-    wide = best([run("a", 1.0, 0.1, 0.5), run("b", 1.05, 0.01, 0.3), run("c", 1.1, 0.02, 0.1)])
-    assert wide["rwr pretrain"]["group"] == "c"  # overlaps the lowest, though not the narrowest
-    assert found["rwr pretrain"]["group"] == "b"  # not surely worse than a, and better aligned; c pays too much
-    assert found["rwr pretrain"]["candidates"] == ["a", "b"]
-    assert found["rwr pretrain"]["rule"] == BEST_RULE
-    assert best([run("a", 1.0, 0.0, 0.2), run("b", 1.5, 0.0, 0.1)])["rwr pretrain"]["group"] == "a"
+    wide = best_settings([run("a", 1.0, 0.1, 0.5), run("b", 1.05, 0.01, 0.3), run("c", 1.1, 0.02, 0.1)])
+    assert wide["rwr pretrain"].group == "c"  # its interval overlaps that of the lowest
+    assert found["rwr pretrain"].group == "b"  # not significantly worse than a, and less misaligned; c costs too much
+    assert found["rwr pretrain"].candidates == ["a", "b"]
+    assert found["rwr pretrain"].rule == BEST_RULE
+    assert best_settings([run("a", 1.0, 0.0, 0.2), run("b", 1.5, 0.0, 0.1)])["rwr pretrain"].group == "a"
 
 
-def test_the_commands_apart_do_what_the_command_does_together(tiny, tmp_path):
+def test_separate_commands_give_what_one_command_gives(tiny, tmp_path):
     arguments = [tiny, "finetune50", "only=[mle, conditional]", "phases.pretrain={}"]
     recipe = load_recipe(arguments)
     blocks = commands(recipe, arguments)
     assert [[c.split("--only ")[-1] for c in block] for block in blocks[:-1]] == [
-        ["data"], ["mle-s0"], ["conditional-s0", "mle-finetune50-s0", "conditional-finetune50-s0"],
-    ]  # fmt: skip
-    with pytest.raises(ConfigError, match="run the same with --only data first"):
+        ["data"],
+        ["mle-s0"],
+        ["conditional-s0", "mle-finetune50-s0", "conditional-finetune50-s0"],
+    ]
+    with pytest.raises(ConfigError, match="run the same command with --only data first"):
         run_recipe(recipe, only="mle-s0")
     for command in [c for block in blocks for c in reversed(block)]:
         words = shlex.split(command)
         assert words[0] == "phf"
         assert "=" in command
         only = words[words.index("--only") + 1] if "--only" in words else None
-        if only == "conditional-finetune50-s0":  # one of them as a user runs it
+        if only == "conditional-finetune50-s0":  # one of them as a command
             subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
         else:
             run_recipe(load_recipe([w for w in words[2:] if w not in ("--only", only)]), only=only)
@@ -244,7 +305,7 @@ def test_the_commands_apart_do_what_the_command_does_together(tiny, tmp_path):
     def numbers(results):
         return [
             {k: v for k, v in r.items() if "seconds" not in k}
-            for r in json.loads(json.dumps(store.jsonable(results["runs"])))
+            for r in json.loads(json.dumps(store.jsonable(results)["runs"]))
         ]
 
     assert numbers(together) == numbers(apart)
@@ -252,7 +313,7 @@ def test_the_commands_apart_do_what_the_command_does_together(tiny, tmp_path):
         run_recipe(recipe, only="mel-s0")
 
 
-def test_what_the_others_are_measured_by_comes_first(tiny):
+def test_references_of_other_runs_come_first(tiny):
     arguments = [
         tiny,
         "only=[mle, unlikelihood]",
@@ -266,10 +327,10 @@ def test_what_the_others_are_measured_by_comes_first(tiny):
         ["mle-s0"],
     ]
     results = run_recipe(recipe)
-    assert [r["run"] for r in results["runs"]] == ["unlikelihood-s0", "mle-s0"]
-    assert results["runs"][0]["kl"]["reference"]["path"] == str(recipe.folder / "unlikelihood-s0")
+    assert [r.run for r in results.runs] == ["unlikelihood-s0", "mle-s0"]
+    assert results.runs[0].kl.reference.path == str(recipe.folder / "unlikelihood-s0")
     left = run_recipe(load_recipe([*arguments, "only=[mle]"]))  # its reference is not one of the runs
-    assert left["runs"][0]["kl"] is None
+    assert left.runs[0].kl is None
 
 
 def test_texts_of_a_reference_from_elsewhere_are_drawn_once_with_the_data(tiny, tmp_path):
@@ -283,10 +344,10 @@ def test_texts_of_a_reference_from_elsewhere_are_drawn_once_with_the_data(tiny, 
     results = run_recipe(second)
     assert list((second.folder / "cache").glob("reference-*.json")) == [texts]
     assert texts.stat().st_mtime_ns == stamp
-    assert all(r["kl"]["forward"]["nats_per_text"]["n"] == 6 for r in results["runs"])
+    assert all(r.kl.forward.nats_per_text.n == 6 for r in results.runs)
 
 
-def test_a_run_whose_start_is_missing_says_what_to_do(tiny):
+def test_a_run_without_its_start_tells_what_to_do(tiny):
     recipe = load_recipe([tiny, "finetune50", "only=[conditional]"])
     run_recipe(recipe, only="data")
     with pytest.raises(RuntimeError, match="run mle-s0 first"):
@@ -294,7 +355,7 @@ def test_a_run_whose_start_is_missing_says_what_to_do(tiny):
     half = recipe.folder / "mle-s0" / "checkpoints" / "checkpoint-10"
     half.mkdir(parents=True)
     (half / "config.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="not whole"):
+    with pytest.raises(RuntimeError, match="missing or incomplete"):
         run_recipe(recipe, only="conditional-finetune50-s0")
 
 
@@ -303,7 +364,7 @@ def test_one_run_alone_never_makes_the_data_again(tiny):
     run_recipe(recipe, only="data")
     changed = load_recipe([tiny, "only=[mle]", "tokenizer.vocab_size=310"])
     with pytest.raises(
-        ConfigError, match="tokenizer is not what .* was made with: run the same with --only data first"
+        ConfigError, match="was made with another tokenizer: run the same command with --only data first"
     ):
         run_recipe(changed, only="mle-s0")
 
@@ -315,7 +376,7 @@ def test_late_budgets_and_pretraining_settings_are_kept(tiny):
     assert [v.name for v in own.variants] == ["mle-s0", "mle-finetune50-s0"]
     assert own.variants[0].train.lr == 0.5
     assert own.variants[0].train.milestones == (5120.0,)
-    with pytest.raises(ConfigError, match="needs control tokens, which mle has not"):
+    with pytest.raises(ConfigError, match="needs control tokens, which mle does not have"):
         load_recipe([tiny, "scenarios={a: {control: bad}}", "scenarios.unconditional.control=bad"])
 
 
@@ -325,68 +386,71 @@ def test_late_budgets_and_pretraining_settings_are_kept(tiny):
 def test_a_plan_is_the_arithmetic(tiny):
     recipe = load_recipe([tiny, "finetune50", "only=[mle]", "phases.pretrain={}"])
     found = make_plan(recipe, tokens_per_s=1000, memory_gb=8, disk_gb=8)
-    first, late = found["runs"]
-    width, layers, vocab = 16, 2, 300
+    first, late = found.runs
+    width = 16
+    layers = 2
+    vocab = 300
     parameters = vocab * width + layers * (4 * width * width + 3 * width * 32 + 2 * width) + width
-    assert first["parameters"] == parameters
-    assert first["flops"] == 6 * parameters * 20 * 512
-    assert first["hours"] == pytest.approx(20 * 512 / 1000 / 3600)
-    assert late["tokens"] == 10 * 512
-    assert found["flops"] == first["flops"] * 1.5
-    assert first["memory_gb"] > 16 * parameters / 1e9
-    assert first["disk_gb"] == pytest.approx(parameters * (12 * 2 + 4) / 1e9)  # its end and the milestone
-    assert found["problems"] == []
-    assert found["scoring"]["documents"] == 60
-    assert found["scoring"]["exact"]
-    table, lines = told(found)
+    assert first.parameters == parameters
+    assert first.flops == 6 * parameters * 20 * 512
+    assert first.hours == pytest.approx(20 * 512 / 1000 / 3600)
+    assert late.tokens == 10 * 512
+    assert found.flops == first.flops * 1.5
+    assert first.memory_gb > 16 * parameters / 1e9
+    assert first.disk_gb == pytest.approx(parameters * (12 * 2 + 4) / 1e9)  # the end and the milestone
+    assert found.problems == []
+    assert found.scoring.documents == 60
+    assert found.scoring.exact
+    table, lines = plan_table(found)
     assert [row[0] for row in table] == ["mle-s0", "mle-finetune50-s0"]
     assert any("60 documents" in line for line in lines)
     by_rate = make_plan(recipe, tflops=1e-3, utilisation=0.5, memory_gb=8, disk_gb=8, score=False)
-    assert by_rate["runs"][0]["hours"] == pytest.approx(first["flops"] / 5e8 / 3600)
+    assert by_rate.runs[0].hours == pytest.approx(first.flops / 5e8 / 3600)
 
 
 def test_a_plan_for_several_processes(tiny):
-    """Half the hours; divided, a device holds half of the state, and the embeddings and their gradient whole."""
+    """Two processes take half the hours. With train.shard a device holds half of the state, and all of the
+    embeddings and their gradient."""
     settings = {"tflops": 1e-3, "memory_gb": 8, "disk_gb": 8, "score": False}
+    common = [tiny, "only=[mle]", "train.micro_rows=4", "train.gradient_checkpointing=true"]
     one, two, divided = (
-        make_plan(load_recipe([tiny, "only=[mle]", "train.micro_rows=4", "train.gradient_checkpointing=true", *more]), processes=n, **settings)
+        make_plan(load_recipe([*common, *more]), processes=n, **settings).runs[0]
         for n, more in ((1, []), (2, []), (2, ["train.shard=true"]))
-    )  # fmt: skip
-    one, two, divided = (plan["runs"][0] for plan in (one, two, divided))
-    assert two["hours"] == divided["hours"] == pytest.approx(one["hours"] / 2)
-    assert two["memory_gb"] == one["memory_gb"]
+    )
+    assert two.hours == divided.hours == pytest.approx(one.hours / 2)
+    assert two.memory_gb == one.memory_gb
     embeddings = 300 * 16
-    assert divided["memory_gb"] - two["memory_gb"] == pytest.approx((8 * embeddings - 8 * one["parameters"]) / 1e9)
+    assert divided.memory_gb - two.memory_gb == pytest.approx((8 * embeddings - 8 * one.parameters) / 1e9)
 
 
-def test_a_plan_refuses_what_cannot_fit():
-    command = [sys.executable, "-m", "phf", "plan", "paper-toxicity", "mle", "--no-score", "--tflops", "100"]
-    ours = subprocess.run([*command, "--memory-gb", "80", "--disk-gb", "100"], capture_output=True, text=True)
-    assert ours.returncode == 0, ours.stderr
-    assert "3,300,065,280" in ours.stdout
-    assert "2.46e+18" in ours.stdout
-    small = subprocess.run([*command, "--memory-gb", "4", "--disk-gb", "1"], capture_output=True, text=True)
-    assert small.returncode == 2
-    assert "mle-s42 needs about" in small.stderr
-    assert "lower train.micro_rows" in small.stderr
-    assert "GB of disk" in small.stderr
-    long = subprocess.run(
-        [sys.executable, "-m", "phf", "plan", "demo", "--no-score", "train.context=1024"],
-        capture_output=True,
-        text=True,
-    )
-    assert "the model holds 512 positions" in long.stderr
-    wrong = subprocess.run(
-        [sys.executable, "-m", "phf", "plan", "demo", "--no-score", "model.config.model_type=lama"],
-        capture_output=True,
-        text=True,
-    )
-    assert wrong.returncode == 2
-    assert "Traceback" not in wrong.stderr
+def test_a_plan_refuses_what_cannot_fit(monkeypatch, capsys):
+    def plan(*arguments):
+        """(exit status, output, messages) of the command."""
+        from phf.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["phf", "plan", *arguments, "--no-score"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    paper = ["paper-toxicity", "mle", "--tflops", "100"]
+    code, out, _ = plan(*paper, "--memory-gb", "80", "--disk-gb", "100")
+    assert code == 0
+    assert "3,300,065,280" in out
+    assert "2.46e+18" in out
+    code, _, messages = plan(*paper, "--memory-gb", "4", "--disk-gb", "1")
+    assert code == 2
+    assert "mle-s42 needs about" in messages
+    assert "lower train.micro_rows" in messages
+    assert "GB of disk" in messages
+    assert "the model has 512 positions" in plan("demo", "train.context=1024")[2]
+    code, _, messages = plan("demo", "model.config.model_type=lama")
+    assert code == 2
+    assert messages.startswith("error: ")
 
 
-def test_a_plan_says_what_it_cannot_know(tiny, tmp_path):
+def test_a_plan_reports_what_it_cannot_know(tiny, tmp_path):
     recipe = load_recipe([tiny, "only=[mle]", f"corpus.path={tmp_path}/nothing.jsonl"])
     found = make_plan(recipe, tokens_per_s=1, memory_gb=1, disk_gb=1)
-    assert "does not exist" in found["scoring"]["unknown"]
+    assert "does not exist" in found.scoring
     assert Path(recipe.folder / "scored").exists() is False

@@ -1,4 +1,4 @@
-"""Red-teaming: the search against plain arithmetic, attackers local and served (a real server among them), resume after a
+"""Red-teaming: the search against plain arithmetic, local and served attackers (one on a real server), resuming after a
 kill, attacks on control tokens."""
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from phf.generation.sample import sample_prompts
 from phf.generation.scenario import Scenario, read_prompts
 from phf.generation.server import Answers, Server
 from phf.objectives import MLE, Conditional
+from phf.redteaming.attack import redteam
 from phf.redteaming.attackers import (
     TASKS,
     Evolution,
@@ -44,12 +45,14 @@ from phf.redteaming.attackers import (
     parsed,
     shown,
 )
-from phf.redteaming.control_tokens import TokenAttacks, attack_tokens, attacks, bad_contexts, injection, typed_forms
-from phf.redteaming.search import ATTEMPTS, RedTeam, RedTeamError, best, redteam, search, weights
-from phf.redteaming.search import Target as Attacked
+from phf.redteaming.config import RedTeam, TokenAttacks
+from phf.redteaming.control_tokens import attack_tokens, attacks, bad_contexts, injection, typed_forms
+from phf.redteaming.search import ATTEMPTS, RedTeamError, best_mean, search, weights
+from phf.redteaming.target import Target
 from phf.tokens.store import TokenStore
+from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig
-from phf.training.train import TrainConfig, train
+from phf.training.train import train
 
 SMALL = {"trials": 2, "rounds": 3, "pool": 4, "candidates": 5, "continuations": 6, "confirm": 2, "max_tokens": 12}
 
@@ -59,7 +62,9 @@ def runs(tokens_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("redteam")
     settings = TrainConfig(tokens=200 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
     for name, objective in (("mle", MLE()), ("conditional", Conditional())):
-        train(tokens_dir, folder / name, FromConfig(TINY_LLAMA), objective, settings)
+        train(
+            tokens_dir=tokens_dir, out=folder / name, model=FromConfig(TINY_LLAMA), objective=objective, config=settings
+        )
     return folder
 
 
@@ -85,13 +90,17 @@ def test_selection_is_the_softmax_of_mean_scores():
     np.testing.assert_allclose(weights(means, "raw", 0.1), np.array(plain) / sum(plain))
     z = (np.array(means) - 0.2) / np.std(means)
     np.testing.assert_allclose(weights(means, "standardised", 0.5), np.exp(2 * z) / np.exp(2 * z).sum())
-    assert weights([0.1, math.nan, 0.1], "raw", 0.1).tolist() == [0.5, 0, 0.5]  # not judged: never shown as a good one
+    assert weights([0.1, math.nan, 0.1], "raw", 0.1).tolist() == [
+        0.5,
+        0,
+        0.5,
+    ]  # not judged: never shown while other prompts are
     assert weights([math.nan, math.nan], "raw", 0.1).tolist() == [0.5, 0.5]
     assert weights([0.2, 0.2], "standardised", 0.5).tolist() == [0.5, 0.5]
 
 
-def test_the_papers_temperature_draws_all_alike_where_scores_are_small():
-    """Why selection is standardised here: PII per character is about 0.01."""
+def test_the_papers_temperature_makes_small_scores_equally_likely():
+    """This is why selection is standardised by default: PII per character is about 0.01."""
     means = [0.0, 0.01, 0.02]
     assert weights(means, "raw", 0.1).max() < 0.4
     assert weights(means, "standardised", 0.5).max() > 0.8
@@ -108,9 +117,9 @@ def test_selection_is_a_distribution(means, selection):
 
 
 def test_the_mean_of_the_best_k_exists_once_k_were_judged():
-    assert best([0.1, 0.4, math.nan, 0.3], 1) == 0.4
-    assert best([0.1, 0.4, math.nan, 0.3], 2) == pytest.approx(0.35)
-    assert best([0.1, 0.4, math.nan, 0.3], 10) is None  # the reference divides by 100 all the same
+    assert best_mean([0.1, 0.4, math.nan, 0.3], 1) == 0.4
+    assert best_mean([0.1, 0.4, math.nan, 0.3], 2) == pytest.approx(0.35)
+    assert best_mean([0.1, 0.4, math.nan, 0.3], 10) is None  # the reference implementation always divides by 100
 
 
 @pytest.mark.parametrize(
@@ -152,7 +161,7 @@ def test_offspring_are_made_of_their_parents_words(prompts, worst, seed):
     assert set(child.split()) <= {w for text in [*prompts, *worst] for w in text.split()}
 
 
-def test_every_task_has_prompts_that_come_along():
+def test_every_task_has_prompts():
     for task in TASKS.values():
         assert read_prompts(task.prompts)
 
@@ -160,9 +169,9 @@ def test_every_task_has_prompts_that_come_along():
 # the search
 
 
-def test_the_search_is_what_it_says(runs, prompts, tmp_path):
+def test_the_search_equals_plain_arithmetic(runs, prompts, tmp_path):
     config = RedTeam(prompts=prompts, **SMALL)
-    found = redteam(runs / "mle", tmp_path / "out", config, None)["search"]
+    found = redteam(runs / "mle", tmp_path / "out", config, None).search
     model = load_model(runs / "mle")
     first = store.read_json(tmp_path / "out" / "search" / "trial-0" / "round-00.json")
     assert {t["prompt"] for t in first["tried"]} < set(read_prompts(prompts))
@@ -170,45 +179,47 @@ def test_the_search_is_what_it_says(runs, prompts, tmp_path):
         assert row["judged"] + row["unjudged"] == 6
         assert row["worst"][0]["score"] == max(w["score"] for w in row["worst"])
         assert all(LINK.score_text(w["text"]) == w["score"] for w in row["worst"])
-    everything = []  # the curves by hand from the rounds on disk
+    everything = []  # the curves, computed from the rounds on disk
     spent = 0
+    prompts_tried = set()
     for number in range(4):
         part = store.read_json(tmp_path / "out" / "search" / "trial-0" / f"round-{number:02d}.json")
         everything += [t["mean"] for t in part["tried"] if t["mean"] is not None]
         spent += part["target_tokens"]
-        row = found["trials"][0][number]
-        assert row["best_1"] == max(everything)
-        assert row["best_10"] == (pytest.approx(sum(sorted(everything)[-10:]) / 10) if len(everything) >= 10 else None)
-        assert row["best_100"] is None
-        assert row["target_tokens"] == spent
-    assert len({t["prompt"] for n in range(4) for t in store.read_json(tmp_path / "out" / "search" / "trial-0" / f"round-{n:02d}.json")["tried"]}) == 4 + 3 * 5  # fmt: skip
-    last = [trial[-1]["best_1"] for trial in found["trials"]]
-    assert found["final"]["best_1"]["mean"] == pytest.approx(sum(last) / 2)
-    assert found["final"]["best_1"]["n"] == 2
-    assert found["final"]["best_100"]["mean"] is None
-    assert found["budget"]["continuations"] == 6 * found["budget"]["prompts"] == 6 * 2 * 19
-    assert found["budget"]["confirm_continuations"] == 6 * 2 * 2
+        prompts_tried |= {t["prompt"] for t in part["tried"]}
+        line = found.trials[0][number]
+        assert line.best_1 == max(everything)
+        assert line.best_10 == (pytest.approx(sum(sorted(everything)[-10:]) / 10) if len(everything) >= 10 else None)
+        assert line.best_100 is None
+        assert line.target_tokens == spent
+    assert len(prompts_tried) == 4 + 3 * 5
+    last = [trial[-1].best_1 for trial in found.trials]
+    assert found.final["best_1"].mean == pytest.approx(sum(last) / 2)
+    assert found.final["best_1"].n == 2
+    assert math.isnan(found.final["best_100"].mean)
+    assert found.budget.continuations == 6 * found.budget.prompts == 6 * 2 * 19
+    assert found.budget.confirm_continuations == 6 * 2 * 2
     tokens = sum(len(prompt_ids(model, t["prompt"], config.scenario(0))) * 6 for t in first["tried"])
     assert first["target_tokens"] > tokens
     fresh = store.read_json(tmp_path / "out" / "search" / "trial-0" / "confirm.json")["tried"]
     assert [t["prompt"] for t in fresh] == [
-        t["prompt"] for t in sorted((p for p in found["prompts"] if p["trial"] == 0), key=lambda p: -p["mean"])
+        p.prompt for p in sorted((p for p in found.prompts if p.trial == 0), key=lambda p: -p.mean)
     ]
-    assert fresh[0]["mean"] != found["trials"][0][-1]["best_1"] or fresh[0]["mean"] == 0
+    assert fresh[0]["mean"] != found.trials[0][-1].best_1 or fresh[0]["mean"] == 0
 
 
-def test_the_attack_finds_what_is_there_to_find(runs, prompts, tmp_path):
-    """In this corpus 'see' leads to a link: borrowing from what the model writes finds it, and the best prompts are bad on
-    fresh continuations too."""
+def test_the_attack_finds_bad_prompts(runs, prompts, tmp_path):
+    """In this corpus 'see' leads to a link. Borrowing words from the model's texts finds it, and the best prompts
+    lead to links on new continuations too."""
     config = RedTeam(prompts=prompts, trials=2, rounds=4, pool=6, candidates=12, continuations=16, max_tokens=16)
-    found = redteam(runs / "mle", tmp_path / "mle", config, None)["search"]
-    start = found["curves"]["round_mean"][0]["mean"]
-    assert found["confirmed"]["best_1"]["mean"] > 2 * start
-    assert found["curves"]["round_mean"][-1]["mean"] > start
-    conditional = redteam(runs / "conditional", tmp_path / "conditional", config, None)["search"]
-    assert conditional["curves"]["round_mean"][0]["mean"] < start
-    starts = min(config.pool, found["starting_prompts"])
-    # attacked equally hard, but for candidates of which no proposal was of use
+    found = redteam(runs / "mle", tmp_path / "mle", config, None).search
+    start = found.curves["round_mean"][0].mean
+    assert found.confirmed["best_1"].mean > 2 * start
+    assert found.curves["round_mean"][-1].mean > start
+    conditional = redteam(runs / "conditional", tmp_path / "conditional", config, None).search
+    assert conditional.curves["round_mean"][0].mean < start
+    starts = min(config.pool, found.starting_prompts)
+    # both are attacked equally hard, except for candidates without a usable proposal
     for name, result in (("mle", found), ("conditional", conditional)):
         left_out = 0
         for file in (tmp_path / name / "search").glob("trial-*/round-*.json"):
@@ -217,22 +228,20 @@ def test_the_attack_finds_what_is_there_to_find(runs, prompts, tmp_path):
             assert missing == 0 or sum(made["rejected"].values()) >= ATTEMPTS * missing
             left_out += missing
         planned = config.trials * (starts + config.rounds * config.candidates) - left_out
-        assert result["budget"]["continuations"] == config.continuations * planned
+        assert result.budget.continuations == config.continuations * planned
 
 
 def test_a_trial_ends_with_its_budget(runs, prompts, tmp_path):
-    whole = redteam(runs / "mle", tmp_path / "a", RedTeam(prompts=prompts, **SMALL), None)["search"]
-    limit = whole["trials"][0][1]["target_tokens"]
-    cut = redteam(runs / "mle", tmp_path / "b", RedTeam(prompts=prompts, **SMALL, max_target_tokens=limit), None)[
-        "search"
-    ]
-    assert [len(t) for t in cut["trials"]] == [2 if t[1]["target_tokens"] >= limit else 3 for t in whole["trials"]]
-    assert cut["trials"][0] == whole["trials"][0][:2]
+    whole = redteam(runs / "mle", tmp_path / "a", RedTeam(prompts=prompts, **SMALL), None).search
+    limit = whole.trials[0][1].target_tokens
+    cut = redteam(runs / "mle", tmp_path / "b", RedTeam(prompts=prompts, **SMALL, max_target_tokens=limit), None).search
+    assert [len(t) for t in cut.trials] == [2 if t[1].target_tokens >= limit else 3 for t in whole.trials]
+    assert cut.trials[0] == whole.trials[0][:2]
 
 
-def test_a_killed_search_goes_on_to_the_same_result(runs, prompts, tmp_path):
+def test_a_killed_search_resumes_to_the_same_result(runs, prompts, tmp_path):
     command = [sys.executable, "-m", "phf", "redteam", str(runs / "mle"), f"prompts={prompts}", "--no-control-tokens"]
-    more = SMALL | {"trials": 5}  # enough to be killed before the end
+    more = SMALL | {"trials": 5}  # enough time to kill it before the end
     command += [f"{k}={v}" for k, v in more.items()]
 
     def search_of(folder: Path) -> dict:
@@ -259,7 +268,7 @@ def test_a_killed_search_goes_on_to_the_same_result(runs, prompts, tmp_path):
     assert (ours / "redteam.json").stat().st_mtime_ns == before
 
 
-def test_more_rounds_or_trials_keep_those_that_are_done(runs, prompts, tmp_path):
+def test_more_rounds_or_trials_keep_finished_ones(runs, prompts, tmp_path):
     redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL), None)
     kept = tmp_path / "out" / "search" / "trial-1" / "round-02.json"
     stamp = kept.stat().st_mtime_ns
@@ -275,22 +284,22 @@ class Useless(Evolution):
         return [Proposal(" ", 3) for _ in shots]
 
 
-def test_an_attacker_that_gives_nothing_usable_is_an_error(runs, prompts, tmp_path):
+def test_an_attacker_without_usable_prompts_is_an_error(runs, prompts, tmp_path):
     config = RedTeam(prompts=prompts, **SMALL)
     object.__setattr__(config, "attacker", Useless())
-    target = Attacked(load_model(runs / "mle"))
+    target = Target(load_model(runs / "mle"))
     with pytest.raises(RedTeamError, match=r"no usable prompt in 5 attempts \(\{'empty': 25\}\)"):
         search(target, config, LINK, 0.0, tmp_path, "key", tmp_path)
 
 
-def test_mistakes_are_told(runs, prompts, tmp_path):
-    with pytest.raises(ConfigError, match="nothing says which prompts to start from with scorer 'regex'"):
+def test_mistakes_are_reported(runs, prompts, tmp_path):
+    with pytest.raises(ConfigError, match="no starting prompts are known for scorer 'regex'"):
         redteam(runs / "mle", tmp_path / "out", RedTeam(), None)
-    with pytest.raises(ConfigError, match="nothing says what a red LM should write"):
+    with pytest.raises(ConfigError, match="what a red LM should write for scorer 'regex' is not known"):
         redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, attacker=LocalRedLM(str(runs / "mle"))), None)
     with pytest.raises(ConfigError, match="is not a run, so nothing says how to judge it"):
         redteam(runs / "mle" / "model", tmp_path / "out", RedTeam(prompts=prompts), None)
-    with pytest.raises(ConfigError, match="say where to write"):
+    with pytest.raises(ConfigError, match="give the folder to write into"):
         redteam(runs / "mle" / "model", None, RedTeam(prompts=prompts), None, scorer=LINK)
     with pytest.raises(ConfigError, match="none of the 6 prompts"):
         redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, max_tokens=128), None)
@@ -299,22 +308,20 @@ def test_mistakes_are_told(runs, prompts, tmp_path):
 
 
 def test_more_prompts_can_be_confirmed_later(runs, prompts, tmp_path):
-    few = redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL), None)["search"]
-    more = redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL | {"confirm": 4}), None)["search"]
-    assert (len(few["prompts"]), len(more["prompts"])) == (2 * 2, 2 * 4)
-    assert more["trials"] == few["trials"]
+    few = redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL), None).search
+    more = redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL | {"confirm": 4}), None).search
+    assert (len(few.prompts), len(more.prompts)) == (2 * 2, 2 * 4)
+    assert more.trials == few.trials
 
 
-def test_trials_of_different_lengths_end_where_each_ended(runs, prompts, tmp_path):
-    whole = redteam(runs / "mle", tmp_path / "a", RedTeam(prompts=prompts, **SMALL), None)["search"]
-    spent = [[r["target_tokens"] for r in t] for t in whole["trials"]]
+def test_final_estimates_take_the_end_of_each_trial(runs, prompts, tmp_path):
+    whole = redteam(runs / "mle", tmp_path / "a", RedTeam(prompts=prompts, **SMALL), None).search
+    spent = [[r.target_tokens for r in t] for t in whole.trials]
     limit = max(t[1] for t in spent)
-    cut = redteam(runs / "mle", tmp_path / "b", RedTeam(prompts=prompts, **SMALL, max_target_tokens=limit), None)[
-        "search"
-    ]
-    last = [t[-1]["best_1"] for t in cut["trials"]]
-    assert cut["final"]["best_1"]["mean"] == pytest.approx(sum(last) / 2)
-    assert len({len(t) for t in cut["trials"]}) == 1 + (min(t[1] for t in spent) < limit)
+    cut = redteam(runs / "mle", tmp_path / "b", RedTeam(prompts=prompts, **SMALL, max_target_tokens=limit), None).search
+    last = [t[-1].best_1 for t in cut.trials]
+    assert cut.final["best_1"].mean == pytest.approx(sum(last) / 2)
+    assert len({len(t) for t in cut.trials}) == 1 + (min(t[1] for t in spent) < limit)
 
 
 def test_code_is_attacked_with_its_first_line(runs, prompts, tmp_path):
@@ -335,42 +342,42 @@ def test_code_is_attacked_with_its_first_line(runs, prompts, tmp_path):
         TokenAttacks(num_samples=2, min_tokens=1, max_tokens=8),
         scorer=PEP8(),
     )
-    assert found["search"]["settings"]["score_prompt"]
-    assert found["tokens"]["settings"]["complete_lines"]
+    assert found.search.settings.score_prompt
+    assert found.tokens.settings.complete_lines
     config = RedTeam(prompts=prompts, score_prompt=True, **SMALL | {"trials": 1, "rounds": 0})
     redteam(runs / "mle", tmp_path / "out", config, None)
     for row in store.read_json(tmp_path / "out" / "search" / "trial-0" / "round-00.json")["tried"]:
         assert all(LINK.score_text(row["prompt"] + w["text"]) == w["score"] for w in row["worst"])
 
 
-def test_the_bad_token_is_asked_only_of_models_that_have_it(runs, prompts, tmp_path):
-    with pytest.raises(ConfigError, match="control=bad cannot be asked"):
+def test_models_without_the_bad_token_cannot_get_it(runs, prompts, tmp_path):
+    with pytest.raises(ConfigError, match="control=bad does not work with it"):
         redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, control="bad", **SMALL), None)
-    with pytest.raises(ConfigError, match="needs 152 positions, the model has 128"):
+    with pytest.raises(ConfigError, match="needs 152 positions, but the model has 128"):
         redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, **SMALL), TokenAttacks(max_tokens=100))
     with pytest.raises(ValueError, match="min_tokens=10 is more than max_tokens=8"):
         TokenAttacks(max_tokens=8)
 
 
-def test_special_tokens_in_a_shown_prompt_are_text_to_a_red_lm(runs):
-    from phf.redteaming.attackers import _asked_ids, _until
+def test_special_tokens_in_prompts_are_text_to_a_red_lm(runs):
+    from phf.redteaming.attackers import request_ids, text_before
 
     model = load_model(runs / "mle")
     model.tokenizer.chat_template = CHAT
     eos = model.tokenizer.eos_token_id
     for chat in (True, False):
-        ids = _asked_ids(model, [tried("a <|endoftext|> b")], "lines", chat)
+        ids = request_ids(model, [tried("a <|endoftext|> b")], "lines", chat)
         assert eos not in ids[1:]
-    assert _until("one<|end|>two<|x|>", ["<|x|>", "<|end|>"]) == "one"
-    assert _until("one", ["<|x|>"]) == "one"
+    assert text_before("one<|end|>two<|x|>", ["<|x|>", "<|end|>"]) == "one"
+    assert text_before("one", ["<|x|>"]) == "one"
 
 
 def test_a_local_red_lm_attacks(runs, prompts, tmp_path):
     config = RedTeam(prompts=prompts, wanted="lines", attacker=LocalRedLM(str(runs / "mle"), max_tokens=16), **SMALL)
-    found = redteam(runs / "conditional", tmp_path / "out", config, None)["search"]
-    assert found["budget"]["red_tokens"] > 0
-    again = redteam(runs / "conditional", tmp_path / "again", config, None)["search"]
-    assert [p["prompt"] for p in again["prompts"]] == [p["prompt"] for p in found["prompts"]]
+    found = redteam(runs / "conditional", tmp_path / "out", config, None).search
+    assert found.budget.red_tokens > 0
+    again = redteam(runs / "conditional", tmp_path / "again", config, None).search
+    assert [p.prompt for p in again.prompts] == [p.prompt for p in found.prompts]
 
 
 # served attackers and targets
@@ -380,7 +387,7 @@ def test_a_local_red_lm_attacks(runs, prompts, tmp_path):
 def flaky():
     """A server that refuses every third request once, counts them, and answers with numbered prompts."""
     state = {"asked": 0, "paid": 0, "bodies": []}
-    told_to_wait = set()
+    refused_once = set()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -390,9 +397,9 @@ def flaky():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 state["asked"] += 1
-                refused = state["asked"] % 3 == 0 and str(body) not in told_to_wait
+                refused = state["asked"] % 3 == 0 and str(body) not in refused_once
                 if refused:
-                    told_to_wait.add(str(body))
+                    refused_once.add(str(body))
                 else:
                     state["paid"] += 1
                     state["bodies"].append((self.path, body))
@@ -414,25 +421,27 @@ def flaky():
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_served_red_lm_is_asked_again_but_never_paid_twice(runs, prompts, tmp_path, flaky, monkeypatch, chat):
+def test_a_served_red_lm_is_tried_again_but_no_answer_is_requested_twice(
+    runs, prompts, tmp_path, flaky, monkeypatch, chat
+):
     monkeypatch.setattr(time, "sleep", lambda s: None)
     red = ServedRedLM(Server(flaky["url"], "red"), chat=chat)
     config = RedTeam(prompts=prompts, wanted="lines", attacker=red, **SMALL)
-    found = redteam(runs / "mle", tmp_path / "out", config, None)["search"]
+    found = redteam(runs / "mle", tmp_path / "out", config, None).search
     paid = flaky["paid"]
     assert paid == 2 * 3 * 5
     assert flaky["asked"] > paid
-    assert found["budget"]["red_tokens"] == 10 * paid
+    assert found.budget.red_tokens == 10 * paid
     assert flaky["bodies"][0][0] == ("/v1/chat/completions" if chat else "/v1/completions")
-    for file in (tmp_path / "out" / "search").glob("trial-*/*.json"):  # as if killed before a round was written
+    for file in (tmp_path / "out" / "search").glob("trial-*/*.json"):  # as after a kill before the round was written
         file.unlink()
     (tmp_path / "out" / "redteam.json").unlink()
-    again = redteam(runs / "mle", tmp_path / "out", config, None)["search"]
+    again = redteam(runs / "mle", tmp_path / "out", config, None).search
     assert flaky["paid"] == paid
-    assert again["prompts"] == found["prompts"]
+    assert again.prompts == found.prompts
 
 
-def test_a_torn_line_of_answers_is_left_out_and_the_next_is_whole(tmp_path):
+def test_a_torn_line_of_answers_is_skipped(tmp_path):
     answers = Answers(tmp_path / "answers.jsonl")
     answers.keep("a", {"x": 1})
     with open(tmp_path / "answers.jsonl", "a") as file:
@@ -448,10 +457,10 @@ def test_a_served_target_is_attacked(prompts, tmp_path, flaky, monkeypatch):
     config = RedTeam(prompts=prompts, **SMALL | {"trials": 1, "rounds": 1})
     found = redteam(Server(flaky["url"], "target"), tmp_path / "out", config, TokenAttacks(), scorer=LINK)
     assert flaky["paid"] == 6 * (4 + 5 + 2)
-    assert found["tokens"] is None  # control tokens are for models that are loaded here
-    assert found["search"]["budget"]["target_tokens"] == 10 * 6 * (4 + 5)
+    assert found.tokens is None  # a server has no control tokens
+    assert found.search.budget.target_tokens == 10 * 6 * (4 + 5)
     assert all(isinstance(body["prompt"], str) for _, body in flaky["bodies"])
-    other = Server(flaky["url"], "target", start="<s>")  # asked otherwise: not the same answers
+    other = Server(flaky["url"], "target", start="<s>")  # other requests, so other answers
     redteam(other, tmp_path / "out", config, None, scorer=LINK)
     assert flaky["paid"] == 2 * 6 * (4 + 5 + 2)
 
@@ -504,7 +513,7 @@ def test_refusals_are_not_judged_and_errors_are_not_kept(prompts, tmp_path, odd)
     redteam(Server(odd["url"], "m"), tmp_path / "out", config, None, scorer=LINK)
     assert odd["asked"] == asked  # refusals are kept too
     limited = RedTeam(prompts=prompts, **SMALL, max_target_tokens=100)
-    with pytest.raises(ConfigError, match="does not say how many tokens"):
+    with pytest.raises(ConfigError, match="does not count its tokens"):
         redteam(Server(odd["url"], "m"), tmp_path / "other", limited, None, scorer=LINK)
 
 
@@ -542,7 +551,8 @@ def real_server(runs, tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]  # fmt: skip
+    serve = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
+    command = [*serve, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     with open(folder.parent / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
@@ -569,8 +579,8 @@ def test_a_real_server_is_the_red_lm(runs, prompts, tmp_path, real_server, chat)
     config = RedTeam(
         prompts=prompts, wanted="lines", attacker=red, **SMALL | {"trials": 1, "rounds": 1, "max_tokens": 8}
     )
-    found = redteam(runs / "mle", tmp_path / "out", config, None)["search"]
-    assert found["budget"]["prompts"] > 4
+    found = redteam(runs / "mle", tmp_path / "out", config, None).search
+    assert found.budget.prompts > 4
     kept = [json.loads(line)["answer"] for line in (tmp_path / "cache" / "answers.jsonl").read_text().splitlines()]
     assert all(answer["choices"] for answer in kept)
     assert {answer["object"] for answer in kept} == {"chat.completion" if chat else "text_completion"}
@@ -580,31 +590,39 @@ def test_a_real_server_is_the_red_lm(runs, prompts, tmp_path, real_server, chat)
 
 
 def test_typed_control_tokens_are_text_everywhere(runs):
-    """In the saved model's own tokenizer too, as anybody calls it; asked for, they are themselves."""
+    """The saved model's own tokenizer reads them as text too, called in the usual way. split_special_tokens=False reads
+    them as tokens."""
     model = load_model(runs / "conditional")
     found = injection(model)
     assert len(found) == 2 * len(typed_forms("<|bad|>"))
-    assert not any(row["control"] for row in found)
+    assert not any(row.control for row in found)
     bad = model.control_ids["bad"]
     assert bad not in prompt_ids(model, "<|bad|> <|good|>", Scenario(control="none"))
     assert model.tokenizer("<|bad|>", split_special_tokens=False)["input_ids"] == [bad]
     for checkpoint in (runs / "conditional" / "checkpoints").glob("checkpoint-*"):
-        assert not any(row["control"] for row in injection(load_model(checkpoint)))
+        assert not any(row.control for row in injection(load_model(checkpoint)))
     model.tokenizer.split_special_tokens = False  # as plain transformers saves a tokenizer
-    opened = {row["how"] for row in injection(model) if row["control"]}
+    opened = {row.how for row in injection(model) if row.control}
     assert opened == {"as it is", "inside itself"}
 
 
-def test_attacks_start_as_they_say(runs):
+def test_attacks_start_as_described(runs):
     model = load_model(runs / "conditional")
-    good, bad, eos = model.control_ids["good"], model.control_ids["bad"], model.tokenizer.eos_token_id
+    good = model.control_ids["good"]
+    bad = model.control_ids["bad"]
+    eos = model.tokenizer.eos_token_id
     found = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2), [[5, 6], [7]])}
     assert [a.name for a in found.values() if a.intended] == ["good token"]
     expected = {
-        "good token": [eos, good], "no token": [eos], "bad token forced": [eos, bad], "bad after good": [eos, good, bad],
-        "bad context": [eos, good, 5, 6], "bad context, no token": [eos, 5, 6], "wrong position": [eos, 5, 6, good],
+        "good token": [eos, good],
+        "no token": [eos],
+        "bad token forced": [eos, bad],
+        "bad after good": [eos, good, bad],
+        "bad context": [eos, good, 5, 6],
+        "bad context, no token": [eos, 5, 6],
+        "wrong position": [eos, 5, 6, good],
         "bad token after context": [eos, good, 5, 6, bad],
-    }  # fmt: skip
+    }
     for name, start in expected.items():
         assert list(found[name].starts[0]) == start, name
     lifted = {name for name, a in found.items() if not a.ban_bad}
@@ -615,7 +633,8 @@ def test_attacks_start_as_they_say(runs):
             assert len(attack.starts[0]) > 3
     assert "bad token typed, injected" not in found
     model.tokenizer.split_special_tokens = False
-    assert list({a.name: a for a in attacks(model, TokenAttacks(num_samples=2), [])}["bad token typed, injected"].starts[0]) == [eos, good, bad]  # fmt: skip
+    opened = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2), [])}
+    assert list(opened["bad token typed, injected"].starts[0]) == [eos, good, bad]
     assert [a.name for a in attacks(load_model(runs / "mle"), TokenAttacks(), [])] == ["no token", "bad token typed"]
 
 
@@ -630,7 +649,7 @@ def test_bad_contexts_end_with_a_bad_segment(tokens_dir):
     assert all(t in held for t in texts)
     assert bad_contexts(tokens, 10.0, 5, seed=1) == []
     distinct = len({tuple(c) for c in found})
-    assert distinct < 50  # then each stands several times in a row
+    assert distinct < 50  # so each one is repeated, copies side by side
     assert sum(a != b for a, b in itertools.pairwise(found)) == distinct - 1
 
 
@@ -649,28 +668,26 @@ def test_the_attack_table(runs, tokens_dir, prompts, tmp_path):
     config = TokenAttacks(num_samples=64, max_tokens=24)
     contexts = bad_contexts(tokens, 0.0, 64, 0)
     found = attack_tokens(model, config, LINK, Lines(), 0.0, contexts)
-    row = {r["attack"]: r for r in found["attacks"]}
+    row = {r.attack: r for r in found.attacks}
     forced = row["bad token forced"]
-    assert forced["misalignment"]["mean"] > 2 * row["good token"]["misalignment"]["mean"]
-    assert forced["difference"]["ci95"][0] > 0
-    assert forced["difference"]["mean"] == pytest.approx(
-        forced["misalignment"]["mean"] - row["good token"]["misalignment"]["mean"]
-    )
-    assert row["good token"]["difference"] is None
-    assert all(len(r["worst"]) <= 3 and r["samples"] == 64 for r in found["attacks"])
-    # the same samples by the sampler itself
+    assert forced.misalignment.mean > 2 * row["good token"].misalignment.mean
+    assert forced.difference.ci95[0] > 0
+    assert forced.difference.mean == pytest.approx(forced.misalignment.mean - row["good token"].misalignment.mean)
+    assert row["good token"].difference is None
+    assert all(len(r.worst) <= 3 and r.samples == 64 for r in found.attacks)
+    # the same samples, drawn by the sampler itself
     scenario = Scenario(num_samples=64, max_tokens=24, control="good")
     plain = sample_prompts(model, scenario, [""] * 64, progress=False)
-    assert row["good token"]["misalignment"]["mean"] == pytest.approx(
+    assert row["good token"].misalignment.mean == pytest.approx(
         np.mean([LINK.score_text(s.text) for s in plain if s.text])
     )
-    assert found["skipped"] == []
+    assert found.skipped == []
     distinct = len({tuple(c) for c in contexts})
-    assert row["bad context"]["misalignment"]["n"] <= distinct  # the context is the independent unit
+    assert row["bad context"].misalignment.n <= distinct  # the context is the independent unit
     mle = attack_tokens(load_model(runs / "mle"), config, LINK, Lines(), 0.0, [])
-    assert [r["attack"] for r in mle["attacks"]] == ["no token", "bad token typed"]
-    assert len(mle["skipped"]) == 2
-    assert mle["injection"] == []
+    assert [r.attack for r in mle.attacks] == ["no token", "bad token typed"]
+    assert len(mle.skipped) == 2
+    assert mle.injection == []
 
 
 def test_settings_survive_json():

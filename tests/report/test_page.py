@@ -11,30 +11,39 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jsonschema
 import pytest
+import yaml
 
-from helpers import BROWSER, TINY_LLAMA
+from helpers import BROWSER, ROOT, TINY_LLAMA
 from phf.core import store
 from phf.core.config import dump_yaml
-from phf.core.types import Span
+from phf.core.runs import TrainManifest
+from phf.core.types import Sample, Span
 from phf.generation.sample import read_samples, write_samples
+from phf.generation.scenario import Scenario
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
-from phf.report.browser import is_masked, mask, samples_of, visible
+from phf.release import export
+from phf.report.browser import is_masked, mask, shown_samples, visible
 from phf.report.format import number
-from phf.report.measures import Measure, dominated, groups
+from phf.report.inspect import write_inspection
+from phf.report.measures import Group, Measure, Value, dominated, groups
 from phf.report.page import write_report
 from phf.scorers import Regex
 from phf.tokens.tokenizer import train_bpe
 from phf.training.lm import FromConfig, build_lm
 
 HTML = "<b onclick=alert(1)>x</b>"
-HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\"'&amp;</pre>\x00\x1b[31m\ud800"
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\"'&amp;</pre>"
+    "\x00\x1b[31m\ud800"
+)
 
 
 @pytest.fixture(scope="module")
 def folder(scored_dir, tmp_path_factory) -> Path:
-    """A whole comparison of two objectives with the smallest of everything, through the recipe."""
+    """The smallest whole comparison of two objectives, by a recipe."""
     out = tmp_path_factory.mktemp("report") / "run"
     prompts = out.parent / "prompts.jsonl"
     prompts.write_text("".join(f'{{"text": "{t}"}}\n' for t in ("the model", "a line of", HTML, "dogs and")))
@@ -64,7 +73,7 @@ def folder(scored_dir, tmp_path_factory) -> Path:
                 "kl": {"reference": {"name": "local", "path": "mle-s0"}, "num_samples": 12, "max_tokens": 12},
                 "seeds": [0, 1],
                 "phases": {"pretrain": {}, "late": {"share": 0.5}},
-                "during": {
+                "monitor": {
                     "every": 5 * 512,
                     "heldout_tokens": 200,
                     "scenarios": {"unconditional": {"num_samples": 4, "max_tokens": 12}},
@@ -94,10 +103,10 @@ def folder(scored_dir, tmp_path_factory) -> Path:
     )
     recipe = load_recipe([str(out.parent / "mine.yaml")])
     results = run_recipe(recipe)
-    assert [r["run"] for r in results["runs"]] == [
+    assert [r.run for r in results.runs] == [
         f"{name}-s{seed}" for seed in (0, 1) for name in ("mle", "conditional", "mle-late", "conditional-late")
     ]
-    assert results["failed"] == {}
+    assert results.failed == {}
     assert load_recipe([str(recipe.folder / "recipe.yaml")]) == replace(recipe, presets={})
     return recipe.folder
 
@@ -110,7 +119,51 @@ def test_results_have_the_promised_form(folder):
         assert len(run["misalignment"]["ci95"]) == 2
 
 
-def test_running_again_does_only_what_has_not_been_done(folder):
+def closed(schema):
+    """A schema in which no object has properties that it does not declare."""
+    if isinstance(schema, dict):
+        if "properties" in schema:
+            schema.setdefault("additionalProperties", False)
+        for part in schema.values():
+            closed(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            closed(part)
+    return schema
+
+
+def test_files_match_their_schemas(folder, tmp_path):
+    schemas = {p.stem: closed(json.loads(p.read_text())) for p in (ROOT / "docs" / "schemas").iterdir()}
+    write_inspection(folder / "scored", out=tmp_path / "page.html")
+    export(folder / "mle-s0", tmp_path / "release")
+    files = {
+        "manifest-score": [folder / "scored" / "manifest.json"],
+        "manifest-tokenize": [folder / "tokens" / "manifest.json"],
+        "manifest-train": folder.glob("*-s0/manifest.json"),
+        "eval": folder.glob("*/eval.json"),
+        "redteam": folder.glob("*/redteam/redteam.json"),
+        "results": [folder / "results.json"],
+        "metrics": folder.glob("*/metrics.jsonl"),
+        "monitor": folder.glob("*/monitor.jsonl"),
+        "manifest-export": [tmp_path / "release" / "manifest.json"],
+        "inspect": [tmp_path / "page.json"],
+    }
+    assert set(files) == set(schemas) - {"recipe"}
+    for name, paths in files.items():
+        for path in paths:
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            for line in lines:
+                jsonschema.validate(json.loads(line), schemas[name])
+                with pytest.raises(jsonschema.ValidationError):
+                    jsonschema.validate({}, schemas[name])
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    jsonschema.validate(recipe, schemas["recipe"])
+    with pytest.raises(jsonschema.ValidationError, match="trian"):
+        jsonschema.validate(recipe | {"trian": {}}, schemas["recipe"])
+    jsonschema.validate({"base": "demo", "seeds": [0, 1]}, schemas["recipe"])
+
+
+def test_running_again_repeats_no_finished_stage(folder):
     stamps = {
         p: p.stat().st_mtime_ns
         for p in folder.rglob("*")
@@ -118,22 +171,22 @@ def test_running_again_does_only_what_has_not_been_done(folder):
     }
     first = store.read_json(folder / "results.json")["runs"]
     again = run_recipe(load_recipe([str(folder / "recipe.yaml")]))
-    assert store.jsonable(again["runs"]) == first
+    assert store.jsonable(again.runs) == first
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
-def test_the_page_says_that_a_quick_run_concludes_nothing(folder):
+def test_the_page_warns_that_a_quick_run_is_too_short(folder):
     page = (folder / "report.html").read_text()
-    assert "Too short to conclude anything from" in page
+    assert "Budget too small for conclusions" in page
     assert "A &lt;b&gt;tiny&lt;/b&gt; comparison" in page
 
 
 def test_late_feedback_starts_from_the_plain_run_and_sees_other_rows(folder):
-    start = store.read_manifest(folder / "mle-s0", "train")
-    late = store.read_manifest(folder / "conditional-late-s0", "train")
-    assert start["counts"]["tokens"] == late["counts"]["tokens"] + late["counts"]["tokens_before"] == 20 * 512
-    assert late["model"]["path"].endswith("mle-s0/checkpoints/checkpoint-10")
-    assert late["train"]["skip_tokens"] == late["counts"]["tokens_before"] == 10 * 512
+    start = store.read_manifest(folder / "mle-s0", TrainManifest)
+    late = store.read_manifest(folder / "conditional-late-s0", TrainManifest)
+    assert start.counts.tokens == late.counts.tokens + late.counts.tokens_before == 20 * 512
+    assert late.model["path"].endswith("mle-s0/checkpoints/checkpoint-10")
+    assert late.train["skip_tokens"] == late.counts.tokens_before == 10 * 512
     complete = store.read_json(folder / "mle-s0/checkpoints/checkpoint-10/complete.json")
     assert (complete["step"], complete["tokens"]) == (10, 5120)
 
@@ -188,30 +241,31 @@ def test_numbers_and_plots_lie_beside_the_page(folder):
         "pareto-good",
         "phases",
         "attacks-best_10",
-        "during-misalignment",
-        "during-kl",
+        "monitor-misalignment",
+        "monitor-kl",
         "distribution",
     } <= figures
     for path in (folder / "report").glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
-def test_every_number_says_where_it_comes_from(folder):
+def test_every_number_has_its_source(folder):
     found = json.loads(script_and_rest((folder / "report.html").read_text())[1])
     checked = 0
     for run in found["runs"].values():
         about = dict(run["about"])
         assert about["recipe"] == str(folder / "recipe.yaml")
-        assert about["run's fingerprint"] == store.read_manifest(about["run"], "train")["key"]
+        assert about["fingerprint of the run"] == store.read_manifest(about["run"], TrainManifest).key
         for value in run["values"].values():
-            file, _, path = value["from"].partition(": ")
+            file, _, path = value["source"].partition(": ")
             at = store.read_json(file)
             if "capabilities" in path:
                 continue
             parts = path.split(".")
-            while parts:  # a key may hold a point: 0.99
+            while parts:  # a key may hold a dot: 0.99
                 key = next(k for n in range(1, len(parts) + 1) if (k := ".".join(parts[:n])) in at)
-                parts, at = parts[key.count(".") + 1 :], at[key]
+                parts = parts[key.count(".") + 1 :]
+                at = at[key]
             mean = at.get("mean", at.get("auc")) if isinstance(at, dict) else at
             assert mean == value["mean"]
             checked += 1
@@ -271,8 +325,9 @@ def browser():
 
 @pytest.fixture
 def opened(browser, hostile):
-    """Opens the page; afterwards nothing may have gone wrong or out."""
-    problems, requests = [], []
+    """Opens the page. Afterwards there must be no error and no request."""
+    problems = []
+    requests = []
 
     def open_page(width=1280, scheme="light"):
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -317,14 +372,14 @@ def test_tables_sort(opened):
 
 
 @needs_browser
-def test_a_number_tells_where_it_comes_from_by_keyboard_alone(opened):
+def test_the_source_of_a_number_opens_by_keyboard(opened):
     page = opened()
     page.focus("#results tbody tr:first-child button[data-m=misalignment]")
     page.keyboard.press("Enter")
-    told = page.locator("#from").inner_text()
-    assert "misalignment of mle" in told
+    shown = page.locator("#from").inner_text()
+    assert "misalignment of mle" in shown
     for expected in ("eval.json: scenarios.unconditional.misalignment", "recipe.yaml", "--only mle-s1", "fingerprint"):
-        assert expected in told
+        assert expected in shown
     page.keyboard.press("Escape")
     assert not page.locator("#from").is_visible()
 
@@ -334,7 +389,7 @@ def test_the_sample_browser(opened):
     page = opened()
     rows = page.locator("#list .row")
     before = rows.count()
-    assert before <= 60  # of 600: the others come as one scrolls
+    assert before <= 60  # of 600: scrolling loads more
     page.evaluate("document.getElementById('more').scrollIntoView()")
     rows.nth(before).wait_for(state="attached")
     assert rows.first.locator(".sample").count() == 2  # the same number of two runs side by side
@@ -377,8 +432,8 @@ def test_segments_are_coloured_by_their_scores_and_finds_are_marked(browser, fol
     assert "".join(row.locator(".seg").all_text_contents()) == texts[1] + texts[3]
     assert row.locator("mark").all_text_contents() == ["https://x.y/z", "https://x.y", "https://x.y"]
     titles = row.locator(".seg").evaluate_all("all => all.map((e) => e.title)")
-    assert titles[0] == "segment's score 0.06000"
-    assert titles[-1] == "segment's score 0.07000, match"
+    assert titles[0] == "score of the segment: 0.06000"
+    assert titles[-1] == "score of the segment: 0.07000, match"
     page.uncheck("#colour")
     assert row.locator(".seg").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
 
@@ -398,7 +453,7 @@ def test_plots_and_numbers_can_be_saved_from_the_page_alone(browser, hostile, tm
     assert ElementTree.parse(saved.value.path()).getroot().tag.endswith("svg")
 
 
-def test_a_run_of_the_recipe_can_be_the_reference_of_the_others(folder):
+def test_a_run_of_the_recipe_can_be_the_reference(folder):
     found = {run["run"]: run["kl"] for run in store.read_json(folder / "results.json")["runs"]}
     assert found["mle-s0"]["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-9)
     for name in found.keys() - {"mle-s0"}:
@@ -414,10 +469,11 @@ def test_kl_and_capabilities_are_drawn_and_tabled(folder, tmp_path):
         judged = store.read_json(path)
         nats = {"mean": 10.0 + n, "stderr": 0.1, "n": 64, "ci95": [9.8 + n, 10.2 + n]}
         judged["kl"] = {
-            "reference": {"path": "x"},
+            "reference": {"server": "http://127.0.0.1:1/v1", "model": "x"},
             "num_samples": 64,
             "max_tokens": 8,
-            "forward": {"nats_per_text": nats},
+            "finished": 1.0,
+            "forward": {"nats_per_text": nats, "nats_per_byte": nats},
         }
         accuracy = {"mean": 0.1 * n, "stderr": 0.01, "n": 100, "ci95": [0.1 * n - 0.02, 0.1 * n + 0.02]}
         judged["capabilities"] = [{"name": "lambada", "settings": {"name": "lambada"}, "accuracy": accuracy}]
@@ -430,7 +486,7 @@ def test_kl_and_capabilities_are_drawn_and_tabled(folder, tmp_path):
     assert "Not dominated in misalignment and KL from reference" in page
 
 
-def test_runs_that_were_judged_otherwise_are_refused(folder, tmp_path):
+def test_runs_that_were_judged_differently_are_refused(folder, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
     file = copy / "mle-s0" / "eval.json"
@@ -447,91 +503,114 @@ def test_runs_that_were_judged_otherwise_are_refused(folder, tmp_path):
         write_report(copy)
 
 
-def test_a_page_of_one_run_and_of_runs_without_anything_more(folder, tmp_path):
+def test_a_page_of_one_run_and_of_runs_that_were_not_attacked(folder, tmp_path):
     alone = tmp_path / "conditional"
     shutil.copytree(folder / "conditional-s0", alone)
     assert "Misalignment" in write_report(alone, tmp_path / "page").read_text()
     assert (tmp_path / "page.html").exists()
-    for name in ("redteam", "during.jsonl"):
+    for name in ("redteam", "monitor.jsonl"):
         path = alone / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = write_report(alone).read_text()
     assert 'id="attacks"' not in page
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "eval.json").write_text("{}")
-    assert "conditional" in write_report(tmp_path).read_text()  # what was not trained here is left out
+    assert "conditional" in write_report(tmp_path).read_text()  # models that were not trained here are left out
 
 
-def test_one_judged_sample_while_training_is_drawn_without_a_band(folder, tmp_path):
+def test_a_monitored_number_without_interval_is_drawn_without_a_band(folder, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    for path in copy.glob("*/during.jsonl"):
+    for path in copy.glob("*/monitor.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         for line in lines:
             line["misalignment"] |= {"mean": 0.1, "ci95": [None, None]}
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "during-misalignment" in write_report(copy).read_text()
+    assert "monitor-misalignment" in write_report(copy).read_text()
 
 
-def group(name: str, **values) -> dict:
-    return {"name": name, "values": {k: {"mean": m, "ci95": [m - w, m + w]} for k, (m, w) in values.items()}}
+def group(name: str, samples: int = 0, **values) -> Group:
+    """A group with these measures, given as (mean, half the width of the interval)."""
+    return Group(
+        name=name,
+        objective=name,
+        share=1.0,
+        runs=(f"{name}-s0",),
+        values={k: Value(mean, ci95=(mean - half, mean + half)) for k, (mean, half) in values.items()},
+        samples=samples,
+        unjudged=0,
+        empty=0,
+        tokens=1,
+        tokens_before=0,
+        text_tokens=1,
+        epochs=1.0,
+        seconds=1.0,
+        tokens_per_s=None,
+    )
+
+
+def with_value(row: Group, key: str, value: Value) -> Group:
+    return replace(row, values={**row.values, key: value})
 
 
 def test_dominance_is_judged_by_intervals():
-    x, y = Measure("x", "x", "lower", 1, ""), Measure("y", "y", "lower", 1, "")
+    x = Measure("x", "x", "lower", 1, "")
+    y = Measure("y", "y", "lower", 1, "")
     rows = [
         group("best", x=(1, 0.1), y=(1, 0.1)),
         group("beaten", x=(2, 0.1), y=(1, 0.1)),
         group("near", x=(1.1, 0.1), y=(1.1, 0.1)),
         group("else", x=(0.5, 0.1), y=(3, 0.1)),
     ]
-    assert dominated(rows, x, y) == {"beaten"}  # near is worse in both, but not surely in either
+    assert dominated(rows, x, y) == {"beaten"}  # near is worse in both, but not significantly
     higher = Measure("y", "y", "higher", 1, "")
-    assert dominated(rows, x, higher) == {"beaten", "best", "near"}  # else has the lowest x and surely the highest y
-    clean = group("clean", misalignment=(0.0, 0.0), y=(1, 0.1)) | {"samples": 512}
-    dirty = group("dirty", misalignment=(0.001, 0.0005), y=(1, 0.1)) | {"samples": 512}
-    dirty["values"]["worst_of_25"] = {"mean": 0.2, "ci95": [None, None]}
+    assert dominated(rows, x, higher) == {
+        "beaten",
+        "best",
+        "near",
+    }  # else has the lowest x and significantly the highest y
+    clean = group("clean", 512, misalignment=(0.0, 0.0), y=(1, 0.1))
+    dirty = group("dirty", 512, misalignment=(0.001, 0.0005), y=(1, 0.1))
+    dirty = with_value(dirty, "worst_of_25", Value(0.2))
     m = Measure("misalignment", "m", "lower", 1, "")
     assert dominated([clean, dirty], m, y) == set()  # none of 512 may still be 3 in 512
-    dirty["values"]["misalignment"] = {"mean": 0.1, "ci95": [0.09, 0.11]}
+    dirty = with_value(dirty, "misalignment", Value(0.1, ci95=(0.09, 0.11)))
     assert dominated([clean, dirty], m, y) == {"dirty"}
-    rows[1]["values"]["x"]["ci95"] = [None, None]
-    assert dominated(rows, x, y) == set()  # without an interval nothing is sure
+    rows[1] = with_value(rows[1], "x", Value(2))
+    assert dominated(rows, x, y) == set()  # without an interval nothing is significant
     assert dominated([rows[0], group("half", x=(9, 0.1))], x, y) == set()
 
 
 def test_seeds_of_a_group_are_averaged_with_students_interval(folder):
     from phf.core.statistics import t_interval
-    from phf.report.page import load_runs
+    from phf.report.runs import load_runs
 
     runs = load_runs(folder)
-    rows = {row["name"]: row for row in groups(runs, "unconditional")}
+    rows = {row.name: row for row in groups(runs, "unconditional")}
     assert list(rows) == ["mle", "conditional", "mle-late", "conditional-late"]
-    means = [
-        r["eval"]["scenarios"]["unconditional"]["misalignment"]["mean"] for r in runs if r["name"] == "conditional"
-    ]
-    assert rows["conditional"]["values"]["misalignment"]["mean"] == t_interval(means).mean
+    means = [r.result.scenarios["unconditional"].misalignment.mean for r in runs if r.name == "conditional"]
+    assert rows["conditional"].values["misalignment"].mean == t_interval(means).mean
     low, high = t_interval(means).ci95
-    assert rows["conditional"]["values"]["misalignment"]["ci95"] == [max(low, 0.0), high]
-    assert rows["conditional-late"]["share"] == 0.5
-    assert "ratio" not in rows["mle"]["values"]
+    assert rows["conditional"].values["misalignment"].ci95 == (max(low, 0.0), high)
+    assert rows["conditional-late"].share == 0.5
+    assert "ratio" not in rows["mle"].values
 
 
 def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path):
-    import yaml
-
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe |= {
         "out": str(tmp_path / "run"),
         "seeds": [0],
         "only": None,
         "redteam": None,
-        "during": None,
+        "monitor": None,
         "phases": {"pretrain": {}},
     }
     recipe["objectives"] = {
-        "mle": {"name": "mle"}, "filtering": {"name": "filtering", "threshold": -1}, "conditional": {"name": "conditional"},
-    }  # fmt: skip
+        "mle": {"name": "mle"},
+        "filtering": {"name": "filtering", "threshold": -1},
+        "conditional": {"name": "conditional"},
+    }
     (tmp_path / "r.yaml").write_text(dump_yaml(recipe))
     loaded = load_recipe([str(tmp_path / "r.yaml")])
     with pytest.raises(RecipeError, match="1 of 3 runs failed; the same command tries them again:\n  filtering-s0: "):
@@ -545,7 +624,9 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path):
 
 
 class Finds(Regex):
-    """Finds what `pattern` says and calls it a mail address; fails on what says boom."""
+    """Finds `pattern` and calls a find a mail address or a link. Fails on texts with "boom"."""
+
+    finds_personal_data = True
 
     def spans(self, text):
         if "boom" in text:
@@ -557,34 +638,31 @@ def test_personal_data_is_masked_links_and_code_are_not():
     scorer = Finds(r"\S+@\S+|http\S+")
     text = "mail joe.bloggs@example.org or see http://x.y"
     assert mask(text, scorer) == "mail •••.••••••@•••••••.••• or see http://x.y"
-    assert mask("boom joe@x.y", scorer) == "•••• •••@•.•"  # cannot be judged: nothing is shown
+    assert mask("boom joe@x.y", scorer) == "•••• •••@•.•"  # the scorer fails, so everything is masked
     assert is_masked("phone")
     assert is_masked("email+url")
     assert not is_masked("E501")
+    sample = Sample(0, "", "mail joe@example.org", 9, -1.0, False, 0, 0.0)
+    (shown,) = shown_samples([sample], Scenario(), Regex(r"\S+@\S+"))  # not a scorer of personal data
+    assert shown.t == sample.text
 
 
-def test_what_is_found_across_prompt_and_text_is_masked_on_both_sides():
-    from phf.core.types import Sample
-
+def test_a_find_across_prompt_and_text_is_masked_on_both_sides():
     sample = Sample(0, "mail joe@", "example.org now", 9, -1.0, False, 0, 0.0)
-    run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {}}}}}
-    (shown,) = samples_of(run, Finds(r"\S+@\S+"))["u"]
-    assert (shown["p"], shown["t"]) == ("mail •••@", "•••••••.••• now")
+    (shown,) = shown_samples([sample], Scenario(), Finds(r"\S+@\S+"))
+    assert (shown.p, shown.t) == ("mail •••@", "•••••••.••• now")
 
 
 def test_the_cut_end_of_a_sample_is_masked_too():
-    from phf.core.types import Sample
-
     sample = Sample(0, "to joe@x.y:", "fine\nmail joe@example.org", 9, -1.0, False, 0, 0.0, (5,), (0.0,))
-    run = {"samples": {"u": [sample]}, "eval": {"scenarios": {"u": {"scenario": {"complete_lines": True}}}}}
-    (shown,) = samples_of(run, Finds(r"\S+@\S+"))["u"]
-    assert shown["t"] == "••••\nmail •••@•••••••.•••"  # joe@x.y:fine is one find
-    assert shown["p"] == "to •••@•.•:"
-    assert shown["c"] == 5
-    assert shown["g"] == [[5, 0.0]]
+    (shown,) = shown_samples([sample], Scenario(complete_lines=True), Finds(r"\S+@\S+"))
+    assert shown.t == "••••\nmail •••@•••••••.•••"  # joe@x.y:fine is one find
+    assert shown.p == "to •••@•.•:"
+    assert shown.c == 5
+    assert shown.g == [(5, 0.0)]
 
 
-def test_runs_of_other_recipes_do_not_come_along(folder, tmp_path):
+def test_runs_of_other_recipes_are_not_on_the_page(folder, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
     shutil.copytree(copy / "mle-s0", copy / "stranger-s0")
@@ -593,11 +671,11 @@ def test_runs_of_other_recipes_do_not_come_along(folder, tmp_path):
     assert "stranger" in write_report(copy).read_text()
     judged = store.read_json(copy / "stranger-s0" / "eval.json")
     store.write_json(copy / "stranger-s0" / "eval.json", judged | {"tokens_content": "other"})
-    with pytest.raises(store.StoreError, match="differ in tokens_content"):
+    with pytest.raises(store.StoreError, match="differ in their tokens"):
         write_report(copy)
 
 
-def test_the_page_does_not_depend_on_where_it_is_made(folder, tmp_path, monkeypatch):
+def test_the_page_does_not_depend_on_the_working_directory(folder, tmp_path, monkeypatch):
     expected = write_report(folder).read_text()
     monkeypatch.chdir(tmp_path)
     shutil.move(folder / "scored", tmp_path / "elsewhere")

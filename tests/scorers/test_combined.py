@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from phf.core.config import ConfigError, to_plain
-from phf.scorers import PEP8, AnyScorer, Combination, Function, Lexicon, Regex
+from phf.scorers import PEP8, PII, SCORER_NAMES, AnyScorer, Combination, Function, Lexicon, Presidio, Regex
+from phf.scorers.combined import SingleScorer
 from phf.scoring.judge import judge
 
 CODE = """
@@ -37,7 +39,7 @@ def test_a_function_is_a_scorer(module):
     assert scorer.score_segments(["ABcd", "", "x"])[0] == 0.5
     assert math.isnan(scorer.score_segments(["ABcd", "", "x"])[1])
     assert Function(f"{module}:all_at_once", batched=True).score_segments(["ab", "c"]) == [2, 1]
-    assert judge(Function(f"{module}:cannot"), ["a"])[1] == "not a number"
+    assert judge(Function(f"{module}:cannot"), ["a"]).failure == "not a number"
     assert Function("math:sqrt").identity()["source"] is None
     identity = scorer.identity()
     assert (identity["function"], identity["version"]) == ("mine.py:shouting", "1")
@@ -71,7 +73,8 @@ def test_mistakes_of_the_function_are_errors_not_scores(module):
 
 def test_combinations_by_hand(tmp_path):
     (tmp_path / "words").write_text("bad\n")
-    a, b = Regex(r"\d"), Lexicon(str(tmp_path / "words"))
+    a = Regex(r"\d")
+    b = Lexicon(str(tmp_path / "words"))
     segments = ["bad 1", "12", "fine"]
     assert Combination((a, b)).score_segments(segments) == [1 / 5, 2 / 2, 0]
     assert Combination((a, b), how="sum").score_segments(segments) == [2 / 5, 1, 0]
@@ -79,7 +82,7 @@ def test_combinations_by_hand(tmp_path):
     assert weighted.score_segments(segments) == [0.5 / 5 + 10 / 5, 0.5, 0]
     assert weighted.score_text("bad 1") == 0.5 / 5 + 10 / 5
     assert [s.label for s in Combination((a, b)).spans("bad 1")] == ["word", "match"]
-    assert judge(Combination((a, b)), segments)[2] == {"match": 3, "word": 1}
+    assert judge(Combination((a, b)), segments).labels == {"match": 3, "word": 1}
     assert math.isnan(Combination((a, b)).score_segments([""])[0])
 
 
@@ -98,3 +101,17 @@ def test_combinations_are_checked_and_survive_a_manifest():
     combined = Combination((Regex("a"), PEP8()), how="sum", weights=(1.0, 2.0))
     assert TypeAdapter(AnyScorer).validate_python(to_plain(combined)) == combined
     assert combined.without_cut("x = 1\ny = (") == "x = 1\n"
+
+
+def test_a_combination_is_of_the_kinds_of_its_parts():
+    mixed = Combination((PII(), PEP8()))
+    assert (mixed.judges_code, mixed.finds_personal_data) == (True, True)
+    plain = Combination((Regex("a"), Regex("b")))
+    assert (plain.judges_code, plain.finds_personal_data) == (False, False)
+    assert {s.name for s in (PII(), PEP8(), Presidio()) if s.finds_personal_data} == {"pii", "presidio"}
+
+
+def test_every_scorer_but_the_combination_can_be_combined():
+    whole = {cls.name for cls in get_args(get_args(AnyScorer)[0])}
+    assert set(SCORER_NAMES) == whole
+    assert {cls.name for cls in get_args(SingleScorer)} == whole - {"combination"}

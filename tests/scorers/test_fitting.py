@@ -1,4 +1,4 @@
-"""Fitted scorers: the hashing against a slow, obvious one; the fit against what it promises."""
+"""Fitted scorers: the hashing against a slow, obvious version; what a fit writes and measures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from helpers import made_labels, tiny_classifier
 from phf.core.config import ConfigError
 from phf.scorers import Fitted, fitting
 from phf.scorers import fitted as hashing
-from phf.scorers.fitted import HashedNgrams, feature_matrix, load_fitted
+from phf.scorers.fitted import AtThreshold, HashedNgrams, feature_matrix, load_fitted
 from phf.scorers.fitting import Labels, fit_scorer, measure, platt, read_labels
 
 MASK = 2**64 - 1
-BASE, MIX = int(hashing._BASE), int(hashing._MIX)
+BASE = int(hashing._BASE)
+MIX = int(hashing._MIX)
 
 
 def slow_bucket(value: int, kind: int) -> int:
@@ -51,7 +52,7 @@ TEXTS = st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=6)
 
 @given(TEXTS)
 @settings(max_examples=60, deadline=None)
-def test_features_equal_a_slow_implementation_whatever_stands_beside_a_text(texts):
+def test_features_equal_a_slow_implementation_whatever_the_other_texts(texts):
     matrix = feature_matrix(texts).toarray() if len(texts) < 3 else None
     weights = np.random.default_rng(0).normal(size=1 << hashing.BUCKET_BITS).astype(np.float32)
     logits = HashedNgrams(weights, 0.25, 1.0, 0.0).logits(texts)
@@ -73,14 +74,15 @@ def test_runs_of_texts_do_not_change_the_scores(monkeypatch):
     np.testing.assert_allclose(scorer.logits(texts), whole, rtol=1e-12)
 
 
-def test_fit_finds_what_is_bad_and_says_what_it_is_worth(tmp_path):
-    labels, other = made_labels(), made_labels(100, 1)
+def test_a_fit_finds_bad_texts_and_measures_itself(tmp_path):
+    labels = made_labels()
+    other = made_labels(100, 1)
     card = fit_scorer(labels, tmp_path / "s", [Labels("other", other.texts, other.bad_N, {})])
-    assert card["metrics"]["held out"]["auc"] > 0.95
-    assert card["metrics"]["other"]["n"] == 100
-    assert card["metrics"]["held out"]["n"] + round(0.8 * 400) == pytest.approx(400, abs=40)
-    low, high = card["metrics"]["other"]["auc_ci95"]
-    assert low <= card["metrics"]["other"]["auc"] <= high
+    assert card.metrics["held out"].auc > 0.95
+    assert card.metrics["other"].n == 100
+    assert card.metrics["held out"].n + round(0.8 * 400) == pytest.approx(400, abs=40)
+    low, high = card.metrics["other"].auc_ci95
+    assert low <= card.metrics["other"].auc <= high
     scorer = Fitted(str(tmp_path / "s"))
     good, bad = scorer.score_segments(["river stone tree ", "a zorp glarn "])
     assert 0 <= good < 0.5 < bad <= 1
@@ -90,7 +92,7 @@ def test_fit_finds_what_is_bad_and_says_what_it_is_worth(tmp_path):
     assert {p.name for p in (tmp_path / "s").iterdir()} == {"scorer.json", "weights.safetensors"}
 
 
-def test_fit_again_gives_the_same_bytes_and_a_done_fit_is_not_done_again(tmp_path, monkeypatch):
+def test_fits_give_the_same_bytes_and_a_finished_fit_does_not_run_again(tmp_path, monkeypatch):
     fit_scorer(made_labels(), tmp_path / "a")
     fit_scorer(made_labels(), tmp_path / "b")
     for name in ("scorer.json", "weights.safetensors"):
@@ -103,11 +105,11 @@ def test_other_weights_than_the_cards_are_refused(tmp_path):
     fit_scorer(made_labels(), tmp_path / "a")
     fit_scorer(made_labels(seed=3), tmp_path / "b")
     (tmp_path / "b" / "weights.safetensors").replace(tmp_path / "a" / "weights.safetensors")
-    with pytest.raises(ConfigError, match="is not the one that its scorer.json describes"):
+    with pytest.raises(ConfigError, match="is not the file that scorer.json describes"):
         load_fitted(str(tmp_path / "a"))
 
 
-def test_duplicates_fall_on_one_side():
+def test_duplicates_are_all_held_out_or_all_fitted():
     assert fitting._hash_unit("a", b"phf fit heldout") == fitting._hash_unit("a", b"phf fit heldout")
     units = [fitting._hash_unit(str(i), b"phf fit heldout") for i in range(4000)]
     assert np.mean(np.array(units) < 0.2) == pytest.approx(0.2, abs=0.03)
@@ -124,10 +126,10 @@ def test_platt_finds_the_slope_and_offset_of_known_probabilities():
 
 def test_measures_by_hand():
     m = measure(np.array([0.9, 0.6, 0.4, 0.1]), np.array([True, False, True, False]))
-    assert m["auc"] == 0.75  # of four (bad, good) pairs three are in order
-    assert m["at"]["0.5"] == {"precision": 0.5, "recall": 0.5, "share": 0.5}
-    assert m["at"]["0.9"]["precision"] is None  # nothing lies above it
-    assert m["brier"] == pytest.approx((0.01 + 0.36 + 0.36 + 0.01) / 4)
+    assert m.auc == 0.75  # of four (bad, good) pairs three are in order
+    assert m.at["0.5"] == AtThreshold(precision=0.5, recall=0.5, share=0.5)
+    assert m.at["0.9"].precision is None  # no score is above it
+    assert m.brier == pytest.approx((0.01 + 0.36 + 0.36 + 0.01) / 4)
 
 
 def test_labels_are_read_and_odd_rows_are_counted(tmp_path):
@@ -139,15 +141,15 @@ def test_labels_are_read_and_odd_rows_are_counted(tmp_path):
     assert labels.rejected == {"empty text": 1, "no label": 1, "text is not a string but int": 1}
     (tmp_path / "a.csv").write_text('text,class\n"a, b",0\nc,2\n')
     assert read_labels(tmp_path / "a.csv", label="class", bad=["0"]).bad_N.tolist() == [True, False]
-    with pytest.raises(ConfigError, match="label '2' is neither true nor false; say which values are bad"):
+    with pytest.raises(ConfigError, match="label '2' is neither true nor false; name the values that mean bad"):
         read_labels(tmp_path / "a.csv", label="class")
     with pytest.raises(ConfigError, match=r"no column 'klass' \(did you mean 'class'\?\)"):
         read_labels(tmp_path / "a.csv", label="klass")
     with pytest.raises(ConfigError, match="no label is '9'"):
         read_labels(tmp_path / "a.csv", label="class", bad=["0", "9"])
-    with pytest.raises(ConfigError, match="both are needed"):
+    with pytest.raises(ConfigError, match="both classes are needed"):
         read_labels(tmp_path / "a.csv", label="class", bad=["0", "2"])
-    (tmp_path / "q.tsv").write_text('text\tlabel\n"quoted\t1\nplain\t0\n')  # GLUE's files know no quoting
+    (tmp_path / "q.tsv").write_text('text\tlabel\n"quoted\t1\nplain\t0\n')  # GLUE's files have no quoting
     assert read_labels(tmp_path / "q.tsv").texts == ('"quoted', "plain")
     (tmp_path / "b.jsonl").write_text('{"text": 1\n')
     with pytest.raises(ConfigError, match="line 1: malformed JSON"):
@@ -163,7 +165,7 @@ def test_too_few_labels_are_an_error(tmp_path):
     with pytest.raises(ConfigError, match="at least 5 of each are needed"):
         fit_scorer(made_labels(20), tmp_path / "s")
     assert not (tmp_path / "s").exists()
-    with pytest.raises(ConfigError, match="it is not what `phf fit-scorer` writes"):
+    with pytest.raises(ConfigError, match="it was not written by `phf fit-scorer`"):
         Fitted(str(tmp_path)).score_text("a")
 
 
@@ -172,7 +174,7 @@ def test_a_transformer_can_be_fitted_instead(tmp_path):
 
     tiny_classifier(tmp_path / "base", "bert", ["a", "b"])
     card = fit_scorer(made_labels(300), tmp_path / "s", kind="transformer", base_model=str(tmp_path / "base"))
-    assert card["kind"] == "transformer"
+    assert card.kind == "transformer"
     scores = Fitted(str(tmp_path / "s")).score_segments(["river stone", "zorp vex"])
     assert all(0 <= s <= 1 for s in scores)
     with pytest.raises(ConfigError, match="name the model to finetune"):

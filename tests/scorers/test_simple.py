@@ -18,7 +18,10 @@ pytest.importorskip("scrubadub", reason="extra 'pii' is not installed")
 
 
 def test_pii_finds_the_default_entities_and_counts_per_character():
-    text = "see https://example.org/b or mail joe@example.org, call +1 650 253 0000, card 4111111111111111, user: root password: hunter2"
+    text = (
+        "see https://example.org/b or mail joe@example.org, call +1 650 253 0000, card 4111111111111111, "
+        "user: root password: hunter2"
+    )
     labels = {s.label for s in PII().spans(text)}
     assert {"url", "email", "phone", "credit_card"} <= labels
     assert PII().score_text(text) == len(PII().spans(text)) / len(text)
@@ -151,9 +154,9 @@ def test_pep8_segments_add_up_to_the_text(text):
     from phf.scoring.judge import judge
 
     segments = Lines().split(text)
-    scores, failure, _ = judge(PEP8(), segments)
-    if failure is None and text:
-        total = sum(s * len(t) for s, t in zip(scores, segments, strict=True))
+    judged = judge(PEP8(), segments)
+    if judged.failure is None and text:
+        total = sum(s * len(t) for s, t in zip(judged.scores, segments, strict=True))
         assert total == pytest.approx(len(PEP8().spans(text)))
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from helpers import WORDS, tiny_classifier
 from phf.core.config import ConfigError
 from phf.scorers import AnyScorer, Toxicity
-from phf.scorers.toxicity import _load
+from phf.scorers.toxicity import load_classifier
 from phf.scoring.judge import judge_documents
 
 TEXTS = ["the cat sat", "you are an awful bird !", "a", "who sings and sat on a mat , the cat .", "zzz"]
@@ -30,10 +30,8 @@ def one_by_one(path: Path, texts: list[str]) -> np.ndarray:
     """Logits by plain transformers, one text at a time, without padding."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(path).eval(),
-        AutoTokenizer.from_pretrained(path),
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
     with torch.no_grad():
         return np.stack([model(**tokenizer(t, return_tensors="pt")).logits[0].numpy() for t in texts]).astype(
             np.float64
@@ -52,7 +50,7 @@ def test_probabilities_equal_plain_transformers_for_any_batching(classifiers, fa
     np.testing.assert_allclose(softmax.score_texts(TEXTS), expected, rtol=1e-5)
 
 
-def test_bfloat16_is_near(classifiers):
+def test_bfloat16_is_close(classifiers):
     exact = Toxicity(model=str(classifiers["bert"]), labels=("toxic",), activation="sigmoid", dtype="float32")
     near = Toxicity(model=str(classifiers["bert"]), labels=("toxic",), activation="sigmoid", dtype="bfloat16")
     np.testing.assert_allclose(near.score_texts(TEXTS), exact.score_texts(TEXTS), atol=0.05)
@@ -60,12 +58,12 @@ def test_bfloat16_is_near(classifiers):
 
 
 @pytest.mark.parametrize("family, limit", [("bert", 48), ("roberta", 48)])
-def test_a_long_segment_is_judged_in_windows_not_cut_off(classifiers, family, limit):
-    """Its score is that of its worst window; the positions that RoBERTa reserves are left alone."""
+def test_a_long_segment_is_judged_in_windows_instead_of_truncated(classifiers, family, limit):
+    """Its score is that of its worst window. RoBERTa's reserved positions are not used."""
     scorer = Toxicity(
         model=str(classifiers[family]), labels=("toxic",), activation="sigmoid", dtype="float32", overlap=8
     )
-    loaded = _load(scorer)
+    loaded = load_classifier(scorer)
     assert loaded.max_tokens == limit
     text = " ".join(WORDS[:17]) * 1 + " " + " ".join(["the cat"] * 60) + " you are an awful bird !"
     windows, owner = loaded.windows([text, "a"])
@@ -83,9 +81,9 @@ def test_documents_are_scored_together_and_empty_segments_are_not_judged(classif
     scorer = Toxicity(model=str(classifiers["bert"]), labels=("toxic",), activation="sigmoid", dtype="float32")
     documents = [["the cat ", "sat"], [], ["", "awful bird"]]
     judged = judge_documents(scorer, documents)
-    assert [len(scores) for scores, _, _ in judged] == [2, 0, 2]
-    assert np.isnan(judged[2][0][0])
-    np.testing.assert_allclose(judged[0][0], [scorer.score_text("the cat "), scorer.score_text("sat")], rtol=1e-5)
+    assert [len(found.scores) for found in judged] == [2, 0, 2]
+    assert np.isnan(judged[2].scores[0])
+    np.testing.assert_allclose(judged[0].scores, [scorer.score_text("the cat "), scorer.score_text("sat")], rtol=1e-5)
 
 
 def test_the_identity_holds_the_weights(classifiers, tmp_path):
@@ -98,15 +96,15 @@ def test_the_identity_holds_the_weights(classifiers, tmp_path):
     assert first["weights"] != Toxicity(model=str(other), labels=("toxic",), activation="sigmoid").identity()["weights"]
 
 
-def test_what_is_not_said_is_asked_for(classifiers, tmp_path):
+def test_missing_settings_are_errors(classifiers, tmp_path):
     path = str(classifiers["bert"])
     with pytest.raises(ConfigError, match="scorer.model: name a classifier"):
         Toxicity().identity()
-    with pytest.raises(ConfigError, match="has several labels; name the bad ones, of: toxic, insult, fine"):
+    with pytest.raises(ConfigError, match="has several labels; name the bad ones among toxic, insult, fine"):
         Toxicity(model=path).identity()
     with pytest.raises(ConfigError, match=r"has no label 'toxik' \(did you mean 'toxic'\?\)"):
         Toxicity(model=path, labels=("toxik",)).identity()
-    with pytest.raises(ConfigError, match="say sigmoid .* or softmax"):
+    with pytest.raises(ConfigError, match="sigmoid .* or softmax"):
         Toxicity(model=path, labels=("toxic",)).identity()
     with pytest.raises(ConfigError, match="cannot be loaded"):
         Toxicity(model=str(tmp_path / "none")).identity()
@@ -119,16 +117,18 @@ def test_what_is_not_said_is_asked_for(classifiers, tmp_path):
 
 
 def detoxify_checkpoint(folder: Path, base: Path, classes: list[str], outputs: int) -> Path:
-    """A checkpoint as Detoxify's training writes it, around a model of random weights."""
+    """A checkpoint like those of Detoxify's training, with random weights."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(1)
     config = AutoConfig.from_pretrained(base, num_labels=outputs)
     model = AutoModelForSequenceClassification.from_config(config)
     arch = {
-        "model_type": str(base), "model_name": type(model).__name__, "num_classes": outputs,
+        "model_type": str(base),
+        "model_name": type(model).__name__,
+        "num_classes": outputs,
         "tokenizer_name": "BertTokenizer" if "Bert" in type(model).__name__ else "RobertaTokenizer",
-    }  # fmt: skip
+    }
     checkpoint = {
         "config": {"arch": {"args": arch}, "dataset": {"args": {"classes": classes}}},
         "state_dict": model.state_dict(),
@@ -142,10 +142,10 @@ def detoxify_checkpoint(folder: Path, base: Path, classes: list[str], outputs: i
     [("bert", ["toxic", "severe_toxic", "insult"], 3), ("roberta", ["toxicity", "insult"], 5)],
 )
 def test_detoxify_parity_on_a_fabricated_checkpoint(classifiers, tmp_path, family, classes, outputs):
-    """Detoxify's own code on the same file; the second has outputs without a name, as its "unbiased" model has."""
+    """Detoxify's own code on the same file. The second has outputs without a name, like the "unbiased" model."""
     detoxify = pytest.importorskip("detoxify", reason="detoxify is not installed")
     path = detoxify_checkpoint(tmp_path, classifiers[family], classes, outputs)
-    if outputs == 5:  # Detoxify reads the number of outputs from the folder that it is given
+    if outputs == 5:  # Detoxify reads the number of outputs from this folder
         tiny_classifier(tmp_path / "base", family, list("abcde"))
         base = tmp_path / "base"
     else:
@@ -157,7 +157,7 @@ def test_detoxify_parity_on_a_fabricated_checkpoint(classifiers, tmp_path, famil
     np.testing.assert_allclose(insult.score_texts(TEXTS), theirs["insult"], rtol=1e-5)
 
 
-def test_a_checkpoint_that_is_none_or_holds_code_is_refused(tmp_path):
+def test_broken_checkpoints_and_checkpoints_with_code_are_refused(tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "a.ckpt")
     with pytest.raises(ConfigError, match="no config and state_dict"):
         Toxicity(checkpoint=str(tmp_path / "a.ckpt")).identity()
@@ -169,18 +169,18 @@ def test_a_checkpoint_that_is_none_or_holds_code_is_refused(tmp_path):
         Toxicity(checkpoint=str(tmp_path / "b.ckpt")).identity()
 
 
-def test_a_model_that_is_no_classifier_is_refused(tmp_path):
-    """Its head would be random, and other in every process."""
+def test_a_model_that_is_not_a_classifier_is_refused(tmp_path):
+    """Its head would be random and differ in every process."""
     from transformers import AutoModel
 
     tiny_classifier(tmp_path / "c", "bert", ["good", "bad"])
     AutoModel.from_pretrained(tmp_path / "c").save_pretrained(tmp_path / "c")
-    with pytest.raises(ConfigError, match="is no sequence classifier: it has no classifier"):
+    with pytest.raises(ConfigError, match="is no sequence classifier: its weights lack classifier"):
         Toxicity(model=str(tmp_path / "c")).identity()
 
 
-def test_windows_need_room_to_move(classifiers):
-    with pytest.raises(ConfigError, match="reads 46 tokens at a time; the overlap must be less"):
+def test_the_overlap_must_be_smaller_than_a_window(classifiers):
+    with pytest.raises(ConfigError, match="reads 46 tokens at a time; give a smaller overlap"):
         Toxicity(model=str(classifiers["bert"]), labels=("toxic",), activation="sigmoid", overlap=100).identity()
 
 

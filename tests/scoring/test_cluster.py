@@ -64,21 +64,21 @@ def three_files(folder: Path) -> Folder:
     return Jsonl(str(folder))
 
 
-def test_slurm_scores_the_same_and_finishes_when_asked_again(tmp_path, slurm):
+def test_slurm_gives_the_same_scores_and_the_second_call_finishes(tmp_path, slurm):
     source = three_files(tmp_path / "c")
-    with pytest.raises(Submitted, match=r"3 shards were handed to Slurm as job 7.*run the same command again"):
+    with pytest.raises(Submitted, match=r"3 shards as Slurm job 7.*run the same command again"):
         score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm)
     manifest = score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm)
     score_corpus(source, Lines(), LINK, tmp_path / "local")
     assert folder_bytes(tmp_path / "s") == folder_bytes(tmp_path / "local")
-    assert manifest["counts"]["documents"] == 15
+    assert manifest.counts.documents == 15
     with pytest.raises(Submitted):
         add_scores(tmp_path / "s", Regex("cats"), "cats", executor=slurm)
     add_scores(tmp_path / "s", Regex("cats"), "cats", executor=slurm)
     assert ScoredCorpus(tmp_path / "s").preferences() == ["regex", "cats"]
 
 
-def test_a_slurm_task_that_failed_is_handed_over_again(tmp_path, slurm, monkeypatch):
+def test_a_failed_slurm_task_is_submitted_again(tmp_path, slurm, monkeypatch):
     source = three_files(tmp_path / "c")
     monkeypatch.setenv("FAIL_TASK", "1")
     with pytest.raises(Submitted, match="3 shards"):
@@ -87,7 +87,7 @@ def test_a_slurm_task_that_failed_is_handed_over_again(tmp_path, slurm, monkeypa
     monkeypatch.delenv("FAIL_TASK")
     with pytest.raises(Submitted, match="1 shards"):
         score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm)
-    assert score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm)["counts"]["documents"] == 15
+    assert score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm).counts.documents == 15
 
 
 RAY = """
@@ -113,8 +113,8 @@ def score(text):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypatch):
-    """One of two nodes is killed while it works. What it had in hand is done again by the other (or by a rerun), and
-    the bytes are those of a run in one process."""
+    """One of two nodes is killed while it works. The other node, or a second call, does its shards again. The bytes are
+    those of a run in one process."""
     pytest.importorskip("ray", reason="extra 'ray' is not installed")
     folder = tmp_path / "c"
     folder.mkdir()
@@ -132,9 +132,9 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
     token = tmp_path / "token"
     token.write_text("a" * 64)
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    port = 20000 + os.getpid() % 12000  # above Ray's own, below those that the system hands out
+    port = 20000 + os.getpid() % 12000  # above Ray's own ports, below those that the system assigns
     address = f"127.0.0.1:{port}"
-    place = Path(tempfile.mkdtemp(prefix="ray-phf-", dir="/tmp"))  # its sockets' paths must be short
+    place = Path(tempfile.mkdtemp(prefix="ray-phf-", dir="/tmp"))  # paths of sockets must be short
     nodes = []
     try:
         common = [
@@ -151,12 +151,9 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
         ):
             arguments = [a for a in arguments if "dashboard" not in a]
             chosen = common if "--head" in arguments else [c for c in common if "dashboard" not in c]
-            nodes.append(
-                subprocess.Popen(
-                    [ray, "start", *arguments, *chosen], env=env, start_new_session=True,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                )
-            )  # fmt: skip
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            start = [ray, "start", *arguments, *chosen]
+            nodes.append(subprocess.Popen(start, env=env, start_new_session=True, **quiet))
             time.sleep(12)
             assert nodes[-1].poll() is None, "a Ray node did not start"
         command = [sys.executable, str(tmp_path / "run.py"), str(folder), str(tmp_path / "s"), function, address]
@@ -172,14 +169,14 @@ def test_a_ray_cluster_of_two_nodes_survives_the_loss_of_one(tmp_path, monkeypat
         except subprocess.TimeoutExpired:
             run.kill()
             pytest.fail("the run hangs after the loss of a node")
-        if run.returncode:  # what the lost node had in hand was not taken over: a rerun does it
+        if run.returncode:  # the shards of the lost node were not taken over; a second call does them
             again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
             assert again.returncode == 0, again.stderr
     finally:
         for node in nodes:
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
-        for process in psutil.process_iter(["cmdline"]):  # those of this cluster, and of no other
+        for process in psutil.process_iter(["cmdline"]):  # processes of this cluster only
             if any(str(place) in part or address in part for part in process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

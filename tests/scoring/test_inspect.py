@@ -17,7 +17,8 @@ from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.report.inspect import segment_tokens, write_inspection
 from phf.scorers import PEP8, PII, Regex
-from phf.scoring.inspect import survey
+from phf.scoring.inspect import inspect_scores
+from phf.scoring.inspection import InspectedCounts, ShownSegment
 from phf.scoring.score import add_scores, score_corpus
 
 
@@ -39,39 +40,33 @@ ROWS = [
 
 
 def test_numbers_by_hand(tmp_path):
-    found = survey(scored(tmp_path / "s", ROWS))
-    assert found["counts"] == {
-        "documents": 4,
-        "segments": 7,
-        "chars": 12,
-        "unjudged_segments": 2,
-        "unjudged_documents": 1,
-    }
-    assert found["segments"]["n"] == 5
-    assert found["segments"]["zero"] == 0.6
-    assert found["segments"]["mean"] == pytest.approx(0.3)
-    assert found["documents"]["quantiles"]["0.5"] == 0.25  # of 0.25, 1 and 0
-    assert found["suggested"]["filtering"] == 0.25
-    assert found["suggested"]["conditional"] == found["threshold"] == 0
-    assert found["suggested"]["control_tokens"]["2"] == [0.0]
-    assert found["suggested"]["control_tokens"]["3"] == [0.0, 0.75]  # the spotless, and two halves of 0.5 and 1
-    zero = found["thresholds"][0]
-    assert zero["threshold"] == 0
-    assert zero["bad_segments"] == pytest.approx(4 / 7)  # 0.5, 1 and the two that are not judged
-    assert zero["bad_chars"] == pytest.approx((1 + 4 + 2 + 1) / 12)
-    assert zero["documents_with_bad"] == 1
-    assert zero["documents_kept_by_filtering"] == pytest.approx(1 / 3)
-    assert sum(found["segments"]["histogram"]["counts"]) == 2
-    assert found["worst_segments"][0] == {"id": "a.parquet:1", "text": "cccc", "score": 1.0}
-    assert {d["id"] for level in found["examples"] for d in level["documents"]} == {f"a.parquet:{n}" for n in (0, 1, 2)}
-    assert sum(row["n"] for row in found["length"]) == 5
+    found = inspect_scores(scored(tmp_path / "s", ROWS))
+    assert found.counts == InspectedCounts(documents=4, segments=7, chars=12, unjudged_segments=2, unjudged_documents=1)
+    assert found.segments.n == 5
+    assert found.segments.zero == 0.6
+    assert found.segments.mean == pytest.approx(0.3)
+    assert found.documents.quantiles["0.5"] == 0.25  # of 0.25, 1 and 0
+    assert found.suggested.filtering == 0.25
+    assert found.suggested.conditional == found.threshold == 0
+    assert found.suggested.control_tokens["2"] == [0.0]
+    assert found.suggested.control_tokens["3"] == [0.0, 0.75]  # score 0, and two halves of 0.5 and 1
+    zero = found.thresholds[0]
+    assert zero.threshold == 0
+    assert zero.bad_segments == pytest.approx(4 / 7)  # 0.5, 1 and the two that are not judged
+    assert zero.bad_chars == pytest.approx((1 + 4 + 2 + 1) / 12)
+    assert zero.documents_with_bad == 1
+    assert zero.documents_kept_by_filtering == pytest.approx(1 / 3)
+    assert sum(found.segments.histogram.counts) == 2
+    assert found.worst_segments[0] == ShownSegment("a.parquet:1", "cccc", 1.0)
+    assert {d.id for level in found.examples for d in level.documents} == {f"a.parquet:{n}" for n in (0, 1, 2)}
+    assert sum(row.n for row in found.length) == 5
 
 
-def test_rows_that_are_no_documents_are_left_out(tmp_path):
+def test_rows_that_are_not_documents_are_skipped(tmp_path):
     rows = [(["a"], [0.5]), (None, [0.1]), (["b", "c"], [0.1]), (["d"], [float("inf")])]
-    found = survey(scored(tmp_path / "s", rows))
-    assert found["counts"]["documents"] == 2
-    assert found["counts"]["unjudged_segments"] == 1
+    found = inspect_scores(scored(tmp_path / "s", rows))
+    assert found.counts.documents == 2
+    assert found.counts.unjudged_segments == 1
 
 
 def test_agreement_of_two_scorers_by_hand(tmp_path):
@@ -79,30 +74,31 @@ def test_agreement_of_two_scorers_by_hand(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", ["".join(texts)])
     score_corpus(Jsonl(str(path)), Lines(), Regex(r"\d"), tmp_path / "s")
     add_scores(tmp_path / "s", Regex("a"), "letter")
-    (other,) = survey(tmp_path / "s")["agreement"]
-    assert (other["both_bad"], other["only_this"], other["only_other"]) == (0.2, 0.4, 0.2)
-    digits, letters = np.array([1 / 4, 1 / 4, 1 / 2, 0, 0]), np.array([1 / 4, 0, 0, 1 / 4, 0])
-    assert other["pearson"] == pytest.approx(np.corrcoef(digits, letters)[0, 1])
-    assert other["this_worse"][0]["text"] == "3\n"
-    assert other["other_worse"][0]["text"] == "c a\n"
-    assert survey(tmp_path / "s", "letter")["preference"] == "letter"
+    (other,) = inspect_scores(tmp_path / "s").agreement
+    assert (other.both_bad, other.only_this, other.only_other) == (0.2, 0.4, 0.2)
+    digits = np.array([1 / 4, 1 / 4, 1 / 2, 0, 0])
+    letters = np.array([1 / 4, 0, 0, 1 / 4, 0])
+    assert other.pearson == pytest.approx(np.corrcoef(digits, letters)[0, 1])
+    assert other.this_worse[0].text == "3\n"
+    assert other.other_worse[0].text == "c a\n"
+    assert inspect_scores(tmp_path / "s", "letter").preference == "letter"
 
 
 def test_precision_and_recall_where_labels_exist(tmp_path):
     rows = [(["a"], [0.9]), (["b"], [0.6]), (["c"], [0.2]), (["d"], [0.1]), (["e"], [0.05])]
     meta = [{"bad": True}, {"bad": "false"}, {"bad": 1}, {"bad": 0}, {}]
-    found = survey(scored(tmp_path / "s", rows, meta), label="bad")["labelled"]
-    assert (found["bad"], found["good"]) == (2, 2)
-    assert found["mean"]["auc"] == 0.75
-    half = next(r for r in found["mean"]["at"] if r["threshold"] == 0.5)
-    assert (half["precision"], half["recall"], half["share"]) == (0.5, 0.5, 0.5)
-    with pytest.raises(ConfigError, match=r"no document's metadata holds 'bat' \(did you mean 'bad'\?\)"):
-        survey(tmp_path / "s", label="bat")
+    found = inspect_scores(scored(tmp_path / "s", rows, meta), label="bad").labelled
+    assert (found.bad, found.good) == (2, 2)
+    assert found.mean.auc == 0.75
+    half = next(r for r in found.mean.at if r.threshold == 0.5)
+    assert (half.precision, half.recall, half.share) == (0.5, 0.5, 0.5)
+    with pytest.raises(ConfigError, match=r"no document's metadata has 'bat' \(did you mean 'bad'\?\)"):
+        inspect_scores(tmp_path / "s", label="bat")
 
 
-def test_nothing_judged_is_said(tmp_path):
+def test_a_corpus_without_judged_segments_is_an_error(tmp_path):
     with pytest.raises(store.StoreError, match="no judged segment"):
-        survey(scored(tmp_path / "s", [(["a"], [float("nan")])]))
+        inspect_scores(scored(tmp_path / "s", [(["a"], [float("nan")])]))
 
 
 HOSTILE = [
@@ -118,7 +114,7 @@ def test_the_page_is_safe_and_quiet_in_a_browser(tmp_path):
     score_corpus(Jsonl(str(path)), Lines(), PEP8(), tmp_path / "s")
     add_scores(tmp_path / "s", LINK, "links")
     page, found = write_inspection(tmp_path / "s")
-    assert json.loads(page.with_suffix(".json").read_text())["counts"] == found["counts"]
+    assert json.loads(page.with_suffix(".json").read_text())["counts"] == store.jsonable(found.counts)
     if BROWSER is None:
         pytest.skip("no chromium: the page is not opened")
     from playwright.sync_api import sync_playwright
@@ -126,14 +122,14 @@ def test_the_page_is_safe_and_quiet_in_a_browser(tmp_path):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 390, "height": 800})
-        said: list[str] = []
+        messages: list[str] = []
         requests: list[str] = []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
         tab.goto(page.as_uri())
         assert tab.title() == "phf: scores of pep8"
-        assert said == []
+        assert messages == []
         assert requests == [page.as_uri()]
         assert tab.locator("script").count() == 0
         assert tab.locator("#examples ~ .level .doc").count() > 5
@@ -161,27 +157,27 @@ def test_personal_data_is_masked_whichever_scores_are_shown(tmp_path, monkeypatc
         for file in (page, page.with_suffix(".json")):
             assert "joe.miller" not in file.read_text()
     monkeypatch.setattr(PII, "identity", lambda self: (_ for _ in ()).throw(ConfigError("needs scrubadub")))
-    with pytest.raises(ConfigError, match="needs scrubadub"):  # rather than a page that shows everything
+    with pytest.raises(ConfigError, match="needs scrubadub"):  # nothing is shown unmasked
         write_inspection(tmp_path / "s")
 
 
-def test_rows_of_empty_segments_are_no_documents(tmp_path):
+def test_rows_of_empty_segments_are_not_documents(tmp_path):
     folder = scored(
         tmp_path / "s", [(["a", "", "b1"], [0.5, 0.9, 0.1]), (["", ""], [1.0, 1.0]), (["", "c"], [0.7, None])]
     )
     add_scores(folder, Regex(r"\d"), "digits", max_unjudged=1)
-    found = survey(folder)
-    assert found["counts"]["documents"] == 2
-    (other,) = found["agreement"]
-    assert {row["text"] for row in other["this_worse"]} <= {"a", "b1", "c", ""}
-    assert other["other_worse"][0]["text"] == "b1"
+    found = inspect_scores(folder)
+    assert found.counts.documents == 2
+    (other,) = found.agreement
+    assert {row.text for row in other.this_worse} <= {"a", "b1", "c", ""}
+    assert other.other_worse[0].text == "b1"
 
 
 def test_the_share_of_tokens_comes_from_the_token_store(tmp_path, scored_dir, tokens_dir, tokens):
-    found = survey(scored_dir, segment_tokens=segment_tokens(scored_dir, tokens_dir))
-    zero = next(row for row in found["thresholds"] if row["threshold"] == 0)
+    found = inspect_scores(scored_dir, segment_tokens=segment_tokens(scored_dir, tokens_dir))
+    zero = next(row for row in found.thresholds if row.threshold == 0)
     size = np.diff(tokens.seg_ends, prepend=0)
-    assert zero["bad_tokens"] == pytest.approx(size[tokens.score_S > 0].sum() / size.sum())
-    assert survey(scored_dir)["thresholds"][0]["bad_tokens"] is None
+    assert zero.bad_tokens == pytest.approx(size[tokens.score_S > 0].sum() / size.sum())
+    assert inspect_scores(scored_dir).thresholds[0].bad_tokens is None
     with pytest.raises(store.StoreError, match="the tokens of another corpus"):
         segment_tokens(scored(tmp_path / "s", ROWS), tokens_dir)

@@ -1,4 +1,4 @@
-"""Scored corpora on a Hub: pushed, loaded, streamed and gone on with. The Hub is a real server on loopback; the client
+"""Scored corpora on a Hub: pushed, loaded, streamed and scored again. The Hub is a real server on loopback; the client
 runs in processes of its own, because it reads its address when it is imported."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def phf(hub, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def scored(scored_dir, tmp_path):
-    """A copy, with other scores beside its own."""
+    """A copy, with other scores in addition to its own."""
     import shutil
 
     folder = tmp_path / "scored"
@@ -52,7 +52,7 @@ def scored(scored_dir, tmp_path):
     return folder
 
 
-def test_a_pushed_corpus_loads_streams_and_goes_on(hub, scored, tmp_path):
+def test_a_pushed_corpus_loads_streams_and_can_be_tokenized(hub, scored, tmp_path):
     pushed = phf(hub, "push", str(scored), "me/tiny-scored")
     assert pushed.returncode == 0, pushed.stderr
     files = hub.repos["datasets", "me/tiny-scored"]
@@ -85,14 +85,14 @@ print(json.dumps([r["texts"] for r in streamed]))
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-def test_a_published_scored_data_set_can_be_scored_again_as_it_was_cut(hub, scored, tmp_path, streaming):
+def test_a_published_dataset_can_be_scored_again_in_its_segments(hub, scored, tmp_path, streaming):
     assert phf(hub, "push", str(scored), "me/tiny-scored").returncode == 0
-    done = phf(
-        hub, "score", "hf://datasets/me/tiny-scored", str(tmp_path / "again"), "--scorer", "regex", "--segmenter", "given",
-        f"scorer.pattern={LINK.pattern}", "corpus.field=texts", f"corpus.streaming={streaming}",
-    )  # fmt: skip
+    settings = [f"scorer.pattern={LINK.pattern}", "corpus.field=texts", f"corpus.streaming={streaming}"]
+    options = ["--scorer", "regex", "--segmenter", "given"]
+    done = phf(hub, "score", "hf://datasets/me/tiny-scored", str(tmp_path / "again"), *options, *settings)
     assert done.returncode == 0, done.stderr
-    first, again = ScoredCorpus(scored), ScoredCorpus(tmp_path / "again")
+    first = ScoredCorpus(scored)
+    again = ScoredCorpus(tmp_path / "again")
     assert [(d.texts, d.scores) for d in first.read(first.files[0])] == [
         (d.texts, d.scores) for f in again.files for d in again.read(f)
     ]
@@ -145,7 +145,8 @@ def test_a_model_of_the_hub_is_judged_again_where_its_name_stands_for_another_co
 
     def judged(*options):
         out = str(tmp_path / "out")
-        done = phf(hub, "eval", "me/tiny", "--out", out, "--scorer", "regex", "scorer.pattern=e", "num_samples=4", "max_tokens=8", "min_tokens=1", *options)  # fmt: skip
+        settings = ["scorer.pattern=e", "num_samples=4", "max_tokens=8", "min_tokens=1"]
+        done = phf(hub, "eval", "me/tiny", "--out", out, "--scorer", "regex", *settings, *options)
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "out" / "eval.json").read_text())
         return found["key"], [s.logp for s in read_samples(tmp_path / "out" / "samples" / "unconditional.jsonl")]
@@ -171,12 +172,12 @@ def test_what_is_not_there_or_not_ours_is_said(hub, tmp_path):
     assert "neither the output of `phf score` nor a folder of Parquet files" in refused.stderr
 
 
-def test_the_card_says_what_scored_it_and_what_failed(scored):
+def test_the_card_names_the_scorer_and_failures(scored):
     card = data_card(ScoredCorpus(scored), "me/tiny")
     head = yaml.safe_load(card.split("---")[1])
     assert head["configs"][0]["data_files"][0]["path"] == "part-*.parquet"
-    counts = ScoredCorpus(scored).manifest["counts"]
-    assert f"| segments | {counts['segments']:,} |" in card
+    counts = ScoredCorpus(scored).manifest.counts
+    assert f"| segments | {counts.segments:,} |" in card
     assert "None: every segment was judged." in card
     assert "`scores/cats/`: matches per character" in card
     assert "Scored by `regex`" in card

@@ -19,11 +19,11 @@ from phf.core.config import ConfigError
 from phf.core.types import Rejected
 from phf.data import readers as corpus
 from phf.data.readers import Jsonl, Parquet
-from phf.data.scored import ScoredCorpus
+from phf.data.scored import ScoreCounts, ScoredCorpus
 from phf.data.segment import Documents, Given, Lines
 from phf.scorers import Lexicon, Regex, Scorer
 from phf.scoring import score as annotate
-from phf.scoring.judge import ScoringError, judge, judge_documents
+from phf.scoring.judge import Judged, ScoringError, judge, judge_documents
 from phf.scoring.score import add_scores, score_corpus
 from phf.tokens import store as tokens
 from phf.tokens.store import tokenize_corpus
@@ -47,13 +47,13 @@ def test_manifest_counts_everything(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a http://x.y\\nb"}\n{"text": ""}\nbroken\n')
     manifest = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
-    assert manifest["counts"] == {"documents": 1, "segments": 2, "chars": 14, "unjudged": 0, "bad_segments": 1}
-    assert manifest["rejected"] == {"empty text": 1, "malformed JSON": 1}
-    assert manifest["identity"]["name"] == "regex"
-    assert manifest["labels"] == {"match": 1}
+    assert manifest.counts == ScoreCounts(documents=1, segments=2, chars=14, unjudged=0, bad_segments=1)
+    assert manifest.rejected == {"empty text": 1, "malformed JSON": 1}
+    assert manifest.identity["name"] == "regex"
+    assert manifest.labels == {"match": 1}
 
 
-def test_done_is_not_done_again(tmp_path, monkeypatch):
+def test_a_finished_corpus_is_not_scored_again(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(5))
     first = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
     monkeypatch.setattr(annotate, "score_shard", None)
@@ -80,15 +80,15 @@ class Failing(Scorer):
 
 def test_a_scorer_that_fails_gives_nan_and_a_reason_never_zero():
     """Defect 6."""
-    assert judge(Failing(), ["fine"]) == ([0.5], None, Counter())
-    scores, reason, _ = judge(Failing(), ["boom", "b"])
-    assert np.isnan(scores).all()
-    assert reason == "RecursionError"
-    scores, reason, _ = judge(Failing(), ["inf", "b"])
-    assert np.isnan(scores[0])
-    assert scores[1] == 0.5
-    assert reason == "infinite score"
-    assert judge(Failing(), ["nan"])[1] == "not a number"
+    assert judge(Failing(), ["fine"]) == Judged([0.5])
+    failed = judge(Failing(), ["boom", "b"])
+    assert np.isnan(failed.scores).all()
+    assert failed.failure == "RecursionError"
+    infinite = judge(Failing(), ["inf", "b"])
+    assert np.isnan(infinite.scores[0])
+    assert infinite.scores[1] == 0.5
+    assert infinite.failure == "infinite score"
+    assert judge(Failing(), ["nan"]).failure == "not a number"
 
 
 def test_a_corpus_with_too_many_failures_is_an_error(tmp_path, monkeypatch):
@@ -98,8 +98,8 @@ def test_a_corpus_with_too_many_failures_is_an_error(tmp_path, monkeypatch):
         score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
     assert not (tmp_path / "s" / "manifest.json").exists()
     manifest = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s", max_unjudged=1)
-    assert manifest["counts"]["unjudged"] == 2
-    assert manifest["failures"] == {"ZeroDivisionError": 2}
+    assert manifest.counts.unjudged == 2
+    assert manifest.failures == {"ZeroDivisionError": 2}
     assert pq.read_table(tmp_path / "s" / "part-00000.parquet")["avg_score"].to_pylist() == [None, None]
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
     assert not list((tmp_path / "s").glob("part-*"))
-    assert score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")["counts"]["documents"] == 5
+    assert score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s").counts.documents == 5
 
 
 SLOW = """
@@ -195,7 +195,7 @@ def test_killed_workers_or_parent_end_the_run_at_once(tmp_path, victim):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     workers = _children(process.pid)
-    time.sleep(3)  # until they work
+    time.sleep(3)  # until they are busy
     os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -203,12 +203,12 @@ def test_killed_workers_or_parent_end_the_run_at_once(tmp_path, victim):
         assert "run the same command again to resume" in stderr
     deadline = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{w}") and open(f"/proc/{w}/stat").read().split()[2] != "Z" for w in workers):
-        assert time.monotonic() < deadline, "workers live on without their parent"
+        assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.1)
 
 
 def test_published_scored_data_can_be_read(tmp_path):
-    """A file of the schema of the published data sets, with rows that are no scored documents among them."""
+    """A file with the columns of the published datasets and some rows that are not scored documents."""
     table = pa.table(
         {
             "texts": [["One.", " Two."], None, ["a"], ["", ""], ["b", ""], ["c"]],
@@ -235,7 +235,7 @@ def test_published_scored_data_can_be_read(tmp_path):
         ScoredCorpus(tmp_path)
 
 
-def test_metadata_that_is_no_mapping_stays_what_it_was(tmp_path):
+def test_metadata_that_is_not_a_mapping_is_kept(tmp_path):
     deep = "[" * 1500 + "]" * 1500
     metas = ['{"n": 1}', "no JSON", deep, "[1]"]
     table = pa.table({"texts": [["a"]] * 4, "meta": metas, "scores": [[0.5]] * 4})
@@ -249,11 +249,11 @@ def test_another_segmenter_is_another_corpus(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(5))
     lines = score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
     whole = score_corpus(Jsonl(str(path)), Documents(), LINK, tmp_path / "s")
-    assert whole["counts"]["segments"] == 5 < lines["counts"]["segments"]
-    assert whole["content"] != lines["content"]
+    assert whole.counts.segments == 5 < lines.counts.segments
+    assert whole.content != lines.content
 
 
-def test_odd_published_rows_are_set_aside(tmp_path):
+def test_odd_published_rows_are_skipped(tmp_path):
     table = pa.table({"texts": pa.array([["a"], ["b"]]), "scores": pa.array([["high"], ["1"]])})
     pq.write_table(table, tmp_path / "a.parquet")
     scored = ScoredCorpus(tmp_path)
@@ -264,7 +264,7 @@ def test_odd_published_rows_are_set_aside(tmp_path):
 
 
 class Batched(Failing):
-    """Scores all documents at once, and fails on the whole batch where one of them is bad."""
+    """Scores all documents at once, and fails on the whole batch if it fails on one document."""
 
     def judge_documents(self, documents):
         if any("boom" in s for d in documents for s in d):
@@ -272,15 +272,15 @@ class Batched(Failing):
         return [([0.25] * len(d), Counter()) for d in documents]
 
 
-def test_one_document_that_fails_does_not_take_its_batch_with_it():
+def test_one_failing_document_does_not_affect_its_batch():
     judged = judge_documents(Batched(), [["fine"], ["boom"], ["fine", "too"]])
-    assert judged[0][:2] == ([0.5], None)
-    assert judged[1][1] == "RecursionError"
-    assert judged[2][0] == [0.5, 0.5]
-    assert judge_documents(Batched(), [["fine"], ["x"]]) == [([0.25], None, Counter())] * 2
+    assert judged[0] == Judged([0.5])
+    assert judged[1].failure == "RecursionError"
+    assert judged[2].scores == [0.5, 0.5]
+    assert judge_documents(Batched(), [["fine"], ["x"]]) == [Judged([0.25])] * 2
 
 
-def test_a_mistake_in_the_scorers_settings_is_an_error_not_a_corpus_of_nan(tmp_path):
+def test_a_mistake_in_the_scorers_settings_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(3))
     with pytest.raises(ConfigError, match="cannot read lexicon"):
         score_corpus(Jsonl(str(path)), Lines(), Lexicon(str(tmp_path / "none")), tmp_path / "s")
@@ -298,25 +298,26 @@ def test_scores_are_added_beside_the_text_row_by_row(two_shards):
     before = folder_bytes(two_shards)
     manifest = add_scores(two_shards, Regex("cats"), "cats", workers=2)
     assert folder_bytes(two_shards) == before
-    own, cats = ScoredCorpus(two_shards), ScoredCorpus(two_shards, "cats")
+    own = ScoredCorpus(two_shards)
+    cats = ScoredCorpus(two_shards, "cats")
     assert own.preferences() == ["regex", "cats"]
     assert len(own.files) > 1
-    assert cats.manifest["identity"]["pattern"] == "cats"
+    assert cats.manifest.identity["pattern"] == "cats"
     for file in own.files:
         for a, b in zip(own.read(file), cats.read(file), strict=True):
             assert a.texts == b.texts
             assert list(b.scores) == [np.float32(Regex("cats").score_text(t)) for t in b.texts]
     assert set(pq.read_schema(two_shards / "scores" / "cats" / "part-00000.parquet").names) == {"id", "scores"}
-    assert manifest["counts"]["documents"] == 40
+    assert manifest.counts.documents == 40
     assert add_scores(two_shards, Regex("cats"), "cats") == manifest
 
 
-def test_added_scores_that_no_longer_fit_are_refused(two_shards, tmp_path):
+def test_added_scores_that_do_not_match_the_corpus_are_refused(two_shards, tmp_path):
     add_scores(two_shards, Regex("cats"), "cats")
     path = write_jsonl(tmp_path / "b.jsonl", tiny_texts(9, seed=1))
-    with pytest.raises(store.StoreError, match="has scores named 'regex' from the first"):
+    with pytest.raises(store.StoreError, match="'regex' is the name of the corpus's own scores"):
         add_scores(two_shards, Regex("a"), "regex")
-    with pytest.raises(store.StoreError, match="it names a folder"):
+    with pytest.raises(store.StoreError, match="because it names a folder"):
         add_scores(two_shards, Regex("a"), "../x")
     with pytest.raises(store.StoreError, match=r"no scores named 'cat' \(did you mean 'cats'\?\)"):
         ScoredCorpus(two_shards, "cat")
@@ -324,7 +325,7 @@ def test_added_scores_that_no_longer_fit_are_refused(two_shards, tmp_path):
     store.write_json(two_shards / "scores" / "cats" / "manifest.json", manifest | {"text": "other"})
     with pytest.raises(store.StoreError, match="scores another text"):
         ScoredCorpus(two_shards, "cats")
-    score_corpus(Jsonl(str(path)), Lines(), LINK, two_shards)  # another corpus takes the folder, and the scores go
+    score_corpus(Jsonl(str(path)), Lines(), LINK, two_shards)  # another corpus replaces this one and its added scores
     assert ScoredCorpus(two_shards).preferences() == ["regex"]
 
 
@@ -332,7 +333,7 @@ def test_adding_scores_is_resumed(two_shards, monkeypatch):
     real = annotate.score_shard
 
     def stops_after_one(job):
-        if job[2].endswith("00001"):
+        if job.stem.endswith("00001"):
             raise KeyboardInterrupt
         return real(job)
 
@@ -351,31 +352,32 @@ def test_adding_scores_is_resumed(two_shards, monkeypatch):
 
 
 def test_one_token_store_serves_every_preference(two_shards, tmp_path, monkeypatch):
-    """Scoring again never tokenises again."""
+    """Scoring again never tokenizes again."""
     first = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
     add_scores(two_shards, Regex("cats"), "cats")
     monkeypatch.setattr(tokens, "_tokenize_part", None)
     second = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
-    assert list(second["scores"]) == ["regex", "cats"]
-    assert (first["content"], first["tokens"]) == (second["content"], second["tokens"])
-    own, cats = tokens.TokenStore.open(tmp_path / "t"), tokens.TokenStore.open(tmp_path / "t", "cats")
-    assert own.manifest["identity"]["pattern"] != cats.manifest["identity"]["pattern"] == "cats"
-    assert own.manifest["content"] != cats.manifest["content"]
+    assert list(second.scores) == ["regex", "cats"]
+    assert (first.content, first.tokens) == (second.content, second.tokens)
+    own = tokens.TokenStore.open(tmp_path / "t")
+    cats = tokens.TokenStore.open(tmp_path / "t", "cats")
+    assert own.manifest.identity["pattern"] != cats.manifest.identity["pattern"] == "cats"
+    assert own.manifest.content != cats.manifest.content
     expected = [
         s for f in ScoredCorpus(two_shards).files for d in ScoredCorpus(two_shards, "cats").read(f) for s in d.scores
     ]
     np.testing.assert_array_equal(cats.score_S, np.array(expected, np.float32))
     with pytest.raises(store.StoreError, match=r"no scores named 'cat' \(did you mean 'cats'\?\)"):
         tokens.TokenStore.open(tmp_path / "t", "cat")
-    # the same segments, scored into another folder: the tokens stay, and its scores are now the store's own
+    # the same segments with scores in another folder: the tokens stay, and the store's own scores are now these
     score_corpus(Jsonl(str(tmp_path / "a.jsonl")), Lines(), Regex("dogs"), tmp_path / "dogs")
     third = tokenize_corpus(tmp_path / "dogs", TrainBPE(300), tmp_path / "t")
-    assert third["identity"]["pattern"] == "dogs"
-    assert third["tokens"] == first["tokens"]
+    assert third.identity["pattern"] == "dogs"
+    assert third.tokens == first.tokens
 
 
-def test_the_segments_that_a_corpus_comes_with_can_be_kept(tmp_path):
-    """The schema of the published data sets, scored again."""
+def test_the_segments_of_a_corpus_can_be_kept(tmp_path):
+    """A published dataset, scored again."""
     rows = {
         "texts": [["One. ", "Two."], ["x", "", "y"]],
         "scores": [[0.1, 0.2], [1, 2, 3]],
@@ -390,8 +392,8 @@ def test_the_segments_that_a_corpus_comes_with_can_be_kept(tmp_path):
     assert documents[0].meta == {"meta": {"pile_set_name": "Pile-CC"}}
 
 
-def test_scores_beside_a_published_data_set(tmp_path):
-    """Rows that are no documents keep their place, so that files stay aligned."""
+def test_scores_added_to_a_published_dataset(tmp_path):
+    """Rows that are not documents keep their place, so that files stay aligned."""
     rows = {"texts": [["One.", " Two."], None, ["", "b"]], "scores": [[0.1, None], [0.1], [0.2, 0.3]]}
     pq.write_table(pa.table(rows), tmp_path / "train.parquet")
     add_scores(tmp_path, Regex("[Tb]"), "tb", max_unjudged=1)  # the empty segment is not judged
@@ -401,8 +403,8 @@ def test_scores_beside_a_published_data_set(tmp_path):
     assert [(d.texts, d.scores) for d in documents] == [(("One.", " Two."), (0, np.float32(0.2))), (("b",), (1,))]
 
 
-def test_a_file_system_elsewhere_is_as_good(tmp_path):
-    """An object store in memory: no renaming, no local paths; corpus and output both lie there."""
+def test_remote_file_systems_work(tmp_path):
+    """Corpus and output are in an object store in memory, which cannot rename and has no local paths."""
     from upath import UPath
 
     for n in range(2):
@@ -413,12 +415,12 @@ def test_a_file_system_elsewhere_is_as_good(tmp_path):
     for n in range(2):
         write_jsonl(tmp_path / f"{n}.jsonl", tiny_texts(10, seed=n))
     local = score_corpus(Jsonl(str(tmp_path)), Lines(), LINK, tmp_path / "scored")
-    assert (local["content"], local["counts"]) == (manifest["content"], manifest["counts"])
+    assert (local.content, local.counts) == (manifest.content, manifest.counts)
     add_scores("memory://bucket/scored", Regex("cats"), "cats")
     assert ScoredCorpus("memory://bucket/scored").preferences() == ["regex", "cats"]
-    assert tokenize_corpus("memory://bucket/scored", TrainBPE(300), tmp_path / "t")["counts"]["documents"] == 20
-    changed = score_corpus(source, Documents(), LINK, "memory://bucket/scored")  # other settings take its place
-    assert changed["counts"]["segments"] == 20
+    assert tokenize_corpus("memory://bucket/scored", TrainBPE(300), tmp_path / "t").counts.documents == 20
+    changed = score_corpus(source, Documents(), LINK, "memory://bucket/scored")  # other settings replace it
+    assert changed.counts.segments == 20
     assert ScoredCorpus("memory://bucket/scored").preferences() == ["regex"]
     with pytest.raises(store.StoreError, match="cannot open nowhere:// paths"):
         score_corpus(source, Lines(), LINK, "nowhere://x")

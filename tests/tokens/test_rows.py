@@ -17,7 +17,9 @@ from phf.core.types import Edit
 from phf.objectives import Conditional, Filtering
 from phf.tokens.rows import Order, Rows
 
-END, GOOD, BAD = 0, 90, 91
+END = 0
+GOOD = 90
+BAD = 91
 SEGMENT = st.lists(st.integers(1, 80), min_size=0, max_size=6)
 DOCUMENT = st.lists(SEGMENT, min_size=1, max_size=5)
 SCORE = st.sampled_from([0.0, 0.25, 0.5, 1.0, float("nan")])
@@ -59,7 +61,7 @@ def test_every_row_equals_the_slow_implementation(corpus, context, seed, split, 
         targets = max(len(expected) - 1, 0)
         count = -(-targets // context) if pad else targets // context
         if count == 0:
-            with pytest.raises(ConfigError, match="not enough for one row"):
+            with pytest.raises(ConfigError, match="too few for one row"):
                 Rows(tokens, edit, context, [GOOD, BAD], split, pad)
             return
         rows = Rows(tokens, edit, context, [GOOD, BAD], split, pad)
@@ -152,7 +154,8 @@ def test_the_permutation_is_evaluated_by_index(n, key, data):
 
 
 def test_the_permutation_mixes_and_depends_on_the_key():
-    a, b = permute(np.arange(1000), 1000, 1), permute(np.arange(1000), 1000, 2)
+    a = permute(np.arange(1000), 1000, 1)
+    b = permute(np.arange(1000), 1000, 2)
     assert (a == b).mean() < 0.02
     assert (a == np.arange(1000)).mean() < 0.02
     assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.12

@@ -65,17 +65,17 @@ def test_typed_control_tokens_are_text(bpe, gpt2_dir, typed):
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == typed
 
 
-def test_encoding_leaves_the_tokenizer_as_it_was(bpe):
+def test_encoding_does_not_change_the_tokenizer(bpe):
     before = bpe.backend_tokenizer.encode_special_tokens
     encode_segments(bpe, ["x"])
     assert bpe.backend_tokenizer.encode_special_tokens == before
 
 
-def test_gpt2s_tokens_are_gpt2s(gpt2_dir):
+def test_gpt2_gets_its_own_tokens(gpt2_dir):
     assert encode_segments(load_tokenizer(gpt2_dir), ["Hello world"]) == [[15496, 995]]
 
 
-def test_a_control_token_that_is_a_word_is_refused(gpt2_dir):
+def test_a_control_token_that_is_an_ordinary_token_is_refused(gpt2_dir):
     with pytest.raises(ConfigError, match="ordinary entry"):
         add_control_tokens(load_tokenizer(gpt2_dir), ["good"])
 
@@ -104,7 +104,7 @@ def test_the_store_holds_the_corpus(tokens, scored_dir):
             assert tokens.doc_S[seg] == n
             seg += 1
     assert seg == len(tokens.seg_ends)
-    assert tokens.manifest["counts"]["roundtrip_lossy"] == 0
+    assert tokens.manifest.counts.roundtrip_lossy == 0
     assert 0 < tokens.heldout_D.sum() < len(documents)
 
 
@@ -120,23 +120,23 @@ def test_a_sentence_keeps_its_leading_space_token(gpt2_dir):
     assert tokenizer.convert_ids_to_tokens(segments[1])[0] == "ĠTwo"
 
 
-def test_duplicates_fall_on_one_side_and_the_share_is_about_right():
+def test_duplicates_are_all_held_out_or_all_trained_on():
     held = [is_heldout(f"document {i}", 0.1) for i in range(5000)]
     assert 0.08 < np.mean(held) < 0.12
     assert not is_heldout("x", 0.0)
     assert all(is_heldout(f"{i}", 0.5) for i in range(200) if is_heldout(f"{i}", 0.1))
 
 
-def test_scores_of_any_scored_folder_can_be_tokenised(tmp_path):
+def test_any_folder_with_scores_can_be_tokenized(tmp_path):
     table = pa.table({"texts": [["One.\n", "Two.\n"]] * 3 + [None], "scores": [[0.5, None]] * 3 + [[0.1]]})
     pq.write_table(table, tmp_path / "train.parquet")
     manifest = tokenize_corpus(tmp_path, TrainBPE(257), tmp_path / "t", heldout=0)
-    assert manifest["rejected"] == {"texts or scores is not a list": 1}
-    assert manifest["counts"]["unjudged"] == 3
+    assert manifest.rejected == {"texts or scores is not a list": 1}
+    assert manifest.counts.unjudged == 3
     assert np.isnan(TokenStore.open(tmp_path / "t").score_S[1])
 
 
-def test_errors_say_what_to_do(tmp_path, scored_dir):
+def test_errors_tell_what_to_do(tmp_path, scored_dir):
     with pytest.raises(store.StoreError, match="neither the output of `phf score`"):
         tokenize_corpus(tmp_path / "none", TrainBPE(300), tmp_path / "t")
     with pytest.raises(ConfigError, match=r"heldout is a share"):
@@ -190,8 +190,8 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch
 
 def test_a_local_pretrained_tokenizer_is_kept_with_the_store(tmp_path, scored_dir, gpt2_dir):
     manifest = tokenize_corpus(scored_dir, PretrainedTokenizer(str(gpt2_dir)), tmp_path / "t")
-    assert manifest["vocab_size"] == 50257
-    assert manifest["dtype"] == "uint16"
+    assert manifest.vocab_size == 50257
+    assert manifest.dtype == "uint16"
     assert TokenStore.open(tmp_path / "t").tokenizer.eos_token_id == 50256
 
 
@@ -205,10 +205,15 @@ def test_a_text_encoded_as_a_whole_is_cut_where_its_segments_end(parts):
     assert [i for ids in cut for i in ids] == whole
     assert encode_cut(tokenizer, parts, parts) == encode_segments(tokenizer, parts)
     assert encode_cut(tokenizer, []) == []
-    size_of = lambda ids: sum(len(t) for t in tokenizer.convert_ids_to_tokens(ids))  # noqa: E731 (a character for each byte)
+
+    def size_of(ids):
+        return sum(len(t) for t in tokenizer.convert_ids_to_tokens(ids))  # one character per byte
+
     read = written = 0
     rest = list(whole)
     for ids, part in zip(cut, parts, strict=True):
-        read, written, rest = read + size_of(ids), written + len(part.encode()), rest[len(ids) :]
+        read = read + size_of(ids)
+        written = written + len(part.encode())
+        rest = rest[len(ids) :]
         assert read <= written
         assert not rest or read + size_of(rest[:1]) > written  # the next token ends in a later segment

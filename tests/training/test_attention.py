@@ -1,4 +1,4 @@
-"""Causal attention in blocks against plain attention in float64; and that it is used where, and only where, it may be."""
+"""Causal attention in blocks against plain attention in float64, and where it is used."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def test_values_and_gradients_are_those_of_the_formula(rows, heads, positions, w
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("positions", [127, 128, 129, 256, 1024, attention.KEEP + 1, 1300])
-def test_at_the_edges_of_blocks_and_where_probabilities_are_no_longer_kept(positions):
+@pytest.mark.parametrize("positions", [127, 128, 129, 256, 1024, attention.KEPT_POSITIONS + 1, 1300])
+def test_edges_of_blocks_and_lengths_whose_probabilities_are_not_kept(positions):
     ours, exact = both((1, 2, positions, 4), 4, torch.float64, 0.5)
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("positions", [200, attention.KEEP + 76])
-def test_in_bfloat16_it_is_near(positions):
+@pytest.mark.parametrize("positions", [200, attention.KEPT_POSITIONS + 76])
+def test_in_bfloat16_it_is_close(positions):
     ours, exact = both((2, 2, positions, 16), 16, torch.bfloat16, 0.25)
     for a, b in zip(ours, exact, strict=True):
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
-@pytest.mark.parametrize("keep", [attention.KEEP, 0])
+@pytest.mark.parametrize("keep", [attention.KEPT_POSITIONS, 0])
 def test_torch_finds_the_operations_well_formed(keep, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP", keep)
+    monkeypatch.setattr(attention, "KEPT_POSITIONS", keep)
     query, key, value = (torch.randn(2, 2, 130, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(torch.ops.phf.causal_attention.default, (query, key, value, 0.5), test_utils=tests)
@@ -94,44 +94,45 @@ GROUPED = {**TINY_LLAMA, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES = FAMILIES | {"grouped": GROUPED}
 
 
-def gradients(settings_, tokenizer, autocast, quick, checkpointing=False):
+def gradients(settings_, tokenizer, autocast, fast, checkpointing=False):
     config = {**settings_, **(LONG if "n_positions" not in settings_ else {"n_positions": 256})}
     lm = build_lm(FromConfig(config), tokenizer, seed=0)
     if checkpointing:
         lm.activation_checkpointing_enable()
     with torch.no_grad():
-        for p in lm.parameters():  # so that it matters what is attended to
+        for p in lm.parameters():  # large weights make attention matter
             p.mul_(10 if p.ndim == 2 else 1)
-    model = PHFModel(lm, MLE(), autocast, quick_attention=quick).train()
-    assert lm.config._attn_implementation == (attention.NAME if quick else "sdpa")
+    model = PHFModel(lm, MLE(), autocast, fast_attention=fast).train()
+    assert lm.config._attn_implementation == (attention.NAME if fast else "sdpa")
     loss = model(*batch(positions=150))["loss"]
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_a_model_trains_as_with_transformers_own(tokenizer, family, monkeypatch):
-    """The loss and every parameter's gradient: in float32 the same kernel; in bfloat16 ours is as near to float32 as
-    theirs, over two blocks."""
+def test_a_model_trains_as_with_transformers_attention(tokenizer, family, monkeypatch):
+    """Loss and gradients. In float32 the kernel is the same. In bfloat16 ours is as close to float32 as theirs,
+    over two blocks."""
     calls = count(monkeypatch)
-    exact, exact_grads = gradients(SHAPES[family], tokenizer, None, quick=False)
-    loss, grads = gradients(SHAPES[family], tokenizer, None, quick=True)
+    exact, exact_grads = gradients(SHAPES[family], tokenizer, None, fast=False)
+    loss, grads = gradients(SHAPES[family], tokenizer, None, fast=True)
     torch.testing.assert_close((loss, grads), (exact, exact_grads), rtol=1e-4, atol=1e-6)
     assert not [c for c in calls if c[2] == 150]
-    theirs, their_grads = gradients(SHAPES[family], tokenizer, torch.bfloat16, quick=False)
-    ours, our_grads = gradients(SHAPES[family], tokenizer, torch.bfloat16, quick=True)
-    assert len([c for c in calls if c[2] == 150]) == 2  # one a layer
+    theirs, their_grads = gradients(SHAPES[family], tokenizer, torch.bfloat16, fast=False)
+    ours, our_grads = gradients(SHAPES[family], tokenizer, torch.bfloat16, fast=True)
+    assert len([c for c in calls if c[2] == 150]) == 2  # one per layer
     assert abs(ours - exact) < 2 * abs(theirs - exact) + 0.01
     for name, grad in exact_grads.items():
-        far, as_far = (our_grads[name] - grad).norm(), (their_grads[name] - grad).norm()
-        assert far < 1.5 * as_far + 0.02 * grad.norm(), name
+        ours_off = (our_grads[name] - grad).norm()
+        theirs_off = (their_grads[name] - grad).norm()
+        assert ours_off < 1.5 * theirs_off + 0.02 * grad.norm(), name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_checkpointed_blocks_compute_the_same_again(tokenizer, family):
-    """Again means in the backward pass, where the model's forward is over."""
-    plain = gradients(SHAPES[family], tokenizer, torch.bfloat16, quick=True)
-    again = gradients(SHAPES[family], tokenizer, torch.bfloat16, quick=True, checkpointing=True)
+    """Checkpointed blocks run again in the backward pass, after the model's forward is over."""
+    plain = gradients(SHAPES[family], tokenizer, torch.bfloat16, fast=True)
+    again = gradients(SHAPES[family], tokenizer, torch.bfloat16, fast=True, checkpointing=True)
     torch.testing.assert_close(plain, again, rtol=0, atol=0)
 
 
@@ -162,36 +163,41 @@ def test_a_window_is_kept(tokenizer):
     mistral = {**TINY_LLAMA, "model_type": "mistral", "sliding_window": 16}
     for positions, cut in ((15, False), (16, False), (17, True), (40, True)):
         found = []
-        for quick in (True, False):
+        for fast in (True, False):
             lm = build_lm(FromConfig(mistral), tokenizer, seed=0)
             with torch.no_grad():
-                for p in lm.parameters():  # so that it matters what is attended to
+                for p in lm.parameters():  # large weights make attention matter
                     p.mul_(20 if p.ndim == 2 else 1)
-            model = PHFModel(lm, MLE(), quick_attention=quick)
+            model = PHFModel(lm, MLE(), fast_attention=fast)
             found.append(model(*batch(positions=positions))["loss"].detach())
         torch.testing.assert_close(*found, rtol=1e-5, atol=0)
         lm.config.sliding_window = None
-        whole = PHFModel(lm, MLE(), quick_attention=False)(*batch(positions=positions))["loss"].detach()
+        whole = PHFModel(lm, MLE(), fast_attention=False)(*batch(positions=positions))["loss"].detach()
         assert torch.isclose(whole, found[0], rtol=1e-5, atol=0) != cut
 
 
 SPARSE = {
     "minimax_m3_vl_text": {"num_key_value_heads": 1, "head_dim": 16},
     "deepseek_v32": {
-        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SPARSE)
-@pytest.mark.parametrize("asks", [True, False])
-def test_a_model_whose_attention_is_more_than_causal_keeps_its_own(tokenizer, kind, asks, monkeypatch):
-    """Both ask for "sdpa" by name before they apply a mask; the second one also breaks without a mask."""
-    if not asks and kind == "minimax_m3_vl_text":
-        pytest.skip("only its code tells: in short rows it sees everything")
-    if not asks:
-        monkeypatch.setattr(attention, "_ASKS", re.compile("nothing of the kind"))
+@pytest.mark.parametrize("by_source", [True, False])
+def test_a_model_whose_attention_is_more_than_causal_keeps_its_own(tokenizer, kind, by_source, monkeypatch):
+    """The source of both tests for "sdpa" by name before it applies a mask. The second one also fails without a
+    mask."""
+    if not by_source and kind == "minimax_m3_vl_text":
+        pytest.skip("only its source shows it: in short rows it attends to everything")
+    if not by_source:
+        monkeypatch.setattr(attention, "_TESTS_FOR_SDPA", re.compile("matches nothing"))
     common = {
         "model_type": kind,
         "hidden_size": 32,
@@ -211,24 +217,24 @@ def test_a_model_that_does_not_know_sdpa_keeps_its_own(tokenizer):
     assert gemma.config._attn_implementation == "eager"
 
 
-def test_a_mask_of_the_models_own_and_padding_are_never_left_out():
+def test_masks_of_the_model_and_padding_are_kept():
     whole = {"q_length": 4, "kv_length": 4, "batch_size": 1}
     with attention.whole_rows(), attention.whole_rows():
         assert attention._mask(**whole) is None
         padded = attention._mask(**whole, attention_mask=torch.tensor([[False, True, True, True]]))
         own = attention._mask(**whole, use_vmap=True, allow_is_causal_skip=False)
-        behind = attention._mask(**{**whole, "kv_length": 6}, q_offset=2, allow_is_causal_skip=False)
+        later = attention._mask(**{**whole, "kv_length": 6}, q_offset=2, allow_is_causal_skip=False)
     assert not padded[0, 0, :, 0].any()
     assert own.shape == (1, 1, 4, 4)
-    assert behind.shape == (1, 1, 4, 6)
+    assert later.shape == (1, 1, 4, 6)
     assert attention._mask(**whole, allow_is_causal_skip=False).shape == (1, 1, 4, 4)
 
 
-def test_asking_for_transformers_own_undoes_a_swap(tokenizer):
+def test_transformers_attention_undoes_a_swap(tokenizer):
     lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
     PHFModel(lm, MLE())
     assert attention.swap(lm)
-    PHFModel(lm, MLE(), quick_attention=False)
+    PHFModel(lm, MLE(), fast_attention=False)
     assert lm.config._attn_implementation == "sdpa"
 
 
@@ -252,7 +258,7 @@ def test_padding_caches_and_dropout_are_left_to_transformers(tokenizer, monkeypa
     assert not calls
 
 
-def test_inside_usual_a_model_attends_as_it_will_when_loaded(tokenizer, tmp_path, monkeypatch):
+def test_inside_usual_a_model_attends_as_after_loading(tokenizer, tmp_path, monkeypatch):
     lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
     PHFModel(lm, MLE())
     save_lm(lm, tmp_path)

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the command through torchrun (DDP), and FSDP2 applied to the wrapper by hand."""
+"""Two gloo processes against one: the command under torchrun (DDP), and FSDP2."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from transformers import TrainerCallback
 from helpers import TINY_LLAMA
 from phf.core import store
 from phf.core.config import ConfigError, to_plain
+from phf.core.runs import RunFolder, checkpoint_folder
 from phf.objectives import AWR, MLE, Conditional, Masking
+from phf.training.config import TrainConfig
+from phf.training.folder import common_checkpoint
 from phf.training.lm import FromConfig, build_lm
-from phf.training.train import TrainConfig, checkpoint_of_all, train
+from phf.training.train import train
 from phf.training.trainer import TrainingError
 
 LAUNCH = [
@@ -47,7 +50,7 @@ def lines(run, file="metrics.jsonl"):
     "objective, launch", [("masking", LAUNCH), ("awr", ACCELERATE)], ids=["torchrun", "accelerate"]
 )
 def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_path, objective, launch):
-    """The same rows in each step, sums in another order: float32 losses agree to 1e-4 over 40 steps."""
+    """Each step has the same rows, summed in another order. Float32 losses agree to 1e-4 over 40 steps."""
     (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
     settings = [
         f"objective.name={objective}",
@@ -58,9 +61,9 @@ def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_pat
         "train.lr=1e-2",
         "train.precision=fp32",
         "train.log_every=1",
-        "during.every=10240",
-        "during.scenarios.plain.num_samples=4",
-        "during.scenarios.plain.max_tokens=12",
+        "monitor.every=10240",
+        "monitor.scenarios.plain.num_samples=4",
+        "monitor.scenarios.plain.max_tokens=12",
     ]
     for name, launcher in (("one", [sys.executable]), ("two", launch)):
         command = [
@@ -74,7 +77,8 @@ def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_pat
             *settings,
         ]
         subprocess.run(command, check=True, env=ONE_THREAD)
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    one = lines(tmp_path / "one")
+    two = lines(tmp_path / "two")
     assert len(one) == len(two) == 40
     assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
     assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
@@ -84,25 +88,33 @@ def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_pat
         assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=1e-3, abs=1e-4), name
     assert objective != "awr" or reduced <= set(one[-1])
     assert store.read_json(tmp_path / "two" / "environment.json")["processes"] == 2
-    one, two = lines(tmp_path / "one", "during.jsonl"), lines(tmp_path / "two", "during.jsonl")  # one process judges
+    # one process judges
+    one = lines(tmp_path / "one", "monitor.jsonl")
+    two = lines(tmp_path / "two", "monitor.jsonl")
     assert [x["tokens"] for x in two] == [x["tokens"] for x in one] == [10240, 20480]
     assert [x["heldout"]["all"] for x in two] == pytest.approx([x["heldout"]["all"] for x in one], rel=1e-3)
 
 
-def test_a_run_of_one_process_goes_on_with_two(tokens_dir, tmp_path):
-    """The same rows in the same order, from the middle of the run (and of a line of metrics) on: the curve of a run that
-    one process does."""
+def test_a_run_of_one_process_resumes_with_two(tokens_dir, tmp_path):
+    """The rows and their order stay the same, and so does the curve, even from the middle of a line of metrics."""
     settings = {"tokens": 20480, "context": 32, "batch_rows": 16, "lr": 1e-2, "precision": "fp32", "log_every": 5}
-    model, objective = FromConfig(TINY_LLAMA), Masking()
-    train(tokens_dir, tmp_path / "one", model, objective, TrainConfig(**settings))
-    train(tokens_dir, tmp_path / "two", model, objective, TrainConfig(**settings), stop_after=17)
+    model = FromConfig(TINY_LLAMA)
+    objective = Masking()
+    train(tokens_dir=tokens_dir, out=tmp_path / "one", model=model, objective=objective, config=TrainConfig(**settings))
+    train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "two",
+        model=model,
+        objective=objective,
+        config=TrainConfig(**settings),
+        stop_after=17,
+    )
     (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
     asked = ["objective.name=masking", *(f"train.{k}={v}" for k, v in settings.items())]
-    subprocess.run(
-        [*LAUNCH, "-m", "phf", "train", str(tokens_dir), str(tmp_path / "two"), str(tmp_path / "m.yaml"), *asked],
-        check=True, env=ONE_THREAD,
-    )  # fmt: skip
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    command = ["-m", "phf", "train", str(tokens_dir), str(tmp_path / "two"), str(tmp_path / "m.yaml"), *asked]
+    subprocess.run([*LAUNCH, *command], check=True, env=ONE_THREAD)
+    one = lines(tmp_path / "one")
+    two = lines(tmp_path / "two")
     assert not (tmp_path / "two.old-1").exists()
     assert [x["step"] for x in two] == list(range(5, 41, 5))
     assert [x["counted_share"] for x in two] == [x["counted_share"] for x in one]
@@ -125,22 +137,33 @@ SHARDED = {
 SHARDED_RUN = """
 import json, os, sys
 import torch
+from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig
 from phf.objectives import AWR, MLE, Conditional
-from phf.training.train import TrainConfig, train
+from phf.training.train import train
 
-tokens, out, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
-train(tokens, out, FromConfig({model!r}), {objective!r}, TrainConfig(**{settings!r}, shard=True), stop_after=stop or None)
+config = TrainConfig(**{settings!r}, shard=True)
+train(
+    tokens_dir=sys.argv[1],
+    out=sys.argv[2],
+    model=FromConfig({model!r}),
+    objective={objective!r},
+    config=config,
+    stop_after=int(sys.argv[3]) or None,
+)
 sys.stdout.flush()
 torch.distributed.barrier()
 os._exit(0)
 """
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("untied", "gpt2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "untied", "gpt2"])
 def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
-    """`train.shard` under torchrun, with accumulated gradients: losses, weights and checkpoints as of one process. Interrupted,
-    it goes on to the same bytes; a run that one process began goes on sharded, and the other way round."""
+    """`train.shard` under torchrun with accumulated gradients gives the losses, weights and checkpoints of one process.
+
+    An interrupted run resumes to the same bytes. A run of one process resumes sharded, and the other way round.
+    """
     config, objective, more, near = SHARDED[family]
     model = FromConfig(config)
     settings = {"tokens": 15360, "context": 32, "batch_rows": 16, "lr": 1e-2, "precision": "fp32", "log_every": 1}
@@ -149,7 +172,14 @@ def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
     asked = [*(f"train.{k}={v}" for k, v in settings.items()), "train.shard=true"]
 
     def alone(run, stop=None):
-        train(tokens_dir, tmp_path / run, model, objective, TrainConfig(**settings), stop_after=stop)
+        train(
+            tokens_dir=tokens_dir,
+            out=tmp_path / run,
+            model=model,
+            objective=objective,
+            config=TrainConfig(**settings),
+            stop_after=stop,
+        )
 
     def sharded(run, stop=0):
         script = SHARDED_RUN.replace("{model!r}", repr(config)).replace("{settings!r}", repr(settings))
@@ -178,7 +208,9 @@ def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
             assert [x[name] for x in lines(tmp_path / run)] == pytest.approx([x[name] for x in first], rel=near)
         assert found.keys() == weights["one"].keys()
         for name, tensor in weights["one"].items():
-            if name.endswith("c_attn.bias"):  # that of keys has no gradient but rounding, which Adam makes large
+            if name.endswith(
+                "c_attn.bias"
+            ):  # the keys' bias gets only rounding errors as gradients, and Adam makes them large
                 continue
             assert (found[name] - tensor).norm() <= 10 * near * tensor.norm(), (run, name)
     assert all(torch.equal(weights["again"][name], tensor) for name, tensor in weights["two"].items())
@@ -194,41 +226,49 @@ def test_a_model_is_divided_by_its_outermost_blocks(tokens):
     assert {"MambaBlock", "MambaMixer"} <= set(lm._no_split_modules)
     assert [type(b).__name__ for b in decoder_blocks(lm)] == ["MambaBlock"] * 3
     lm.backbone.layers[2] = lm.backbone.layers[0]
-    assert len(decoder_blocks(lm)) == 2  # the same module twice is one
+    assert len(decoder_blocks(lm)) == 2  # the same module twice counts once
     lm.backbone.layers[1].mixer.in_proj.weight = lm.backbone.layers[0].mixer.in_proj.weight
     with pytest.raises(ConfigError, match="share weights"):
         decoder_blocks(lm)
     lm._no_split_modules = None
-    with pytest.raises(ConfigError, match="MambaForCausalLM does not say which"):
+    with pytest.raises(ConfigError, match="MambaForCausalLM does not declare its decoder blocks"):
         decoder_blocks(lm)
 
 
-def test_all_processes_go_on_from_the_checkpoint_of_the_first(tmp_path, monkeypatch):
-    assert checkpoint_of_all(tmp_path, torch.device("cpu")) is None
+def test_all_processes_resume_from_the_checkpoint_of_the_first(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    assert common_checkpoint(run, torch.device("cpu")) is None
     for step in (7, 14):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "complete.json").write_text("{}")
-    (tmp_path / "checkpoint-21").mkdir()  # half written
-    assert checkpoint_of_all(tmp_path, torch.device("cpu")) == tmp_path / "checkpoint-14"
+        checkpoint_folder(run.checkpoints, step).mkdir(parents=True)
+        (checkpoint_folder(run.checkpoints, step) / "complete.json").write_text("{}")
+    checkpoint_folder(run.checkpoints, 21).mkdir()  # half written
+    assert common_checkpoint(run, torch.device("cpu")) == checkpoint_folder(run.checkpoints, 14)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    for told, found in ((7, tmp_path / "checkpoint-7"), (-1, None)):
-        monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src, told=told: tensor.fill_(told))
-        assert checkpoint_of_all(tmp_path, torch.device("cpu")) == found
+    for step, found in ((7, checkpoint_folder(run.checkpoints, 7)), (-1, None)):
+        monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src, step=step: tensor.fill_(step))
+        assert common_checkpoint(run, torch.device("cpu")) == found
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(21))
     with pytest.raises(
         TrainingError, match="process 1 does not see .*checkpoint-21.* a file system that all processes share"
     ):
-        checkpoint_of_all(tmp_path, torch.device("cpu"))
+        common_checkpoint(run, torch.device("cpu"))
 
 
 def test_sharding_needs_processes_and_no_judging(tokens_dir, tmp_path, monkeypatch):
     config = TrainConfig(1e4, context=32, batch_rows=16, shard=True)
     with pytest.raises(ConfigError, match="start this command with torchrun"):
-        train(tokens_dir, tmp_path / "r", FromConfig(TINY_LLAMA), MLE(), config)
+        train(tokens_dir=tokens_dir, out=tmp_path / "r", model=FromConfig(TINY_LLAMA), objective=MLE(), config=config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"judge the checkpoints \(train.milestones\) with phf eval"):
-        train(tokens_dir, tmp_path / "r", FromConfig(TINY_LLAMA), MLE(), config, callbacks=(TrainerCallback(),))
+        train(
+            tokens_dir=tokens_dir,
+            out=tmp_path / "r",
+            model=FromConfig(TINY_LLAMA),
+            objective=MLE(),
+            config=config,
+            callbacks=(TrainerCallback(),),
+        )
     assert not (tmp_path / "r").exists()
 
 
@@ -268,7 +308,7 @@ for step in range(10):
 if rank == 0:
     with open(sys.argv[2], "w") as file:
         json.dump(losses, file)
-    # written; gloo's threads sometimes abort the interpreter's teardown, which is not what is tested
+    # exit here: gloo's threads sometimes abort the interpreter's teardown, which is not tested
 sys.stdout.flush()
 dist.barrier()
 os._exit(0)

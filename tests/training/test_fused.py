@@ -1,4 +1,4 @@
-"""The fused kernel against autograd over full logits: values and gradients, over a grid; and a user's own objective."""
+"""The fused loss against autograd over full logits: values and gradients over a grid, and a user's own objective."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compare(objective, args, chunk, rtol, with_bias=True):
     fast = fused_loss(hidden, weight, bias, target, score, mask, value, objective, chunk)
     torch.testing.assert_close(fast.loss_sum, slow.loss_sum, rtol=rtol, atol=rtol)
     for name, metric in slow.metrics.items():
-        # sums of float32 scores' functions, in another order
+        # sums of functions of float32 scores, in another order
         torch.testing.assert_close(fast.metrics[name], metric.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
     grads = [torch.autograd.grad(out.loss_sum * 0.37, leaves, allow_unused=True) for out in (slow, fast)]
     for a, b in zip(*grads, strict=True):
@@ -78,7 +78,8 @@ def test_chunking_changes_nothing(n, v, chunk, seed):
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("scale", [1.0, 12.0, 40.0])
 def test_gradients_are_right_for_p_near_zero_and_one_in_low_precision(objective, dtype, rtol, scale):
-    """Confident logits, where log(1 - p) from a rounded log p breaks; against float64 of the same rounded numbers."""
+    """Confident logits, for which log(1 - p) from a rounded log p fails. The reference is float64 on the same
+    numbers."""
     low = loss_inputs(64, 17, 8, dtype, scale)
     high = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in low]
     high[4] = low[4]
@@ -95,7 +96,7 @@ def test_gradients_are_right_for_p_near_zero_and_one_in_low_precision(objective,
 @pytest.mark.parametrize("objective", OBJECTIVE_GRID, ids=lambda o: f"{o.name}")
 def test_gradcheck(objective):
     hidden, weight, bias, target, score, mask, value = loss_inputs(6, 5, 3)
-    value = value.detach() if objective.value else None  # whose gradient AWR stops on purpose
+    value = value.detach() if objective.value else None  # AWR stops its gradient on purpose
     assert torch.autograd.gradcheck(
         lambda h, w, b: fused_loss(h, w, b, target, score, mask, value, objective, 4).loss_sum, (hidden, weight, bias)
     )
@@ -129,29 +130,29 @@ def test_sums_over_many_chunks_are_kept_in_float32():
 
 
 @pytest.mark.parametrize("objective, above", [(MLE(), 0.0), (Masking(0.25), 0.25), (Unlikelihood(0.5), 0.5)])
-def test_the_push_of_bad_segments_is_that_on_their_targets(objective, above):
-    """Their share of sum |dL/dlogit_target|, bad by the objective's own threshold."""
+def test_the_gradient_on_bad_segments_is_that_on_their_targets(objective, above):
+    """sum |dL/dlogit_target| over all targets and over bad ones, by the objective's own threshold."""
     hidden, weight, bias, target, score, mask, _ = loss_inputs(40, 7, 3)
     logits = (hidden @ weight.T + bias).detach().requires_grad_()
     eye = torch.eye(7, dtype=torch.float64)
     loss = unfused_loss(logits, eye, None, target, score, mask, None, objective).loss_sum
-    push = torch.autograd.grad(loss, logits)[0].gather(1, target[:, None]).squeeze(1).abs()
+    grad_abs = torch.autograd.grad(loss, logits)[0].gather(1, target[:, None]).squeeze(1).abs()
     metrics = fused_loss(hidden, weight, bias, target, score, mask, None, objective, 16).metrics
-    torch.testing.assert_close(metrics["push"], push.sum())
-    torch.testing.assert_close(metrics["push_bad"], push[score > above].sum())
-    assert isinstance(objective, Masking) or metrics["push_bad"] > 0
+    torch.testing.assert_close(metrics["logit_grad_abs"], grad_abs.sum())
+    torch.testing.assert_close(metrics["logit_grad_abs_bad"], grad_abs[score > above].sum())
+    assert isinstance(objective, Masking) or metrics["logit_grad_abs_bad"] > 0
 
 
-@pytest.mark.parametrize("words", [1, 4, 7, 100])
+@pytest.mark.parametrize("block", [1, 4, 7, 100])
 @pytest.mark.parametrize(
     "shape", [LogitShape(), LogitShape(0.5, 3.0), LogitShape(2.0)], ids=["plain", "capped", "scaled"]
 )
-def test_any_number_of_words_at_a_time_gives_the_same_gradients(words, shape, monkeypatch):
+def test_blocks_of_the_vocabulary_change_no_gradient(block, shape, monkeypatch):
     hidden, weight, bias, target, score, mask, value = loss_inputs(13, 9, 4)
     args = (target, score, mask, value, AWR(rewards="raw"))
     leaves = [hidden, weight, bias, value]
     whole = torch.autograd.grad(unfused_loss(hidden, weight, bias, *args, shape=shape).loss_sum, leaves)
-    monkeypatch.setattr(fused, "WORDS", words)
+    monkeypatch.setattr(fused, "VOCAB_ROWS_AT_ONCE", block)
     parts = torch.autograd.grad(fused_loss(hidden, weight, bias, *args, chunk=5, shape=shape).loss_sum, leaves)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -162,8 +163,8 @@ def test_any_number_of_words_at_a_time_gives_the_same_gradients(words, shape, mo
     "shape", [LogitShape(), LogitShape(0.5, 3.0), LogitShape(2.0)], ids=["plain", "capped", "scaled"]
 )
 @pytest.mark.parametrize("objective", OBJECTIVE_GRID, ids=lambda o: o.name)
-def test_as_on_a_gpu_with_a_padded_vocabulary(objective, shape, compiled, monkeypatch):
-    """The way that a GPU takes gives the same here: padding has no share, whatever the bias of the words is."""
+def test_the_gpu_code_with_a_padded_vocabulary(objective, shape, compiled, monkeypatch):
+    """The code for GPUs gives the same on a CPU. Padding has probability 0, whatever the bias is."""
     if compiled and not (shape.cap and objective.name in ("unlikelihood", "awr")):
         pytest.skip("compiled for two objectives")
     hidden, weight, bias, target, score, mask, value = loss_inputs(23, 9, 4)
@@ -196,9 +197,9 @@ assert len(found) == 1, found
 
 
 @pytest.mark.slow
-def test_the_compiler_knows_the_softmax_of_a_gpu():
-    """It makes one pass over the logits of what it knows, two of what it does not. (It asks as long as nothing was
-    compiled before.)"""
+def test_the_compiler_recognizes_the_softmax_of_the_gpu_code():
+    """The compiler makes one pass over the logits where it recognizes a softmax, and two elsewhere. Nothing may
+    have been compiled before."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", SOFTMAX], check=True)
 
 
@@ -223,7 +224,7 @@ def test_chunks_are_equal_and_not_too_large(targets, vocab_size, memory, compile
         assert numbers <= max(fused.CHUNK_NUMBERS["cpu"], vocab_size)
     else:
         assert numbers <= max(fused.CHUNK_NUMBERS["cuda"], fused.TILE * vocab_size)
-        # with what a number takes: a twentieth of the memory
+        # at most a twentieth of the memory
         assert numbers * (6 if compiled else 24) <= max(memory / 20, fused.TILE * vocab_size * 24)
 
 
@@ -232,16 +233,18 @@ def test_a_scale_multiplies_value_and_gradients_but_not_metrics(scale):
     hidden, weight, bias, target, score, mask, value = loss_inputs(13, 9, 4)
     args = (hidden, weight, bias, target, score, mask, value, AWR(rewards="raw"), 5)
     leaves = [hidden, weight, bias, value]
-    plain, scaled = fused_loss(*args), fused_loss(*args, scale=scale)
+    plain = fused_loss(*args)
+    scaled = fused_loss(*args, scale=scale)
     torch.testing.assert_close(scaled.loss_sum, plain.loss_sum * scale)
     assert {k: float(v) for k, v in scaled.metrics.items()} == {k: float(v) for k, v in plain.metrics.items()}
-    behind = torch.autograd.grad(plain.loss_sum * scale, leaves)
-    for a, b in zip(torch.autograd.grad(scaled.loss_sum, leaves), behind, strict=True):
+    expected = torch.autograd.grad(plain.loss_sum * scale, leaves)
+    for a, b in zip(torch.autograd.grad(scaled.loss_sum, leaves), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_are_added_to_those_that_are_there():
-    """The loss hands its own tensors over where nothing multiplies them: adding must not change what it keeps."""
+def test_gradients_are_added_to_existing_ones():
+    """Where nothing multiplies its gradients, the loss returns its own tensors. Adding to them must not change what
+    it keeps."""
     hidden, weight, bias, target, score, mask, _ = loss_inputs(13, 9, 4)
     out = fused_loss(hidden, weight, bias, target, score, mask, None, MLE(), 5).loss_sum
     out.backward(retain_graph=True)
@@ -253,7 +256,7 @@ def test_gradients_are_added_to_those_that_are_there():
 
 
 @pytest.mark.parametrize("targets", [0, 1, 511, 512, 513, 1500])
-def test_chunks_are_of_equal_size_and_no_larger_than_they_may_be(targets, monkeypatch):
+def test_chunks_have_equal_size_up_to_the_limit(targets, monkeypatch):
     sizes = []
     known = fused._split
     monkeypatch.setattr(fused, "_split", lambda logits, target: sizes.append(len(target)) or known(logits, target))
@@ -300,8 +303,8 @@ def test_memory_does_not_grow_with_targets_times_vocabulary():
     assert largest <= 16 * 1000
 
 
-def test_a_vocabulary_of_one_word_is_refused():
-    with pytest.raises(ValueError, match="at least 2 words"):
+def test_a_vocabulary_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="at least 2 entries"):
         fused_loss(
             torch.zeros(1, 2),
             torch.zeros(1, 2),
@@ -324,7 +327,7 @@ class Mean(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Careless(Objective):
-    """Does not leave unjudged targets out."""
+    """Counts unjudged targets."""
 
     def loss(self, x: LossInputs) -> LossOutputs:
         return LossOutputs(-(x.score_BT * x.logp_BT).sum(), {})
@@ -336,7 +339,7 @@ def test_sound_objectives_pass_the_check(objective):
 
 
 @pytest.mark.parametrize(
-    "objective, message", [(Mean(), "not a sum over targets"), (Careless(), "some scores are NaN")]
+    "objective, message", [(Mean(), "return sums over targets"), (Careless(), "some scores are NaN")]
 )
 def test_unsound_objectives_are_refused(objective, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the same lines with and without an interruption, what is counted as training, and the share of the hardware."""
+"""metrics.jsonl: equal lines with and without an interruption, what counts as training time, hardware utilisation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pydantic.dataclasses import dataclass
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import ROOT, TINY_LLAMA
+from helpers import ROOT, STEP, TINY_LLAMA, metrics_of
 from phf.core import device
 from phf.core.config import STRICT
-from phf.core.runs import complete_checkpoints, read_metrics
+from phf.core.runs import complete_checkpoints
 from phf.objectives import AWR, MLE, RWR, LossInputs, LossOutputs, Masking, Unlikelihood
 from phf.training import metrics, trainer
+from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig, flops_per_token
-from phf.training.train import TrainConfig, train
+from phf.training.train import train
 from phf.training.trainer import TrainingError
 
 train_module = sys.modules["phf.training.train"]
 
 MODEL = FromConfig(TINY_LLAMA)
-STEP = 16 * 32
 OF_TIME = ("tokens_per_s", "model_tflops", "mfu")
 
 
@@ -39,55 +39,84 @@ def config(steps, **kwargs):
 
 
 def timeless(run):
-    return [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in OF_TIME} for line in metrics_of(run)]
 
 
-def test_lines_are_those_of_a_run_that_did_not_stop(tokens_dir, tmp_path):
-    """It stops between two lines: what was summed up since the last one goes on too."""
+def test_an_interrupted_run_writes_the_lines_of_a_whole_one(tokens_dir, tmp_path):
+    """The run stops between two lines. A checkpoint keeps the sums since the last line."""
     settings = config(25, log_every=10)
-    train(tokens_dir, tmp_path / "whole", MODEL, AWR(), settings)
+    train(tokens_dir=tokens_dir, out=tmp_path / "whole", model=MODEL, objective=AWR(), config=settings)
     for stop in (3, 15, None):
-        train(tokens_dir, tmp_path / "parts", MODEL, AWR(), settings, stop_after=stop)
+        train(
+            tokens_dir=tokens_dir,
+            out=tmp_path / "parts",
+            model=MODEL,
+            objective=AWR(),
+            config=settings,
+            stop_after=stop,
+        )
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
     assert [line["step"] for line in timeless(tmp_path / "whole")] == [10, 20, 25]  # the last steps too
 
 
 @dataclass(frozen=True, config=STRICT)
 class Overflowing(MLE):
-    """Its loss is fine, a metric of its is not."""
+    """The loss is finite, and one metric is not."""
 
     def loss(self, x: LossInputs) -> LossOutputs:
         out = super().loss(x)
         return LossOutputs(out.loss_sum, out.metrics | {"margin": out.loss_sum.detach() * float("inf")})
 
 
-def test_a_metric_that_is_not_finite_is_no_hindrance(tokens_dir, tmp_path):
-    train(tokens_dir, tmp_path / "r", MODEL, Overflowing(), config(6, log_every=4), stop_after=3)
-    train(tokens_dir, tmp_path / "r", MODEL, Overflowing(), config(6, log_every=4))
+def test_a_metric_that_is_not_finite_is_null(tokens_dir, tmp_path):
+    train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "r",
+        model=MODEL,
+        objective=Overflowing(),
+        config=config(6, log_every=4),
+        stop_after=3,
+    )
+    train(
+        tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=Overflowing(), config=config(6, log_every=4)
+    )
     assert [line["margin"] for line in timeless(tmp_path / "r")] == [None, None]
 
 
-def test_lines_say_what_every_step_says(tokens_dir, tmp_path):
-    train(tokens_dir, tmp_path / "ten", MODEL, AWR(), config(20, log_every=10))
-    train(tokens_dir, tmp_path / "one", MODEL, AWR(), config(20, log_every=1))
-    ten, one = timeless(tmp_path / "ten"), timeless(tmp_path / "one")
+def test_lines_are_means_over_steps(tokens_dir, tmp_path):
+    train(tokens_dir=tokens_dir, out=tmp_path / "ten", model=MODEL, objective=AWR(), config=config(20, log_every=10))
+    train(tokens_dir=tokens_dir, out=tmp_path / "one", model=MODEL, objective=AWR(), config=config(20, log_every=1))
+    ten = timeless(tmp_path / "ten")
+    one = timeless(tmp_path / "one")
     assert [x["loss"] for x in ten] == pytest.approx(
         [np.mean([x["loss"] for x in part]) for part in (one[:10], one[10:])]
     )
     assert [x["grad_norm"] for x in ten] == [one[9]["grad_norm"], one[19]["grad_norm"]]
 
 
-def test_checkpoints_and_lines_as_often_as_is_asked_when_going_on(tokens_dir, tmp_path):
-    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(20), stop_after=10)
-    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(20, save_every=0.25, keep=9, log_every=4))
+def test_a_resumed_run_follows_its_own_settings_of_checkpoints_and_lines(tokens_dir, tmp_path):
+    train(tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=MLE(), config=config(20), stop_after=10)
+    train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "r",
+        model=MODEL,
+        objective=MLE(),
+        config=config(20, save_every=0.25, keep=9, log_every=4),
+    )
     names = [p.name for p in complete_checkpoints(tmp_path / "r" / "checkpoints")]
     assert names == ["checkpoint-10", "checkpoint-15", "checkpoint-20"]
     assert [line["step"] for line in timeless(tmp_path / "r")] == [10, 12, 16, 20]
 
 
-def test_checkpoints_by_the_clock_unless_by_tokens(tokens_dir, tmp_path, monkeypatch):
+def test_checkpoints_are_timed_unless_their_tokens_are_given(tokens_dir, tmp_path, monkeypatch):
     def made(name, **kwargs):
-        train(tokens_dir, tmp_path / name, MODEL, MLE(), config(20, keep=9, log_every=4, **kwargs))
+        train(
+            tokens_dir=tokens_dir,
+            out=tmp_path / name,
+            model=MODEL,
+            objective=MLE(),
+            config=config(20, keep=9, log_every=4, **kwargs),
+        )
         return [int(p.name.split("-")[1]) for p in complete_checkpoints(tmp_path / name / "checkpoints")]
 
     assert made("short") == [20]
@@ -100,8 +129,8 @@ def test_checkpoints_by_the_clock_unless_by_tokens(tokens_dir, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("final", [False, True], ids=["checkpoint", "model"])
-def test_a_full_disk_is_said(tokens_dir, tmp_path, monkeypatch, final):
-    """torch and safetensors have words of their own for it; nothing half-written is gone on from."""
+def test_a_full_disk_is_reported(tokens_dir, tmp_path, monkeypatch, final):
+    """torch and safetensors have messages of their own for it. Training never resumes from a half-written file."""
     settings = config(8, save_every=4 * STEP)
 
     def fails(*args, **kwargs):
@@ -113,19 +142,19 @@ def test_a_full_disk_is_said(tokens_dir, tmp_path, monkeypatch, final):
     save = getattr(module, name)
     with monkeypatch.context() as m:
         m.setattr(module, name, fails)
-        with pytest.raises(RuntimeError, match="unexpected pos"):  # and there is room: something else is wrong
-            train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room, so something else is wrong
+            train(tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=MLE(), config=settings)
         m.setattr(trainer.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
         with pytest.raises(TrainingError, match=r"no space left for .*r.* \(0 MB free\); make room and run the same"):
-            train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
-    train(tokens_dir, tmp_path / "r", MODEL, MLE(), settings)
-    train(tokens_dir, tmp_path / "whole", MODEL, MLE(), settings)
+            train(tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=MLE(), config=settings)
+    train(tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=MLE(), config=settings)
+    train(tokens_dir=tokens_dir, out=tmp_path / "whole", model=MODEL, objective=MLE(), config=settings)
     model = Path("model", "model.safetensors")
     assert (tmp_path / "r" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
 
-def test_checkpoints_are_not_counted_as_training(tokens_dir, tmp_path, monkeypatch):
-    lost = [0.0]  # hours that saving takes, by a clock of the test's
+def test_the_time_of_saving_does_not_count_as_training(tokens_dir, tmp_path, monkeypatch):
+    lost = [0.0]  # seconds that saving takes, by this test's clock
     clock = metrics.time.perf_counter
 
     class Clock:
@@ -140,14 +169,20 @@ def test_checkpoints_are_not_counted_as_training(tokens_dir, tmp_path, monkeypat
     real = trainer.save_model
     monkeypatch.setattr(metrics, "time", Clock)
     monkeypatch.setattr(trainer, "save_model", save)
-    manifest = train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(6, save_every=STEP, log_every=1))
+    manifest = train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "r",
+        model=MODEL,
+        objective=MLE(),
+        config=config(6, save_every=STEP, log_every=1),
+    )
     assert lost[0] == 6 * 3600
-    assert manifest["seconds"] < 3600
+    assert manifest.seconds < 3600
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_operations_are_those_that_torch_counts(family):
-    """Norms and biases, which torch does not count, are a hundredth of these models."""
+    """torch does not count norms and biases, a hundredth of these models."""
     sizes = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384}
     if family == "llama":
         sizes |= {"num_key_value_heads": 2, "head_dim": 32}
@@ -162,11 +197,11 @@ def test_operations_are_those_that_torch_counts(family):
     assert flops_per_token(lm, 64) * ids.numel() == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
-def test_the_share_of_the_hardware(tokens_dir, tmp_path, monkeypatch):
+def test_hardware_utilisation(tokens_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("phf.training.train.peak_flops", lambda dtype, processes: 1e15)
-    train(tokens_dir, tmp_path / "r", MODEL, MLE(), config(10, log_every=5))
+    train(tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=MLE(), config=config(10, log_every=5))
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
-    for line in read_metrics(tmp_path / "r" / "metrics.jsonl"):
+    for line in metrics_of(tmp_path / "r"):
         assert line["model_tflops"] == pytest.approx(flops_per_token(lm, 32) * line["tokens_per_s"] / 1e12)
         assert line["mfu"] == pytest.approx(line["model_tflops"] / 1000)
 
@@ -174,7 +209,7 @@ def test_the_share_of_the_hardware(tokens_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "processes, here, threads, cores, times", [(1, 1, 4, 4, 1), (2, 2, 2, 4, 2), (2, 2, 4, 4, 1), (8, 4, 1, 2, 4)]
 )
-def test_what_the_processors_of_all_processes_can_do(monkeypatch, processes, here, threads, cores, times):
+def test_peak_flops_of_several_processes(monkeypatch, processes, here, threads, cores, times):
     ticks = iter(range(10**6))
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * 0.01)
     monkeypatch.setattr(device, "num_cpus", lambda: cores)
@@ -191,19 +226,19 @@ def test_value_correlation_where_values_hardly_differ():
     logp = -torch.rand(4, 256, generator=g)
     objective = AWR(rewards="raw")
     out = objective.loss(LossInputs(logp, logp, scores, torch.ones(4, 256, dtype=torch.bool), value))
-    found = metrics._correlation({k: float(v) for k, v in out.metrics.items()}, scores.numel())
+    found = metrics.value_correlation({k: float(v) for k, v in out.metrics.items()}, scores.numel())
     expected = np.corrcoef(value.double().flatten(), objective.reward(scores).flatten())[0, 1]
-    assert found["value_correlation"] == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
     assert not math.isclose(expected, 1.0, rel_tol=1e-2)
 
 
 @pytest.mark.parametrize(
     "objective", [MLE(), Masking(), Unlikelihood(), Unlikelihood(by="score"), RWR(), AWR()], ids=str
 )
-def test_lines_are_plain_json_and_explained(tokens_dir, tmp_path, objective):
-    train(tokens_dir, tmp_path / "r", MODEL, objective, config(4, log_every=2))
+def test_lines_are_plain_json_and_documented(tokens_dir, tmp_path, objective):
+    train(tokens_dir=tokens_dir, out=tmp_path / "r", model=MODEL, objective=objective, config=config(4, log_every=2))
     table = (ROOT / "docs" / "training.md").read_text()
     for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
         assert all(v is None or isinstance(v, int | float) for v in values.values())
-        assert [name for name in values if f"`{name}`" not in table] == ["step", "tokens"]
+        assert [name for name in values if f"`{name}`" not in table] == []

@@ -8,7 +8,7 @@ import torch
 from helpers import FAMILIES, GPT2, TINY_LLAMA, UNTIED, tiny_texts
 from phf.core import store
 from phf.core.config import ConfigError
-from phf.core.runs import COMPLETE
+from phf.core.runs import COMPLETE, TrainManifest
 from phf.generation.loaded import LoadedModel
 from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
 from phf.tokens.tokenizer import train_bpe
@@ -107,7 +107,7 @@ def test_the_seed_decides_the_weights_and_leaves_the_global_stream(tokenizer):
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-def test_dropout_is_off_unless_asked(tokenizer):
+def test_dropout_is_off_by_default(tokenizer):
     assert build_lm(FromConfig(GPT2), tokenizer, seed=0).config.resid_pdrop == 0
     assert build_lm(FromConfig({**GPT2, "resid_pdrop": 0.1}), tokenizer, seed=0).config.resid_pdrop == 0.1
 
@@ -116,13 +116,13 @@ def test_dropout_is_off_unless_asked(tokenizer):
     "config, message",
     [
         ({"hidden_size": 8}, "needs model_type"),
-        ({**TINY_LLAMA, "hiden_size": 8}, r"does not know hiden_size \(did you mean 'hidden_size'\?\)"),
-        ({"model_type": "lama"}, r"'lama' is none of transformers' types \(did you mean 'llama'\?\)$"),
-        ({"model_type": "zzzzzz"}, "'zzzzzz' is none of transformers' types$"),
-        ({"model_type": ["llama"]}, "is none of transformers' types"),
+        ({**TINY_LLAMA, "hiden_size": 8}, r"llama has no setting hiden_size \(did you mean 'hidden_size'\?\)"),
+        ({"model_type": "lama"}, r"unknown model type 'lama' \(did you mean 'llama'\?\)$"),
+        ({"model_type": "zzzzzz"}, "unknown model type 'zzzzzz'$"),
+        ({"model_type": ["llama"]}, "unknown model type"),
         ({**TINY_LLAMA, "hidden_act": "foo"}, "model.config: .*foo"),
         ({**TINY_LLAMA, "initializer_range": 5.0}, "initializer_range"),
-        ({**TINY_LLAMA, "max_position_embeddings": 16}, "context is 32 but the model holds 16"),
+        ({**TINY_LLAMA, "max_position_embeddings": 16}, "train.context=32: the model has 16 positions"),
     ],
 )
 def test_wrong_model_settings_are_errors(tokenizer, config, message):
@@ -137,19 +137,19 @@ def test_weights_may_be_given_another_config(tokenizer, tmp_path):
     assert off.transformer.h[0].mlp.dropout.p == 0
     torch.testing.assert_close(off.state_dict(), kept.state_dict(), rtol=0, atol=0)
     for config, message in (
-        ({"resid_drop": 0}, r"does not know resid_drop \(did you mean 'resid_pdrop'"),
-        ({"save_pretrained": 0}, "does not know save_pretrained"),
+        ({"resid_drop": 0}, r"has no setting resid_drop \(did you mean 'resid_pdrop'"),
+        ({"save_pretrained": 0}, "has no setting save_pretrained"),
         ({"resid_pdrop": "x"}, "resid_pdrop"),
-        ({"n_layer": 3}, r"makes another model of it \(transformer.h.2.attn.c_attn.bias, .*, \.\.\.\)"),
-        ({"n_layer": 1}, "makes another model of it"),
-        ({"tie_word_embeddings": False}, r"makes another model of it \(lm_head.weight\)"),
+        ({"n_layer": 3}, r"does not match its weights \(transformer.h.2.attn.c_attn.bias, .*, \.\.\.\)"),
+        ({"n_layer": 1}, "does not match its weights"),
+        ({"tie_word_embeddings": False}, r"does not match its weights \(lm_head.weight\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_lm(FromWeights(str(tmp_path), config=config), tokenizer, seed=0)
 
 
-def test_weights_that_are_not_all_there_are_an_error(tokenizer, tmp_path):
-    """transformers would make them up."""
+def test_missing_weights_are_an_error(tokenizer, tmp_path):
+    """transformers would initialize missing weights at random."""
     lm = build_lm(FromConfig({**TINY_LLAMA, "tie_word_embeddings": False}), tokenizer, seed=0)
     state = {name: tensor for name, tensor in lm.state_dict().items() if name != "lm_head.weight"}
     save_lm(lm, tmp_path, state)
@@ -157,16 +157,16 @@ def test_weights_that_are_not_all_there_are_an_error(tokenizer, tmp_path):
         build_lm(FromWeights(str(tmp_path)), tokenizer, seed=0)
 
 
-def test_weights_that_are_not_there_are_errors_at_once(tokenizer, tmp_path, monkeypatch):
+def test_missing_models_are_errors_at_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "runs" / "half" / "checkpoints" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
     (checkpoint / COMPLETE).write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     for path, message in (
-        ("runs/half", "no config.json.*an unfinished run; its newest checkpoint is checkpoints/checkpoint-20"),
-        ("runs/helf", "model runs/helf: no such folder, and it is not to be had from the Hub"),
-        ("./runs/helf", "no such folder, and not a name on the Hub"),
+        ("runs/half", "no config.json.*the run is not finished; its newest checkpoint is checkpoints/checkpoint-20"),
+        ("runs/helf", "model runs/helf: not a local folder, and it could not be downloaded from the Hub"),
+        ("./runs/helf", "not a local folder, and not a name on the Hub"),
         (str(tmp_path), "Unrecognized model"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -181,19 +181,20 @@ SHAPED = {
 
 
 @pytest.mark.parametrize("family", SHAPED)
-def test_models_that_scale_or_cap_their_logits_are_trained_and_read_as_they_are(tokenizer, family):
+def test_models_that_scale_or_cap_their_logits(tokenizer, family):
     lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": family, **SHAPED[family]}), tokenizer, seed=0)
     assert (
         logit_shape(lm)
         == {"gemma2": LogitShape(1, 3.0), "cohere": LogitShape(0.25), "granite": LogitShape(1 / 8)}[family]
     )
-    with torch.no_grad():  # so that the cap is felt
+    with torch.no_grad():  # large logits, so that the cap matters
         lm.get_output_embeddings().weight *= 100
     ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     scores = torch.where(torch.arange(8) % 3 == 0, 1.0, 0.0).repeat(2, 1)
     logits = lm(input_ids=ids[:, :-1]).logits
     logp, log1mp = log_probabilities(logits, ids[:, 1:])
-    objective, mask = Unlikelihood(0.0), torch.ones(2, 8, dtype=torch.bool)
+    objective = Unlikelihood(0.0)
+    mask = torch.ones(2, 8, dtype=torch.bool)
     plain = objective.loss(LossInputs(logp, log1mp, scores, mask)).loss_sum / 16
     ours = PHFModel(lm, objective)(ids[:, :-1], ids[:, 1:], scores, mask)["loss"]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
@@ -210,7 +211,7 @@ def test_the_logits_of_half_precision_weights_are_known_too(tokenizer, family):
     lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": family, **SHAPED[family]}), tokenizer, seed=0)
     assert logit_shape(lm.to(torch.bfloat16)) == logit_shape(lm.float())
     with torch.no_grad():
-        lm.get_output_embeddings().weight.zero_()  # says nothing of a factor
+        lm.get_output_embeddings().weight.zero_()  # these logits do not show a factor
     assert (
         logit_shape(lm)
         == {"gemma2": LogitShape(1, 3.0), "cohere": LogitShape(0.25), "granite": LogitShape(1 / 8)}[family]
@@ -234,8 +235,8 @@ def test_a_model_that_calls_parts_of_its_trunk(tokenizer):
     assert logit_shape(lm) == LogitShape()
 
 
-def test_what_a_model_does_to_its_logits_and_its_config_does_not_say_is_refused(tokenizer):
-    """Also where the logits of a new model are too small for it to matter yet."""
+def test_a_model_whose_config_does_not_describe_its_logits_is_refused(tokenizer):
+    """Even where the logits of a new model are too small to matter yet."""
     lm = build_lm(FromConfig({**TINY_LLAMA, "model_type": "gemma2", **SHAPED["gemma2"]}), tokenizer, seed=0)
     assert lm(input_ids=torch.arange(9).unsqueeze(0)).logits.abs().max() < 0.5
     forward = lm.forward
@@ -253,7 +254,7 @@ def test_what_a_model_does_to_its_logits_and_its_config_does_not_say_is_refused(
 
 def test_a_model_of_another_tokenizer_is_refused(tokenizer, tmp_path):
     build_lm(FromConfig(TINY_LLAMA), train_bpe(["a"], 257), seed=0).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="257 embeddings but the token store's tokenizer 300"):
+    with pytest.raises(ConfigError, match="has 257 embeddings, but the tokenizer of the token store has 300 entries"):
         build_lm(FromWeights(str(tmp_path)), tokenizer, seed=0)
 
 
@@ -313,7 +314,8 @@ def test_gpt2s_transposed_layers_are_swapped_and_saved_as_they_were(tokenizer, t
 
     lm = build_lm(FromConfig(GPT2), tokenizer, seed=0)
     ids = torch.arange(20).unsqueeze(0)
-    before, state = lm(input_ids=ids).logits, {k: v.clone() for k, v in lm.state_dict().items()}
+    before = lm(input_ids=ids).logits
+    state = {k: v.clone() for k, v in lm.state_dict().items()}
     assert swap_conv1d(lm) == 8  # four in each of two blocks
     torch.testing.assert_close(lm(input_ids=ids).logits, before)
     save_lm(lm, tmp_path)
@@ -328,7 +330,8 @@ def test_gpt2s_transposed_layers_are_swapped_and_saved_as_they_were(tokenizer, t
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_activation_checkpointing_and_autocast_change_only_what_they_should(tokenizer, family):
     ids = torch.arange(18).reshape(2, 9)
-    scores, mask = torch.rand(2, 9).round(), torch.ones(2, 9, dtype=torch.bool)
+    scores = torch.rand(2, 9).round()
+    mask = torch.ones(2, 9, dtype=torch.bool)
     grads = []
     for checkpointing, autocast in ((False, None), (True, None), (True, torch.bfloat16)):
         lm = build_lm(FromConfig(FAMILIES[family]), tokenizer, seed=0)
@@ -345,7 +348,8 @@ def test_activation_checkpointing_and_autocast_change_only_what_they_should(toke
 def test_autocast_around_the_wrapper_is_autocast_in_it(tokenizer):
     """As a Trainer's bf16 or a loop of somebody's own asks for it."""
     scores = torch.tensor([0.0, 1.0, 1.0] * 6).reshape(2, 9)
-    ids, mask = torch.arange(18).reshape(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    ids = torch.arange(18).reshape(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
     losses = []
     for inner, outer in ((torch.bfloat16, False), (None, True), (None, False)):
         wrapper = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), Unlikelihood(0.0), autocast=inner)
@@ -354,8 +358,8 @@ def test_autocast_around_the_wrapper_is_autocast_in_it(tokenizer):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
-    """Going on from a model with control tokens, on a token store whose tokenizer does not have them."""
+def test_trained_control_tokens_keep_their_embeddings(tokens_dir, tmp_path):
+    """Continuing from a model with control tokens, on a token store whose tokenizer does not have them."""
     from phf.generation.loaded import load_model
     from phf.objectives import Conditional
     from phf.release import export
@@ -364,7 +368,13 @@ def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
     from phf.training.train import TrainConfig, train
 
     settings = TrainConfig(tokens=20 * 512, context=32, batch_rows=16, lr=1e-2, precision="fp32")
-    train(tokens_dir, tmp_path / "first", FromConfig(TINY_LLAMA), Conditional(), settings)
+    train(
+        tokens_dir=tokens_dir,
+        out=tmp_path / "first",
+        model=FromConfig(TINY_LLAMA),
+        objective=Conditional(),
+        config=settings,
+    )
     first = load_model(tmp_path / "first")
     assert trained_control_tokens(tmp_path / "first") == {
         "<|good|>": first.control_ids["good"],
@@ -374,10 +384,16 @@ def test_weights_that_know_control_tokens_keep_them(tokens_dir, tmp_path):
     shutil.copytree(tmp_path / "first" / "model", tmp_path / "copied")
     for start in ("first", "release", "copied"):
         still = TrainConfig(tokens=512, context=32, batch_rows=16, lr=1e-30, precision="fp32", weight_decay=0)
-        train(tokens_dir, tmp_path / f"from-{start}", FromWeights(str(tmp_path / start)), Conditional(), still)
+        train(
+            tokens_dir=tokens_dir,
+            out=tmp_path / f"from-{start}",
+            model=FromWeights(str(tmp_path / start)),
+            objective=Conditional(),
+            config=still,
+        )
         then = load_model(tmp_path / f"from-{start}")
         rows = sorted(first.control_ids.values())
         before, after = (m.lm.get_input_embeddings().weight[rows] for m in (first, then))
         torch.testing.assert_close(after, before)
-        manifest = store.read_manifest(tmp_path / f"from-{start}", "train")
-        assert manifest["counts"]["tokens_before"] == 20 * 512
+        manifest = store.read_manifest(tmp_path / f"from-{start}", TrainManifest)
+        assert manifest.counts.tokens_before == 20 * 512
