@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine, the result file."""
+"""Shared by the benchmarks: interleaved timing, the machine, the result file."""
 
 from __future__ import annotations
 
@@ -27,16 +27,10 @@ def arguments(about: str, **more: Any) -> argparse.Namespace:
 def machine() -> dict[str, Any]:
     import torch
 
-    model = (
-        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-        if Path("/proc/cpuinfo").exists()
-        else ""
-    )
-    flags = (
-        next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
-        if Path("/proc/cpuinfo").exists()
-        else ""
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line for line in lines if line.startswith("flags")), "")
     return {
         "processor": model or platform.processor(),
         "bf16": [f for f in ("amx_bf16", "avx512_bf16") if f in flags],
@@ -49,7 +43,8 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function, in turn, so that a machine whose speed drifts treats them alike."""
+    """Seconds of each function. The functions run in turn, so that a drift of the machine's speed affects all of
+    them."""
     for _ in range(warmup):
         for run in runs.values():
             run()
@@ -66,7 +61,8 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int
 def case(
     name: str, ours: list[float], baseline: list[float], unit: str = "s", lower_is_better: bool = True, **more: Any
 ) -> dict[str, Any]:
-    a, b = statistics.median(ours), statistics.median(baseline)
+    a = statistics.median(ours)
+    b = statistics.median(baseline)
     return {
         "case": name,
         "ours": a,

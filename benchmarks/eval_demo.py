@@ -1,8 +1,9 @@
 """Wall time of a whole evaluation of one of the demo's models, by part.
 
-    phf run demo && python benchmarks/eval_demo.py --run runs/demo/conditional-s0 --reference runs/demo/mle-s0 --out benchmarks/results/eval_demo.json
+    phf run demo
+    python benchmarks/eval_demo.py --run runs/demo/conditional-s0 --reference runs/demo/mle-s0 --out FILE
 
-`ours` is the seconds of a part. `baseline` is the whole evaluation, so `ratio` says how often the part fits into it.
+`ours` is the time of a part in seconds. `baseline` is the time of the whole evaluation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, write
 from phf.core import store
+from phf.core.runs import TrainManifest
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.evaluate import evaluate_run
 from phf.evaluation.kl import KL, LocalModel
@@ -24,7 +26,7 @@ from phf.generation.scenario import Scenario
 
 def main() -> None:
     args = arguments(__doc__ or "", run="runs/demo/conditional-s0", reference="runs/demo/mle-s0", lambada="")
-    tokens = store.read_manifest(args.run, "train")["tokens_dir"]
+    tokens = store.read_manifest(args.run, TrainManifest).tokens_dir
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         shutil.copytree(args.run, run, ignore=shutil.ignore_patterns("checkpoints", "eval*", "samples"))
@@ -35,7 +37,7 @@ def main() -> None:
         result = evaluate_run(
             run, scenarios, tokens_dir=Path(tokens).resolve(), kl_from=config, capabilities=capabilities
         )
-    seconds = result["seconds"]
+    seconds = result.seconds
     total = sum(seconds.values())
     cases = [
         {"case": part, "ours": s, "baseline": total, "unit": "s", "ratio": total / s, "n": 1}

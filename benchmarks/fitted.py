@@ -1,10 +1,10 @@
-"""The fitted scorer: characters a second on one core against scikit-learn's own pipeline, and what it is worth.
+"""The fitted scorer: characters per second on one core, and AUC, against scikit-learn's own pipeline.
 
-    python benchmarks/fitted.py --out benchmarks/results/fitted.json --labels comments.csv:comment:toxic --test tweets.csv:tweet:class:0,1
+    python benchmarks/fitted.py --labels comments.csv:comment:toxic --test tweets.csv:tweet:class:0,1 --out FILE
 
-Baseline: HashingVectorizer (words and pairs, strings of 3 to 5 characters) with LogisticRegression, the usual way to do
-this with scikit-learn. AUC is on a fifth of the texts that neither saw and on the other source. Without `--labels` the
-task is made up (README lines with and without a link), which measures speed only.
+Baseline: HashingVectorizer (words and pairs, strings of 3 to 5 characters) with LogisticRegression. AUC is measured
+on a fifth of the texts, which neither side saw, and on the other source. Without `--labels` the task is made up:
+README lines with and without a link. It measures speed only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from _measure import arguments, case, interleaved, write
 from phf.core.types import Document
-from phf.data.readers import InstalledPackages
+from phf.data.installed import InstalledPackages
 from phf.scorers.fitted import load_fitted
-from phf.scorers.fitting import Labels, _hash_unit, fit_scorer, read_labels
+from phf.scorers.fitting import Labels, fit_scorer, held_out, read_labels
 
 
 def labels_from(spec: str) -> Labels:
@@ -38,7 +38,8 @@ def labels_from(spec: str) -> Labels:
 
 
 def made_up() -> Labels:
-    source, lines = InstalledPackages(), []
+    source = InstalledPackages()
+    lines = []
     for shard in source.plan():
         for item in source.read(shard):
             if isinstance(item, Document):
@@ -51,7 +52,7 @@ def main() -> None:
     args = arguments(__doc__ or "", labels="", test="")
     labels = labels_from(args.labels) if args.labels else made_up()
     tests = [labels_from(args.test)] if args.test else []
-    held = np.array([_hash_unit(t, b"phf fit heldout") < 0.2 for t in labels.texts])
+    held = held_out(labels, 0.2)
     train = [t for t, h in zip(labels.texts, held, strict=True) if not h]
     union = make_union(
         HashingVectorizer(ngram_range=(1, 2), n_features=2**20, norm="l2"),
@@ -68,17 +69,15 @@ def main() -> None:
     )
     rates = {name: [chars / s for s in seconds] for name, seconds in times.items()}
     held_texts = [t for t, h in zip(labels.texts, held, strict=True) if h]
-    worth = {"held out": {"ours": card["metrics"]["held out"]["auc"], "baseline": float(roc_auc_score(labels.bad_N[held], baseline.predict_proba(held_texts)[:, 1]))}}  # fmt: skip
-    for test in tests:
-        worth[test.source] = {
-            "ours": card["metrics"][test.source]["auc"],
-            "baseline": float(roc_auc_score(test.bad_N, baseline.predict_proba(list(test.texts))[:, 1])),
-        }
-    speed = case("score, one core", rates["ours"], rates["scikit-learn"], "characters/s", lower_is_better=False, texts=len(texts), source=labels.source)  # fmt: skip
-    cases = [speed] + [
-        {"case": f"AUC, {name}", **auc, "unit": "AUC", "ratio": auc["ours"] / auc["baseline"], "n": 1}
-        for name, auc in worth.items()
-    ]
+    more = {"texts": len(texts), "source": labels.source}
+    cases = [case("score, one core", rates["ours"], rates["scikit-learn"], "characters/s", False, **more)]
+    sets = {"held out": (held_texts, labels.bad_N[held])} | {t.source: (list(t.texts), t.bad_N) for t in tests}
+    for name, (texts_of, bad_N) in sets.items():
+        auc = card.metrics[name].auc
+        theirs = float(roc_auc_score(bad_N, baseline.predict_proba(texts_of)[:, 1]))
+        cases.append(
+            {"case": f"AUC, {name}", "ours": auc, "baseline": theirs, "unit": "AUC", "ratio": auc / theirs, "n": 1}
+        )
     write(args.out, "fitted", cases)
 
 

@@ -1,11 +1,11 @@
-"""One training step on a GPU: every objective against plain transformers, and the share of the hardware's speed.
+"""One training step on a GPU: every objective against plain transformers, and hardware utilisation.
 
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step.json
 
-GPT-2 small at context 1,024, bf16, compiled, fused AdamW, the same on both sides. Baseline: transformers' own loss of
-`labels`. `mfu`: PaLM's operations for a token (`flops_per_token`) over the peak of the GPU's data sheet, as metrics.jsonl
-counts. Each time is that of `steps` steps, read once they are done; sides and objectives take turns. (`--device cpu`
-shows that it runs.)
+Both sides are GPT-2 small at context 1,024 in bf16, compiled, with fused AdamW. The baseline is transformers' own loss
+from `labels`. `mfu`: PaLM's operations per token (`flops_per_token`) over the peak of the GPU's data sheet, as in
+metrics.jsonl. A time is that of `steps` steps, read when they are done. Sides and objectives take turns. `--device cpu`
+checks the script itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Steps:
     """`count` steps of a side."""
 
     def __init__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], count: int, plain: bool) -> None:
-        self.model, self.batch, self.count, self.plain = model.train(), batch, count, plain
+        self.model = model.train()
+        self.batch = batch
+        self.count = count
+        self.plain = plain
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
 
     def loss(self) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
     python benchmarks/loss_memory.py --out benchmarks/results/loss_memory.json
 
-Each case is a process of its own; the figure is its peak resident memory (Linux's VmHWM) beyond its inputs and the
-gradients that it returns.
+Each case is a process of its own. Its figure is the peak resident memory (Linux's VmHWM) beyond inputs and gradients.
 """
 
 from __future__ import annotations
@@ -25,12 +24,13 @@ def memory(kind):
 way, targets, vocab = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
 hidden, weight = torch.randn(targets, 256, requires_grad=True), torch.randn(vocab, 256, requires_grad=True)
-target, score, mask = torch.randint(0, vocab, (targets,)), (torch.rand(targets) < 0.1).float(), torch.ones(targets, dtype=torch.bool)
+target, score = torch.randint(0, vocab, (targets,)), (torch.rand(targets) < 0.1).float()
+mask = torch.ones(targets, dtype=torch.bool)
 torch.randn(64, 64) @ torch.randn(64, 64)
-room = torch.ones_like(hidden), torch.ones_like(weight)  # of the gradients
+room = torch.ones_like(hidden), torch.ones_like(weight)  # memory of the gradients
 before = memory("VmRSS")
 del room
-open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 loss = fused_loss if way == "ours" else unfused_loss
 loss(hidden, weight, None, target, score, mask, None, Unlikelihood(0.0)).loss_sum.backward()
 print(memory("VmHWM") - before)

@@ -2,9 +2,9 @@
 
     python benchmarks/pii_recall.py --data synth_dataset_v2.json --out benchmarks/results/pii_recall.json
 
-`--data`: JSON with rows of `full_text` and `spans` (`entity_type`, `start_position`, `end_position`), as the data set of
-microsoft/presidio-research has them (MIT): made-up sentences. An entity is found if any character of it is.
-`ours` is the paper's set, `baseline` scrubadub's default set; Presidio's patterns and what a hit is worth stand beside.
+`--data`: JSON with rows of `full_text` and `spans` (`entity_type`, `start_position`, `end_position`), such as the
+made-up sentences of microsoft/presidio-research (MIT). An entity counts as found if one of its characters is. `ours` is
+the paper's set of detectors, `baseline` scrubadub's default set, `presidio` Presidio's patterns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,12 +22,16 @@ from phf.scorers import PII, Presidio
 from phf.scorers.pii import recall_by_kind
 
 
+def span_of(row: dict[str, Any]) -> Span:
+    return Span(row["start_position"], row["end_position"], row["entity_type"])
+
+
 def main() -> None:
     args = arguments(__doc__ or "", data="", sentences=1500)
     if not args.data:
         sys.exit("--data: the labelled sentences are not part of phf; see the first lines of this file")
     data = json.loads(Path(args.data).read_text())[: args.sentences]
-    rows = [(r["full_text"], [Span(s["start_position"], s["end_position"], s["entity_type"]) for s in r["spans"]]) for r in data]  # fmt: skip
+    rows = [(row["full_text"], [span_of(s) for s in row["spans"]]) for row in data]
     scorers = {"paper": PII(detectors="paper"), "default": PII(), "presidio": Presidio()}
     recall = {name: recall_by_kind(scorer, rows) for name, scorer in scorers.items()}
     clean = [text for text, spans in rows if not spans]
@@ -34,16 +39,18 @@ def main() -> None:
     cases = [
         {
             "case": kind,
-            "ours": found["recall"],
-            "baseline": recall["default"][kind]["recall"],
-            "presidio": recall["presidio"][kind]["recall"],
+            "ours": found.recall,
+            "baseline": recall["default"][kind].recall,
+            "presidio": recall["presidio"][kind].recall,
             "unit": "recall",
-            "ratio": found["recall"] / recall["default"][kind]["recall"] if recall["default"][kind]["recall"] else None,
-            "n": found["n"],
+            "ratio": found.recall / recall["default"][kind].recall if recall["default"][kind].recall else None,
+            "n": found.n,
         }
         for kind, found in recall["paper"].items()
     ]
-    cases.append({"case": "sentences without an entity in which something was found", "ours": alarms["paper"], "baseline": alarms["default"], "presidio": alarms["presidio"], "unit": "sentences", "ratio": None, "n": len(clean)})  # fmt: skip
+    false_alarms = {"case": "sentences without an entity in which something was found", "unit": "sentences"}
+    false_alarms |= {"ours": alarms["paper"], "baseline": alarms["default"], "presidio": alarms["presidio"]}
+    cases.append(false_alarms | {"ratio": None, "n": len(clean)})
     write(args.out, "pii_recall", cases)
 
 

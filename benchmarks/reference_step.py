@@ -1,6 +1,8 @@
-"""The baseline of train_step.py, frozen: one training step as the reference implementation takes it, re-created from
-its description with current libraries. Eager attention, float32, unfused AdamW, dropout 0.1, full logits, and the
-model's own cross-entropy computed as well as the objective's."""
+"""The baseline of train_step.py, frozen: a training step like the reference implementation's, with current libraries.
+
+Eager attention, float32, unfused AdamW, dropout 0.1, full logits, and the model's own cross-entropy next to the
+objective's loss.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import torch.nn.functional as F
 def losses(
     objective: str, logits: torch.Tensor, values: torch.Tensor | None, target: torch.Tensor, score: torch.Tensor
 ) -> torch.Tensor:
-    flat, labels, s = logits.reshape(-1, logits.shape[-1]), target.reshape(-1), score.reshape(-1)
+    flat = logits.reshape(-1, logits.shape[-1])
+    labels = target.reshape(-1)
+    s = score.reshape(-1)
     if objective == "mle":
         return F.cross_entropy(flat, labels)
     nll = F.cross_entropy(flat, labels, reduction="none")
@@ -52,7 +56,9 @@ class ReferenceStep:
         self.optimizer = torch.optim.AdamW(
             parameters, lr=5e-4, weight_decay=0.1, fused=fused, foreach=False if not fused else None
         )
-        self.objective, self.precision, self.only_own_loss = objective, precision, only_own_loss
+        self.objective = objective
+        self.precision = precision
+        self.only_own_loss = only_own_loss
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
@@ -65,7 +71,7 @@ class ReferenceStep:
             values = (
                 None if self.value_head is None else -torch.sigmoid(self.value_head(out.hidden_states[-1]).squeeze(-1))
             )
-        if self.only_own_loss:  # as plain transformers is trained
+        if self.only_own_loss:  # like plain transformers
             loss = out.loss
         else:
             loss = losses(self.objective, out.logits.float(), values, batch["targets"], batch["scores"])

@@ -1,7 +1,8 @@
-"""Time to the first batch after skipping ahead, and to the first step of a run that is resumed: ours by index, against drawing
-and throwing away the rows before it.
+"""Time to the first batch after skipping ahead, and to the first step of a resumed run.
 
-python benchmarks/resume.py --out benchmarks/results/resume.json
+    python benchmarks/resume.py --out benchmarks/results/resume.json
+
+Ours reads by index. The baseline draws the rows before the position and discards them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, case, interleaved, write
 from phf.core import store
-from phf.core.runs import COMPLETE
+from phf.core.runs import COMPLETE, RunFolder, complete_checkpoints
 from phf.core.types import Edit
 from phf.data.readers import Folder
 from phf.data.segment import Lines
@@ -27,12 +28,15 @@ from phf.objectives import MLE
 from phf.scorers import Regex
 from phf.scoring.score import score_corpus
 from phf.tokens.rows import Order, Rows
-from phf.tokens.store import TokenStore, tokenize_corpus
+from phf.tokens.store import StoredScores, TokenCounts, TokensManifest, TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
+from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig
-from phf.training.train import TrainConfig, train
+from phf.training.train import train
 
-CONTEXT, BATCH, REPLAYED = 256, 16, 2000
+CONTEXT = 256
+BATCH = 16
+REPLAYED = 2000
 
 
 def synthetic(folder: Path, documents: int) -> TokenStore:
@@ -45,26 +49,30 @@ def synthetic(folder: Path, documents: int) -> TokenStore:
     np.full(segments, 100, np.uint32).tofile(folder / "seg_bytes.bin")
     np.zeros(documents, np.uint8).tofile(folder / "heldout.bin")
     rng.random(segments, dtype=np.float32).tofile(folder / "given.score.bin")
-    store.write_json(
-        folder / store.MANIFEST,
-        {
-            "stage": "tokenize",
-            "identity": {"name": "given"},
-            "dtype": "uint16",
-            "end_of_text_id": 0,
-            "content": "x",
-            "main": "given",
-            "scores": {"given": {}},
-            "counts": {"train_documents": documents},
-        },
+    identity = {"name": "given"}
+    manifest = TokensManifest(
+        key="x",
+        identity=identity,
+        dtype="uint16",
+        end_of_text_id=0,
+        content="x",
+        main="given",
+        scores={"given": StoredScores("x", identity, None, unjudged=0)},
+        counts=TokenCounts(train_documents=documents),
     )
+    store.finish(folder, manifest)
     return TokenStore.open(folder)
 
 
 DEMO = {
-    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "intermediate_size": 344, "max_position_embeddings": CONTEXT,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 344,
+    "max_position_embeddings": CONTEXT,
+}
 
 
 def stopped_run(folder: Path) -> Path:
@@ -78,15 +86,15 @@ def stopped_run(folder: Path) -> Path:
 def step_on(run: Path, tokens: Path, step: int) -> None:
     """Build, resume from the newest checkpoint, train to `step` and save."""
     settings = TrainConfig(tokens=70_000 * BATCH * CONTEXT, context=CONTEXT, batch_rows=BATCH, compile=False)
-    train(tokens, run, FromConfig(DEMO), MLE(), settings, stop_after=step)
+    train(tokens_dir=tokens, out=run, model=FromConfig(DEMO), objective=MLE(), config=settings, stop_after=step)
 
 
 def at_step(run: Path, step: int, out: Path) -> Path:
-    """A copy of a stopped run that says it has done `step` steps."""
+    """A copy of a stopped run that claims to have done `step` steps."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run, out)
-    (checkpoint,) = (out / "checkpoints").glob("checkpoint-*")
-    checkpoint = checkpoint.rename(checkpoint.with_name(f"checkpoint-{step}"))
+    (checkpoint,) = complete_checkpoints(RunFolder(out).checkpoints)
+    checkpoint = checkpoint.rename(RunFolder(out).checkpoint(step))
     for name, key in ((COMPLETE, "step"), ("trainer_state.json", "global_step")):
         store.write_json(checkpoint / name, store.read_json(checkpoint / name) | {key: step})
     return out
@@ -122,9 +130,11 @@ def main() -> None:
                     extrapolated=scale > 1,
                 )
             )
-        run, baseline = stopped_run(Path(name)), {c["case"]: c["baseline"] for c in cases}
+        run = stopped_run(Path(name))
+        baseline = {c["case"]: c["baseline"] for c in cases}
         for skip in (1, 1000, 1_000_000):
-            step, seconds = max(skip // BATCH, 1), []
+            step = max(skip // BATCH, 1)
+            seconds = []
             for _ in range(args.repeats):
                 copy = at_step(run, step, Path(name) / "copy")
                 start = time.perf_counter()

@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py --out benchmarks/results/sampling.json
 
-As each is used by default (ours rounds its weights to bfloat16 where the processor is quick at it, `generate` takes the
-model as it is loaded, in float32), and both in either number type. That the words have the same distribution is tested in
-tests/test_decoding.py and tests/test_sample.py.
+Cases: each side with its defaults, and both in the same number type. By default ours rounds its weights to bfloat16
+where the processor is fast at it, and `generate` uses float32. tests/generation checks that both sides sample from
+the same distribution.
 """
 
 from __future__ import annotations
@@ -33,8 +33,18 @@ def main() -> None:
         + Path(torch.__file__).with_name("functional.py").read_text()
     )
     tokenizer = train_bpe([text], args.vocab)
-    config = AutoConfig.for_model("llama", vocab_size=args.vocab, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                                  intermediate_size=344, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.06)  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=args.vocab,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=344,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+    )
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config).eval()
     model = LoadedModel(lm, tokenizer, {}, "benchmark")
@@ -50,8 +60,17 @@ def main() -> None:
 
         def generate(lm: Any, prompt: torch.Tensor = prompt) -> None:
             with torch.inference_mode():
-                lm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.7, top_p=0.9, top_k=0, max_new_tokens=args.tokens,
-                            min_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
+                lm.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=0.7,
+                    top_p=0.9,
+                    top_k=0,
+                    max_new_tokens=args.tokens,
+                    min_new_tokens=args.tokens,
+                    pad_token_id=tokenizer.eos_token_id,
+                )
 
         runs = {
             "ours": lambda: sample(model, ours["auto"], progress=False),  # noqa: B023

@@ -1,8 +1,8 @@
-"""PEP8 scoring: ours against a `pycodestyle.Checker` for each document, as the reference implementation does it.
+"""PEP8 scoring: ours against a `pycodestyle.Checker` per document, as in the reference implementation.
 
     python benchmarks/score_pep8.py --out benchmarks/results/score_pep8.json --files 300
 
-Counts are compared on every file of the standard library (`differing` of `compared` are not equal) and timed on some.
+Counts are compared on every file of the standard library: `differing` of `compared` files differ. Some are timed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CountLines(pycodestyle.BaseReport):
 
 
 def or_none(score, text: str) -> list[float] | None:
-    """Scores, or None where pycodestyle itself fails on the text."""
+    """Scores, or None if pycodestyle itself fails on the text."""
     try:
         return score(text)
     except (IndexError, RecursionError, UnicodeError):
@@ -44,7 +44,7 @@ def or_none(score, text: str) -> list[float] | None:
 
 
 def reference(text: str) -> list[float]:
-    """A style guide, a report and a checker for each document; violations of each line per character."""
+    """Violations per character of each line, with a style guide, a report and a checker per document."""
     style = pycodestyle.StyleGuide(parse_argv=False, config_file=False, quiet=2, reporter=CountLines)
     lines = text.splitlines(keepends=True)
     report = style.init_report(CountLines)
@@ -67,14 +67,15 @@ def all_of(score, texts: list[str]) -> None:
 def main() -> None:
     args = arguments(__doc__ or "", files=300)
     paths = sorted(p for p in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py") if "site-packages" not in p.parts)
-    # files in which only "\n" ends a line and that are UTF-8: where the two ways see the same lines
+    # UTF-8 files in which only "\n" ends a line: both sides then see the same lines
     texts = []
     for path in paths:
         text = path.read_bytes().decode("utf-8", "replace")
         if text and len(text.splitlines()) == text.count("\n") + (not text.endswith("\n")) and "\r" not in text:
             texts.append(text)
     differing = sum(or_none(ours, t) != or_none(reference, t) for t in texts)
-    compared, texts = len(texts), texts[:: max(len(texts) // args.files, 1)]
+    compared = len(texts)
+    texts = texts[:: max(len(texts) // args.files, 1)]
     chars = sum(map(len, texts))
     times = interleaved(
         {"ours": partial(all_of, ours, texts), "reference": partial(all_of, reference, texts)}, args.repeats, 0
@@ -83,7 +84,7 @@ def main() -> None:
     cases = [case("standard library, 1 process", times["ours"], times["reference"], **more)]
     parts = [texts[n::16] for n in range(16)]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(all_of, ours), [t[:2] for t in parts]))  # both workers are up
+        list(pool.map(partial(all_of, ours), [t[:2] for t in parts]))  # starts both workers
         both = interleaved(
             {
                 "ours": lambda: list(pool.map(partial(all_of, ours), parts)),

@@ -1,9 +1,9 @@
-"""PII scoring with the paper's set: ours against scrubadub with the same detectors.
+"""PII scoring with the paper's set of detectors: ours against scrubadub with the same ones.
 
     python benchmarks/score_pii.py --out benchmarks/results/score_pii.json
 
-The baseline runs scrubadub's own detectors for dates of birth and Skype names and the paper's for addresses, on every
-text. Both ways must find the same entities: `differing` counts the texts on which they do not.
+The baseline runs scrubadub's detectors of dates of birth and Skype names and the paper's detector of addresses on every
+text. Both sides must find the same entities: `differing` counts the texts on which they do not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from scrubadub.detectors.skype import SkypeDetector
 
 from _measure import arguments, case, interleaved, write
 from phf.core.types import Document
-from phf.data.readers import InstalledPackages
+from phf.data.installed import InstalledPackages
 from phf.data.segment import Sentences
 from phf.scorers import PII
 
 
 class PlainAddresses(Detector):
-    """As the paper's code has it: every address that pyap sees, found again in the text."""
+    """As in the paper's code: every address that pyap finds, searched again in the text."""
 
     name = "address"
     filth_cls = scrubadub.filth.AddressFilth
@@ -41,14 +41,20 @@ class PlainAddresses(Detector):
             pattern = re.escape(address.full_address).replace(",\\ ", "\\s*([\\n,]\\s*)+").replace(r"\ ", r"\s+")
             for match in re.finditer(r"\b" + pattern + r"\b", text, re.MULTILINE | re.UNICODE):
                 yield self.filth_cls(
-                    beg=match.start(), end=match.end(), text=match.group(), detector_name=self.name,
-                    document_name=document_name, locale=self.locale,
-                )  # fmt: skip
+                    beg=match.start(),
+                    end=match.end(),
+                    text=match.group(),
+                    detector_name=self.name,
+                    document_name=document_name,
+                    locale=self.locale,
+                )
 
 
 def main() -> None:
     args = arguments(__doc__ or "", sentences=3000)
-    source, cut, texts = InstalledPackages(), Sentences(), []
+    source = InstalledPackages()
+    cut = Sentences()
+    texts = []
     for shard in source.plan():
         for item in source.read(shard):
             if isinstance(item, Document) and len(item.text) < 30_000:
@@ -62,21 +68,20 @@ def main() -> None:
     def plain(text: str) -> list[tuple[int, int]]:
         return [(f.beg, f.end) for f in baseline.iter_filth(text)]
 
-    def quick(text: str) -> list[tuple[int, int]]:
+    def fast(text: str) -> list[tuple[int, int]]:
         return [(s.start, s.end) for s in ours.spans(text)]
 
-    differing = sum(plain(t) != quick(t) for t in texts)
+    differing = sum(plain(t) != fast(t) for t in texts)
     times = interleaved(
-        {"ours": lambda: [quick(t) for t in texts], "scrubadub": lambda: [plain(t) for t in texts]},
+        {"ours": lambda: [fast(t) for t in texts], "scrubadub": lambda: [plain(t) for t in texts]},
         args.repeats,
         warmup=0,
     )
     chars = sum(map(len, texts))
     middle = sorted(times["ours"])[len(times["ours"]) // 2]
-    found = case(
-        "paper's set, sentences of READMEs", times["ours"], times["scrubadub"], texts=len(texts), chars=chars,
-        chars_per_s=chars / middle, differing=differing, entities=sum(len(quick(t)) for t in texts),
-    )  # fmt: skip
+    more = {"texts": len(texts), "chars": chars, "chars_per_s": chars / middle, "differing": differing}
+    more["entities"] = sum(len(fast(t)) for t in texts)
+    found = case("paper's set, sentences of READMEs", times["ours"], times["scrubadub"], **more)
     write(args.out, "score_pii", [found])
 
 

@@ -1,9 +1,10 @@
-"""Scoring sentences with a RoBERTa-base classifier: ours against Detoxify's way (padded batches in order, float32).
+"""Scoring sentences with a RoBERTa-base classifier: ours against Detoxify's method (padded batches in order,
+float32).
 
     python benchmarks/score_toxicity.py --out benchmarks/results/score_toxicity.json
 
-The weights are random (speed does not depend on them) but spread, so that scores differ; the sentences are real: the
-README texts of the installed packages. `largest_difference` is between the scores of the two ways.
+The weights are random, because speed does not depend on them, and spread, so that scores differ. The sentences come
+from README texts of the installed packages. `largest_difference` is between the scores of the two sides.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from transformers import RobertaConfig, RobertaForSequenceClassification, Robert
 
 from _measure import arguments, case, interleaved, write
 from phf.core.types import Document
-from phf.data.readers import InstalledPackages
+from phf.data.installed import InstalledPackages
 from phf.data.segment import Sentences
 from phf.scorers import Toxicity
-from phf.scorers.toxicity import _load
+from phf.scorers.toxicity import load_classifier
 
 
 def sentences(count: int) -> list[str]:
-    source, cut, found = InstalledPackages(), Sentences(), []
+    source = InstalledPackages()
+    cut = Sentences()
+    found = []
     for shard in source.plan():
         for item in source.read(shard):
             if isinstance(item, Document) and len(item.text) < 20_000:
@@ -59,7 +62,7 @@ def main() -> None:
         texts = sentences(args.sentences)
         make_model(folder, texts)
         ours = Toxicity(model=str(folder), labels=("toxicity",), activation="sigmoid")
-        loaded = _load(ours)
+        loaded = load_classifier(ours)
         tokenizer = loaded.tokenizer.from_pretrained(folder)
         model = RobertaForSequenceClassification.from_pretrained(folder).eval()
 
@@ -78,11 +81,17 @@ def main() -> None:
         tokens = [len(ids) for ids in loaded.windows(texts)[0]]
     sorted_times = sorted(times["ours"])
     found = case(
-        "RoBERTa-base, sentences of READMEs", times["ours"], times["reference"], sentences=len(texts),
-        mean_tokens=float(np.mean(tokens)), longest=max(tokens), dtype=loaded.dtype,
+        "RoBERTa-base, sentences of READMEs",
+        times["ours"],
+        times["reference"],
+        sentences=len(texts),
+        mean_tokens=float(np.mean(tokens)),
+        longest=max(tokens),
+        dtype=loaded.dtype,
         sentences_per_s=len(texts) / sorted_times[len(sorted_times) // 2],
-        largest_difference=float(difference.max()), spread=float(np.std(reference())),
-    )  # fmt: skip
+        largest_difference=float(difference.max()),
+        spread=float(np.std(reference())),
+    )
     write(args.out, "score_toxicity", [found])
 
 

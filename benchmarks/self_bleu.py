@@ -1,9 +1,10 @@
-"""Self-BLEU-5: exact n-gram counting against nltk called for each text, as the reference implementation calls it.
+"""Self-BLEU-5: exact n-gram counting against nltk per text, as in the reference implementation.
 
     python benchmarks/self_bleu.py --out benchmarks/results/self_bleu.json
 
-Texts are pieces of the READMEs of the installed packages. nltk is timed on the first `--nltk` of the texts (each against
-200 references) and its time scaled to all of them, since a whole run takes minutes; `largest_difference` is between the values of these texts.
+Texts are pieces of the READMEs of the installed packages. nltk is timed on the first `--nltk` texts, each against 200
+references, and its time is scaled to all texts, because a whole run takes minutes. `largest_difference` is between the
+values of these texts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from _measure import arguments, case, write
 from phf.core.statistics import self_bleu_scores
 from phf.core.types import Document
-from phf.data.readers import InstalledPackages
+from phf.data.installed import InstalledPackages
 
 
 def main() -> None:
@@ -35,12 +36,13 @@ def main() -> None:
     while len(texts) < args.texts:  # a small environment: the same words in another order
         texts += [" ".join(reversed(t.split())) for t in texts[: args.texts - len(texts)]]
     tokens = [t.split() for t in texts]
-    ours, baseline = [], []
+    ours = []
+    baseline = []
     difference = 0.0
     method = SmoothingFunction().method1
     for _ in range(args.repeats):
         start = time.perf_counter()
-        quick = self_bleu_scores(texts, 5, args.references)
+        exact = self_bleu_scores(texts, 5, args.references)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         some = [
@@ -48,11 +50,9 @@ def main() -> None:
             for i in range(args.nltk)
         ]
         baseline.append((time.perf_counter() - start) * len(texts) / args.nltk)
-        difference = max(abs(a - b) for a, b in zip(quick, some, strict=False))
-    found = case(
-        f"{len(texts)} texts, {args.references} references", ours, baseline, texts=len(texts), scaled_from=args.nltk,
-        largest_difference=difference,
-    )  # fmt: skip
+        difference = max(abs(a - b) for a, b in zip(exact, some, strict=False))
+    more = {"texts": len(texts), "scaled_from": args.nltk, "largest_difference": difference}
+    found = case(f"{len(texts)} texts, {args.references} references", ours, baseline, **more)
     write(args.out, "self_bleu", [found])
 
 

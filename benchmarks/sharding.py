@@ -1,9 +1,9 @@
-"""Scoring in shards: what processes gain, what shards cost, what resuming costs.
+"""Scoring in shards: the gain of processes, the cost of shards, the cost of resuming.
 
     python benchmarks/sharding.py --out benchmarks/results/sharding.json
 
-Cases: 2 processes against 1 on the same shards; 1 process in shards against the bare scorer on the same texts in one
-loop (the overhead of reading, segmenting, Parquet and marks); a rerun with half of the shards done against a whole run.
+Cases: 2 processes against 1 on the same shards. 1 process in shards against the scorer in one loop over the same texts:
+the overhead of reading, segmenting, Parquet and marks. A rerun with half of the shards done against a whole run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, case, interleaved, write
 from phf.core.types import Document
-from phf.data.readers import Jsonl, StandardLibrary
+from phf.data.installed import StandardLibrary
+from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.scorers import PEP8
 from phf.scoring.score import score_corpus
@@ -26,7 +27,8 @@ from phf.scoring.score import score_corpus
 
 def main() -> None:
     args = arguments(__doc__ or "", files=16, documents=1500)
-    source, texts = StandardLibrary(), []
+    source = StandardLibrary()
+    texts = []
     for shard in source.plan():
         texts += [item.text for item in source.read(shard) if isinstance(item, Document) and len(item.text) < 200_000]
     texts = texts[: args.documents]
@@ -43,7 +45,8 @@ def main() -> None:
             score_corpus(corpus, Lines(), PEP8(), folder / "out", workers)
 
         def bare() -> None:
-            cut, scorer = Lines(), PEP8()
+            cut = Lines()
+            scorer = PEP8()
             for text in texts:
                 scorer.score_segments(cut.split(text))
 

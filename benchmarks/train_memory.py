@@ -1,9 +1,9 @@
-"""Peak memory of training, of a whole process: ours against the reference implementation's way.
+"""Peak memory of a whole training process: ours against the reference implementation.
 
     python benchmarks/train_memory.py --out benchmarks/results/train_memory.json --cases demo,mid,gpt2
 
-Each side takes three steps in a process of its own, at the shapes of train_step.py; the peak is the kernel's count of
-resident memory, libraries included (`imports`: what a process holds before it builds a model, on either side).
+Each side takes three steps in a process of its own, at the shapes of train_step.py. The peak is the kernel's count of
+resident memory with libraries. `imports` is the memory of a process of either side before it builds a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = 3
 
 
 def peak(name: str, objective: str, side: str) -> tuple[float, float]:
-    """MB of a process that takes the steps: after its imports, and at most."""
+    """Memory of a process that takes the steps, in MB: after its imports, and its peak."""
     done = subprocess.run(
         [sys.executable, __file__, "--side", f"{name},{objective},{side}"], check=True, capture_output=True, text=True
     )

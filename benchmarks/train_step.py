@@ -1,11 +1,10 @@
-"""One training step (forward, backward, AdamW): ours against the reference implementation's way of doing it.
+"""One training step (forward, backward, AdamW): ours against the reference implementation.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step.json --cases demo,gpt2 --repeats 3
 
-Baselines: `reference` (eager attention, float32, unfused AdamW, dropout 0.1, full logits, cross-entropy twice); the same
-without dropout; plain transformers with labels in bf16. Every side lives in a process of its own, as it would be run by
-itself (ours sets the allocator, the others leave it as it is), and they step in turn. Objectives are compared with our
-own MLE in one process.
+Baselines: `reference` (eager attention, float32, unfused AdamW, dropout 0.1, full logits, cross-entropy twice), the
+same without dropout, and plain transformers with labels in bf16. Each side has a process of its own, as in normal
+use; only ours tunes the allocator. The sides step in turn. Objectives are compared with our own MLE in one process.
 """
 
 from __future__ import annotations
@@ -71,11 +70,12 @@ class OurStep:
 
 
 def gemm_rate(size: int = 2048) -> float:
-    """bf16 (where we use it) matrix products, in TFLOP/s: the processor's limit, measured here and now."""
+    """The processor's rate of matrix products in TFLOP/s, measured now, in bf16 where we use it."""
     import time
 
     dtype = pick_precision("auto") or torch.float32
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a = torch.randn(size, size).to(dtype)
+    b = torch.randn(size, size).to(dtype)
     best = 0.0
     for _ in range(8):
         start = time.perf_counter()
@@ -92,7 +92,7 @@ def parameters(shape: dict) -> int:
 
 
 def random_batch(vocab: int, rows: int, context: int) -> dict[str, torch.Tensor]:
-    """Random words, a tenth of them with a score above 0."""
+    """Random tokens, a tenth of them with a score above 0."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (rows, context + 1), generator=g)
     scores = (torch.rand(rows, context, generator=g) < 0.1).float() * 0.05
@@ -101,7 +101,7 @@ def random_batch(vocab: int, rows: int, context: int) -> dict[str, torch.Tensor]
 
 
 def step_and_batch(name: str, objective: str, side: str) -> tuple[OurStep | ReferenceStep, dict[str, torch.Tensor]]:
-    """One side's step at a shape, as it would be run by itself, and a batch for it."""
+    """The step of a side at a shape, as in normal use, and a batch for it."""
     shape, rows, context, compiled = SHAPES[name]
     batch = random_batch(shape["vocab_size"], rows, context)
     if side == "ours":
@@ -114,7 +114,7 @@ def step_and_batch(name: str, objective: str, side: str) -> tuple[OurStep | Refe
 
 
 class Elsewhere:
-    """A side in a process of its own: each call has it take one step."""
+    """A side in a process of its own. Each call takes one step there."""
 
     def __init__(self, name: str, objective: str, side: str) -> None:
         command = [sys.executable, __file__, "--side", f"{name},{objective},{side}"]
@@ -135,7 +135,7 @@ class Elsewhere:
 
 
 def answer(name: str, objective: str, side: str) -> None:
-    """What such a process does."""
+    """The work of such a process."""
     step, batch = step_and_batch(name, objective, side)
     print("done", flush=True)
     for _ in sys.stdin:
@@ -144,8 +144,8 @@ def answer(name: str, objective: str, side: str) -> None:
 
 
 def against_mle(name: str, objectives: list[str], batch: dict[str, torch.Tensor], repeats: int) -> list[dict]:
-    """What an objective costs beside maximum likelihood: our own steps in turn, three times as often, for the difference
-    is small."""
+    """The cost of objectives relative to maximum likelihood: our own steps in turn, three times as often because the
+    difference is small."""
     shape, _, _, compiled = SHAPES[name]
     steps = {
         objective: OurStep(shape, OBJECTIVES[objective], compiled)

@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of phf's public names: python docs/make_api.py"""
+"""Write docs/api.md from the docstrings of phf's public names: python docs/make_api.py"""
 
 from __future__ import annotations
 
@@ -14,47 +14,59 @@ import phf
 
 HEAD = """# API
 
-The public names of phf, from their docstrings (`python docs/make_api.py` writes this page). Everything else is an ordinary module
-with a docstring at its top; `help(phf.NAME)` says the same.
+The public names of phf, from their docstrings. `python docs/make_api.py` writes this page. All other names are in
+ordinary modules with a docstring at the top. `help(phf.NAME)` shows the same text.
 """
 
 
 def signature(thing: object) -> str:
-    """The parameters by name, with defaults; types are in the source."""
+    """The parameters by name, with simple defaults. Types are in the source."""
     try:
         parameters = inspect.signature(thing).parameters.values()  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return ""
     shown = []
+    keywords_only = False
     for p in parameters:
-        plain = p.default is inspect.Parameter.empty or not isinstance(
-            p.default, int | float | str | bool | tuple | None
-        )
+        if p.kind == p.KEYWORD_ONLY and not keywords_only:
+            keywords_only = True
+            shown.append("*")
         star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        shown.append(
-            f"{star}{p.name}"
-            + ("" if plain and p.default is inspect.Parameter.empty else "=..." if plain else f"={p.default!r}")
-        )
+        keywords_only |= p.kind == p.VAR_POSITIONAL
+        if p.default is inspect.Parameter.empty:
+            default = ""
+        elif isinstance(p.default, int | float | str | bool | tuple | None):
+            default = f"={p.default!r}"
+        else:
+            default = "=..."
+        shown.append(f"{star}{p.name}{default}")
     return f"({', '.join(shown)})"
 
 
-def fields(thing: type) -> dict[str, str]:
-    """What is said behind each field of a class, its bases' first."""
+def field_docs(thing: type) -> dict[str, str]:
+    """The docstring after each field of a class and its bases, by field."""
     found: dict[str, str] = {}
     for cls in reversed([c for c in thing.__mro__ if c.__module__.startswith("phf")]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for field, behind in itertools.pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(behind, ast.Expr)
-                and isinstance(behind.value, ast.Constant)
-            ):
-                found[ast.unparse(field.target)] = " ".join(str(behind.value.value).split())
+        for field, after in itertools.pairwise(body):
+            is_docstring = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and is_docstring:
+                found[ast.unparse(field.target)] = " ".join(str(after.value.value).split())
     return found
 
 
-def as_text(doc: str) -> str:
-    return doc if "```" in doc else doc.replace("<", "&lt;").replace("|", "\\|")
+def as_markdown(doc: str) -> str:
+    """A docstring as Markdown: `<` and `|` outside code are text."""
+    if "```" in doc:
+        return doc
+    lines = []
+    for line in doc.split("\n"):
+        if line.startswith("    "):  # a code block
+            lines.append(line)
+            continue
+        parts = re.split(r"(`[^`]*`)", line)
+        lines.append("".join(p if p.startswith("`") else p.replace("<", r"\<").replace("|", r"\|") for p in parts))
+    return "\n".join(lines)
 
 
 def entry(name: str) -> str:
@@ -62,17 +74,28 @@ def entry(name: str) -> str:
     doc = inspect.getdoc(thing) or ""
     lines = [f"### {name}", "", f"`{name}{signature(thing)}`", ""]
     if not (dataclasses.is_dataclass(thing) and re.match(rf"{name}\(", doc)):
-        lines += [as_text(doc), ""]
-    if inspect.isclass(thing) and (said := fields(thing)):
-        lines += [*(f"- `{field}`: {as_text(text)}" for field, text in said.items()), ""]
+        lines += [as_markdown(doc), ""]
+    if inspect.isclass(thing) and (docs := field_docs(thing)):
+        lines += [*(f"- `{field}`: {as_markdown(text)}" for field, text in docs.items()), ""]
     return "\n".join(lines)
+
+
+def public_names() -> list[tuple[str, str]]:
+    """(module, name) in the order of `phf/__init__.pyi`."""
+    stub = ast.parse(Path(phf.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    return [
+        (f"phf.{node.module}", alias.name)
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
 
 
 def page() -> str:
     parts = [HEAD]
-    for module, names in phf._PUBLIC.items():
+    for module, names in itertools.groupby(public_names(), key=lambda pair: pair[0]):
         parts.append(f"## {module}\n")
-        parts += [entry(name) for name in names]
+        parts += [entry(name) for _, name in names]
     return "\n".join(parts).rstrip() + "\n"
 
 
