@@ -4,31 +4,35 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick pep8 grid finetuning test lint clean
+.PHONY: demo quick pep8 grid finetuning test lint golden-exact clean
 
-demo: $(READY)  ## The main job: PII in READMEs, four objectives, a page (about 12 minutes on 2 cores with the installation)
+demo: $(READY)  ## PII in READMEs, four objectives, a page (about 12 minutes on 2 cores, with the installation)
 	$(BIN)/phf run demo
 
-quick: $(READY)  ## The same with a tiny budget: every step, nothing to conclude
+quick: $(READY)  ## The demo with a tiny budget: checks every step, too small for conclusions
 	$(BIN)/phf run demo quick
 
-pep8: $(READY)  ## The second recipe: PEP8 on the Python standard library
+pep8: $(READY)  ## PEP8 on the Python standard library
 	$(BIN)/phf run pep8
 
-grid: $(READY)  ## The demo's comparison with six objectives and three seeds, in one page (about 40 minutes on 2 cores)
+grid: $(READY)  ## The demo with six objectives and three seeds (about 40 minutes on 2 cores)
 	$(BIN)/phf run grid
 
 finetuning: $(READY)  ## Feedback from the first token, or for the last half or tenth (about 13 minutes on 2 cores)
 	$(BIN)/phf run finetuning
 
-test: $(READY) lint  ## The test suite, on all cores
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+test: $(READY) lint  ## The test suite, on up to four cores, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-lint: $(READY)
+lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# torch first and by itself: pip then takes the CPU build where one is at hand instead of what others ask for.
+golden-exact: $(READY)  ## Train at another commit and here, compare bit for bit: make golden-exact REV=main
+	@test -n "$(REV)" || { echo "usage: make golden-exact REV=COMMIT"; exit 2; }
+	$(BIN)/python tests/golden/exact.py $(REV)
+
+# torch first and on its own: an index may offer a smaller build for this machine.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "phf needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
