@@ -278,33 +278,35 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
     return path, message if isinstance(given, Mapping) else f"{message}, got {_short(given)}"
 
 
-def problems(value: Any, type_: Any) -> list[tuple[list[str], str]]:
-    """What is wrong with plain YAML data as a `type_`: (path, message) of each problem."""
+Problem = tuple[list[str], str]
+"""Something that is wrong with settings: (path, message)."""
+
+
+def check(value: Any, type_: Any) -> tuple[Any, list[Problem]]:
+    """Plain YAML data as a `type_`, and what is wrong with it. With a problem the first is None."""
     try:
-        pydantic.TypeAdapter(type_).validate_python(value)
+        return pydantic.TypeAdapter(type_).validate_python(value), []
     except pydantic.ValidationError as error:
         errors = error.errors(include_url=False)
         inside = {tuple(e["loc"][:n]) for e in errors for n in range(len(e["loc"]))}
         # a list with a bad member counts as too short
         found = [_problem(e, type_) for e in errors if e["type"] != "too_short" or tuple(e["loc"]) not in inside]
-        return _alternatives(found)
-    return []
+        return None, _alternatives(found)
 
 
-def _alternatives(found: Sequence[tuple[list[str], str]]) -> list[tuple[list[str], str]]:
+def _alternatives(found: Sequence[Problem]) -> list[Problem]:
     """Problems of the members of a union as one: "expected true or false, or 'auto', got 'maybe'"."""
     merged: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for path, message in found:
         wanted, got, rest = message.rpartition(", got ")
         end = got + rest if wanted.startswith("expected ") else ""
         merged.setdefault((tuple(path), end), []).append(wanted if end else message)
-    return [
-        (list(path), ", or ".join([texts[0], *(t.removeprefix("expected ") for t in texts[1:])]) + end)
-        if end
-        else (list(path), text)
-        for (path, end), texts in merged.items()
-        for text in (texts[:1] if end else texts)
-    ]
+    problems: list[Problem] = []
+    for (place, end), texts in merged.items():
+        if end:
+            texts = [", or ".join([texts[0], *(t.removeprefix("expected ") for t in texts[1:])]) + end]
+        problems += [(list(place), text) for text in texts]
+    return problems
 
 
 COMMAND_LINE = "the command line"
@@ -325,26 +327,26 @@ def validate(
     command line. A problem of a whole that had other problems before may come from both. Raises ConfigError that lists
     every problem with its path.
     """
-    try:
-        return typing.cast(T, pydantic.TypeAdapter(type_).validate_python(value))
-    except pydantic.ValidationError:
-        earlier = None if before is None else problems(before, type_)
-        lines: dict[str, list[str]] = {}
-        for path, message in problems(value, type_):
-            if earlier is None or (path, message) in earlier:
-                place = where
-            elif any(other[: len(path)] == path for other, _ in earlier):  # these hid what else was wrong there
-                place = f"{where} with {COMMAND_LINE}"
-            else:
-                place = COMMAND_LINE
-            setting = ".".join([*([prefix] if prefix else []), *path])
-            lines.setdefault(place, []).append(f"  {setting}: {message}" if setting else f"  {message}")
-        raise ConfigError(
-            "\n".join(
-                f"{place} has {len(found)} problem{'s' * (len(found) > 1)}:\n" + "\n".join(found)
-                for place, found in lines.items()
-            )
-        ) from None
+    found, problems = check(value, type_)
+    if not problems:
+        return typing.cast(T, found)
+    earlier = None if before is None else check(before, type_)[1]
+    lines: dict[str, list[str]] = {}
+    for path, message in problems:
+        if earlier is None or (path, message) in earlier:
+            place = where
+        elif any(other[: len(path)] == path for other, _ in earlier):  # these hid what else was wrong there
+            place = f"{where} with {COMMAND_LINE}"
+        else:
+            place = COMMAND_LINE
+        setting = ".".join([*([prefix] if prefix else []), *path])
+        lines.setdefault(place, []).append(f"  {setting}: {message}" if setting else f"  {message}")
+    raise ConfigError(
+        "\n".join(
+            f"{place} has {len(of_place)} problem{'s' * (len(of_place) > 1)}:\n" + "\n".join(of_place)
+            for place, of_place in lines.items()
+        )
+    )
 
 
 def _short(value: Any) -> str:

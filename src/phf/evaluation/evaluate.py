@@ -212,14 +212,17 @@ class _Runner:
 
     def kept(self, part: Part) -> _Measured | None:
         """The kept result of a part, if it was measured with the same settings and its file has not changed."""
-        file = self.folder.part(part.name)
-        found = store.kept(file, self._key(part), _Measured)
+        found = store.kept(self.folder.part(part.name), self._key(part), _Measured)
         if found is None or (part.written is not None and found.written != store.path_hash(part.written)):
             return None
         try:
-            return dataclasses.replace(found, value=store.as_record(found.value, part.result, file))
+            return self._typed(part, found)
         except store.StoreError:  # a version that measured something else
             return None
+
+    def _typed(self, part: Part, found: _Measured) -> _Measured:
+        """The result with its value as a record instead of plain data."""
+        return dataclasses.replace(found, value=store.as_record(found.value, part.result, self.folder.part(part.name)))
 
     def run(self, part: Part) -> tuple[Any, float]:
         """(result, seconds) of a part, measured now or kept."""
@@ -229,8 +232,7 @@ class _Runner:
             written = None if part.written is None else store.path_hash(part.written)
             measured = _Measured(store.jsonable(value), time.perf_counter() - start, written)
             store.keep(self.folder.part(part.name), self._key(part), measured)
-            found = self.kept(part)
-            assert found is not None
+            found = self._typed(part, measured)
         return found.value, found.seconds
 
     def _key(self, part: Part) -> str:

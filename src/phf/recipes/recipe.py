@@ -30,9 +30,9 @@ from phf.core.config import (
     ConfigError,
     Plain,
     apply_overrides,
+    check,
     did_you_mean,
     merge,
-    problems,
     read_yaml,
     to_plain,
     validate,
@@ -172,7 +172,7 @@ class Recipe:
         for field in ("train_for", "finetune_for"):
             layers |= {f"{field}.{name}": layer for name, layer in getattr(self, field).items()}
         for where, layer in layers.items():
-            for path, message in problems(merge(to_plain(self.train), layer), TrainConfig):
+            for path, message in check(merge(to_plain(self.train), layer), TrainConfig)[1] if layer else ():
                 if path and path[0] in layer:
                     raise ValueError(f"{where}.{'.'.join(path)}: {message}")
 
@@ -345,10 +345,11 @@ class Recipe:
 
 def _checked(value: Any, type_: Any, prefix: str, grid: Mapping[str, Any]) -> Any:
     """`value` as a `type_`. Raises ValueError with the first problem. `grid`: what the grid sets in `value`."""
-    for path, message in problems(value, type_):
-        place = ".".join([prefix, *path])
-        raise ValueError(f"grid: {place}: {message}" if grid else f"{place}: {message}")
-    return validate(value, type_)
+    found, problems = check(value, type_)
+    if problems:
+        path, message = problems[0]
+        raise ValueError(f"{'grid: ' if grid else ''}{'.'.join([prefix, *path])}: {message}")
+    return found
 
 
 @dataclass(frozen=True, config=STRICT)

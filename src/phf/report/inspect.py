@@ -68,7 +68,7 @@ def masking_scorers(scored: str | Path) -> list[Scorer]:
     scorers: list[Scorer] = []
     for name in ScoredCorpus(scored).preferences():
         config = ScoredCorpus(scored, name).manifest.scorer
-        if config is None or config["name"] not in SCORER_NAMES:  # a user's own class
+        if config is None or config.get("name") not in SCORER_NAMES:  # a user's own class
             continue
         scorer: Scorer = TypeAdapter(AnyScorer).validate_python(config)
         if scorer.finds_personal_data:
