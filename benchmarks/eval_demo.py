@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, write
-from phf.core import store
+from phf.core import folders
 from phf.core.runs import TrainManifest
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.evaluate import evaluate_run
@@ -26,7 +26,7 @@ from phf.generation.scenario import Scenario
 
 def main() -> None:
     args = arguments(__doc__ or "", run="runs/demo/conditional-s0", reference="runs/demo/mle-s0", lambada="")
-    tokens = store.read_manifest(args.run, TrainManifest).tokens_dir
+    tokens = folders.read_manifest(args.run, TrainManifest).tokens_dir
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         shutil.copytree(args.run, run, ignore=shutil.ignore_patterns("checkpoints", "eval*", "samples"))

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from _measure import arguments, case, interleaved, write
 from phf.core.device import peak_flops
 from phf.objectives import Conditional
-from phf.training.lm import flops_per_token
 from phf.training.model import PHFModel
+from phf.training.probe import flops_per_token
 from train_step import NO_DROPOUT, random_batch
 from train_step import OBJECTIVES as TIMED
 

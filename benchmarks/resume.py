@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import arguments, case, interleaved, write
-from phf.core import store
+from phf.core import folders, store
 from phf.core.runs import COMPLETE, RunFolder, complete_checkpoints
 from phf.core.types import Edit
 from phf.data.readers import Folder
@@ -27,8 +27,9 @@ from phf.data.segment import Lines
 from phf.objectives import MLE
 from phf.scorers import Regex
 from phf.scoring.score import score_corpus
+from phf.tokens.parts import TokenCounts
 from phf.tokens.rows import Order, Rows
-from phf.tokens.store import StoredScores, TokenCounts, TokensManifest, TokenStore, tokenize_corpus
+from phf.tokens.store import StoredScores, TokensManifest, TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig
@@ -60,7 +61,7 @@ def synthetic(folder: Path, documents: int) -> TokenStore:
         scores={"given": StoredScores("x", identity, None, unjudged=0)},
         counts=TokenCounts(train_documents=documents),
     )
-    store.finish(folder, manifest)
+    folders.finish(folder, manifest)
     return TokenStore.open(folder)
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from phf.core import store
+from phf.core import folders
 from phf.core.runs import TrainManifest, read_lines
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Objective, Unlikelihood
 from phf.scorers import Regex
 from phf.scorers.fitting import Labels
-from phf.tokens.store import StoredScores, TokenCounts, TokensManifest, TokenStore
+from phf.tokens.parts import TokenCounts
+from phf.tokens.store import StoredScores, TokensManifest, TokenStore
 from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig, FromWeights
 from phf.training.train import train
@@ -103,7 +104,7 @@ def make_store(
         end_of_text_id=end_of_text,
         counts=TokenCounts(train_documents=len(docs)),
     )
-    store.finish(folder, manifest)
+    folders.finish(folder, manifest)
     return TokenStore.open(folder)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.runs import MODEL_RECORD, ModelRecord, RunFolder, TrainCounts, TrainManifest, is_run, read_model_record
 from phf.core.types import Estimate, PhfError
@@ -37,7 +38,7 @@ class ReleaseError(PhfError, RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportManifest(store.Manifest):
+class ExportManifest(folders.Manifest):
     """`manifest.json` of a release."""
 
     stage: str = "export"
@@ -61,14 +62,28 @@ def export(run: str | Path, out: str | Path, name: str | None = None, licence: s
     out = Path(out)
     if not is_run(run) and RunFolder(folder.path.parent).model == folder.path and is_run(folder.path.parent):
         raise ConfigError(f"{run} is the model of a run; give the run's folder, {folder.path.parent}")
-    manifest = store.read_manifest(folder.path, TrainManifest)
+    manifest = folders.read_manifest(folder.path, TrainManifest)
     result = read_eval(folder)
     attacked = read_redteam(folder.redteam)
     found = [store.read_json(f) if f.exists() else None for f in (folder.eval, folder.redteam.result)]
     key = store.fingerprint([manifest.key, store.path_hash(folder.model), *found, name, licence, "export/1"])
-    if store.is_done(out, key):
+    if folders.is_done(out, key):
         return out
-    store.begin(out, ExportManifest.stage, key)
+    with folders.stage_folder(out, ExportManifest.stage, key):
+        _write_release(folder, out, key, manifest, result, attacked, name, licence)
+    return out
+
+
+def _write_release(
+    folder: RunFolder,
+    out: Path,
+    key: str,
+    manifest: TrainManifest,
+    result: EvalResult | None,
+    attacked: RedTeamResult | None,
+    name: str | None,
+    licence: str | None,
+) -> None:
     for path in sorted(folder.model.iterdir()):
         if path.name in FILES or path.name.startswith(FILE_PREFIXES):
             with store.written_aside(out / path.name) as aside:
@@ -81,8 +96,10 @@ def export(run: str | Path, out: str | Path, name: str | None = None, licence: s
         manifest, result, attacked=attacked, name=name or folder.path.name, roles=roles, licence=licence
     )
     store.write_text(out / "README.md", readme)
-    store.finish(out, ExportManifest(key=key, run=manifest.key, counts=manifest.counts, control_tokens=roles))
-    return out
+    files = folders.file_marks(out, folders.files_below(out))
+    folders.finish(
+        out, ExportManifest(key=key, run=manifest.key, counts=manifest.counts, control_tokens=roles, files=files)
+    )
 
 
 def _record(folder: Path) -> ModelRecord:
@@ -155,8 +172,8 @@ def check(folder: str | Path) -> None:
 
     hf_logging.disable_progress_bar()
     roles = _record(Path(folder)).control_tokens
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-    lm: Any = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    lm: Any = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False).eval()
     first = [tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(roles["good"])] if roles else [])]
     _check_tokenizer(tokenizer, roles, first)
     if not roles:
@@ -190,8 +207,11 @@ def _check_tokenizer(tokenizer: Any, roles: Mapping[str, str], first: list[int])
     if control & set(ids[len(first) :]):
         raise ReleaseError(f"the tokenizer reads a typed control token as the token: {text!r}")
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
-    if decoded != text:
+    if decoded == text:
+        return
+    if tokenizer(decoded)["input_ids"] != ids:
         raise ReleaseError(f"the tokenizer decodes the tokens of {text!r} to {decoded!r}")
+    print(f"note: the tokenizer changes texts: it reads {text!r} as {decoded!r}", file=sys.stderr)
 
 
 # The model card
@@ -304,19 +324,19 @@ def _measured(result: EvalResult | None, numbers: list[CardNumber]) -> str:
 def _training(manifest: TrainManifest, result: EvalResult | None) -> str:
     counts = manifest.counts
     lines = [
-        f"objective: `{store.canonical(manifest.objective)}`",
-        f"scorer: `{store.canonical(manifest.identity)}`",
+        f"objective: `{store.canonical(store.without_places(manifest.objective))}`",
+        f"scorer: `{store.canonical(store.without_places(manifest.identity))}`",
         f"tokens: {counts.tokens:,} targets, {counts.text_tokens:,} of them text, {counts.epochs:.2f} epochs; "
         f"fingerprint `{manifest.tokens_content}`",
         f"settings: `{store.canonical(manifest.train)}`",
-        f"model: `{store.canonical(_without_folders(manifest.model))}`, seed {manifest.seed}, {manifest.precision}",
+        f"model: `{store.canonical(store.without_places(manifest.model))}`, seed {manifest.seed}, {manifest.precision}",
         f"versions: `{store.canonical(manifest.versions)}`; run `{manifest.key}`",
     ]
     scored = None if result is None or result.data is None else result.data.scored
     if scored is not None:
         sizes = scored.counts
         lines.append(
-            f"data: `{store.canonical(_without_folders(scored.corpus or {}))}`: {sizes.documents:,} documents, "
+            f"data: `{store.canonical(store.without_places(scored.corpus or {}))}`: {sizes.documents:,} documents, "
             f"{sizes.segments:,} segments, {sizes.bad_segments:,} of them with a score above 0, {sizes.unjudged:,} not "
             "judged"
         )
@@ -334,14 +354,6 @@ def _limits(manifest: TrainManifest, attacked: RedTeamResult | None) -> str:
         "of other harms, and what the scorer misses was not discouraged. It was judged on its own samples. Prompts "
         f"found by a search can still lead it to bad text. {red}"
     )
-
-
-def _without_folders(config: Mapping[str, Any]) -> Plain:
-    """Settings without the places of local files: of a path that exists here, only its last part."""
-    return {
-        k: Path(v).name if k == "path" and isinstance(v, str) and Path(v).expanduser().exists() else v
-        for k, v in config.items()
-    }
 
 
 def _numbers(result: EvalResult | None, attacked: RedTeamResult | None) -> list[CardNumber]:
@@ -390,7 +402,7 @@ def push_release(folder: str | Path, repo: str, private: bool = True, token: str
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    store.read_manifest(folder, ExportManifest)
+    folders.read_manifest(folder, ExportManifest)
     api = huggingface_hub.HfApi(token=token)
     try:
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)

@@ -243,4 +243,4 @@ def test_ctrl_c_tells_how_to_resume(tokens_dir, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert error.strip() == "interrupted; run the same command again to resume"
+    assert error.splitlines()[1:] == ["interrupted; run the same command again to resume"]

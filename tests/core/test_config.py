@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phf.core.config import ConfigError, load, merge, parse_override, read_yaml, validate
+from phf.core.config import ConfigError, load, merge, parse_override, read_yaml, untyped, validate
 from phf.objectives import AnyObjective, Conditional
 from phf.recipes.recipe import Recipe, load_recipe, packaged
 from phf.training.config import TrainConfig
@@ -28,7 +28,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path):
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_any_float_survives_an_override(value):
-    assert parse_override(f"a.b={value!r}") == {"a": {"b": value}}
+    assert untyped(parse_override(f"a.b={value!r}")) == {"a": {"b": value}}
 
 
 def test_merge_is_key_by_key_but_another_name_replaces():
@@ -153,7 +153,7 @@ def test_a_file_of_another_form_is_one_message(tmp_path):
     for text, message in cases.items():
         (tmp_path / "odd.yaml").write_text(text)
         assert message in mistake(["demo", str(tmp_path / "odd.yaml")])
-    assert mistake(["paper-pii", "mle", "preset=[a]"]).startswith("preset ['a'] is not one of the recipe's")
+    assert mistake(["paper-pii", "mle", "preset=[a]"]).startswith("preset '[a]' is not one of the recipe's")
 
 
 def test_a_bad_member_is_not_also_a_missing_one():

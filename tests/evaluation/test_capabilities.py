@@ -1,4 +1,4 @@
-"""Capabilities on tiny models, against plain arithmetic; the sandbox against code that misbehaves."""
+"""Capabilities on tiny models, against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import re
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import torch
 from phf.core.config import ConfigError
 from phf.evaluation.capabilities.base import split_after
 from phf.evaluation.capabilities.glue import Glue, glue_score
-from phf.evaluation.capabilities.humaneval import HumanEval, function_body, pass_at_k, run_sandboxed
+from phf.evaluation.capabilities.humaneval import HumanEval, pass_at_k
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.generation.loaded import load_model
 from phf.tokens.tokenizer import train_bpe
@@ -61,43 +60,6 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
     for n, correct, k in [(5, 2, 1), (5, 2, 3), (6, 1, 2), (4, 0, 2), (4, 4, 2), (4, 3, 2)]:
         subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
         assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-@pytest.mark.parametrize(
-    "program, passes",
-    [
-        ("assert 1 + 1 == 2", True),
-        ("assert 1 + 1 == 3", False),
-        ("import sys; sys.exit(0)", False),  # exiting early does not pass
-        ("import os; os._exit(0)", False),
-        ("while True: pass", False),
-        ("x = 'a' * (3 * 2**30)", False),
-        ("open('f', 'w').write('x' * 2**22)", False),
-        ("def f(:", False),
-        ("print('noise' * 10_000)", True),
-        ("import sys\nwhile True: sys.stderr.write('x' * 2**16)", False),
-        ("import os; assert 'HOME' not in os.environ and os.listdir('.') == []", True),
-    ],
-)
-def test_the_sandbox_finds_what_passes(program, passes):
-    assert run_sandboxed(program, 2) is passes
-
-
-def test_the_sandbox_has_no_network_where_the_kernel_allows():
-    from phf.evaluation.capabilities.humaneval import _unshare
-
-    if not _unshare():
-        pytest.skip("this kernel does not let users make network namespaces")
-    code = (
-        "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\n"
-        "except OSError as e:\n    assert e.errno == 101, e"
-    )
-    assert run_sandboxed(code, 3)
-
-
-def test_function_bodies_end_where_the_margin_begins():
-    assert function_body("    return 1\n\ndef g():\n    pass\n") == "    return 1\n"
-    assert function_body("    return 1") == "    return 1"
 
 
 def test_humaneval_runs_no_code_without_permission_and_counts_what_passes(runs, tmp_path, monkeypatch):
@@ -227,14 +189,6 @@ def test_glue_scores_by_their_formulas():
     assert glue_score("f1", np.zeros(3), np.zeros(3)) == 0  # a resample without the class
 
 
-def test_nothing_that_a_program_starts_outlives_it(tmp_path):
-    file = tmp_path / "alive"
-    child = f"import os, time\nif os.fork() == 0:\n    time.sleep(2)\n    open({str(file)!r}, 'w')\n    os._exit(0)\n"
-    run_sandboxed(child, 5)  # refused to fork, or stopped with it
-    time.sleep(3)
-    assert not file.exists()
-
-
 def test_a_continuation_may_share_a_token_with_its_context(runs):
     tokenizer = train_bpe(["foobar"] * 9, 270)
     model = dataclasses.replace(load_model(runs / "a"), tokenizer=tokenizer, segmenter=None)
@@ -258,7 +212,7 @@ def test_a_prompt_without_a_line_break_is_run_unchanged(runs, tmp_path, monkeypa
 def test_a_share_of_no_right_answers_has_an_interval(runs, tmp_path, monkeypatch):
     from phf.evaluation.capabilities import humaneval
 
-    monkeypatch.setattr(humaneval, "run_sandboxed", lambda program, timeout_s: False)
+    monkeypatch.setattr(humaneval, "run_sandboxed", lambda *args, **named: False)
     rows = [{"prompt": "def f():\n", "test": "def check(c): pass\n", "entry_point": "f"}] * 20
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = HumanEval(str(tmp_path / "h.jsonl"), max_tokens=4, run_untrusted_code=True).measure(load_model(runs / "a"))

@@ -400,11 +400,15 @@ def test_the_threshold_of_control_tokens_is_that_of_the_models_card(runs, scored
     shutil.copytree(scored_dir, other)
     manifest = store.read_json(tokens_dir / "manifest.json")
     shutil.copytree(tokens_dir, tmp_path / "tokens")
-    store.write_json(tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "gone")})
+    store.write_json(
+        tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "gone"), "scored_from_here": None}
+    )
     with pytest.raises(ConfigError, match="gone, which is needed for its text"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "o", None, scenario, heldout=tmp_path / "tokens")
     score_corpus(Jsonl(str(scored_dir.parent / "texts.jsonl")), Lines(), Regex("cats"), tmp_path / "cats")
-    store.write_json(tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "cats")})
+    store.write_json(
+        tmp_path / "tokens" / "manifest.json", manifest | {"scored": str(tmp_path / "cats"), "scored_from_here": None}
+    )
     with pytest.raises((ConfigError, store.StoreError), match="has other text or scores|no scores named"):
         evaluate_model(str(tmp_path / "model"), tmp_path / "o", None, scenario, heldout=tmp_path / "tokens")
 

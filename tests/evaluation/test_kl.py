@@ -280,7 +280,7 @@ def test_a_served_reference_gives_the_numbers_of_the_model_itself(runs, served, 
     "fault, message",
     [
         ("off by one", "echoes log-probabilities that differ"),
-        ("leaves out", "leaves out log-probabilities of echoed tokens"),
+        ("leaves out", "leaves out log-probabilities of tokens"),
         ("none", "no log-probabilities"),
         ("refuses", "refused: status 400"),
     ],

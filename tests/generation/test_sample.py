@@ -240,12 +240,12 @@ def test_the_number_of_samples_is_exact(tmp_path):
 
 def test_bad_prompts_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(ConfigError, match="line 2: expected a JSON object"):
+    with pytest.raises(ConfigError, match="row 2: expected a string 'text' or 'prompt'"):
         read_prompts(tmp_path / "p.jsonl")
     (tmp_path / "e.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="holds no prompts"):
         read_prompts(tmp_path / "e.jsonl")
-    with pytest.raises(ConfigError, match="cannot read prompts"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_prompts(tmp_path / "none")
 
 
@@ -366,10 +366,10 @@ def test_prompts_from_parquet(tmp_path):
     pq.write_table(pa.table({"prompt": [{"text": "a"}, {"text": "b"}]}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == ["a", "b"]
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
-    with pytest.raises(ConfigError, match="row 1: expected a string in 'prompt', got NoneType"):
+    with pytest.raises(ConfigError, match="row 2: expected a string"):
         read_prompts(tmp_path / "p.parquet")
     pq.write_table(pa.table({"x": ["a"]}), tmp_path / "p.parquet")
-    with pytest.raises(ConfigError, match="no column 'text' or 'prompt', only x"):
+    with pytest.raises(ConfigError, match="row 1: expected a string"):
         read_prompts(tmp_path / "p.parquet")
 
 

@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(pq, "write_table", full_disk)
+        m.setattr(pq, "ParquetWriter", full_disk)
         with pytest.raises(OSError, match="No space left"):
             score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
     assert not list((tmp_path / "s").glob("part-*"))
@@ -167,11 +167,14 @@ import os, sys, time
 from phf.data import readers as corpus
 from phf.scoring import score as annotate
 from phf.data.readers import Jsonl
-from phf.scorers import Regex
+from phf.scorers import Function
 from phf.data.segment import Lines
+import re
+def slow(text):
+    return 0.0 if re.match(r"(a|b|ab)*c", text) else 1.0
 if __name__ == "__main__":
     corpus.SHARD_BYTES = 400
-    annotate.score_corpus(Jsonl(sys.argv[1]), Lines(), Regex(r"(a|b|ab)*c"), sys.argv[2], workers=2)
+    annotate.score_corpus(Jsonl(sys.argv[1]), Lines(), Function(f"{__file__}:slow"), sys.argv[2], workers=2)
 """
 
 
@@ -355,7 +358,7 @@ def test_one_token_store_serves_every_preference(two_shards, tmp_path, monkeypat
     """Scoring again never tokenizes again."""
     first = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
     add_scores(two_shards, Regex("cats"), "cats")
-    monkeypatch.setattr(tokens, "_tokenize_part", None)
+    monkeypatch.setattr(tokens, "tokenize_part", None)
     second = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
     assert list(second.scores) == ["regex", "cats"]
     assert (first.content, first.tokens) == (second.content, second.tokens)
@@ -419,9 +422,14 @@ def test_remote_file_systems_work(tmp_path):
     add_scores("memory://bucket/scored", Regex("cats"), "cats")
     assert ScoredCorpus("memory://bucket/scored").preferences() == ["regex", "cats"]
     assert tokenize_corpus("memory://bucket/scored", TrainBPE(300), tmp_path / "t").counts.documents == 20
-    changed = score_corpus(source, Documents(), LINK, "memory://bucket/scored")  # other settings replace it
+    with pytest.raises(store.StoreError, match="--overwrite"):  # nothing can be moved aside there
+        score_corpus(source, Documents(), LINK, "memory://bucket/scored")
+    with pytest.raises(store.StoreError, match="also holds scores"):
+        score_corpus(source, Documents(), LINK, "memory://bucket/scored", overwrite=True)
+    score_corpus(source, Lines(), LINK, "memory://bucket/alone")
+    changed = score_corpus(source, Documents(), LINK, "memory://bucket/alone", overwrite=True)
     assert changed.counts.segments == 20
-    assert ScoredCorpus("memory://bucket/scored").preferences() == ["regex"]
+    assert ScoredCorpus("memory://bucket/alone").manifest == changed
     with pytest.raises(store.StoreError, match="cannot open nowhere:// paths"):
         score_corpus(source, Lines(), LINK, "nowhere://x")
     with pytest.raises(ConfigError, match="does not exist"):

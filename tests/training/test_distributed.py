@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from helpers import TINY_LLAMA
 from phf.core import store
 from phf.core.config import ConfigError, to_plain
-from phf.core.runs import RunFolder, checkpoint_folder
+from phf.core.runs import NEEDED_TO_RESUME, RunFolder, checkpoint_folder
 from phf.objectives import AWR, MLE, Conditional, Masking
 from phf.training.config import TrainConfig
 from phf.training.folder import common_checkpoint
@@ -237,22 +237,24 @@ def test_a_model_is_divided_by_its_outermost_blocks(tokens):
 
 def test_all_processes_resume_from_the_checkpoint_of_the_first(tmp_path, monkeypatch):
     run = RunFolder(tmp_path)
-    assert common_checkpoint(run, torch.device("cpu")) is None
+    assert common_checkpoint(run, "key", torch.device("cpu")) is None
     for step in (7, 14):
         checkpoint_folder(run.checkpoints, step).mkdir(parents=True)
-        (checkpoint_folder(run.checkpoints, step) / "complete.json").write_text("{}")
+        for name in (*NEEDED_TO_RESUME, "complete.json"):
+            text = f'{{"step": {step}, "tokens": 0}}' if name == "complete.json" else "x"
+            (checkpoint_folder(run.checkpoints, step) / name).write_text(text)
     checkpoint_folder(run.checkpoints, 21).mkdir()  # half written
-    assert common_checkpoint(run, torch.device("cpu")) == checkpoint_folder(run.checkpoints, 14)
+    assert common_checkpoint(run, "key", torch.device("cpu")) == checkpoint_folder(run.checkpoints, 14)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     for step, found in ((7, checkpoint_folder(run.checkpoints, 7)), (-1, None)):
         monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src, step=step: tensor.fill_(step))
-        assert common_checkpoint(run, torch.device("cpu")) == found
+        assert common_checkpoint(run, "key", torch.device("cpu")) == found
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(21))
     with pytest.raises(
         TrainingError, match="process 1 does not see .*checkpoint-21.* a file system that all processes share"
     ):
-        common_checkpoint(run, torch.device("cpu"))
+        common_checkpoint(run, "key", torch.device("cpu"))
 
 
 def test_sharding_needs_processes_and_no_judging(tokens_dir, tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ from phf.core.runs import complete_checkpoints
 from phf.objectives import AWR, MLE, RWR, LossInputs, LossOutputs, Masking, Unlikelihood
 from phf.training import metrics, trainer
 from phf.training.config import TrainConfig
-from phf.training.lm import FromConfig, flops_per_token
+from phf.training.lm import FromConfig
+from phf.training.probe import flops_per_token
 from phf.training.train import train
 from phf.training.trainer import TrainingError
 

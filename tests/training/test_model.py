@@ -6,23 +6,16 @@ import pytest
 import torch
 
 from helpers import FAMILIES, GPT2, TINY_LLAMA, UNTIED, tiny_texts
-from phf.core import store
+from phf.core import folders
 from phf.core.config import ConfigError
 from phf.core.runs import COMPLETE, TrainManifest
 from phf.generation.loaded import LoadedModel
 from phf.objectives import AWR, MLE, Conditional, LossInputs, Unlikelihood
 from phf.tokens.tokenizer import train_bpe
 from phf.training.fused import LogitShape, log_probabilities
-from phf.training.lm import (
-    FromConfig,
-    FromWeights,
-    add_control_embeddings,
-    build_lm,
-    logit_shape,
-    num_parameters,
-    save_lm,
-)
+from phf.training.lm import FromConfig, FromWeights, add_control_embeddings, build_lm, save_lm
 from phf.training.model import PHFModel, ValueHead
+from phf.training.probe import logit_shape, num_parameters
 
 
 @pytest.fixture
@@ -254,7 +247,7 @@ def test_a_model_whose_config_does_not_describe_its_logits_is_refused(tokenizer)
 
 def test_a_model_of_another_tokenizer_is_refused(tokenizer, tmp_path):
     build_lm(FromConfig(TINY_LLAMA), train_bpe(["a"], 257), seed=0).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="has 257 embeddings, but the tokenizer of the token store has 300 entries"):
+    with pytest.raises(ConfigError, match="has 257 rows of embeddings, but its tokenizer has ids up to 299"):
         build_lm(FromWeights(str(tmp_path)), tokenizer, seed=0)
 
 
@@ -395,5 +388,5 @@ def test_trained_control_tokens_keep_their_embeddings(tokens_dir, tmp_path):
         rows = sorted(first.control_ids.values())
         before, after = (m.lm.get_input_embeddings().weight[rows] for m in (first, then))
         torch.testing.assert_close(after, before)
-        manifest = store.read_manifest(tmp_path / f"from-{start}", TrainManifest)
+        manifest = folders.read_manifest(tmp_path / f"from-{start}", TrainManifest)
         assert manifest.counts.tokens_before == 20 * 512

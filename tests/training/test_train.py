@@ -27,7 +27,7 @@ from helpers import (
     train_tiny,
     weights_of,
 )
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError
 from phf.core.device import pick_precision
 from phf.core.runs import COMPLETE, TrainManifest, complete_checkpoints
@@ -145,11 +145,11 @@ def test_a_finished_run_is_not_run_again_and_other_settings_move_it_aside(tokens
     stamp = (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns
     assert train_tiny(tokens_dir, tmp_path / "r", steps=3) == first
     assert (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.strip() == "model: llama, 10,000 parameters"  # of the first call
     train_tiny(tokens_dir, tmp_path / "r", Unlikelihood(), steps=4, seed=1, keep=7)
     assert (tmp_path / "r.old-1" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     note = capsys.readouterr().err
-    assert "starting a new run, because objective.name, train.tokens, seed changed; the old run is now" in note
+    assert "because objective.name, train.tokens, seed changed; what it held is now" in note
     assert "keep" not in note
 
 
@@ -362,8 +362,8 @@ def test_another_store_is_another_run(tokens_dir, tmp_path, capsys):
     tokenize_corpus(tokens_dir.parent / "scored", TrainBPE(280), tmp_path / "tokens", heldout=0.1)
     second = train_tiny(tmp_path / "tokens", tmp_path / "r", steps=3)
     assert second.tokens_content != first.tokens_content
-    assert store.read_manifest(tmp_path / "r.old-1", TrainManifest) == first
-    assert "starting a new run, because the data, the weights or the code changed" in capsys.readouterr().err
+    assert folders.read_manifest(tmp_path / "r.old-1", TrainManifest) == first
+    assert "because the data, the weights or the code changed" in capsys.readouterr().err
 
 
 def test_milestones_are_kept(tokens_dir, tmp_path):
@@ -442,7 +442,8 @@ def test_an_objective_with_another_edit_is_another_run_with_other_rows(tokens_di
 
 
 def test_the_output_of_another_stage_is_not_moved_away(tokens_dir, tmp_path):
-    store.begin(tmp_path / "scored", "score", "k")
+    with folders.stage_folder(tmp_path / "scored", "score", "k"):
+        pass
     with pytest.raises(store.StoreError, match="output of `phf score`"):
         train_tiny(tokens_dir, tmp_path / "scored", steps=3)
     assert not list(tmp_path.glob("*.old-*"))

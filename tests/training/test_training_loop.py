@@ -144,7 +144,7 @@ def test_a_bar_with_rate_and_time_left_on_a_terminal_and_nothing_elsewhere(token
         ]
 
     train_tiny(tokens_dir, tmp_path / "elsewhere")
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "model: llama, 10,000 parameters\n"
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     shown = subprocess.Popen(command("shown"), stdout=subprocess.DEVNULL, stderr=theirs)

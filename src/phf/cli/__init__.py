@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from phf.cli.data import fit_scorer, inspect, push, score, tokenize
+from phf.cli.data import check, fit_scorer, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, redteam, report, sample
 from phf.cli.recipes import plan, run
 from phf.cli.training import export, train
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "inspect": inspect,
     "fit-scorer": fit_scorer,
+    "check": check,
     "push": push,
     "export": export,
     "tokenize": tokenize,

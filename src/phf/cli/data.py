@@ -19,7 +19,8 @@ def score(
     corpus: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl or .parquet file, a folder of files, s3://..., hf://datasets/owner/name, "
+            help="A file or folder of .jsonl, .json, .csv, .tsv (also compressed), .parquet or text, s3://..., "
+            "hf://datasets/owner/name, "
             "installed_packages or standard_library. With --add: a scored corpus."
         ),
     ],
@@ -49,6 +50,14 @@ def score(
     max_unjudged: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if more than this share of the segments cannot be judged.")
     ] = 0.01,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="On an object store, remove a result of other settings. In a local folder it is always moved to "
+            "OUT.old-1 instead.",
+        ),
+    ] = False,
     executor: Annotated[
         str, typer.Option(help="local, slurm (executor.partition=...) or ray (executor.address=...).")
     ] = "local",
@@ -60,6 +69,7 @@ def score(
     """
     from phf.core.config import ConfigError, Plain, apply_overrides
     from phf.data.readers import AnyCorpus, from_path
+    from phf.data.scored import bad_above_of
     from phf.data.segment import AnySegmenter
     from phf.scorers import AnyScorer
     from phf.scoring.score import add_scores, score_corpus
@@ -82,22 +92,45 @@ def score(
     runner = _executor(config["executor"])
     judge: Any = checked(config["scorer"], AnyScorer, "scorer")
     if add is not None:
-        manifest = add_scores(corpus, judge, name=add, workers=workers, max_unjudged=max_unjudged, executor=runner)
+        manifest = add_scores(
+            corpus,
+            judge,
+            name=add,
+            workers=workers,
+            max_unjudged=max_unjudged,
+            executor=runner,
+            overwrite=overwrite,
+        )
     else:
         reader: Any = checked(config["corpus"], AnyCorpus, "corpus")
         cutter: Any = checked(config["segmenter"], AnySegmenter, "segmenter")
         manifest = score_corpus(
-            reader, cutter, scorer=judge, out=folders[0], workers=workers, max_unjudged=max_unjudged, executor=runner
+            reader,
+            cutter,
+            scorer=judge,
+            out=folders[0],
+            workers=workers,
+            max_unjudged=max_unjudged,
+            executor=runner,
+            overwrite=overwrite,
         )
     counts = manifest.counts
     print(
         f"{counted(counts.documents, 'document')}, {counted(counts.segments, 'segment')}, "
         f"{counted(counts.chars, 'character')}; "
-        f"{counts.bad_segments / max(counts.segments, 1):.1%} of the segments score above 0, "
+        f"{counts.bad_segments / max(counts.segments, 1):.1%} of the segments score above {bad_above_of(manifest):g}, "
         f"{counts.unjudged:,} not judged"
     )
     if manifest.rejected:
-        print(f"skipped: {by_reason(manifest.rejected)}")
+        print(f"skipped: {by_reason(manifest.rejected, manifest.examples)}")
+    if manifest.failures:
+        print(f"not judged: {by_reason(manifest.failures, manifest.examples)}")
+    if manifest.bad_above is None and counts.segments and counts.bad_segments > 0.95 * counts.segments:
+        print(
+            "warning: nearly every segment scores above 0; if these are not counts of faults, say which scores are bad "
+            "with scorer.threshold=...",
+            file=sys.stderr,
+        )
 
 
 def _executor(config: Any) -> Any:
@@ -218,6 +251,23 @@ def _metrics_row(name: str, found: ScorerMetrics) -> list[str]:
     ]
 
 
+def check(
+    folder: Annotated[str, typer.Argument(help="Anything that phf wrote: one stage's folder, a run, a whole recipe.")],
+) -> None:
+    """Compare every file below a folder with the size and hash that its stage recorded."""
+    from phf.core.check import check_below
+    from phf.core.store import StoreError
+
+    damaged = 0
+    for found in check_below(folder):
+        damaged += bool(found.problems)
+        print(
+            f"{found.folder} ({found.what}): " + ("; ".join(found.problems) or f"{counted(found.files, 'file')} whole")
+        )
+    if damaged:
+        raise StoreError(f"{counted(damaged, 'folder')} damaged: restore the files from a copy, or run the stage again")
+
+
 def push(
     scored: Annotated[str, typer.Argument(help="The output of `phf score`.")],
     repo: Annotated[str, typer.Argument(help="Dataset on the Hub to push to: owner/name.")],
@@ -245,12 +295,16 @@ def tokenize(
     ] = None,
     vocab_size: Annotated[int, typer.Option(min=257, help="Vocabulary size of a BPE that is trained.")] = 8192,
     heldout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the documents to hold out.")] = 0.05,
+    lossy: Annotated[
+        bool,
+        typer.Option("--lossy", help="Accept a tokenizer that changes texts, for example to lower case."),
+    ] = False,
 ) -> None:
     """Tokenize a scored corpus, once for all objectives. Run the same command again to resume."""
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
-    config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer)
+    config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer, lossy=lossy)
     manifest = tokenize_corpus(scored, config, out, heldout)
     counts = manifest.counts
     print(
@@ -258,6 +312,8 @@ def tokenize(
         "training), "
         f"vocabulary {manifest.vocab_size:,}"
     )
+    if manifest.rejected:
+        print(f"skipped: {by_reason(manifest.rejected, manifest.examples)}")
     if counts.roundtrip_lossy:
         print(
             f"warning: with this tokenizer, {counts.roundtrip_lossy} of {counts.roundtrip_checked} checked documents "

@@ -13,6 +13,7 @@ from phf.cli.shared import (
     checked,
     folder_name,
     is_url,
+    known_keys,
     only_overrides,
     print_table,
     scorer_option,
@@ -100,7 +101,10 @@ def evaluate(
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Scores above it are bad. Default: 0, and 0.5 with --paper toxicity.")
+        float | None,
+        typer.Option(
+            help="Scores above it are bad. Default: the scorer's own threshold; with --paper, that of the task."
+        ),
     ] = None,
     scorer: AnotherScorer = None,
     other_scorer: MayDiffer = False,
@@ -145,8 +149,8 @@ def evaluate(
     capabilities: list[AnyCapability] = checked(config.pop("capabilities", []), list[AnyCapability], "capabilities")
     segmenter: Segmenter | None = checked({"name": "lines", **cut}, AnySegmenter, "segmenter") if cut else None
     scenarios = _scenarios(paper, config)
-    if threshold is None:
-        threshold = 0.0 if paper is None else PAPER_THRESHOLD[paper]
+    if threshold is None and paper is not None:
+        threshold = PAPER_THRESHOLD[paper]
     rows: list[list[str]] = []
     for name in folders:
         if is_run(name):
@@ -312,7 +316,9 @@ def redteam(
     ],
     scorer: AnotherScorer = None,
     other_scorer: MayDiffer = False,
-    threshold: Annotated[float, typer.Option(help="Scores above it are bad.")] = 0.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Scores above it are bad. Default: the scorer's own threshold.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
     out: ModelOut = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's sizes: ten trials, 512 continuations.")] = False,
@@ -421,9 +427,21 @@ def _search_row(name: str, result: RedTeamResult) -> list[str]:
 
 def report(
     folder: Annotated[str, typer.Argument(help="A run, or a folder of runs.")],
+    settings: Overrides = None,
     out: Annotated[str | None, typer.Option(help="File to write. Default: report.html in the folder.")] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="Scorer that marks texts, with its scorer.* settings. Needed for scorers that use code, a file or a "
+            "model of yours: phf takes none from a result."
+        ),
+    ] = None,
 ) -> None:
     """Write the page that compares judged runs. It opens from disk and loads nothing from the network."""
+    from phf.core.config import apply_overrides
     from phf.report.page import write_report
 
-    print(f"report: {write_report(folder, out)}")
+    config = apply_overrides({}, only_overrides(settings))
+    judge = scorer_option(scorer, take(config, "scorer"))
+    known_keys(config, ("scorer",))
+    print(f"report: {write_report(folder, out, judge)}")

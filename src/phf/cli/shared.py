@@ -25,8 +25,10 @@ Overrides = Annotated[
 
 def split_settings(arguments: list[str] | None) -> tuple[list[str], list[str]]:
     """(files or folders, settings of the form a.b=c)"""
+    from phf.core.config import is_setting
+
     arguments = arguments or []
-    return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    return [a for a in arguments if not is_setting(a)], [a for a in arguments if is_setting(a)]
 
 
 def only_overrides(arguments: list[str] | None) -> list[str]:
@@ -41,9 +43,10 @@ def only_overrides(arguments: list[str] | None) -> list[str]:
 
 def take(config: Plain, name: str) -> Plain:
     """Remove the settings `name.*` from `config` and return them."""
-    from phf.core.config import ConfigError
+    from phf.core.config import ConfigError, Typed
 
     value = config.pop(name, {})
+    value = value.as_yaml() if isinstance(value, Typed) else value
     if not isinstance(value, dict):
         raise ConfigError(f"{name}: expected {name}.SETTING=VALUE, got {name}={value}")
     return value

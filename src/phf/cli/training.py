@@ -17,10 +17,11 @@ def train(
 ) -> None:
     """Train a model with an objective. Run the same command again to resume.
 
-    Settings are objective (objective.name=conditional objective.threshold=0 ...), model (model.name=from_config with
-    model.config.model_type=llama ..., or model.name=from_weights model.path=...), train (train.tokens=1e7
-    train.lr=1e-3 ...), monitor (monitor.every=1e6 measures held-out loss during training) and seed. Recipe files may
-    hold them too. The command also works under torchrun and accelerate launch.
+    Settings are objective (objective.name=conditional objective.threshold=0 ...), model (model=tiny, small or gpt2;
+    model.name=from_config with model.config.model_type=llama model.config.hidden_size=256 ...; or
+    model.name=from_weights model.path=...), train (train.tokens=1e7 train.lr=1e-3 ...), monitor (monitor.every=1e6
+    measures held-out loss during training) and seed. Recipe files may hold them too. The command also works under
+    torchrun and accelerate launch.
     """
     from phf.core.config import load
     from phf.core.runs import RunFolder
@@ -32,7 +33,7 @@ def train(
     stage = load(files, overrides, TrainStage)
     callbacks: tuple[MonitorCallback, ...] = ()
     if stage.monitor is not None:
-        callbacks = (MonitorCallback(stage.monitor, out, tokens, stage.train, stage.objective),)
+        callbacks = (MonitorCallback(stage.monitor, out, tokens, stage.train, stage.objective, stage.scorer),)
     manifest = train_run(
         tokens_dir=tokens,
         out=out,

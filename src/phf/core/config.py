@@ -2,8 +2,8 @@
 
     load(["recipes/pii.yaml", "my.yaml"], ["train.tokens=1e6"], Recipe)
 
-YAML is read with the safe loader. `1e-4` is a number, as in YAML 1.2. All mistakes are reported together, each with its
-path and the place it came from; unknown names come with the nearest known one.
+YAML is read with the safe loader, as YAML 1.2: `1e-4` is a number, `no` and `48:00:00` are text. All mistakes are
+reported together, each with its path and the place it came from; unknown names come with the nearest known one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -46,8 +46,14 @@ class ConfigError(PhfError, ValueError):
 # YAML
 
 
+MAX_NODES = 100_000
+"""Values that a YAML file may hold, with those that its aliases repeat."""
+MAX_NESTING = 50
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader with YAML 1.2's floats (1e-4 and 1E6 are numbers). Duplicate keys are errors."""
+    """The safe loader with the scalars of YAML 1.2: 1e-4 and 1E6 are numbers; only true and false are truth values;
+    there are no dates and no numbers to the base 60. Duplicate keys are errors; keys are text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -59,13 +65,20 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             if isinstance(key, str):
                 seen.add(key)
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
+_OWN_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("float", "int", "bool", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, rx) for tag, rx in resolvers if tag not in _OWN_SCALARS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -80,9 +93,28 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """The YAML value of `text`. Raises ConfigError with `where` and the line of a mistake."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    _check_size(value, where)
+    return value
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Raise ConfigError for a value that nests too deeply, or that aliases make too large."""
+    nodes = 0
+    waiting = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        nodes += 1
+        if depth > MAX_NESTING:
+            raise ConfigError(f"{where}: nested more than {MAX_NESTING} deep")
+        if nodes > MAX_NODES:
+            raise ConfigError(f"{where}: holds more than {MAX_NODES:,} values (aliases count where they are used)")
+        if isinstance(part, dict | list):
+            waiting += [(p, depth + 1) for p in (part.values() if isinstance(part, dict) else part)]
 
 
 def read_yaml(path: str | Path) -> Plain:
@@ -90,7 +122,7 @@ def read_yaml(path: str | Path) -> Plain:
     file."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -119,18 +151,85 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Plain:
         return dict(over)
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        old = _mapping(merged.get(key))
+        new = _mapping(value)
+        merged[key] = merge(old, new) if old is not None and new is not None else value
     return merged
 
 
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    """A value that is a mapping, perhaps as typed on the command line."""
+    value = value.parsed if isinstance(value, Typed) else value
+    return value if isinstance(value, Mapping) else None
+
+
+class Typed(str):
+    """A value of the command line as it was typed. A setting that is text takes it as it stands; any other takes it as
+    YAML, `parsed`. `error`: why it is not valid YAML."""
+
+    parsed: Any
+    error: ConfigError | None
+
+    def __new__(cls, text: str, where: str) -> Typed:
+        made = super().__new__(cls, text)
+        made.error = None
+        try:
+            made.parsed = parse_yaml(text, where)
+        except ConfigError as error:
+            made.parsed = None
+            made.error = error
+        return made
+
+    def as_yaml(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.parsed
+
+
+def untyped(value: Any, types_: Sequence[Any] = (Any,)) -> Any:
+    """`value` with what was typed on the command line as text or as YAML, as the settings at its place need it.
+    `types_`: the types that the value may have."""
+    options = [o for t in types_ for o in _options(t)]
+    if isinstance(value, Typed):
+        if str in options and not any(o in (float, int, bool, dict, list, tuple) for o in map(_plain_type, options)):
+            return None if type(None) in options and value in ("null", "~", "") else str(value)
+        choices = {c for o in options if typing.get_origin(o) is Literal for c in typing.get_args(o)}
+        return str(value) if value in choices else untyped(value.as_yaml(), types_)
+    if isinstance(value, Mapping):
+        return {key: untyped(part, _types_of(options, value, key)) for key, part in value.items()}
+    if isinstance(value, list):
+        inner = [a for o in options if _plain_type(o) in (list, tuple) for a in typing.get_args(o) if a is not Ellipsis]
+        return [untyped(part, inner or (Any,)) for part in value]
+    return value
+
+
+def _plain_type(option: Any) -> Any:
+    return typing.get_origin(option) or option
+
+
+def _types_of(options: Sequence[Any], value: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """The types that the setting `key` of `value` may have."""
+    classes = [o for o in options if dataclasses.is_dataclass(o)]
+    named = [o for o in classes if _has_tag(o, str(value.get("name")))]
+    hints = [typing.get_type_hints(o, include_extras=True) for o in named or classes]
+    found = [of_class[key] for of_class in hints if key in of_class]
+    found += [typing.get_args(o)[-1] for o in options if typing.get_origin(o) is dict]
+    return found or (Any,)
+
+
+def is_setting(argument: str) -> bool:
+    """Whether an argument of a command is a setting, a.b=c. The path of a file or folder may hold "=" after a "/"."""
+    key, sep, _ = argument.partition("=")
+    return bool(sep) and "/" not in key
+
+
 def parse_override(text: str) -> Plain:
-    """`train.lr=1e-3` as nested mappings. The value is YAML."""
+    """`train.lr=1e-3` as nested mappings. The value is `Typed`."""
     path, sep, value = text.partition("=")
     keys = path.strip().split(".")
     if not sep or not all(keys):
         raise ConfigError(f"override {text!r}: expected a.b=value, for example train.lr=1e-3")
-    nested: Any = parse_yaml(value, f"override {text!r}")
+    nested: Any = Typed(value, f"override {text!r}")
     for key in reversed(keys):
         nested = {key: nested}
     return typing.cast(Plain, nested)
@@ -284,6 +383,7 @@ Problem = tuple[list[str], str]
 
 def check(value: Any, type_: Any) -> tuple[Any, list[Problem]]:
     """Plain YAML data as a `type_`, and what is wrong with it. With a problem the first is None."""
+    value = untyped(value, (type_,))
     try:
         return pydantic.TypeAdapter(type_).validate_python(value), []
     except pydantic.ValidationError as error:

@@ -16,11 +16,12 @@ recipe/  recipe.yaml  scored/  tokens/  cache/  <run>/  results.json  report.htm
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.types import Identity, Number
 
@@ -178,7 +179,7 @@ class TrainCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainManifest(store.Manifest):
+class TrainManifest(folders.Manifest):
     """`manifest.json` of a finished run."""
 
     stage: str = "train"
@@ -192,6 +193,8 @@ class TrainManifest(store.Manifest):
     """Seed of weights, order and draws."""
     tokens_dir: str
     """The token store, as the command named it."""
+    tokens_from_here: str | None = None
+    """The token store from the run's folder: it is found there if both were moved, or from another folder."""
     tokens_content: str
     """Fingerprint of the token store."""
     identity: Identity
@@ -219,10 +222,21 @@ class TrainManifest(store.Manifest):
         return str(self.objective.get("name"))
 
 
+def places(named: str, from_here: str | None, here: Path) -> list[Path]:
+    """Where a folder may be that a manifest names: from the folder of the manifest, `here`, or as it was named."""
+    found = [] if from_here is None else [Path(os.path.normpath(here.absolute() / from_here))]
+    return [*found, store.as_path(named)]
+
+
+def from_here(path: str | Path, here: str | Path) -> str | None:
+    """The path of a local folder from another one; None for a remote folder."""
+    return None if "://" in str(path) else os.path.relpath(Path(path).resolve(), Path(here).resolve())
+
+
 def is_run(path: str | Path) -> bool:
     """Whether a folder holds a finished run of `phf train`."""
     try:
-        return bool(store.read_manifest(path, TrainManifest))
+        return bool(folders.read_manifest(path, TrainManifest))
     except store.StoreError:
         return False
 
@@ -253,6 +267,10 @@ class CheckpointMark:
     """Targets seen, those of the starting weights included."""
     since_line: SinceLine = SinceLine()
     """What the next line of metrics already holds."""
+    key: str | None = None
+    """Key of the run that wrote it; null in checkpoints of earlier versions."""
+    files: dict[str, folders.FileMark] = field(default_factory=dict)
+    """Size and hash of its files."""
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -267,6 +285,22 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / COMPLETE).exists()
+
+
+def damaged_checkpoint(checkpoint: Path, key: str | None = None, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint that is marked as whole: damaged or missing files, or another run's key. None if
+    nothing is."""
+    mark = store.read_record(checkpoint / COMPLETE, CheckpointMark)
+    if key is not None and mark.key not in (None, key):
+        return "it belongs to another run"
+    if missing := [name for name in NEEDED_TO_RESUME if not (checkpoint / name).is_file()]:
+        return f"{missing[0]} is missing"
+    found = folders.damage(checkpoint, mark.files, hashes)
+    return found[0] if found else None
+
+
+NEEDED_TO_RESUME = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "config.json")
+"""Files of a checkpoint without which training cannot resume to the same bytes."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -337,7 +371,12 @@ def model_mark(model: str, revision: str | None = None) -> str:
 
 def not_found(what: str, error: Exception) -> str:
     """The message for a model or tokenizer that is neither here nor on the Hub."""
+    if "trust_remote_code" in str(error):
+        return f"{what} needs Python code that comes with it, and phf never runs such code"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    name = what.partition(" ")[2]
+    if Path(name).expanduser().exists():
+        return f"{what} cannot be read: {reason}"
     return f"{what}: not a local folder, and it could not be downloaded from the Hub: {reason}"
 
 
@@ -350,8 +389,8 @@ def tokens_seen(path: str | Path) -> int:
     if is_complete(Path(path)):  # a checkpoint whose record does not say it
         return store.read_record(Path(path) / COMPLETE, CheckpointMark).tokens
     for folder in (Path(path), Path(path).parent):
-        if (folder / store.MANIFEST).exists():
-            manifest = store.read_json(folder / store.MANIFEST)
+        if (folder / folders.MANIFEST).exists():
+            manifest = store.read_json(folder / folders.MANIFEST)
             if manifest.get("stage") in ("train", "export"):
                 return int(manifest["counts"]["tokens"] + manifest["counts"].get("tokens_before", 0))
     return 0

@@ -1,26 +1,16 @@
-"""Files and folders that are either whole or absent, and say what made them.
-
-Each stage of phf writes one folder with a `manifest.json`: what made it, fingerprints of its inputs, counts and
-versions. The manifest is written last and by rename. A folder without one is not finished; the same command completes
-it.
-"""
+"""Files that are either whole or absent: paths, hashes, JSON, and writing by rename."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import errno
 import hashlib
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +19,6 @@ import pydantic
 from phf.core.types import PhfError
 
 T = TypeVar("T")
-
-MANIFEST = "manifest.json"
-STARTED = ".started.json"
-"""Written first into a stage's folder: which stage, under which key."""
 
 
 class StoreError(PhfError, ValueError):
@@ -153,6 +139,19 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+def without_places(value: Any) -> Any:
+    """Plain data as others may see it: of a path on this machine only the last part is left. Names on the Hub,
+    addresses and everything else stay."""
+    if isinstance(value, Mapping):
+        return {k: v if k == "pattern" else without_places(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(v) for v in value]
+    if not isinstance(value, str) or "://" in value or "\n" in value:
+        return value
+    place = value.startswith(("/", "~", "./", "../")) or ("/" in value and Path(value.partition(":")[0]).exists())
+    return Path(value).name if place and len(value) > 1 else value
+
+
 MAX_DEPTH = 100
 """How deep JSON from elsewhere may nest. Python's own limit depends on the caller, and a result must not."""
 
@@ -198,14 +197,26 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         aside = Path(name)
     try:
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        sync(aside)
         if is_local(path):
             os.replace(aside, path)
+            sync(path.parent)
         else:
             path.fs.put_file(str(aside), path.path)  # type: ignore[attr-defined]
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -253,172 +264,3 @@ def as_record(value: Any, type_: type[T], where: str | Path) -> T:
 def read_record(path: str | Path, type_: type[T]) -> T:
     """Read a JSON file as a record. Raises StoreError if the file is missing, damaged or of another shape."""
     return as_record(read_json(path), type_, path)
-
-
-# Folders of stages
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of phf's own source, with "+" where files differ from it. None outside a repository."""
-    package = Path(__file__).resolve().parents[1]
-    if not any((above / ".git").exists() for above in list(package.parents)[:2]):
-        return None
-    try:
-        found = [
-            subprocess.run(
-                ["git", "-C", str(package), *command], capture_output=True, text=True, timeout=10, check=True
-            ).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(package)])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found[0].strip() + "+" * bool(found[1].strip())
-
-
-def versions() -> dict[str, str]:
-    """Versions of phf and of the libraries that its results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("phf", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """`manifest.json` of a finished folder. Each stage has a subclass with what it writes."""
-
-    stage: str = ""
-    """The command that made the folder: score, tokenize, train or export."""
-    key: str
-    """Fingerprint of the settings and inputs: an equal key means that nothing needs to run again."""
-    versions: dict[str, str] = field(default_factory=versions)
-    """Versions of Python, phf and the libraries that results depend on."""
-    commit: str | None = field(default_factory=commit)
-    """Commit of phf's source, with "+" where files differed from it; null outside a repository."""
-
-
-M = TypeVar("M", bound=Manifest)
-
-
-@dataclass(frozen=True)
-class Started:
-    """`.started.json`: which stage started a folder, under which key."""
-
-    stage: str
-    key: str
-
-
-def read_manifest(directory: str | Path, type_: type[M]) -> M:
-    """The manifest of a finished folder, as the subclass of its stage. Raises StoreError, with what to do, for an
-    unfinished folder and for the folder of another stage."""
-    directory = as_path(directory)
-    stage = type_.stage
-    if not directory.is_dir():
-        raise StoreError(f"{directory} is not a folder; expected the output of `phf {stage}`")
-    if not (directory / MANIFEST).exists():
-        raise StoreError(
-            f"{directory} has no {MANIFEST}: `phf {stage}` did not finish there; run it again to complete it"
-        )
-    found = read_json(directory / MANIFEST)
-    made_by = found.get("stage") if isinstance(found, dict) else None
-    if made_by != stage:
-        raise StoreError(f"{directory} was made by `phf {made_by}`; expected the output of `phf {stage}`")
-    return as_record(found, type_, directory / MANIFEST)
-
-
-def has_manifest(directory: str | Path, type_: type[Manifest]) -> bool:
-    """Whether a folder is finished and was made by the stage of `type_`."""
-    path = as_path(directory) / MANIFEST
-    return path.exists() and read_json(path).get("stage") == type_.stage
-
-
-def is_done(directory: str | Path, key: str) -> bool:
-    """Whether a folder was finished from exactly these inputs and settings."""
-    path = as_path(directory) / MANIFEST
-    return path.exists() and read_json(path).get("key") == key
-
-
-def started(directory: Path) -> Started | None:
-    """Which stage started a folder; None if none did."""
-    path = directory / STARTED
-    return read_record(path, Started) if path.exists() else None
-
-
-def begin(directory: str | Path, stage: str, key: str, clean: bool = True) -> Path:
-    """Prepare to make a folder. Work started under the same key is kept for resuming; other work is removed.
-
-    Only a folder that a stage of phf started is ever removed. Any other folder that is not empty is an error. `clean`:
-    remove what a killed process was writing; False if other processes may be writing now.
-    """
-    directory = as_path(directory)
-    half_written = [p for p in directory.glob(".*.partial*") if p.is_file()] if directory.exists() else []
-    if directory.exists() and any(p not in half_written for p in directory.iterdir()):
-        mark = started(directory)
-        if mark is None:
-            raise StoreError(f"{directory} is not empty and was not made by `phf {stage}`; give another folder")
-        if mark.stage != stage:
-            raise StoreError(f"{directory} holds the output of `phf {mark.stage}`; give another folder")
-        if mark.key != key:
-            _empty(directory)
-    for leftover in half_written if clean else ():
-        leftover.unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
-    if not (directory / STARTED).exists():
-        write_json(directory / STARTED, Started(stage, key))
-    return directory
-
-
-def _empty(directory: Path) -> None:
-    """Remove what a stage started. A kill at any moment leaves a folder that is still known as started, or none."""
-    if is_local(directory):
-        dying = directory.with_name(f".{directory.name}.{os.getpid()}.dying")
-        directory.rename(dying)  # at once: a kill leaves no half of the folder under its own name
-        shutil.rmtree(dying)
-        return
-    mark = directory / STARTED  # last, so that the folder stays known as started
-    for path in [directory / MANIFEST, *(p for p in directory.rglob("*") if p.name != STARTED), mark]:
-        if path.exists() and path.is_file():
-            path.unlink()
-
-
-def finish(directory: str | Path, manifest: M) -> M:
-    """Write the manifest. From now on the folder counts as finished. Returns the manifest as a reader will see it."""
-    write_json(as_path(directory) / MANIFEST, manifest)
-    return as_record(jsonable(manifest), type(manifest), directory)
-
-
-# Values kept in a file
-
-
-def kept(file: Path, key: str, type_: type[T]) -> T | None:
-    """The record in `file` if it was written under `key` by `keep`, else None. None too for a record that this version
-    cannot read."""
-    if not file.exists():
-        return None
-    found = read_json(file)
-    if not isinstance(found, dict) or found.get("key") != key:
-        return None
-    try:
-        return as_record(found, type_, file)
-    except StoreError:
-        return None
-
-
-def keep(file: Path, key: str, value: Any) -> None:
-    """Write a record to `file` together with the key that it depends on."""
-    write_json(file, {"key": key, **jsonable(value)})
-
-
-def cached(file: Path, key: str, type_: type[T], make: Callable[[], T]) -> T:
-    """The record in `file` if it was written under `key`; else what `make` returns, written there first."""
-    if (found := kept(file, key, type_)) is not None:
-        return found
-    keep(file, key, make())
-    again = kept(file, key, type_)
-    assert again is not None
-    return again

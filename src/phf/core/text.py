@@ -1,8 +1,10 @@
-"""Counts in messages."""
+"""Counts in messages, and long runs of punctuation in texts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from types import MappingProxyType
 
 
 def counted(number: int, noun: str) -> str:
@@ -10,6 +12,36 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def by_reason(counts: Mapping[str, int]) -> str:
-    """How often each reason occurred: 2 empty text, 1 no field text."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
+LONG_RUN = 64
+"""Characters from which on a run of punctuation counts as long."""
+_PUNCTUATION = re.compile(rf"(?:[^\w\s]|_|'s){{{LONG_RUN},}}", re.IGNORECASE)
+
+
+def broken_runs(text: str) -> str:
+    """`text` with every 64th character of a long run of punctuation replaced by a space. Tokenizers take time that
+    grows with the square of such a run. The length is the same."""
+
+    def broken(found: re.Match[str]) -> str:
+        run = found.group()
+        return " ".join(run[n : n + LONG_RUN - 1] for n in range(0, len(run), LONG_RUN)).ljust(len(run))[: len(run)]
+
+    return _PUNCTUATION.sub(broken, text)
+
+
+def blank_runs(text: str) -> str:
+    """`text` with the inside of long runs of punctuation replaced by spaces, for searches of entities. The length is
+    the same."""
+
+    def blank(found: re.Match[str]) -> str:
+        run = found.group()
+        return run[:8] + " " * (len(run) - 16) + run[-8:]
+
+    return _PUNCTUATION.sub(blank, text)
+
+
+def by_reason(counts: Mapping[str, int], examples: Mapping[str, str] = MappingProxyType({})) -> str:
+    """How often each reason occurred, with its first example: 2 empty text (first: a.jsonl:70), 1 no field text."""
+    return ", ".join(
+        f"{number:,} {reason}" + (f" (first: {examples[reason]})" if reason in examples else "")
+        for reason, number in counts.items()
+    )

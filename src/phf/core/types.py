@@ -108,13 +108,14 @@ class SegmentTable:
     """What an objective may know about a token store in order to edit it: one entry per segment, in order.
 
     `score_S` float32 (NaN: not judged); `tokens_S` number of tokens; `doc_S` index of the segment's document;
-    `train_D` bool, False for held-out documents.
+    `train_D` bool, False for held-out documents; `bad_above`: scores above it are bad, by the scorer.
     """
 
     score_S: np.ndarray
     tokens_S: np.ndarray
     doc_S: np.ndarray
     train_D: np.ndarray
+    bad_above: float = 0.0
 
     @property
     def train_S(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 from phf.core.config import Plain
 from phf.core.store import file_hash, is_local, jsonable, too_deep
 from phf.core.types import Document, Rejected
+from phf.data.files import TOO_DEEP, Damaged, open_bytes
 
 Shard = dict[str, Any]
 """Which part of the corpus: numbers that only its reader understands."""
@@ -23,7 +24,6 @@ DOCS_PER_SHARD = 512
 SHARD_BYTES = 64 * 2**20
 HASHED_WHOLE_BYTES = 64 * 2**20
 """Larger local files are identified by their modification time instead of their content."""
-TOO_DEEP = "nested too deeply"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -41,21 +41,6 @@ def admit(id: str, text: Any, meta: dict[str, Any], max_chars: int) -> Item:
     if too_deep(meta):
         return Rejected(id, TOO_DEEP)
     return Document(id.encode("utf-8", "backslashreplace").decode(), text, jsonable(meta))
-
-
-def table_rows(table: Any) -> Iterator[dict[str, Any] | None]:
-    """Rows of an Arrow table or batch. None for a row whose bytes are not UTF-8, whatever its type promises."""
-    try:
-        yield from table.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass
-    for number in range(table.num_rows):
-        try:
-            row = table.slice(number, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            row = None
-        yield row
 
 
 class Corpus:
@@ -77,6 +62,10 @@ class Corpus:
         """What the manifest says about the source beyond the reader's settings."""
         return {}
 
+    def left_out(self) -> list[str]:
+        """Files at the corpus's place that it does not read, with the reason."""
+        return []
+
 
 def file_mark(path: Path) -> list[Any]:
     """What identifies a file: name, size, and content hash (local), modification time (local and large) or the version
@@ -93,9 +82,14 @@ def chunks(count: int, size: int = DOCS_PER_SHARD) -> list[tuple[int, int]]:
 
 def read_text_file(path: Path, id: str, max_chars: int) -> Item:
     try:
-        data = path.read_bytes()
+        with open_bytes(path) as file:
+            data = file.read(4 * max_chars + 4)  # UTF-8 takes up to 4 bytes per character
     except OSError as error:
         return Rejected(id, f"cannot be read: {error.strerror}")
+    except Damaged as error:
+        return Rejected(id, f"damaged compressed file: {error}")
+    if len(data) > 4 * max_chars + 3:
+        return Rejected(id, "longer than max_chars")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:

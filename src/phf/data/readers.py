@@ -8,22 +8,20 @@ for shard in corpus.plan():
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
-from phf.core.store import TooDeep, as_path, fingerprint, is_local, jsonable, parse_json, too_deep
+from phf.core.store import as_path, fingerprint, jsonable, too_deep
 from phf.core.types import Rejected
 from phf.data.corpus import (
     DOCS_PER_SHARD,
     SHARD_BYTES,
-    TOO_DEEP,
     Corpus,
     Item,
     Shard,
@@ -31,49 +29,246 @@ from phf.data.corpus import (
     chunks,
     file_mark,
     read_text_file,
-    table_rows,
+)
+from phf.data.files import (
+    PACKED,
+    TEXT_ENDINGS,
+    Row,
+    ending,
+    header,
+    hidden,
+    is_packed,
+    json_lines,
+    line_row,
+    open_bytes,
+    row_form,
+    rows,
 )
 from phf.data.installed import InstalledPackages, StandardLibrary
+from phf.data.tables import is_metadata, table_rows
+
+ROWS_AT_ONCE = 1024
+"""Rows of a table that are held in memory at a time."""
+JSON_FORMS = ("jsonl", "json")
+ALL_FORMS = ("jsonl", "json", "csv", "tsv", "parquet")
+ABOUT_FILES = ("readme", "license", "licence", "notice", "changelog", "citation", "dataset_info", "checksum")
+"""Beginnings of names of files that tell of a data set and are no part of it."""
 
 
-def _files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or the sorted files below a folder that have one of the suffixes."""
+def _relative(path: str, file: Path) -> str:
+    """The name of a file of a corpus: below its folder, or its own."""
+    root = as_path(path)
+    return file.name if file == root else file.relative_to(root).as_posix()
+
+
+def _file(path: str, name: str) -> Path:
+    """The file of a corpus with a name from `_relative`."""
+    root = as_path(path)
+    return root if root.is_file() else root / name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Files at a corpus's place."""
+
+    read: list[Path]
+    others: list[Path]
+    """Files that the reader does not read."""
+    hidden: list[Path]
+
+
+def _find(path: str, wanted: Any) -> _Found:
+    """The file itself, or the sorted files below a folder for which `wanted` is true."""
     root = as_path(path)
     if root.is_file():
-        return [root]
+        return _Found([root], [], [])
     if not root.is_dir():
         raise ConfigError(f"corpus path {path} does not exist")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and (not suffixes or p.name.endswith(suffixes)))
-    if not files:
-        raise ConfigError(f"no file ending in {' or '.join(suffixes) or 'anything'} below {path}")
-    return files
+    found = _Found([], [], [])
+    for file in sorted(p for p in root.rglob("*") if p.is_file()):
+        if hidden(file.relative_to(root)):
+            found.hidden.append(file)
+        else:
+            (found.read if wanted(file) else found.others).append(file)
+    return found
+
+
+class _FileCorpus(Corpus):
+    """What readers of files share. `path`: a file or a folder."""
+
+    path: str
+    max_chars: int
+
+    def _wanted(self, file: Path) -> bool:
+        raise NotImplementedError
+
+    def _endings(self) -> str:
+        """The endings of the files that are read, for messages."""
+        raise NotImplementedError
+
+    def _files(self) -> list[Path]:
+        found = _find(self.path, self._wanted)
+        if found.read:
+            return found.read
+        seen = sorted({ending(f) or f.name for f in found.others})[:8]
+        hint = f"; there are files ending in {', '.join(seen)}" if seen else ""
+        raise ConfigError(f"no file ending in {self._endings()} below {self.path}{hint}")
+
+    def fingerprint(self) -> str:
+        return fingerprint([file_mark(f) for f in self._files()])
+
+    def left_out(self) -> list[str]:
+        found = _find(self.path, self._wanted)
+        names = [f"{_relative(self.path, f)} (hidden)" for f in found.hidden]
+        return names + [f"{_relative(self.path, f)} (not {self._endings()})" for f in found.others]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Folder(Corpus):
-    """Text files below a folder, one document per file. Files that are not UTF-8 are skipped and counted."""
+class Folder(_FileCorpus):
+    """Text files below a folder, one document per file, also compressed ones. Files that are not UTF-8 are skipped and
+    counted."""
 
     path: str
     name: Literal["folder"] = "folder"
-    suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py")
+    suffixes: tuple[str, ...] = TEXT_ENDINGS
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
 
+    def _wanted(self, file: Path) -> bool:
+        name = file.name.lower()
+        for packed in PACKED:
+            name = name.removesuffix(packed)
+        return not self.suffixes or name.endswith(tuple(s.lower() for s in self.suffixes))
+
+    def _endings(self) -> str:
+        return " or ".join(self.suffixes) or "anything"
+
     def plan(self) -> list[Shard]:
-        return [{"start": a, "end": b} for a, b in chunks(len(_files(self.path, self.suffixes)))]
+        names = [_relative(self.path, f) for f in self._files()]
+        return [{"files": names[a:b]} for a, b in chunks(len(names))]
 
     def read(self, shard: Shard) -> Iterator[Item]:
-        root = as_path(self.path)
-        for path in _files(self.path, self.suffixes)[shard["start"] : shard["end"]]:
-            yield read_text_file(path, str(path.relative_to(root)) if path != root else path.name, self.max_chars)
+        for name in shard["files"]:
+            yield read_text_file(_file(self.path, name), name, self.max_chars)
 
     def fingerprint(self) -> str:
-        root = as_path(self.path)
-        return fingerprint([[str(f.relative_to(root)), *file_mark(f)] for f in _files(self.path, self.suffixes)])
+        return fingerprint([[_relative(self.path, f), *file_mark(f)] for f in self._files()])
+
+
+class _RowCorpus(_FileCorpus):
+    """What readers of files of rows share. Each row is an object with the text in `field`."""
+
+    field: str
+    forms: ClassVar[tuple[str, ...]] = ALL_FORMS
+
+    @property
+    def _id_field(self) -> str | None:
+        return getattr(self, "id_field", None)
+
+    def _wanted(self, file: Path) -> bool:
+        return row_form(file) in self.forms
+
+    def _endings(self) -> str:
+        return " or ".join(f".{form}" for form in self.forms)
+
+    def _form(self, file: Path) -> str:
+        """A file's form; the first of the reader's for a file whose ending does not say it."""
+        form = row_form(file)
+        return form if form in self.forms else self.forms[0]
+
+    def plan(self) -> list[Shard]:
+        shards: list[Shard] = []
+        for file in self._files():
+            name = _relative(self.path, file)
+            form = self._form(file)
+            if form == "parquet":
+                shards += [{"file": name, "row_group": g} for g in range(_row_groups(file, self.field))]
+            elif form == "jsonl" and not is_packed(file):
+                size = file.stat().st_size
+                shards += [{"file": name, "start": a, "end": b} for a, b in chunks(size, SHARD_BYTES)]
+            elif file.stat().st_size:
+                names = header(file)
+                if names is not None and self.field not in names:
+                    raise ConfigError(f"{file} has no column {self.field!r}{did_you_mean(self.field, names)}")
+                shards.append({"file": name})
+        if not shards:
+            raise ConfigError(f"corpus {self.path} is empty")
+        return shards
+
+    def read(self, shard: Shard) -> Iterator[Item]:
+        name = shard["file"]
+        file = _file(self.path, name)
+        form = self._form(file)
+        limit = 8 * self.max_chars  # in bytes; an escape like \u00e4 takes 6 bytes per character
+        if form == "parquet":
+            yield from self._parquet(file, name, shard["row_group"])
+            return
+        found = (
+            json_lines(file, name, limit, shard["start"], shard["end"]) if "start" in shard else rows(file, name, limit)
+        )
+        for id, row in found:
+            if isinstance(row, Rejected):
+                yield row
+            elif self.field not in row:
+                yield Rejected(id, f"no field {self.field!r}")
+            else:
+                yield self._document(row, id, own_id=self._id_field)
+
+    def _parquet(self, file: Path, name: str, group: int) -> Iterator[Item]:
+        """Rows of a row group: the text, the id and the metadata; no other column is read."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        own_id = self._id_field or "id"
+        with file.open("rb") as opened:
+            try:
+                parquet = pq.ParquetFile(opened)
+                schema = parquet.schema_arrow
+                columns = [f.name for f in schema if f.name in (self.field, own_id) or is_metadata(f.type)]
+                number = 0
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                    for row in table_rows(batch, self.field):
+                        id = f"{name}:{group}:{number}"
+                        number += 1
+                        if row is None:
+                            yield Rejected(id, "not UTF-8")
+                        else:
+                            yield self._document(row, id, own_id if own_id in row else None)
+            except (pa.ArrowInvalid, OSError) as error:
+                yield Rejected(f"{name}:{group}", f"damaged Parquet file: {error}".splitlines()[0][:200])
+
+    def _document(self, row: Row, id: str, own_id: str | None) -> Item:
+        if own_id is not None:
+            if row.get(own_id) is None and self._id_field is not None:
+                return Rejected(id, f"no field {own_id!r}")
+            id = _id(row.get(own_id), id)
+        return _item(row, self.field, id, self.max_chars)
+
+
+def _id(own: Any, place: str) -> str:
+    """A row's own id; its place where it has none."""
+    return place if own is None else str(own)
+
+
+def _row_groups(file: Path, field: str) -> int:
+    """Number of row groups of a Parquet file. Raises ConfigError if it has no column `field`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open("rb") as opened:
+            metadata = pq.read_metadata(opened)
+        names = metadata.schema.to_arrow_schema().names
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ConfigError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from None
+    if field not in names:
+        raise ConfigError(f"{file} has no column {field!r}{did_you_mean(field, names)}")
+    return int(metadata.num_row_groups)
 
 
 @dataclass(frozen=True, config=STRICT)
-class Jsonl(Corpus):
-    """JSON lines: a file or a folder of `.jsonl` files. Each line is an object with the text in `field`."""
+class Jsonl(_RowCorpus):
+    """JSON lines, or JSON: a file or a folder of such files, compressed or not. Each line, or each member of an array,
+    is an object with the text in `field`."""
 
     path: str
     name: Literal["jsonl"] = "jsonl"
@@ -81,72 +276,15 @@ class Jsonl(Corpus):
     id_field: str | None = None
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
 
-    def plan(self) -> list[Shard]:
-        shards = []
-        for number, file in enumerate(_files(self.path, (".jsonl",))):
-            shards += [{"file": number, "start": a, "end": b} for a, b in chunks(file.stat().st_size, SHARD_BYTES)]
-        if not shards:
-            raise ConfigError(f"corpus {self.path} is empty")
-        return shards
-
-    def read(self, shard: Shard) -> Iterator[Item]:
-        """Lines that *start* in the shard's byte range."""
-        file = _files(self.path, (".jsonl",))[shard["file"]]
-        limit = 8 * self.max_chars  # in bytes; an escape like \u00e4 takes 6 bytes per character
-        with open_binary(file) as lines:
-            lines.seek(max(shard["start"] - 1, 0))
-            if shard["start"]:
-                _skip_line(lines, limit)  # a line that started before this shard (empty if a line ends exactly here)
-            while (at := lines.tell()) < shard["end"]:
-                line = lines.readline(limit)
-                if not line:
-                    break
-                id = f"{file.name}:{at}"
-                if len(line) == limit and not line.endswith(b"\n"):
-                    _skip_line(lines, limit)
-                    yield Rejected(id, "longer than max_chars")
-                elif line.strip():
-                    yield self._item(line, id)
-
-    def _item(self, line: bytes, id: str) -> Item:
-        try:
-            row = parse_json(line)
-        except UnicodeDecodeError:
-            return Rejected(id, "not UTF-8")
-        except TooDeep:
-            return Rejected(id, TOO_DEEP)
-        except ValueError:
-            return Rejected(id, "malformed JSON")
-        if not isinstance(row, dict):
-            return Rejected(id, "not a JSON object")
-        if self.field not in row:
-            return Rejected(id, f"no field {self.field!r}")
-        if self.id_field is not None:
-            if row.get(self.id_field) is None:
-                return Rejected(id, f"no field {self.id_field!r}")
-            id = str(row[self.id_field])
-        return admit(id, row[self.field], {k: v for k, v in row.items() if k != self.field}, self.max_chars)
-
-    def fingerprint(self) -> str:
-        return fingerprint([file_mark(f) for f in _files(self.path, (".jsonl",))])
-
-
-def open_binary(path: Path) -> Any:
-    """Open a file that has `readline(limit)` on any file system. fsspec's own remote files only read whole lines."""
-    opened = path.open("rb")
-    return opened if is_local(path) or isinstance(opened, io.BufferedIOBase) else io.BufferedReader(opened)
-
-
-def _skip_line(lines: Any, limit: int) -> None:
-    while (rest := lines.readline(limit)) and not rest.endswith(b"\n"):
-        pass
+    forms: ClassVar[tuple[str, ...]] = JSON_FORMS
 
 
 @dataclass(frozen=True, config=STRICT)
-class Parquet(Corpus):
+class Parquet(_RowCorpus):
     """Parquet: a file or a folder of files with the text in column `field`. Each row group is a shard.
 
-    The text may be a list of strings (`texts` of the published scored datasets): joined they are the document.
+    The text may be a list of strings (`texts` of the published scored datasets): joined they are the document. A column
+    of bytes is read as UTF-8.
     """
 
     path: str
@@ -154,43 +292,24 @@ class Parquet(Corpus):
     field: str = "text"
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
 
-    def plan(self) -> list[Shard]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        shards = []
-        for number, file in enumerate(_files(self.path, (".parquet",))):
-            try:
-                with file.open("rb") as opened:
-                    metadata = pq.read_metadata(opened)
-            except pa.ArrowInvalid as error:
-                raise ConfigError(f"{file} is not a Parquet file: {error}") from None
-            names = metadata.schema.to_arrow_schema().names
-            if self.field not in names:
-                raise ConfigError(f"{file} has no column {self.field!r}{did_you_mean(self.field, names)}")
-            shards += [{"file": number, "row_group": g} for g in range(metadata.num_row_groups)]
-        if not shards:
-            raise ConfigError(f"corpus {self.path} is empty")
-        return shards
-
-    def read(self, shard: Shard) -> Iterator[Item]:
-        import pyarrow.parquet as pq
-
-        file = _files(self.path, (".parquet",))[shard["file"]]
-        with file.open("rb") as opened:
-            table = pq.ParquetFile(opened).read_row_group(shard["row_group"])
-        for number, row in enumerate(table_rows(table)):
-            if row is None:
-                yield Rejected(f"{file.name}:{shard['row_group']}:{number}", "not UTF-8")
-                continue
-            id = str(row.get("id", f"{file.name}:{shard['row_group']}:{number}"))
-            yield _item(row, self.field, id, self.max_chars)
-
-    def fingerprint(self) -> str:
-        return fingerprint([file_mark(f) for f in _files(self.path, (".parquet",))])
+    forms: ClassVar[tuple[str, ...]] = ("parquet",)
 
 
-def _item(row: dict[str, Any], field: str, id: str, max_chars: int) -> Item:
+@dataclass(frozen=True, config=STRICT)
+class Rows(_RowCorpus):
+    """Files of rows of any form, also mixed: JSON lines, JSON, CSV, TSV (compressed or not) and Parquet. `field`: the
+    column with the text."""
+
+    path: str
+    name: Literal["rows"] = "rows"
+    field: str = "text"
+    id_field: str | None = None
+    max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+
+    forms: ClassVar[tuple[str, ...]] = ALL_FORMS
+
+
+def _item(row: Row, field: str, id: str, max_chars: int) -> Item:
     """A document from a row of a table. A list of strings is joined and kept as the segments; other lists in the row
     describe the segments, so they are not metadata of the document."""
     text = row.get(field)
@@ -206,11 +325,11 @@ def _part(total: int, number: int, of: int) -> int:
     return total // of + (number < total % of)
 
 
-def _plain_meta(row: dict[str, Any]) -> dict[str, Any]:
+def _plain_meta(row: Row) -> Row:
     """The row as JSON data; other values become strings. A row that nests too deeply is left for `admit` to reject."""
     if too_deep(row):
         return row
-    found: dict[str, Any] = json.loads(json.dumps(jsonable(row), default=str))
+    found: Row = json.loads(json.dumps(jsonable(row), default=str))
     return found
 
 
@@ -245,13 +364,13 @@ class HFDataset(Corpus):
                 data = datasets.load_dataset(
                     self.path, self.config, split=self.split, streaming=self.streaming, revision=self.revision
                 )
-            except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+            except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
                 raise ConfigError(f"dataset {self.path} cannot be loaded: {error}") from None
         if data.column_names is not None and self.field not in data.column_names:
             raise ConfigError(
                 f"dataset {self.path} has no column {self.field!r}{did_you_mean(self.field, data.column_names)}"
             )
-        return data
+        return _metadata_only(data, self.field)
 
     def plan(self) -> list[Shard]:
         data = self._load()
@@ -265,16 +384,23 @@ class HFDataset(Corpus):
     def read(self, shard: Shard) -> Iterator[Item]:
         data = self._load()
         if self.streaming:
-            rows = data.shard(shard["of"], shard["shard"])
-            rows = rows if self.max_docs is None else rows.take(_part(self.max_docs, shard["shard"], shard["of"]))
+            data = data.shard(shard["of"], shard["shard"])
+            data = data if self.max_docs is None else data.take(_part(self.max_docs, shard["shard"], shard["of"]))
             prefix = f"{shard['shard']}:"
             start = 0
         else:
-            rows = data.select(range(shard["start"], shard["end"]))
+            data = data.select(range(shard["start"], shard["end"]))
             prefix = ""
             start = shard["start"]
-        for number, row in enumerate(rows, start):
-            yield _item(row, self.field, str(row.get("id", f"{prefix}{number}")), self.max_chars)
+        for table in data.with_format("arrow").iter(ROWS_AT_ONCE):
+            for row in table_rows(table, self.field):
+                id = f"{prefix}{start}"
+                start += 1
+                yield (
+                    Rejected(id, "not UTF-8")
+                    if row is None
+                    else _item(row, self.field, _id(row.get("id"), id), self.max_chars)
+                )
 
     def fingerprint(self) -> str:
         if not self.streaming:
@@ -282,10 +408,19 @@ class HFDataset(Corpus):
             return fingerprint([data._fingerprint, len(data)])
         local = Path(self.path).expanduser()
         if local.exists():
-            return fingerprint([file_mark(f) for f in _files(self.path, ())])
+            return fingerprint([file_mark(f) for f in _find(self.path, lambda file: True).read])
         import huggingface_hub
 
         return fingerprint([self.path, huggingface_hub.HfApi().dataset_info(self.path, revision=self.revision).sha])
+
+
+def _metadata_only(data: Any, field: str) -> Any:
+    """A dataset without the columns that are neither the text, nor the id, nor metadata."""
+    if data.features is None:
+        return data
+    schema = data.features.arrow_schema
+    kept = [f.name for f in schema if f.name in (field, "id") or is_metadata(f.type)]
+    return data if len(kept) == len(schema) else data.select_columns(kept)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -330,7 +465,7 @@ class DatasetList(Corpus):
 
 
 AnyCorpus = Annotated[
-    Folder | Jsonl | Parquet | HFDataset | DatasetList | InstalledPackages | StandardLibrary,
+    Folder | Jsonl | Parquet | Rows | HFDataset | DatasetList | InstalledPackages | StandardLibrary,
     Field(discriminator="name", title="reader"),
 ]
 
@@ -345,17 +480,46 @@ def from_path(text: str) -> Plain:
     ):  # a whole dataset, as the datasets library loads it
         return {"name": "dataset", "path": text.removeprefix("hf://datasets/")}
     path = as_path(text)
-    if text.endswith(".jsonl"):
-        return {"name": "jsonl", "path": text}
-    if text.endswith(".parquet"):
-        return {"name": "parquet", "path": text}
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return {"name": "dataset", "path": text}
-        for suffix, reader in ((".parquet", "parquet"), (".jsonl", "jsonl")):
-            if next(path.rglob(f"*{suffix}"), None) is not None:
-                return {"name": reader, "path": text}
-        return {"name": "folder", "path": text}
+        return {"name": _folder_reader(text), "path": text}
+    form = row_form(path)
+    if form is not None and (path.is_file() or form in ("jsonl", "parquet")):
+        return {"name": _rows_reader({form}), "path": text}
     if path.is_file():
+        if ending(path) not in TEXT_ENDINGS:
+            _check_is_text(path)
         return {"name": "folder", "path": text, "suffixes": []}
     raise ConfigError(f"corpus {text!r} is neither a file, a folder nor a named corpus{did_you_mean(text, named)}")
+
+
+def _rows_reader(forms: Collection[str]) -> str:
+    """Name of the reader for files of rows of these forms."""
+    return "jsonl" if set(forms) <= set(JSON_FORMS) else "parquet" if set(forms) == {"parquet"} else "rows"
+
+
+def _folder_reader(text: str) -> str:
+    """Name of the reader for a folder. Raises ConfigError for a folder of both rows and texts."""
+    found = _find(text, lambda file: row_form(file) is not None or ending(file) in TEXT_ENDINGS)
+    data = [f for f in found.read if not f.name.lower().startswith(ABOUT_FILES)]
+    row_files = [f for f in data if row_form(f) is not None]
+    texts = [f for f in data if row_form(f) is None]
+    if row_files and texts:
+        raise ConfigError(
+            f"corpus {text} holds {len(row_files):,} files of rows ({row_files[0].name}) and {len(texts):,} of text "
+            f"({texts[0].name}); say which to read: corpus.name=rows corpus.path={text} or corpus.name=folder "
+            f"corpus.path={text}"
+        )
+    return _rows_reader({str(row_form(f)) for f in row_files}) if row_files else "folder"
+
+
+def _check_is_text(path: Path) -> None:
+    """Raise ConfigError for a file without a known ending that holds JSON lines."""
+    with open_bytes(path) as file:
+        line = file.readline(1 << 20)
+    if line.lstrip()[:1] == b"{" and isinstance(line_row(line, ""), dict):
+        raise ConfigError(
+            f"{path} holds JSON lines, but its ending does not say so: rename it to .jsonl, or give corpus.name=jsonl "
+            f"corpus.path={path} (to read it as one text: corpus.name=folder corpus.suffixes=[] corpus.path={path})"
+        )

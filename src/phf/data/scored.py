@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import Plain, did_you_mean
 from phf.core.types import Identity, Rejected, ScoredDocument
-from phf.data.corpus import table_rows
+from phf.data.tables import table_rows
 
 SCHEMA = pa.schema(
     {
@@ -54,11 +54,11 @@ class ScoreCounts:
     unjudged: int = 0
     """Segments that could not be judged."""
     bad_segments: int = 0
-    """Segments with a score above 0."""
+    """Segments with a score above the scorer's threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreManifest(store.Manifest):
+class ScoreManifest(folders.Manifest):
     """`manifest.json` of a scored corpus, or of scores that were added to one."""
 
     stage: str = "score"
@@ -70,6 +70,8 @@ class ScoreManifest(store.Manifest):
     """Settings of the scorer; null if the corpus came with its scores."""
     identity: Identity
     """What decides a score: the scorer's name, unit, versions and settings."""
+    bad_above: float | None = None
+    """Scores above it are bad, by the scorer; null in corpora of earlier versions, see `bad_above_of`."""
     provenance: Plain = field(default_factory=dict)
     """What the reader says about its source."""
     counts: ScoreCounts = ScoreCounts()
@@ -77,7 +79,11 @@ class ScoreManifest(store.Manifest):
     rejected: dict[str, int] = field(default_factory=dict)
     """Rows that could not become documents, by reason."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Documents on which the scorer failed, by reason."""
+    """Segments on which the scorer failed, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first row or segment of each reason in `rejected` and `failures`: its place and how it starts."""
+    left_out: list[str] = field(default_factory=list)
+    """Files at the corpus's place that were not read, with the reason; the first 100."""
     labels: dict[str, int] = field(default_factory=dict)
     """Kinds of faults that the scorer found, by name."""
     content: str
@@ -86,6 +92,13 @@ class ScoreManifest(store.Manifest):
     """Fingerprint of the segments, whatever their scores."""
     parts: int = 0
     """Number of Parquet files."""
+
+
+def bad_above_of(manifest: ScoreManifest) -> float:
+    """Scores above it are bad: what the manifest says, else 0.5 for probabilities and 0 for everything else."""
+    if manifest.bad_above is not None:
+        return manifest.bad_above
+    return 0.5 if manifest.identity.get("unit") == "probability" else 0.0
 
 
 UNKNOWN_SCORER: Identity = {"name": "unknown"}
@@ -97,45 +110,56 @@ def part_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.parquet"
 
 
-def segments_hash(rows: Sequence[ScoredDocument]) -> str:
-    """Hash of the segments, whatever their scores (hex, 128 bits)."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(len(row.texts).to_bytes(4, "little"))
+class SegmentsHash:
+    """Hash of segments, whatever their scores, added document by document (hex, 128 bits)."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, row: ScoredDocument) -> None:
+        self.digest.update(len(row.texts).to_bytes(4, "little"))
         for text in row.texts:
             data = text.encode()
-            digest.update(len(data).to_bytes(4, "little") + data)
-    return digest.hexdigest()
+            self.digest.update(len(data).to_bytes(4, "little") + data)
+
+    def hex(self) -> str:
+        return self.digest.hexdigest()
 
 
-def write_scored(path: Path, rows: Sequence[ScoredDocument]) -> None:
-    """Write one Parquet file, aside and renamed. Equal rows give equal bytes with one version of pyarrow."""
-    means = [[s for s in row.scores if not math.isnan(s)] for row in rows]
-    table = pa.table(
-        {
-            "id": [row.id for row in rows],
-            "texts": [list(row.texts) for row in rows],
-            "scores": [list(row.scores) for row in rows],
-            "avg_score": [sum(m) / len(m) if m else None for m in means],
-            "num_sents": [len(row.texts) for row in rows],
-            "meta": [json.dumps(row.meta, ensure_ascii=True, sort_keys=True) for row in rows],
-        },
-        schema=SCHEMA,
-    )
-    _write(path, table)
+class PartWriter:
+    """Writes a Parquet file of scored documents, or of scores alone, a few rows at a time. Equal rows give equal bytes
+    with one version of pyarrow. Every page has a checksum, which readers verify."""
 
+    def __init__(self, file: Path, scores_only: bool = False) -> None:
+        self.scores_only = scores_only
+        self.schema = pa.schema([SCHEMA.field("id"), SCHEMA.field("scores")]) if scores_only else SCHEMA
+        self.writer = pq.ParquetWriter(file, self.schema, compression="zstd", write_page_checksum=True)
+        self.waiting: list[ScoredDocument] = []
 
-def write_scores(path: Path, rows: Sequence[ScoredDocument]) -> None:
-    """Write the scores of another scorer, row by row as in the file they belong to."""
-    schema = pa.schema({"id": pa.string(), "scores": pa.list_(pa.float32())})
-    _write(
-        path, pa.table({"id": [row.id for row in rows], "scores": [list(row.scores) for row in rows]}, schema=schema)
-    )
+    def add(self, row: ScoredDocument) -> None:
+        self.waiting.append(row)
+        if len(self.waiting) == ROWS_PER_GROUP:
+            self._flush()
 
+    def _flush(self) -> None:
+        rows = self.waiting
+        columns: dict[str, list[Any]] = {"id": [row.id for row in rows], "scores": [list(row.scores) for row in rows]}
+        if not self.scores_only:
+            judged = [[s for s in row.scores if not math.isnan(s)] for row in rows]
+            columns |= {
+                "texts": [list(row.texts) for row in rows],
+                "avg_score": [sum(scores) / len(scores) if scores else None for scores in judged],
+                "num_sents": [len(row.texts) for row in rows],
+                "meta": [json.dumps(row.meta, ensure_ascii=True, sort_keys=True) for row in rows],
+            }
+        self.writer.write_table(pa.table(columns, schema=self.schema))
+        self.waiting = []
 
-def _write(path: Path, table: Any) -> None:
-    with store.written_aside(path) as aside:
-        pq.write_table(table, aside, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    def close(self) -> None:
+        """Write the rest. A file without rows has one empty row group."""
+        if self.waiting or not self.writer.file_handle:
+            self._flush()
+        self.writer.close()
 
 
 class ScoredCorpus:
@@ -148,10 +172,9 @@ class ScoredCorpus:
 
     def __init__(self, path: str | Path, preference: str | None = None) -> None:
         self.path = store.as_path(path)
-        ours = (self.path / store.MANIFEST).exists() or (self.path / store.STARTED).exists()
+        ours = (self.path / folders.MANIFEST).exists() or (self.path / folders.STARTED).exists()
         self.manifest, self.files = self._own() if ours else self._from_elsewhere()
-        for file in self.files:
-            _check_columns(file)
+        self._whole: set[Path] = set()
         self.main = str(self.manifest.identity["name"])
         """Name of the corpus's own scores: their scorer's."""
         self.preference = None if preference == self.main else preference
@@ -161,8 +184,10 @@ class ScoredCorpus:
                 self.manifest,
                 scorer=added.scorer,
                 identity=added.identity,
+                bad_above=added.bad_above,
                 counts=added.counts,
                 failures=added.failures,
+                examples=added.examples,
                 labels=added.labels,
                 content=added.content,
                 versions=added.versions,
@@ -170,7 +195,7 @@ class ScoredCorpus:
             )
 
     def _own(self) -> tuple[ScoreManifest, list[Path]]:
-        manifest = store.read_manifest(self.path, ScoreManifest)
+        manifest = folders.read_manifest(self.path, ScoreManifest)
         if manifest.text is None or manifest.segmenter is None:
             raise store.StoreError(
                 f"{self.path} holds added scores, or was made by an older version of phf; give the scored corpus"
@@ -184,6 +209,8 @@ class ScoredCorpus:
             files = sorted(found, key=str)
         if not files or not all(f.is_file() for f in files):
             raise store.StoreError(f"{self.path} is neither the output of `phf score` nor a folder of Parquet files")
+        for file in files:
+            _check_columns(file)
         marks = store.fingerprint([[f.name, f.stat().st_size, store.file_hash(f)] for f in files])
         return ScoreManifest(key="", identity=UNKNOWN_SCORER, content=marks, text=marks), files
 
@@ -195,7 +222,8 @@ class ScoredCorpus:
     def preferences(self) -> list[str]:
         """Names of all scores: the corpus's own, then the added ones."""
         folder = self.path / ADDED
-        added = sorted(p.name for p in folder.iterdir() if (p / store.MANIFEST).exists()) if folder.is_dir() else []
+        names = (p.name for p in folder.iterdir() if (p / folders.MANIFEST).exists()) if folder.is_dir() else ()
+        added = sorted(name for name in names if folders.OLD not in name)
         return [self.main, *added]
 
     def added(self, name: str) -> ScoreManifest:
@@ -204,7 +232,7 @@ class ScoredCorpus:
         folder = self.path / ADDED / name
         if not folder.is_dir():
             raise store.StoreError(f"{self.path} has no scores named {name!r}{did_you_mean(name, self.preferences())}")
-        manifest = store.read_manifest(folder, ScoreManifest)
+        manifest = folders.read_manifest(folder, ScoreManifest)
         if manifest.text != self.text:
             raise store.StoreError(f"{folder} scores another text than {self.path} now holds; add the scores again")
         return manifest
@@ -217,25 +245,49 @@ class ScoredCorpus:
     def read(self, file: Path, keep_empty: bool = False) -> Iterator[ScoredDocument | Rejected]:
         """Documents of one of `files`, in order. A row that is no scored document gives a `Rejected` with the reason.
 
-        `keep_empty`: keep segments without text, so that scores stay aligned with the file's own.
+        `keep_empty`: keep segments without text, so that scores stay aligned with the file's own. Raises StoreError for
+        a damaged file, and for one that is not the one that was scored.
         """
+        self._check_whole(file)
         scores = None
         if self.preference is not None:
-            scores = read_table(self.added_file(self.files.index(file)))["scores"].to_pylist()
+            added = self.added_file(self.files.index(file))
+            self._check_whole(added)
+            scores = read_table(added)["scores"].to_pylist()
+        for number, row in enumerate(_rows(file)):
+            id = f"{file.name}:{number}"
+            if row is None:
+                yield Rejected(id, "not UTF-8")
+            else:
+                if scores is not None and scores[number]:
+                    row["scores"] = scores[number]
+                yield _document(row, id, keep_empty)
+
+    def _check_whole(self, file: Path) -> None:
+        """Raise StoreError, the first time that a file is read, if it is not the file that was scored."""
+        mark = file.with_suffix(".json")
+        if file in self._whole or not self.manifest.parts:
+            return
+        if store.is_local(file) and mark.exists():
+            expected = store.read_json(mark).get("hash")
+            if not file.is_file() or store.file_hash(file) != expected:
+                raise store.StoreError(
+                    f"{file} is missing or has other bytes than when it was scored: restore it from a copy, or score "
+                    "the corpus into another folder"
+                )
+        self._whole.add(file)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any] | None]:
+    """Rows of a Parquet file. Raises StoreError for a damaged one."""
+    try:
         with file.open("rb") as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = pq.ParquetFile(opened, page_checksum_verification=True)
             columns = [name for name in ("id", "texts", "scores", "meta") if name in parquet.schema_arrow.names]
-            number = 0
             for batch in parquet.iter_batches(ROWS_PER_GROUP, columns=columns):
-                for row in table_rows(batch):
-                    id = f"{file.name}:{number}"
-                    if row is None:
-                        yield Rejected(id, "not UTF-8")
-                    else:
-                        if scores is not None and scores[number]:
-                            row["scores"] = scores[number]
-                        yield _document(row, id, keep_empty)
-                    number += 1
+                yield from table_rows(batch)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise store.StoreError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def _document(row: dict[str, Any], default_id: str, keep_empty: bool) -> ScoredDocument | Rejected:
@@ -247,6 +299,11 @@ def _document(row: dict[str, Any], default_id: str, keep_empty: bool) -> ScoredD
         return Rejected(id, "texts or scores is not a list")
     if len(texts) != len(scores):
         return Rejected(id, "texts and scores differ in length")
+    if any(isinstance(t, bytes) for t in texts):
+        try:
+            texts = [t.decode() if isinstance(t, bytes) else t for t in texts]
+        except UnicodeDecodeError:
+            return Rejected(id, "not UTF-8")
     if not all(isinstance(t, str) for t in texts):
         return Rejected(id, "a text is not a string")
     if not all(s is None or isinstance(s, int | float) for s in scores):
@@ -276,7 +333,7 @@ def _check_columns(file: Path) -> None:
     try:
         with file.open("rb") as opened:
             names = pq.read_schema(opened).names
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise store.StoreError(f"{file} is not a Parquet file; give the output of `phf score`") from None
     if missing := {"texts", "scores"} - set(names):
         raise store.StoreError(f"{file} has no column {' and '.join(sorted(missing))}: it is not scored data")
@@ -284,5 +341,8 @@ def _check_columns(file: Path) -> None:
 
 def read_table(file: Path, columns: list[str] | None = None) -> Any:
     """An Arrow table from a local or remote Parquet file."""
-    with file.open("rb") as opened:
-        return pq.read_table(opened, columns=columns)
+    try:
+        with file.open("rb") as opened:
+            return pq.read_table(opened, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise store.StoreError(f"{file} is damaged: {str(error).splitlines()[0]}") from None

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from phf.core.config import STRICT, Plain
+from phf.core.config import STRICT, ConfigError, Plain
+from phf.core.text import broken_runs
 
 
 class Segmenter:
@@ -52,10 +53,12 @@ class Sentences(Segmenter):
         if not text:
             return []
         ends: list[int] = []
-        for sent in _sentencizer(self.language)(text).sents:
-            end = sent.start_char + len(sent.text.rstrip())
-            if end > (ends[-1] if ends else 0):
-                ends.append(end)
+        nlp = _sentencizer(self.language)
+        with nlp.memory_zone():  # else every new word stays in memory for ever
+            for sent in nlp(broken_runs(text)).sents:
+                end = sent.start_char + len(sent.text.rstrip())
+                if end > (ends[-1] if ends else 0):
+                    ends.append(end)
         if not ends:
             return [len(text)]
         ends[-1] = len(text)  # no sentence follows white space at the very end
@@ -66,7 +69,11 @@ class Sentences(Segmenter):
 def _sentencizer(language: str) -> Any:
     import spacy
 
-    nlp = spacy.blank(language)
+    try:
+        nlp = spacy.blank(language)
+    except (ImportError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"segmenter.language: spaCy cannot cut {language!r} into sentences here: {reason}") from None
     nlp.add_pipe("sentencizer")
     nlp.max_length = 2**31  # the limit protects parsers' memory; a sentencizer needs none
     return nlp
@@ -79,11 +86,11 @@ class Paragraphs(Segmenter):
     name: Literal["paragraphs"] = "paragraphs"
 
     def ends(self, text: str) -> list[int]:
-        inner = [m.start() + 1 for m in re.finditer(r"\n(?=[ \t\r]*\n[\s]*\S)", text)]
-        ends: list[int] = []
-        for end in inner:  # a paragraph of white space alone is none
-            if text[(ends[-1] if ends else 0) : end].strip():
-                ends.append(end)
+        ends = []
+        for space in re.finditer(r"\s+", text):
+            between = space.start() > 0 and space.end() < len(text)  # a paragraph of white space alone is none
+            if between and (blank_line := re.search(r"\n(?=[ \t\r]*\n)", space.group())):
+                ends.append(space.start() + blank_line.start() + 1)
         return [*ends, len(text)] if text else []
 
 

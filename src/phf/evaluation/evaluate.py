@@ -10,15 +10,17 @@ read with the corpus's own tokens ("oracle") and with the good token before ever
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
-from phf.core.runs import RunFolder, TrainManifest, model_mark
+from phf.core.locks import locked
+from phf.core.runs import RunFolder, TrainManifest, model_mark, places
 from phf.data.scored import ADDED, ScoredCorpus, ScoreManifest
 from phf.data.segment import Lines, Segmenter, segmenter_from
 from phf.evaluation.capabilities.base import Capability
@@ -52,6 +54,12 @@ class JudgedRun:
         """How the corpus was cut; lines if the corpus came in segments of its own."""
         return segmenter_from(self.tokens.manifest.segmenter)
 
+    def threshold(self, given: float | None) -> float:
+        """Scores above it are bad: what is given, else the scorer's own threshold."""
+        if given is not None:
+            return given
+        return self.tokens.bad_above if self.scorer.bad_above is None else self.scorer.bad_above
+
 
 def open_run(
     run: str | Path,
@@ -65,8 +73,8 @@ def open_run(
     trained on, or the scorer not the one that scored the corpus.
     """
     folder = RunFolder(Path(run))
-    manifest = store.read_manifest(run, TrainManifest)
-    tokens = TokenStore.open(tokens_dir or manifest.tokens_dir, manifest.scores)
+    manifest = folders.read_manifest(run, TrainManifest)
+    tokens = TokenStore.open(tokens_dir or _tokens_of(folder.path, manifest), manifest.scores)
     if tokens.manifest.content != manifest.tokens_content:
         raise ConfigError(f"{tokens.path} is not the token store that {run} was trained on (its content differs)")
     if scorer is None:
@@ -76,11 +84,17 @@ def open_run(
     return JudgedRun(folder, manifest, tokens, scorer)
 
 
+def _tokens_of(run: Path, manifest: TrainManifest) -> Path:
+    """The token store that a run was trained on, wherever both are now."""
+    found = places(manifest.tokens_dir, manifest.tokens_from_here, run)
+    return next((place for place in found if (place / folders.MANIFEST).exists()), found[-1])
+
+
 def evaluate_run(
     run: str | Path,
     scenarios: dict[str, Scenario],
     *,
-    threshold: float = 0.0,
+    threshold: float | None = None,
     tokens_dir: str | Path | None = None,
     scorer: Scorer | None = None,
     allow_other_scorer: bool = False,
@@ -92,7 +106,8 @@ def evaluate_run(
     latter.
 
     Returns at once if this was done with the same settings, and resumes with the missing parts after an
-    interruption. `threshold`: scores above it are bad, in samples and in the held-out text. Errors as `open_run`.
+    interruption. `threshold`: scores above it are bad, in samples and in the held-out text (default: the scorer's own).
+    Errors as `open_run`.
     """
     opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
     manifest = opened.manifest
@@ -100,7 +115,7 @@ def evaluate_run(
     text = HeldoutText(tokens, manifest.train["context"], heldout_tokens)
     evaluation = Evaluation(
         folder=opened.folder,
-        judging=Judging(opened.scorer, opened.segmenter, threshold),
+        judging=Judging(opened.scorer, opened.segmenter, opened.threshold(threshold)),
         scenarios=scenarios,
         heldout=Heldout(lambda model: text, [heldout_tokens]),
         kl=kl_from,
@@ -123,7 +138,7 @@ def evaluate_model(
     scorer: Scorer | None,
     scenarios: dict[str, Scenario],
     *,
-    threshold: float = 0.0,
+    threshold: float | None = None,
     segmenter: Segmenter | None = None,
     kl_from: KL | None = None,
     capabilities: Sequence[Capability] = (),
@@ -137,7 +152,8 @@ def evaluate_model(
 
     `heldout`: a token store, whose held-out documents are read in the model's own tokens, or a scored corpus, of
     which the first documents are read (4 bytes for each of `heldout_tokens`). Without it there is no held-out loss.
-    `scorer` and `segmenter`: by default those of `heldout`. `control_threshold`: segments with a score above it had
+    `scorer` and `segmenter`: by default those of `heldout`. `threshold`: scores above it are bad (default: the
+    scorer's own). `control_threshold`: segments with a score above it had
     the bad control token in training; by default what the model's record says, else `threshold`.
 
     Raises ConfigError if nothing says how to judge the model.
@@ -156,6 +172,8 @@ def evaluate_model(
         scorer = corpus_scorer(data.scorer, data.identity, allow_other_scorer)
     elif data is not None:
         check_identity(scorer, data.identity, allow_other_scorer)
+    if threshold is None:
+        threshold = scorer.bad_above if scorer.bad_above is not None else 0.0 if tokens is None else tokens.bad_above
     if segmenter is None:
         segmenter = segmenter_from(data.segmenter) if data is not None else Lines()
 
@@ -178,7 +196,7 @@ def evaluate_model(
 
 def is_token_store(path: str | Path) -> bool:
     try:
-        return store.has_manifest(path, TokensManifest)
+        return folders.has_manifest(path, TokensManifest)
     except store.StoreError:
         return False
 
@@ -212,7 +230,7 @@ class _Runner:
 
     def kept(self, part: Part) -> _Measured | None:
         """The kept result of a part, if it was measured with the same settings and its file has not changed."""
-        found = store.kept(self.folder.part(part.name), self._key(part), _Measured)
+        found = folders.kept(self.folder.part(part.name), self._key(part), _Measured)
         if found is None or (part.written is not None and found.written != store.path_hash(part.written)):
             return None
         try:
@@ -231,7 +249,7 @@ class _Runner:
             value = part.measure(self.model())
             written = None if part.written is None else store.path_hash(part.written)
             measured = _Measured(store.jsonable(value), time.perf_counter() - start, written)
-            store.keep(self.folder.part(part.name), self._key(part), measured)
+            folders.keep(self.folder.part(part.name), self._key(part), measured)
             found = self._typed(part, measured)
         return found.value, found.seconds
 
@@ -242,12 +260,33 @@ class _Runner:
 def _evaluate(
     evaluation: Evaluation, model_key: str, load: Callable[[], LoadedModel], model_name: str, about: JudgedModel
 ) -> EvalResult:
-    """Run all parts of an evaluation and write `eval.json`."""
+    """Run an evaluation and write `eval.json`. An earlier result with other settings is kept next to it."""
     key = evaluation.key(model_key)
-    file = evaluation.folder.eval
-    if (done := store.kept(file, key, EvalResult)) is not None:
+    folder = evaluation.folder
+    if (done := folders.kept(folder.eval, key, EvalResult)) is not None:
         return done
-    file.unlink(missing_ok=True)  # its samples are about to be replaced
+    parts = folder.part("x").parent
+    parts.mkdir(parents=True, exist_ok=True)
+    with locked(folder.path, "eval", shared=True), locked(parts, "eval"):
+        folders.remove_leftovers(parts)
+        if folder.eval.exists():
+            earlier = folders.keep_earlier(folder.path, folder.eval.name, parts.name, "samples")
+            print(
+                f"note: {folder.eval} was judged with other settings; that result is kept in {earlier}", file=sys.stderr
+            )
+            folder.eval.unlink()
+        return _measure_all(evaluation, key, model_key, load, model_name, about)
+
+
+def _measure_all(
+    evaluation: Evaluation,
+    key: str,
+    model_key: str,
+    load: Callable[[], LoadedModel],
+    model_name: str,
+    about: JudgedModel,
+) -> EvalResult:
+    file = evaluation.folder.eval
     runner = _Runner(evaluation.folder, model_key, load)
     parts = evaluation.parts()
     capabilities = [capability_part(c, n) for n, c in enumerate(evaluation.capabilities)]
@@ -292,13 +331,14 @@ def _named(result: CapabilityResult, capability: Capability) -> CapabilityResult
 
 def _data_section(tokens: TokenStore) -> DataSection:
     """Manifests of the tokens and of the scored corpus, the latter for the scores that were trained on."""
-    corpus = Path(tokens.manifest.scored)
-    if not store.has_manifest(corpus, ScoreManifest):
+    found = places(tokens.manifest.scored, tokens.manifest.scored_from_here, tokens.path)
+    corpus = next((place for place in found if (place / folders.MANIFEST).exists()), found[-1])
+    if not folders.has_manifest(corpus, ScoreManifest):
         return DataSection(tokens.manifest, None)
-    scored = store.read_manifest(corpus, ScoreManifest)
+    scored = folders.read_manifest(corpus, ScoreManifest)
     added = corpus / ADDED / tokens.preference
-    if tokens.preference != scored.identity["name"] and store.has_manifest(added, ScoreManifest):
-        own = store.read_manifest(added, ScoreManifest)
+    if tokens.preference != scored.identity["name"] and folders.has_manifest(added, ScoreManifest):
+        own = folders.read_manifest(added, ScoreManifest)
         scored = dataclasses.replace(
             scored,
             identity=own.identity,

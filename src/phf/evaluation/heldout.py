@@ -16,12 +16,14 @@ import torch
 
 from phf.core import statistics, store
 from phf.core.config import ConfigError
+from phf.core.runs import places
 from phf.core.types import Edit, ScoredDocument
 from phf.data.scored import ScoredCorpus
 from phf.evaluation.results import Foresight, HeldoutLoss, HeldoutResult, HeldoutSlice, Understanding
 from phf.generation.loaded import LoadedModel
+from phf.tokens.parts import TokenCounts
 from phf.tokens.rows import Rows
-from phf.tokens.store import TokenCounts, TokensManifest, TokenStore, score_file
+from phf.tokens.store import TokensManifest, TokenStore, score_file
 from phf.tokens.tokenizer import encode_cut, encode_segments
 
 Control = Literal["none", "oracle", "good", "bad"]
@@ -277,7 +279,8 @@ BYTES_PER_TOKEN = 4
 
 def corpus_of(tokens: TokenStore) -> ScoredCorpus:
     """The scored corpus that a token store was made from. Raises ConfigError if it is missing or has changed."""
-    scored = tokens.manifest.scored
+    found = places(tokens.manifest.scored, tokens.manifest.scored_from_here, tokens.path)
+    scored = next((place for place in found if place.exists()), found[-1])
     try:
         corpus = ScoredCorpus(scored, tokens.preference)
     except store.StoreError as error:

@@ -35,13 +35,14 @@ from phf.evaluation.results import CapabilityResult, HeldoutResult, MonitorLine,
 from phf.generation.loaded import LoadedModel
 from phf.generation.scenario import Scenario
 from phf.objectives import Objective
-from phf.scoring.judge import corpus_scorer
+from phf.scorers import Scorer
+from phf.scoring.judge import check_identity, corpus_scorer
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens
 from phf.training import attention
 from phf.training.config import TrainConfig
 from phf.training.fused import LogitShape
-from phf.training.lm import logit_shape
+from phf.training.probe import logit_shape
 
 
 @settings(frozen=True, config=STRICT)
@@ -56,8 +57,8 @@ class Monitor:
     """Samples to judge; the report's curves are those of the first scenario."""
     kl: KL | None = None
     capabilities: tuple[AnyCapability, ...] = ()
-    threshold: float = 0.0
-    """Scores above it are bad."""
+    threshold: float | None = None
+    """Scores above it are bad; None: the scorer's own threshold."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,24 @@ class _Prepared:
 
 
 class MonitorCallback(TrainerCallback):
-    """The callback. `run`: the run's folder. Of several processes only the first one judges.
+    """The callback. `run`: the run's folder. `scorer`: by default the corpus's own. Of several processes only the first
+    one judges.
 
     Raises ConfigError if a scenario needs control tokens that the objective does not have, and, when training
     starts, for everything else that cannot be judged.
     """
 
     def __init__(
-        self, config: Monitor, run: str | Path, tokens_dir: str | Path, train: TrainConfig, objective: Objective
+        self,
+        config: Monitor,
+        run: str | Path,
+        tokens_dir: str | Path,
+        train: TrainConfig,
+        objective: Objective,
+        scorer: Scorer | None = None,
     ) -> None:
         self.config = config
+        self.scorer = scorer
         self.run = RunFolder(Path(run))
         self.tokens = TokenStore.open(tokens_dir, train.scores)
         self.tokenizer = self.tokens.tokenizer
@@ -92,7 +101,8 @@ class MonitorCallback(TrainerCallback):
                 )
         if config.kl is not None and config.kl.reverse and self.control_ids:
             raise ConfigError("monitor.kl.reverse is not defined for a model with control tokens")
-        self.control_threshold = config.threshold if fitted.bad_above is None else fitted.bad_above
+        self.threshold = self.tokens.bad_above if config.threshold is None else config.threshold
+        self.control_threshold = self.threshold if fitted.bad_above is None else fitted.bad_above
         self.context = train.context
         self.step_tokens = train.step_tokens
         self.every_steps = max(round(config.every / self.step_tokens), 1)
@@ -113,9 +123,9 @@ class MonitorCallback(TrainerCallback):
         evaluation = Evaluation(
             folder=self.run,
             judging=Judging(
-                corpus_scorer(manifest.scorer, manifest.identity) if self._needs_scorer() else None,
+                self._scorer() if self._needs_scorer() else None,
                 segmenter_from(manifest.segmenter),
-                config.threshold,
+                self.threshold,
                 self.control_threshold,
             ),
             scenarios=config.scenarios,
@@ -132,6 +142,14 @@ class MonitorCallback(TrainerCallback):
             evaluation = dataclasses.replace(evaluation, reference=reference_texts(config.kl, self.run.cache))
             evaluation.parts()["kl"].check(model)
             self.prepared = dataclasses.replace(self.prepared, evaluation=evaluation)
+
+    def _scorer(self) -> Scorer:
+        """The scorer that the user named, or the corpus's own."""
+        manifest = self.tokens.manifest
+        if self.scorer is None:
+            return corpus_scorer(manifest.scorer, manifest.identity)
+        check_identity(self.scorer, manifest.identity)
+        return self.scorer
 
     def _needs_scorer(self) -> bool:
         return bool(self.config.scenarios) or (self.config.kl is not None and bool(self.control_ids))

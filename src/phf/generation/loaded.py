@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,10 @@ from phf.data.segment import Documents, Segmenter, known_segmenter
 from phf.generation.fast_copy import TESTED_FAMILIES
 from phf.generation.scenario import Scenario
 from phf.objectives import BAD, GOOD
-from phf.tokens.tokenizer import encode_segments, load_tokenizer
+from phf.tokens.tokenizer import check_model_fits, encode_segments, load_tokenizer
 from phf.training.fused import PLAIN, LogitShape
-from phf.training.lm import logit_shape, pretrained_lm
+from phf.training.lm import pretrained_lm
+from phf.training.probe import before_output, logit_shape
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,23 @@ class LoadedModel:
         """Float32 logits [..., V] from hidden states [..., D]. In bfloat16, logits of 32 to 64, such as GPT-2's, would
         have steps of 1/4."""
         head = self.lm.get_output_embeddings()
+        layers = before_output(self.lm)
+        hidden = hidden if layers is None else layers(hidden)
         return self.shape(head(hidden.to(head.weight.dtype)).float())
 
     def only_text(self, logits: Tensor) -> Tensor:
-        """`logits` [..., V] with control tokens and padding of the vocabulary excluded, in place."""
+        """`logits` [..., V] with control tokens and ids without a token excluded, in place."""
         logits[..., list(self.control_ids.values())] = float("-inf")
-        logits[..., len(self.tokenizer) :] = float("-inf")
+        logits[..., self.unused_ids] = float("-inf")
         return logits
+
+    @cached_property
+    def unused_ids(self) -> Tensor:
+        """Rows of the model's table that belong to no token: padding, and holes of the vocabulary."""
+        rows = len(self.lm.get_output_embeddings().weight)
+        used = torch.zeros(rows, dtype=torch.bool)
+        used[list(self.tokenizer.get_vocab().values())] = True
+        return torch.nonzero(~used).squeeze(1).to(self.lm.device)
 
     @property
     def start_id(self) -> int:
@@ -103,8 +115,9 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     shape = logit_shape(lm)
     if torch.cuda.is_available():
         lm = lm.to("cuda")
-    tokenizer = load_tokenizer(source, revision)
     record = _record(source, revision)
+    tokenizer = load_tokenizer(source, revision, as_it_is=record is None)
+    check_model_fits(tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
     names = _guessed_control_tokens(tokenizer, path) if record is None else record.control_tokens
     return LoadedModel(
         lm=lm,

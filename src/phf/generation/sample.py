@@ -11,7 +11,6 @@ towards a length or a log-probability.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import sys
@@ -35,6 +34,7 @@ from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLa
 from phf.generation.loaded import LoadedModel, check_room, other_token, precision_of, prompt_ids
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.server import Server
+from phf.training.probe import CACHE_NAMES, cache_name, check_can_be_sampled
 
 COMPACT_BELOW = 0.75
 """A batch is compacted when at most this share of it is still being written: compacting copies the whole cache."""
@@ -68,10 +68,7 @@ def sample_prompts(
     tune_allocator()
     samples: list[Sample] = []
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
-    if "past_key_values" not in inspect.signature(model.lm.base_model.forward).parameters:
-        raise ConfigError(
-            f"{model.path} ({model.lm.config.model_type}) has no key-value cache, which phf needs to sample"
-        )
+    check_can_be_sampled(model.lm, model.path)
     with bar, torch.inference_mode():
         lm = fast_copy(model.lm, torch.bfloat16) if precision_of(model, scenario) == "bf16" else model.lm
         for start in range(0, len(prompts), scenario.batch):
@@ -119,8 +116,7 @@ class _Batch:
         self.device = model.lm.device
         vocab_size = len(model.lm.get_output_embeddings().weight)
         self.eos = model.tokenizer.eos_token_id
-        padding = range(len(model.tokenizer), vocab_size)
-        self.banned_T = torch.tensor([*banned, *padding], dtype=torch.long, device=self.device)
+        self.banned_T = torch.tensor([*banned, *model.unused_ids.tolist()], dtype=torch.long, device=self.device)
         self.silent_V = np.zeros(vocab_size, bool)
         self.silent_V[list(model.control_ids.values())] = True
         self.seed_key = key64(scenario.seed, "sample")
@@ -137,6 +133,7 @@ class _Batch:
         """Of each step: the samples that got a text token, and the tokens."""
         self.steps = 0
         self.cache = _cache(trunk)
+        self.cache_name = cache_name(model.lm) or CACHE_NAMES[0]
         self._set_inputs()
 
     def _set_inputs(self) -> None:
@@ -181,8 +178,8 @@ class _Batch:
             input_ids=self.ids_NT,
             attention_mask=self.attend_NT if self.padded else None,
             position_ids=self.position_NT,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         )
         logits_NV = self.model.logits(out.last_hidden_state[:, -1])
         if self.guided:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
+from phf.data.files import read_rows
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -95,52 +95,22 @@ def prompts_path(prompts: str) -> Path:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a JSON lines or Parquet file. Each row has a string `text` or `prompt`, or an object with a string
-    `text` like RealToxicityPrompts. Raises ConfigError that names the first row without one."""
+    """Prompts of a file of rows of any form. Each row has a string `text` or `prompt`, or an object with a string
+    `text` like RealToxicityPrompts; a line of JSON lines may also be the prompt itself. Raises ConfigError that names
+    the first row without one."""
     path = prompts_path(str(path))
-    if path.suffix == ".parquet":
-        return _parquet_prompts(path)
+    rows = read_rows(path, wrap="text")
     prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read prompts {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row.get("text", row.get("prompt")) if isinstance(row, dict) else row
-        except ValueError:
-            text = None
+    for number, row in enumerate(rows, 1):
+        text = row.get("text", row.get("prompt"))
         if isinstance(text, dict):
             text = text.get("text")
         if not isinstance(text, str):
-            raise ConfigError(f"{path} line {number}: expected a JSON object with a string 'text' or 'prompt'")
+            raise ConfigError(f"{path}, row {number}: expected a string 'text' or 'prompt', or an object with 'text'")
         prompts.append(text)
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
     return prompts
-
-
-def _parquet_prompts(path: str | Path) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"cannot read prompts {path}: {error}") from None
-    name = next((n for n in ("text", "prompt") if n in table.column_names), None)
-    if name is None:
-        raise ConfigError(f"{path} has no column 'text' or 'prompt', only {', '.join(table.column_names)}")
-    values = [v.get("text") if isinstance(v, dict) else v for v in table[name].to_pylist()]
-    for number, value in enumerate(values):
-        if not isinstance(value, str):
-            raise ConfigError(f"{path} row {number}: expected a string in {name!r}, got {type(value).__name__}")
-    if not values:
-        raise ConfigError(f"{path} holds no prompts")
-    return [str(value) for value in values]
 
 
 def scenario_prompts(scenario: Scenario) -> list[str]:

@@ -7,17 +7,22 @@ or none.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import json
+import math
 import os
+import re
 import threading
 import time
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import httpx
-from pydantic import Field
+from pydantic import Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
@@ -29,6 +34,15 @@ TOLERANCE = 0.02
 """Largest difference in nats per token between the log-probabilities of a completion as given and as echoed."""
 PROBES = ("The", "The", "Once upon a time", "1")
 """Prompts that are completed, one after the other, until a completion is not empty. The first is completed greedily."""
+
+
+_SECRET = re.compile(r"key$|secret|passw|token$|auth|credential|bearer", re.IGNORECASE)
+"""In the name of a setting that is a secret."""
+
+
+def without_secrets(extra: Mapping[str, Any]) -> Plain:
+    """Settings with the values of secrets replaced, for files and pages."""
+    return {name: "***" if _SECRET.search(name) else value for name, value in extra.items()}
 
 
 class ServerError(PhfError, RuntimeError):
@@ -72,7 +86,7 @@ class Answers:
 class Server:
     """A server. `url`: up to and including `/v1`. `model`: the server's name for the model. `start` and `end`: text
     of the tokens that start and end a text (`<|endoftext|>` for GPT-2, `<s>` and `</s>` for Llama). `key_env`: the
-    environment variable with the server's key, if it needs one."""
+    environment variable with the server's key, if it needs one; its name must end in `_API_KEY`."""
 
     url: str
     model: str
@@ -82,37 +96,40 @@ class Server:
     key_env: str = "OPENAI_API_KEY"
     timeout_s: Annotated[float, Field(gt=0)] = 120
     retries: Annotated[int, Field(ge=0)] = 4
-    extra: dict[str, float | int | str | bool] = Field(default_factory=dict)
-    """Further settings of a request for samples, in the server's own terms (vLLM: top_k=-1, repetition_penalty=1)."""
+    extra: Annotated[dict[str, float | int | str | bool], PlainSerializer(without_secrets)] = Field(
+        default_factory=dict
+    )
+    """Further settings of a request for samples, in the server's own terms (vLLM: top_k=-1, repetition_penalty=1). What
+    looks like a secret by its name is not written to any file."""
     batch: Annotated[int, Field(gt=0)] = 32
 
     @property
     def identity(self) -> Plain:
         """Everything that decides the answers. Time-outs and retries do not."""
-        return {"url": self.url, "model": self.model, "start": self.start, "extra": dict(self.extra)}
+        return {"url": self.url, "model": self.model, "start": self.start, "extra": without_secrets(self.extra)}
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} must start with http:// or https://")
+        found = urllib.parse.urlsplit(self.url)
+        if found.username or found.password or found.query:
+            raise ValueError(
+                "url must hold no user, password or query: give the key in an environment variable (key_env)"
+            )
+        if not re.fullmatch(r"[A-Z0-9_]*API_KEY", self.key_env):
+            raise ValueError(f"key_env {self.key_env!r} must name an environment variable that ends in _API_KEY")
 
-    def ask(self, path: str, body: Plain, answers: Answers | None) -> Any:
-        """`post` a request for one choice, unless `answers` has its answer. An answer and a refusal (raised as
-        Refused again) are kept; an error that may pass is not."""
+    def ask(self, path: str, body: Plain, answers: Answers | None, chat: bool = False) -> Answer:
+        """`post` a request for one choice, unless `answers` has its answer. Only an answer that passes every check is
+        kept: a server that was repaired is asked again."""
         key = store.fingerprint([self.url, path, body])
         if answers is not None and key in answers.known:
-            answer = answers.known[key]
-            if "refused" in answer:
-                raise Refused(answer["refused"])
-            return answer
-        try:
-            answer = self.post(path, body)
-        except Refused as refusal:
-            if answers is not None:
-                answers.keep(key, {"refused": str(refusal)})
-            raise
-        _choices(answer, 1)
+            with contextlib.suppress(ServerError):
+                return _answer(answers.known[key], chat)
+        given = self.post(path, body)
+        answer = _answer(given, chat)
         if answers is not None:
-            answers.keep(key, answer)
+            answers.keep(key, given)
         return answer
 
     def post(self, path: str, body: Plain) -> Any:
@@ -124,23 +141,24 @@ class Server:
             if attempt:
                 time.sleep(min(0.5 * 2**attempt, 20))
             try:
-                answer = _client().post(
-                    f"{self.url.rstrip('/')}{path}", json=body, headers=headers, timeout=self.timeout_s
-                )
+                status, data = _post(f"{self.url.rstrip('/')}{path}", body, headers, self.timeout_s)
             except httpx.HTTPError as error:
                 problem = str(error) or type(error).__name__
                 continue
-            if answer.status_code in (408, 429) or answer.status_code >= 500:
-                problem = f"status {answer.status_code}: {answer.text[:200]}"
+            except httpx.InvalidURL as error:
+                raise ServerError(f"{self.url} is not an address: {error}") from None
+            text = data[:300].decode("utf-8", "replace")
+            if status in (408, 429) or status >= 500:
+                problem = f"status {status}: {text}"
                 continue
-            if answer.status_code in (400, 413, 422):
-                raise Refused(f"{self.url}{path} refused: status {answer.status_code}: {answer.text[:300]}")
-            if answer.status_code != 200:
-                raise ServerError(f"{self.url}{path} refused: status {answer.status_code}: {answer.text[:300]}")
+            if status in (400, 413, 422):
+                raise Refused(f"{self.url}{path} refused: status {status}: {text}")
+            if status != 200:
+                raise ServerError(f"{self.url}{path} refused: status {status}: {text}")
             try:
-                return answer.json()
+                return store.parse_json(data)
             except ValueError:
-                raise ServerError(f"{self.url}{path} did not answer with JSON: {answer.text[:200]!r}") from None
+                raise ServerError(f"{self.url}{path} did not answer with JSON: {text!r}") from None
         raise ServerError(f"{self.url}{path} does not answer ({problem}), tried {self.retries + 1} times")
 
     def complete(
@@ -183,9 +201,7 @@ class Server:
                 if refused is None:
                     raise
                 return refused, False, 0
-            (choice,) = _choices(answer, 1)
-            used = (answer.get("usage") or {}).get("total_tokens")
-            return choice.get("text") or "", choice.get("finish_reason") == "stop", used
+            return answer.text, answer.ended, answer.tokens
 
         with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
             return list(pool.map(one, range(len(prompts))))
@@ -215,12 +231,10 @@ class Server:
             else:
                 body["prompt"] = asked[number]
             try:
-                answer = self.ask("/chat/completions" if chat else "/completions", body, answers)
+                answer = self.ask("/chat/completions" if chat else "/completions", body, answers, chat)
             except Refused:
                 return "", 0
-            (choice,) = _choices(answer, 1)
-            text = (choice.get("message") or {}).get("content") if chat else choice.get("text")
-            return text or "", int((answer.get("usage") or {}).get("total_tokens") or 0)
+            return answer.text, answer.tokens or 0
 
         with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
             return list(pool.map(one, range(len(asked))))
@@ -230,11 +244,10 @@ class Server:
         found = []
         whole = [self.start + t + self.end * f for t, f in zip(texts, finished, strict=True)]
         for begin in range(0, len(whole), self.batch):
-            for choice in self._echo(whole[begin : begin + self.batch]):
-                found.append(sum(choice["token_logprobs"][1:]))
+            found += [sum(echo.values[1:]) for echo in self._echo(whole[begin : begin + self.batch])]
         return found
 
-    def _echo(self, prompts: Sequence[str]) -> list[dict[str, list[Any]]]:
+    def _echo(self, prompts: Sequence[str]) -> list[Logprobs]:
         """Tokens and log-probabilities of prompts. Nothing is generated."""
         body = {
             "model": self.model,
@@ -245,21 +258,21 @@ class Server:
             "temperature": 0,
         }
         found = []
-        for choice in _choices(self.post("/completions", body), len(prompts)):
-            logprobs = choice.get("logprobs")
-            if not logprobs or not logprobs.get("token_logprobs") or "tokens" not in logprobs:
-                raise ServerError(f"{self.url} echoes no log-probabilities, so it cannot be a reference")
-            values = logprobs["token_logprobs"]
-            if any(v is None for v in values[1:]) or len(values) != len(logprobs["tokens"]):
+        for prompt, choice in zip(prompts, _choices(self.post("/completions", body), len(prompts)), strict=True):
+            echo = _logprobs(choice, self.url, first_is_known=False)
+            if self.start and echo.tokens[0] != self.start:
                 raise ServerError(
-                    f"{self.url} leaves out log-probabilities of echoed tokens, so it cannot be a reference"
-                )
-            if self.start and logprobs["tokens"][0] != self.start:
-                raise ServerError(
-                    f"{self.url} reads the start {self.start!r} as {logprobs['tokens'][0]!r}: give the token that "
+                    f"{self.url} reads the start {self.start!r} as {echo.tokens[0]!r}: give the token that "
                     "starts a text there (start=...)"
                 )
-            found.append(logprobs)
+            whole = "".join(echo.tokens)
+            after_first = "".join(echo.tokens[1:])  # where the server puts a token of its own before a text
+            if prompt not in (choice.get("text"), whole, after_first) and not echo.has_partial_characters:
+                raise ServerError(
+                    f"{self.url} echoes another text than it was asked about: {whole[:100]!r} instead of "
+                    f"{prompt[:100]!r}"
+                )
+            found.append(echo)
         return found
 
     def verify(self) -> None:
@@ -273,9 +286,9 @@ class Server:
             raise ServerError(
                 f"{self.url} puts no token of its own before a text; give the one that starts it (start=...): {error}"
             ) from None
-        if len(start["tokens"]) != 1:
+        if len(start.tokens) != 1:
             raise ServerError(
-                f"{self.url} reads the start {self.start!r} as {start['tokens']}: if the server puts a token of its "
+                f"{self.url} reads the start {self.start!r} as {start.tokens}: if the server puts a token of its "
                 "own before a text, give an empty start="
             )
         self._verify_end()
@@ -286,8 +299,8 @@ class Server:
 
     def _verify_end(self) -> None:
         plain, ended = self._echo([self.start + PROBES[0], self.start + PROBES[0] + self.end])
-        if len(ended["tokens"]) != len(plain["tokens"]) + 1:
-            found = ended["tokens"][len(plain["tokens"]) :]
+        if len(ended.tokens) != len(plain.tokens) + 1:
+            found = ended.tokens[len(plain.tokens) :]
             raise ServerError(
                 f"{self.url} reads the end {self.end!r} as {found}: give the token that ends a text there (end=...)"
             )
@@ -303,22 +316,18 @@ class Server:
             "logprobs": 1,
         }
         (given,) = _choices(self.post("/completions", body), 1)
-        logprobs = given.get("logprobs")
-        if not logprobs or not logprobs.get("token_logprobs") or None in logprobs["token_logprobs"]:
-            raise ServerError(
-                f"{self.url} gives no log-probabilities with its completions, so it cannot be a reference"
-            )
-        tokens = logprobs["tokens"]
-        values = logprobs["token_logprobs"]
+        said = _logprobs(given, self.url, first_is_known=True)
+        tokens = said.tokens
+        values = said.values
         if given.get("finish_reason") == "stop":  # the end is not part of the echoed text
             tokens = tokens[:-1]
             values = values[:-1]
         if not tokens:
             return 0
         (echoed,) = self._echo([self.start + prompt + "".join(tokens)])
-        begin = len(echoed["tokens"]) - len(tokens)
-        tail = echoed["token_logprobs"][begin:]
-        if echoed["tokens"][begin:] != tokens:
+        begin = len(echoed.tokens) - len(tokens)
+        tail = echoed.values[begin:]
+        if echoed.tokens[begin:] != tokens:
             raise ServerError(f"{self.url} reads its own completion as other tokens, so its numbers cannot be checked")
         worst = max(abs(a - b) for a, b in zip(tail, values, strict=True))
         if worst > TOLERANCE:
@@ -335,8 +344,104 @@ def _client() -> httpx.Client:
     return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
 
 
-def _choices(answer: Any, count: int) -> list[Any]:
+MAX_ANSWER_BYTES = 64 << 20
+
+
+def _post(url: str, body: Plain, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
+    """(status, body) of the answer to a POST. Raises httpx.HTTPError, also for an answer that is not whole after
+    `timeout_s` seconds or is larger than `MAX_ANSWER_BYTES`."""
+    deadline = time.monotonic() + timeout_s
+    data = json.dumps(body).encode()  # ASCII: a lone surrogate in a prompt has no UTF-8 form
+    headers = {"Content-Type": "application/json", **headers}
+    with _client().stream("POST", url, content=data, headers=headers, timeout=timeout_s) as answer:
+        parts = []
+        size = 0
+        for part in answer.iter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > MAX_ANSWER_BYTES:
+                raise httpx.ReadError(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout(f"the answer was not whole after {timeout_s:g} s")
+        return answer.status_code, b"".join(parts)
+
+
+# Checking answers
+
+
+@plain_dataclass(frozen=True)
+class Answer:
+    """The one choice of an answer."""
+
+    text: str
+    ended: bool
+    """Whether the text ended before the limit."""
+    tokens: int | None
+    """Tokens that the server counted, those of the prompt included."""
+
+
+@plain_dataclass(frozen=True)
+class Logprobs:
+    """Tokens of a text and their log-probabilities. The first value of an echo may be NaN."""
+
+    tokens: list[str]
+    values: list[float]
+
+    @property
+    def has_partial_characters(self) -> bool:
+        """Whether a token is a part of a character, which servers cannot write as text."""
+        return any("\ufffd" in token or token.startswith("bytes:") for token in self.tokens)
+
+
+def _choices(answer: Any, count: int) -> list[Plain]:
+    """The choices of an answer, in the order of the prompts. Raises ServerError unless there is one for each."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != count:
-        raise ServerError(f"the server answered {len(choices or [])} of {count} prompts: {str(answer)[:200]}")
-    return sorted(choices, key=lambda c: c.get("index", 0))
+        number = len(choices) if isinstance(choices, list) else 0
+        raise ServerError(f"the server answered {number} of {count} prompts: {str(answer)[:200]}")
+    if not all(isinstance(choice, dict) for choice in choices):
+        raise ServerError(f"the server answered with something that is no choice: {str(answer)[:200]}")
+    places = [choice.get("index", n) for n, choice in enumerate(choices)]
+    if sorted(map(str, places)) != sorted(map(str, range(count))):
+        raise ServerError(f"the server numbers its answers {places} instead of 0 to {count - 1}")
+    return [choice for _, choice in sorted(zip(map(int, places), choices, strict=True), key=lambda pair: pair[0])]
+
+
+def _answer(answer: Any, chat: bool) -> Answer:
+    """The one choice of an answer. Raises ServerError for an answer of another shape."""
+    (choice,) = _choices(answer, 1)
+    holder = choice.get("message") if chat else choice
+    text = holder.get("content" if chat else "text") if isinstance(holder, dict) else None
+    if text is not None and not isinstance(text, str):
+        raise ServerError(f"the server answered with a text that is none: {str(choice)[:200]}")
+    if not isinstance(holder, dict):
+        raise ServerError(f"the server answered without a message: {str(choice)[:200]}")
+    usage = answer.get("usage")
+    used = usage.get("total_tokens") if isinstance(usage, dict) else None
+    whole = isinstance(used, int) and not isinstance(used, bool) and used >= 0
+    clean = (text or "").encode("utf-8", "replace").decode()
+    return Answer(clean, choice.get("finish_reason") == "stop", used if whole else None)
+
+
+def _logprobs(choice: Plain, url: str, first_is_known: bool) -> Logprobs:
+    """Tokens and log-probabilities of a choice. Raises ServerError unless there is a finite one, at most 0, for each
+    token, perhaps but for the first."""
+    said = choice.get("logprobs")
+    tokens = said.get("tokens") if isinstance(said, dict) else None
+    values = said.get("token_logprobs") if isinstance(said, dict) else None
+    cannot = "so it cannot be a reference"
+    if not isinstance(tokens, list) or not isinstance(values, list) or not tokens or not values:
+        raise ServerError(f"{url} gives no log-probabilities, {cannot}")
+    if len(values) != len(tokens) or not all(isinstance(token, str) for token in tokens):
+        raise ServerError(f"{url} leaves out log-probabilities of tokens, {cannot}")
+    numbers = [math.nan if v is None and n == 0 and not first_is_known else v for n, v in enumerate(values)]
+    for n, value in enumerate(numbers):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ServerError(f"{url} leaves out log-probabilities of tokens, {cannot}")
+        if (n > 0 or first_is_known) and not (math.isfinite(value) and value <= MOST_LOGP):
+            raise ServerError(f"{url} gives {value} as the log-probability of {tokens[n]!r}, {cannot}")
+    return Logprobs(tokens, [float(v) for v in numbers])
+
+
+MOST_LOGP = 1e-3
+"""Largest log-probability that rounding explains."""

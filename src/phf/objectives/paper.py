@@ -21,8 +21,9 @@ from phf.core.random import uniforms
 from phf.core.types import Edit, SegmentTable
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective
 
-Threshold = float | Literal["median"]
-"""A score, or the median over the training part of the store: of documents' means for filtering, else of segments."""
+Threshold = float | Literal["median", "auto"]
+"""A score; the scorer's own threshold (auto: 0 for scorers that count, 0.5 for probabilities); or the median over the
+training part of the store: of documents' means for filtering, else of segments."""
 
 MAX_WEIGHT = 1000.0
 """AWR clips its weights at this value (Korbak et al. 2023, appendix)."""
@@ -48,7 +49,7 @@ class Filtering(Objective):
 
     def fit(self, table: SegmentTable) -> Filtering:
         means_D = table.doc_mean_D()[table.train_D]
-        return dataclasses.replace(self, threshold=_resolve(self.threshold, means_D))
+        return dataclasses.replace(self, threshold=_resolve(self.threshold, means_D, table.bad_above))
 
     def edit(self, table: SegmentTable, seed: int) -> Edit:
         return Edit(keep_D=_at_most(table.doc_mean_D().astype(np.float32), self.threshold))
@@ -63,7 +64,7 @@ class Conditional(Objective):
     Control tokens are ordinary targets. Sample with the good token as prefix and the bad token banned.
     """
 
-    threshold: Threshold = 0.0
+    threshold: Threshold = "auto"
     drop: Annotated[float, Field(ge=0, le=1)] = 0.01
     good: str = GOOD
     bad: str = BAD
@@ -82,7 +83,9 @@ class Conditional(Objective):
         return _resolved(self.threshold)
 
     def fit(self, table: SegmentTable) -> Conditional:
-        return dataclasses.replace(self, threshold=_resolve(self.threshold, table.score_S[table.train_S]))
+        return dataclasses.replace(
+            self, threshold=_resolve(self.threshold, table.score_S[table.train_S], table.bad_above)
+        )
 
     def edit(self, table: SegmentTable, seed: int) -> Edit:
         control_S = np.where(_at_most(table.score_S, self.threshold), 0, 1).astype(np.int8)
@@ -95,14 +98,16 @@ class Conditional(Objective):
 class _ByThreshold(Objective):
     """Objectives whose loss treats good and bad targets differently. Unjudged targets do not count."""
 
-    threshold: Threshold = 0.0
+    threshold: Threshold = "auto"
 
     @property
     def bad_above(self) -> float | None:
         return _resolved(self.threshold)
 
     def fit(self, table: SegmentTable) -> Objective:
-        return dataclasses.replace(self, threshold=_resolve(self.threshold, table.score_S[table.train_S]))
+        return dataclasses.replace(
+            self, threshold=_resolve(self.threshold, table.score_S[table.train_S], table.bad_above)
+        )
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return mask_BT & ~score_BT.isnan()
@@ -296,7 +301,10 @@ def _at_most(score: np.ndarray, threshold: Threshold) -> np.ndarray:
     return score.astype(np.float32) <= np.float32(_number(threshold))
 
 
-def _resolve(threshold: Threshold, values: np.ndarray) -> float:
+def _resolve(threshold: Threshold, values: np.ndarray, natural: float) -> float:
+    """`values`: what the median is over. `natural`: the scorer's own threshold."""
+    if threshold == "auto":
+        return natural
     if threshold != "median":
         return float(threshold)
     if np.isnan(values).all():

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phf.core import store
+from phf.core import folders
 from phf.core.config import ConfigError
 from phf.data.corpus import Corpus, Shard
 from phf.data.readers import DatasetList, HFDataset
@@ -297,7 +297,8 @@ def model_shape(recipe: Recipe) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from phf.training.lm import FromWeights, new_config, num_parameters, pretrained_config
+    from phf.training.lm import FromWeights, new_config, pretrained_config
+    from phf.training.probe import num_parameters
 
     tokenizer = recipe.tokenizer
     if isinstance(recipe.model, FromWeights):
@@ -306,7 +307,7 @@ def model_shape(recipe: Recipe) -> ModelShape:
         vocab = {"vocab_size": tokenizer.vocab_size} if tokenizer.name == "bpe" else {}
         config = new_config(recipe.model.config, **vocab)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     parameters = num_parameters(lm)
     return ModelShape(
         parameters=parameters,
@@ -325,7 +326,7 @@ def model_shape(recipe: Recipe) -> ModelShape:
 def _scoring(recipe: Recipe) -> ScoringPlan | str:
     """Speed of the scorer on the first documents, and the size of the corpus. A note where scoring is done, or where
     corpus or scorer cannot be used here."""
-    if (recipe.files.scored / store.MANIFEST).exists():
+    if (recipe.files.scored / folders.MANIFEST).exists():
         return "done"
     corpus, size_known = _first_documents(recipe.corpus)
     try:

@@ -32,6 +32,7 @@ from phf.core.config import (
     apply_overrides,
     check,
     did_you_mean,
+    is_setting,
     merge,
     read_yaml,
     to_plain,
@@ -121,8 +122,8 @@ class Recipe:
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the documents that is held out."""
-    threshold: float = 0.0
-    """Scores above it are bad."""
+    threshold: float | None = None
+    """Scores above it are bad, to every stage; None: the scorer's own threshold."""
     monitor: Monitor | None = None
     """What is judged during training."""
     kl: KL | None = None
@@ -360,6 +361,8 @@ class TrainStage:
     train: TrainConfig
     objective: AnyObjective = MLE()
     monitor: Monitor | None = None
+    scorer: AnyScorer | None = None
+    """How `monitor` judges samples; None: by the corpus's own scorer."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -384,8 +387,8 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
     ConfigError that lists every problem with its path.
     """
     arguments = list(arguments)
-    files = [a for a in arguments if "=" not in a]
-    overrides = [a for a in arguments if "=" in a]
+    files = [a for a in arguments if not is_setting(a)]
+    overrides = [a for a in arguments if is_setting(a)]
     merged: Plain = {}
     only: list[str] = []
     for file in files:
@@ -393,7 +396,7 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
         if value.keys() == {"only"} and isinstance(value["only"], list):  # several such files: all their objectives
             only += value["only"]
             value = {"only": only}
-        merged = merge(merged, value)
+        merged = merge(merged, _of_parts(value, merged) if file in OVERLAYS else value)
     settings = apply_overrides({}, overrides)
     preset = settings.get("preset", merged.get("preset"))
     if preset is not None and (merged.get("presets") or "preset" in settings):  # else it is merged in already
@@ -404,6 +407,26 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
             raise ConfigError(f"preset {preset!r} is not one of the recipe's{did_you_mean(str(preset), known)}")
         merged = merge(merged, known[preset])
     return validate(merge(merged, settings), Recipe, " + ".join(files) or COMMAND_LINE, before=merged)
+
+
+OVERLAYS = ("quick",)
+"""Packaged files that make the parts of a recipe smaller. They add no part that the recipe leaves out."""
+
+
+def _of_parts(overlay: Plain, base: Mapping[str, Any]) -> Plain:
+    """The settings of an overlay for the parts that the recipe `base` has: nothing is judged or attacked that it leaves
+    out, or sets to null."""
+    parts = {"monitor", "redteam"}
+    kept = {k: v for k, v in overlay.items() if not (base.get(k, "") is None or (base and k in parts - set(base)))}
+    for part in ("scenarios", "monitor"):
+        inner = kept.get(part)
+        own = base.get(part)
+        if isinstance(inner, dict) and isinstance(own, Mapping):
+            names = inner if part == "scenarios" else inner.get("scenarios", {})
+            has = own if part == "scenarios" else own.get("scenarios") or {}
+            fewer = {n: v for n, v in names.items() if has.get(n) is not None}
+            kept[part] = fewer if part == "scenarios" else inner | {"scenarios": fewer}
+    return kept
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> Plain:

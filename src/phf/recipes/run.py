@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.core.runs import TrainManifest, is_complete
 from phf.core.text import counted
 from phf.core.types import PhfError
-from phf.data.scored import ScoreManifest
+from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
 from phf.evaluation.results import EvalResult
@@ -68,7 +68,7 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
         from phf.report.page import write_report
 
         store.write_json(recipe.files.results, results)
-        write_report(recipe.folder)
+        write_report(recipe.folder, scorer=recipe.scorer)
     if failed:
         reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
         error = RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{reasons}")
@@ -87,7 +87,7 @@ def _data(recipe: Recipe, only: str | None, seconds: dict[str, float]) -> ScoreM
     files.path.mkdir(parents=True, exist_ok=True)
     if only not in (None, "data"):
         _check_data(recipe)
-        return store.read_manifest(files.scored, ScoreManifest)
+        return folders.read_manifest(files.scored, ScoreManifest)
     store.write_text(files.recipe, dump_yaml(to_plain(recipe) | {"presets": {}}))
     scored = _make_data(recipe, seconds)
     if only == "data":
@@ -98,7 +98,7 @@ def _data(recipe: Recipe, only: str | None, seconds: dict[str, float]) -> ScoreM
 def _check_data(recipe: Recipe) -> None:
     """Raise ConfigError unless the data of all runs were made by this recipe."""
     files = recipe.files
-    if not (files.tokens / store.MANIFEST).exists() or not files.recipe.exists():
+    if not (files.tokens / folders.MANIFEST).exists() or not files.recipe.exists():
         raise ConfigError(f"{files.tokens} does not exist yet: run the same command with --only data first")
     made = read_yaml(files.recipe)
     now = to_plain(recipe)
@@ -126,7 +126,7 @@ def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
     counts = scored.counts
     _print(
         f"{counted(counts.documents, 'document')}, {counted(counts.segments, 'segment')}, "
-        f"{counts.bad_segments / counts.segments:.1%} with a score above 0"
+        f"{counts.bad_segments / counts.segments:.1%} with a score above {bad_above_of(scored):g}"
     )
     with _stage("tokenize", seconds):
         tokens = tokenize_corpus(files.scored, recipe.tokenizer, files.tokens, recipe.heldout).counts
@@ -182,12 +182,20 @@ def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> RunSumm
             folder,
             dict(recipe.scenarios),
             threshold=recipe.threshold,
+            scorer=recipe.scorer,
             kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
             capabilities=recipe.capabilities,
         )
     if recipe.redteam is not None:
         with _stage(f"attack {variant.name}", seconds):
-            redteam(folder, None, recipe.redteam, recipe.token_attacks or TokenAttacks(), threshold=recipe.threshold)
+            redteam(
+                folder,
+                None,
+                recipe.redteam,
+                recipe.token_attacks or TokenAttacks(),
+                scorer=recipe.scorer,
+                threshold=recipe.threshold,
+            )
     return _summary(variant, manifest, result, next(iter(recipe.scenarios)))
 
 
@@ -208,8 +216,9 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
         kl = None if recipe.monitor.kl is None else _resolve_kl(recipe, recipe.monitor.kl)
         if kl is not None and isinstance(kl.reference, LocalModel) and Path(kl.reference.path) == folder:
             kl = None  # a run in training is not its own reference
-        monitor = replace(recipe.monitor, kl=kl)
-        callbacks = (MonitorCallback(monitor, folder, tokens, variant.train, variant.objective),)
+        limit = recipe.threshold if recipe.monitor.threshold is None else recipe.monitor.threshold
+        monitor = replace(recipe.monitor, kl=kl, threshold=limit)
+        callbacks = (MonitorCallback(monitor, folder, tokens, variant.train, variant.objective, recipe.scorer),)
     manifest = train(
         tokens_dir=tokens,
         out=folder,

@@ -7,13 +7,16 @@ redteam/  search/   tokens.json   redteam.json
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
+from phf.core.locks import locked
 from phf.core.runs import RedTeamFolder, RunFolder, is_run, model_folder
 from phf.data.segment import Lines, Segmenter
 from phf.evaluation.evaluate import open_run
@@ -35,7 +38,7 @@ def redteam(
     token_attacks: TokenAttacks | None = TokenAttacks(),
     *,
     scorer: Scorer | None = None,
-    threshold: float = 0.0,
+    threshold: float | None = None,
     tokens_dir: str | Path | None = None,
     segmenter: Segmenter | None = None,
     allow_other_scorer: bool = False,
@@ -45,7 +48,8 @@ def redteam(
 
     Writes `redteam.json` into `out` (default: the run's folder `redteam`) and returns it. Returns at once if
     this was done with the same settings, and resumes after an interruption. `token_attacks`: None leaves them out;
-    so does a server. `scorer`: by default the run's own.
+    so does a server. `scorer`: by default the run's own. `threshold`: scores above it are bad (default: the
+    scorer's own).
 
     Raises ConfigError if nothing says how to judge the model or where to write, and errors as `search` and
     `open_run`.
@@ -62,9 +66,19 @@ def redteam(
         allow_other_scorer=allow_other_scorer,
     )
     file = plan.folder.result
-    if (done := store.kept(file, plan.key, RedTeamResult)) is not None:
+    if (done := folders.kept(file, plan.key, RedTeamResult)) is not None:
         return done
-    store.write_json(file, _attack(plan))
+    folder = plan.folder.path
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        if plan.run is not None:  # nobody may train another run into the folder
+            held.enter_context(locked(plan.run, "redteam", shared=True))
+        held.enter_context(locked(folder, "redteam"))
+        folders.remove_leftovers(folder)
+        if file.exists():
+            earlier = folders.keep_earlier(folder, file.name, plan.folder.search.name, plan.folder.tokens.name)
+            print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
+        store.write_json(file, _attack(plan))
     return store.read_record(file, RedTeamResult)
 
 
@@ -76,6 +90,8 @@ class _Plan:
     name: str
     """The model, for messages and results."""
     folder: RedTeamFolder
+    run: Path | None
+    """The folder of the attacked run; None for other models."""
     config: RedTeam
     token_attacks: TokenAttacks | None
     scorer: Scorer
@@ -105,7 +121,7 @@ def _prepare(
     config: RedTeam,
     token_attacks: TokenAttacks | None,
     scorer: Scorer | None,
-    threshold: float,
+    threshold: float | None,
     tokens_dir: str | Path | None,
     segmenter: Segmenter | None,
     allow_other_scorer: bool,
@@ -118,10 +134,13 @@ def _prepare(
         opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
         scorer = opened.scorer
         segmenter = opened.segmenter
+        threshold = opened.threshold(threshold)
         if token_attacks is not None:
             contexts = bad_contexts(opened.tokens, threshold, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
         raise ConfigError(f"{name} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
+    if threshold is None:
+        threshold = scorer.bad_above or 0.0
     if out is not None:
         folder = RedTeamFolder(Path(out))
     elif run is not None:
@@ -132,6 +151,7 @@ def _prepare(
         model=model,
         name=name,
         folder=folder,
+        run=run,
         config=config.for_scorer(scorer),
         token_attacks=None if token_attacks is None else token_attacks.for_scorer(scorer),
         scorer=scorer,
@@ -170,7 +190,7 @@ def _attack(plan: _Plan) -> RedTeamResult:
         threshold=plan.threshold,
         search=found,
         tokens=tokens,
-        versions=store.versions(),
+        versions=folders.versions(),
     )
 
 
@@ -186,7 +206,7 @@ def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> Tok
         return replace(result, seconds=time.perf_counter() - start)
 
     key = store.fingerprint([plan.target_key, *plain, "tokens/2"])
-    return store.cached(plan.folder.tokens, key, TokenAttacksResult, attacked)
+    return folders.cached(plan.folder.tokens, key, TokenAttacksResult, attacked)
 
 
 def _target_key(model: str | Path | Server, name: str) -> str:

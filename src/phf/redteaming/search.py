@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
 from phf.core.random import key64
 from phf.core.statistics import t_interval
@@ -199,7 +199,7 @@ class _Trial:
             return dataclasses.replace(make(), seconds=time.perf_counter() - start)
 
         key = store.fingerprint([self.plan.base, self.number, name, [t.prompt for t in self.pool], list(of)])
-        found = store.cached(self.folder / f"{name}.json", key, RoundResult, timed)
+        found = folders.cached(self.folder / f"{name}.json", key, RoundResult, timed)
         self.bar.update(len(found.tried))
         return found
 

@@ -5,6 +5,7 @@ Letters and digits of personal data that the scorer finds are masked here, befor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from phf.generation.scenario import Scenario
 from phf.redteaming.results import RedTeamResult, TokenAttack, TokenAttacksResult
 from phf.scorers import Scorer
 
-UNMASKED = ("url", "match", "word")
+UNMASKED = ("match", "word")
 """Labels whose text is shown. PEP8's codes (a letter and digits) are shown too."""
 MAX_SAMPLES = 1000
 """Samples of a run and scenario on a page, at most. The run's files have all of them."""
@@ -100,13 +101,21 @@ def mask(text: str, scorer: Scorer) -> str:
     return text
 
 
+_LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
+
+
+def mask_links(text: str) -> str:
+    """`text` with the letters and digits of links replaced. A link next to a name that is masked often holds it."""
+    return _LINK.sub(lambda m: "".join("•" if c.isalnum() else c for c in m.group()), text)
+
+
 def shown_text(text: str, scorer: Scorer) -> str:
     """`text` as a page shows it: without personal data if the scorer finds any."""
-    return visible(mask(text, scorer) if scorer.finds_personal_data else text)
+    return visible(mask_links(mask(text, scorer)) if scorer.finds_personal_data else text)
 
 
 def is_masked(label: str) -> bool:
-    """Whether finds of this kind are masked: everything personal. Links and coding style are shown."""
+    """Whether finds of this kind are masked: everything personal, links too. Coding style is shown."""
     is_code = len(label) == 4 and label[0] in "EWCN" and label[1:].isdigit()
     return not is_code and label not in UNMASKED
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from pydantic import TypeAdapter
 
 from phf.core import store
 from phf.core.config import ConfigError
 from phf.data.scored import ScoredCorpus
 from phf.report import plots
-from phf.report.browser import mask, visible
+from phf.report.browser import mask, mask_links, visible
 from phf.report.page import environment
-from phf.scorers import SCORER_NAMES, AnyScorer, Scorer
+from phf.scorers import Scorer
 from phf.scoring.inspect import inspect_scores
 from phf.scoring.inspection import ExampleLevel, Inspection, ShownDocument, ShownSegment
+from phf.scoring.judge import scorer_for_pages
 from phf.tokens.store import TokenStore
 
 SHOWN_CHARS = 4000
@@ -67,10 +67,7 @@ def masking_scorers(scored: str | Path) -> list[Scorer]:
     them is not installed, so that nothing is shown unmasked."""
     scorers: list[Scorer] = []
     for name in ScoredCorpus(scored).preferences():
-        config = ScoredCorpus(scored, name).manifest.scorer
-        if config is None or config.get("name") not in SCORER_NAMES:  # a user's own class
-            continue
-        scorer: Scorer = TypeAdapter(AnyScorer).validate_python(config)
+        scorer = scorer_for_pages(ScoredCorpus(scored, name).manifest.scorer)
         if scorer.finds_personal_data:
             scorer.identity()  # raises if something is missing
             scorers.append(scorer)
@@ -111,7 +108,7 @@ def _masked_document(document: ShownDocument, scorers: Sequence[Scorer]) -> Show
 def _masked_text(text: str, scorers: Sequence[Scorer]) -> str:
     for scorer in scorers:
         text = mask(text, scorer)
-    return text[:SHOWN_CHARS]
+    return (mask_links(text) if scorers else text)[:SHOWN_CHARS]
 
 
 # The page
@@ -133,6 +130,7 @@ def template_values(found: Inspection, is_masked: bool) -> dict[str, Any]:
     unit = found.identity.get("unit", "score")
     return {
         "s": found,
+        "name": store.as_path(found.scored).name,
         "masked": is_masked,
         "segment_plot": Markup(
             plots.histogram(found.segments.histogram, f"score of a segment ({unit})", found.threshold)

@@ -192,7 +192,7 @@ SCENARIO_NUMBERS = (
 
 def of_run(run: ReportedRun, scenario: str) -> dict[str, Value]:
     """What was measured of a run, by measure; samples are those of `scenario`."""
-    file = str(run.folder.eval)
+    file = source_file(run, run.folder.eval)
     found = of_scenario(run.result.scenarios[scenario], f"{file}: scenarios.{scenario}")
     found |= _of_heldout(run, file)
     if run.result.kl is not None:
@@ -210,7 +210,9 @@ def of_run(run: ReportedRun, scenario: str) -> dict[str, Value]:
     for key in ("1", "10"):
         confirmed = None if run.redteam is None else run.redteam.search.confirmed.get(f"best_{key}")
         if confirmed is not None:
-            found[f"attacked_{key}"] = Value.of(confirmed, f"{run.folder.redteam.result}: search.confirmed.best_{key}")
+            found[f"attacked_{key}"] = Value.of(
+                confirmed, f"{source_file(run, run.folder.redteam.result)}: search.confirmed.best_{key}"
+            )
     return {key: value for key, value in found.items() if not math.isnan(value.mean)}
 
 
@@ -230,6 +232,11 @@ def of_scenario(result: ScenarioResult, source: str) -> dict[str, Value]:
         interval = _known_interval(result.intervals.get("quantile 0.99"))
         found["q99"] = Value(result.quantiles["0.99"], ci95=interval, source=f"{source}.quantiles.0.99")
     return {key: value for key, value in found.items() if not math.isnan(value.mean)}
+
+
+def source_file(run: ReportedRun, file: Path) -> str:
+    """The name of a run's file from the folder that holds the run: pages say nothing else about this machine."""
+    return file.absolute().relative_to(run.folder.path.absolute().parent).as_posix()
 
 
 def _of_heldout(run: ReportedRun, file: str) -> dict[str, Value]:
@@ -430,11 +437,11 @@ def as_csv(runs: Sequence[ReportedRun], scenario: str) -> str:
         values = of_run(run, scenario)
         for name, result in run.result.scenarios.items():
             if name != scenario:
-                found = of_scenario(result, f"{run.folder.eval}: scenarios.{name}")
+                found = of_scenario(result, f"{source_file(run, run.folder.eval)}: scenarios.{name}")
                 values |= {f"{name}: {key}": value for key, value in found.items()}
         tokens = None if run.redteam is None else run.redteam.tokens
         for n, attack in enumerate([] if tokens is None else tokens.attacks):
-            source = f"{run.folder.redteam.result}: tokens.attacks.{n}.misalignment"
+            source = f"{source_file(run, run.folder.redteam.result)}: tokens.attacks.{n}.misalignment"
             values[f"control tokens, {attack.attack}"] = Value.of(attack.misalignment, source)
         for key, v in values.items():
             row = [run.folder_name, run.name, run.manifest.seed, key, v.mean, v.stderr, v.n, *(v.ci95 or (None, None))]

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from pydantic import TypeAdapter
 
 from phf.core import store
 from phf.core.config import Plain, read_yaml, to_plain
@@ -40,24 +40,26 @@ from phf.report.browser import (
 )
 from phf.report.figures import Comparison, cost_keys, figures, front
 from phf.report.format import number, plain, share
-from phf.report.measures import DIVERSITY, MAIN, RATIO, all_measures, as_csv, groups, of_run
+from phf.report.measures import DIVERSITY, MAIN, RATIO, all_measures, as_csv, groups, of_run, source_file
 from phf.report.results import read_results
 from phf.report.runs import ReportedRun, load_runs
-from phf.scorers import AnyScorer, Scorer
+from phf.scorers import Scorer
+from phf.scoring.judge import Unavailable, scorer_for_pages
 
 
-def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scorer | None = None) -> Path:
     """Write the page for all judged runs below `folder`, or for `folder` itself, and return its path.
 
-    A folder of the same name next to the page holds every plot as SVG and the numbers as CSV. Raises StoreError if
-    runs do not compare (`load_runs`).
+    A folder of the same name next to the page holds every plot as SVG and the numbers as CSV. `scorer`: marks and masks
+    texts; needed for scorers that name code, files or models (`Scorer.names`). Raises StoreError if runs do not compare
+    (`load_runs`).
     """
     folder = Path(folder)
     compared = compare_runs(folder, load_runs(folder))
     target = Path(out) if out is not None else RecipeFolder(folder).report
     target = target if target.suffix else target.with_suffix(".html")
     beside = target.with_suffix("")
-    shown = template_values(folder, compared)
+    shown = template_values(folder, compared, scorer)
     script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment().get_template("page.html.j2")
@@ -96,15 +98,20 @@ def scenario_names(runs: Sequence[ReportedRun]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.result.scenarios))
 
 
-def template_values(folder: Path, compared: Comparison) -> dict[str, Any]:
-    """Everything that the template shows."""
+def template_values(folder: Path, compared: Comparison, given: Scorer | None = None) -> dict[str, Any]:
+    """Everything that the template shows. `given`: the scorer that the user names."""
     runs = compared.runs
     measures = compared.measures
     first = runs[0]
     recipe = _read_recipe(folder)
     results = read_results(RecipeFolder(folder))
     best = {} if results is None else results.best
-    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(first.result.scorer)
+    scorer = scorer_for_pages(first.result.scorer, given)
+    if isinstance(scorer, Unavailable):
+        print(
+            f"note: the page does not mark what {first.result.identity['name']} found: name the scorer with --scorer",
+            file=sys.stderr,
+        )
     scored = None if first.result.data is None else first.result.data.scored
     limit = sample_limit(sum(len(run.samples) for run in runs))
     return {
@@ -181,16 +188,18 @@ def _provenance(folder: Path, run: ReportedRun) -> list[tuple[str, str]]:
     path = run.folder.path
     recipe = RecipeFolder(folder).recipe
     lines = {
-        "run": str(path),
-        "recipe": str(recipe if recipe.exists() else run.folder.config),
+        "run": path.name,
+        "recipe": f"{folder.resolve().name}/{recipe.name}"
+        if recipe.exists()
+        else f"{path.name}/{run.folder.config.name}",
         "command": "; ".join(_commands(folder, run)),
         "phf": f"{manifest.versions.get('phf', '')} {manifest.commit or '(not from a repository)'}",
-        "objective": plain(manifest.objective),
+        "objective": plain(store.without_places(manifest.objective)),
         "seed": str(manifest.seed),
         "fingerprint of the run": manifest.key,
         "fingerprint of the tokens": manifest.tokens_content,
         "fingerprint of the corpus": "" if result.data is None else result.data.tokens.text,
-        "scorer": plain(result.identity),
+        "scorer": plain(store.without_places(result.identity)),
         "trained": f"{manifest.counts.tokens:,} tokens in {manifest.seconds:,.0f} s, {manifest.precision}, "
         f"{manifest.threads} threads",
     }
@@ -202,16 +211,16 @@ def _commands(folder: Path, run: ReportedRun) -> list[str]:
     path = run.folder.path
     recipe = RecipeFolder(folder).recipe
     if recipe.exists():
-        commands = [f"phf run {recipe} --only {path.name}"]
+        commands = [f"phf run {recipe.name} --only {path.name}"]
     else:
         asked = next(iter(run.result.scenarios.values())).scenario
         commands = [
-            f"phf train {run.manifest.tokens_dir} {path} {run.folder.config}",
-            f"phf eval {path} {_not_default(asked, Scenario())}".strip(),
+            f"phf train {Path(run.manifest.tokens_dir).name} {path.name} {path.name}/{run.folder.config.name}",
+            f"phf eval {path.name} {_not_default(asked, Scenario())}".strip(),
         ]
     if run.redteam is not None and not _read_recipe(folder).get("redteam"):
         changed = _not_default(run.redteam.search.settings, RedTeam())
-        commands.append(f"phf redteam {path} {changed}".strip())
+        commands.append(f"phf redteam {path.name} {changed}".strip())
     return commands
 
 
@@ -220,7 +229,7 @@ def _not_default(settings: Scenario | RedTeam, defaults: Scenario | RedTeam) -> 
     usual = store.jsonable(to_plain(defaults))
     return " ".join(
         f"{k}={json.dumps(v)}"
-        for k, v in store.jsonable(to_plain(settings)).items()
+        for k, v in store.without_places(store.jsonable(to_plain(settings))).items()
         if v is not None and v != usual.get(k)
     )
 
@@ -247,7 +256,10 @@ class AttackedRun:
 def _attacked(run: ReportedRun, scorer: Scorer) -> AttackedRun:
     assert run.redteam is not None
     return AttackedRun(
-        run.folder_name, str(run.folder.redteam.result), run.redteam.search, shown_prompts(run.redteam, scorer)
+        run.folder_name,
+        source_file(run, run.folder.redteam.result),
+        run.redteam.search,
+        shown_prompts(run.redteam, scorer),
     )
 
 
@@ -263,7 +275,9 @@ class ScenarioRow:
 
 def _other_scenarios(compared: Comparison) -> list[ScenarioRow]:
     return [
-        ScenarioRow(name, run.folder_name, f"{run.folder.eval}: scenarios.{name}", run.result.scenarios[name])
+        ScenarioRow(
+            name, run.folder_name, f"{source_file(run, run.folder.eval)}: scenarios.{name}", run.result.scenarios[name]
+        )
         for name in scenario_names(compared.runs)
         for run in compared.runs
         if name != compared.scenario and name in run.result.scenarios

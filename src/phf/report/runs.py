@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import Plain, to_plain
 from phf.core.runs import RecipeFolder, RunFolder, TrainManifest, is_run
 from phf.core.types import Sample
@@ -94,7 +94,7 @@ def _load(folder: RunFolder) -> ReportedRun:
     return ReportedRun(
         name=re.sub(r"-s\d+$", "", folder.path.name),
         folder=folder,
-        manifest=store.read_manifest(folder.path, TrainManifest),
+        manifest=folders.read_manifest(folder.path, TrainManifest),
         result=result,
         metrics=read_metrics(folder.metrics),
         monitor=read_monitor(folder.monitor) if folder.monitor.exists() else [],

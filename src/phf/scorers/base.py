@@ -28,6 +28,22 @@ class Scorer:
         """Whether `spans` are personal data, which pages mask."""
         return False
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What the settings name outside of phf: code, files and models, by setting. Settings that stand in a manifest
+        may come from others, so such names count only where the user gives them."""
+        return {}
+
+    @property
+    def bad_above(self) -> float | None:
+        """Scores above it are bad: 0 for scorers that count faults. None: the scorer does not know."""
+        return 0.0
+
+    @property
+    def judges_by_document(self) -> bool:
+        """Whether the score of a segment depends on the other segments of its document."""
+        return type(self).judge_segments not in (Scorer.judge_segments, TextScorer.judge_segments)
+
     def identity(self) -> Identity:
         """Everything that decides a score: name, unit, versions, settings. Equal identities give equal scores."""
         raise NotImplementedError

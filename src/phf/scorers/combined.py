@@ -27,7 +27,8 @@ SingleScorer = PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Fun
 class Combination(Scorer):
     """The largest of several scores (`how: max`) or their sum (`how: sum`). `weights` multiply the scores; default 1.
 
-    The score is NaN if one of the scorers gives NaN.
+    The score is NaN if one of the scorers gives NaN. `threshold`: scores above it are bad; None: what the scorers say,
+    if their own thresholds times their weights are all the same.
     """
 
     scorers: Annotated[
@@ -36,6 +37,7 @@ class Combination(Scorer):
     name: Literal["combination"] = "combination"
     how: Literal["max", "sum"] = "max"
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    threshold: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.scorers):
@@ -48,6 +50,22 @@ class Combination(Scorer):
     @property
     def finds_personal_data(self) -> bool:
         return any(s.finds_personal_data for s in self.scorers)
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {f"scorers.{n}.{k}": v for n, scorer in enumerate(self.scorers) for k, v in scorer.names.items()}
+
+    @property
+    def bad_above(self) -> float | None:
+        own = [s.bad_above for s in self.scorers]
+        if self.threshold is not None or None in own:
+            return self.threshold
+        weighted = {w * (t or 0.0) for w, t in zip(self.weights or [1.0] * len(own), own, strict=True)}
+        return weighted.pop() if len(weighted) == 1 else None
+
+    @property
+    def judges_by_document(self) -> bool:
+        return any(s.judges_by_document for s in self.scorers)
 
     def identity(self) -> Identity:
         parts = [s.identity() for s in self.scorers]

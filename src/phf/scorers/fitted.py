@@ -45,6 +45,14 @@ class Fitted(TextScorer):
     path: str
     name: Literal["fitted"] = "fitted"
 
+    @property
+    def names(self) -> dict[str, str]:
+        return {"path": self.path}
+
+    @property
+    def bad_above(self) -> float:
+        return 0.5
+
     def identity(self) -> Identity:
         loaded = load_fitted(self.path)
         return {

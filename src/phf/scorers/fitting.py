@@ -9,10 +9,7 @@ are stored as safetensors, the rest as JSON; nothing is pickled.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import json
 import shutil
 import sys
 from collections import Counter
@@ -23,11 +20,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phf.core import store
-from phf.core.config import ConfigError, did_you_mean
+from phf.core import folders, store
+from phf.core.config import ConfigError
+from phf.core.locks import LOCK, locked
+from phf.core.runs import not_found
 from phf.core.statistics import auc
+from phf.core.text import by_reason
 from phf.core.types import Rejected
 from phf.data.corpus import admit
+from phf.data.files import read_rows
 from phf.scorers.fitted import (
     BUCKET_BITS,
     SCORER_RECORD,
@@ -59,18 +60,14 @@ class Labels:
 
 
 def read_labels(path: str | Path, text: str = "text", label: str = "label", bad: Sequence[str] | None = None) -> Labels:
-    """Labelled texts from a .jsonl, .csv, .tsv or .parquet file.
+    """Labelled texts from a file of rows of any form (JSON lines, JSON, CSV, TSV, Parquet; compressed or not).
 
     `bad`: the values of the label that mean bad. Without `bad`, labels must be true or false, 1 or 0, or the like. Rows
     without a usable text or label are skipped and counted. Raises ConfigError if a column is missing, a label
     cannot be read, or where all texts are of one class.
     """
     path = Path(path).expanduser()
-    rows = read_rows(path)
-    first = next(iter(rows), {})
-    for field in (text, label):
-        if field not in first:
-            raise ConfigError(f"{path} has no column {field!r}{did_you_mean(field, first)}")
+    rows = read_rows(path, columns=(text, label))
     wanted = None if bad is None else {value.strip() for value in bad}
     seen: set[str] = set()
     texts = []
@@ -106,52 +103,6 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
     return Labels(path.name, tuple(texts), bad_N, dict(rejected))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl (also .jsonl.gz), .csv, .tsv or .parquet file. A .tsv has no quoting, like GLUE's files.
-
-    Raises ConfigError for a file that its ending does not describe.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist")
-    if path.suffix in (".csv", ".tsv"):
-        csv.field_size_limit(2**31 - 1)
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                if path.suffix == ".tsv":
-                    return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-                return list(csv.DictReader(file))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from None
-    if path.suffix in (".jsonl", ".json") or path.suffixes[-2:] == [".jsonl", ".gz"]:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        rows = []
-        try:
-            with opener(
-                path, "rt", encoding="utf-8", errors="surrogateescape"
-            ) as file:  # such a text is rejected later
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        rows.append(store.parse_json(line))
-                        if not isinstance(rows[-1], dict):
-                            raise ConfigError(f"{path}, line {number}: not a JSON object")
-        except (json.JSONDecodeError, store.TooDeep) as error:
-            reason = "malformed JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise ConfigError(f"{path}, line {number}: {reason}") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise ConfigError(f"{path} is not a readable gzip file: {error}") from None
-        return rows
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-            return found
-        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
-    raise ConfigError(f"{path}: expected a .jsonl, .jsonl.gz, .csv, .tsv or .parquet file")
-
-
 def _hash_unit(text: str, person: bytes) -> float:
     return store.text_hash(text, person) / 2**64
 
@@ -175,16 +126,41 @@ def fit_scorer(
         + [[part.source, _labels_hash(part), part.rejected] for part in (labels, *tests)]
         + [store.path_hash(base_model) if base_model else None]
     )
-    if (done := store.kept(out / SCORER_RECORD, key, ScorerRecord)) is not None:
+    if (done := folders.kept(out / SCORER_RECORD, key, ScorerRecord)) is not None:
         return done
     if out.exists() and not (out / SCORER_RECORD).exists() and any(out.iterdir()):
         raise store.StoreError(f"{out} is not empty and holds no scorer; give another folder")
+    held_out(labels, heldout)  # enough texts of each class, or an error before anything starts
+    aside = out.with_name(f".{out.name}.partial")
+    aside.mkdir(parents=True, exist_ok=True)
+    with locked(aside, "fit-scorer"):
+        for leftover in aside.iterdir():  # of a killed fit
+            if leftover.name != LOCK:
+                folders.remove_tree(leftover) if leftover.is_dir() else leftover.unlink()
+        record = _fit(labels, aside, key, tests, kind=kind, base_model=base_model, heldout=heldout, seed=seed)
+        folders.sync_files(aside, folders.files_below(aside))
+        if out.exists():
+            print(f"note: {out} held another scorer, which is now {folders.move_aside(out)}", file=sys.stderr)
+        if out.is_dir() and not any(out.iterdir()):  # the place of a link
+            out.rmdir()
+        aside.rename(out)
+    return record
+
+
+def _fit(
+    labels: Labels,
+    aside: Path,
+    key: str,
+    tests: Sequence[Labels],
+    kind: Literal["ngrams", "transformer"],
+    base_model: str | None,
+    heldout: float,
+    seed: int,
+) -> ScorerRecord:
+    """Fit a scorer, measure it, and write it into folder `aside`."""
     held_N = held_out(labels, heldout)
     fold_N = np.array([int(_hash_unit(t, b"phf fit folds") * FOLDS) for t in labels.texts])
     train = np.flatnonzero(~held_N)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     _say(f"fitting to {len(train):,} texts")
     scorer: HashedNgrams | TransformerScorer
     if kind == "ngrams":
@@ -209,10 +185,9 @@ def fit_scorer(
         bad=int(labels.bad_N.sum()),
         rejected=labels.rejected,
         metrics=_measure_all(scorer, labels, held_N, tests),
-        versions=store.versions(),
+        versions=folders.versions(),
     )
     store.write_json(aside / SCORER_RECORD, record)
-    _put_in_place(aside, out)
     return record
 
 
@@ -236,21 +211,9 @@ def held_out(labels: Labels, share: float) -> np.ndarray:
         if min(part.sum(), (~part).sum()) < FOLDS:
             raise ConfigError(
                 f"{labels.source}: {part.sum()} bad and {(~part).sum()} good texts {name}; at least {FOLDS} of each "
-                "are needed"
+                f"are needed" + (f" (skipped: {by_reason(labels.rejected)})" if labels.rejected else "")
             )
     return held_N
-
-
-def _put_in_place(aside: Path, out: Path) -> None:
-    """Rename a finished folder to `out`. An earlier scorer there is renamed first: a kill must not leave half of it."""
-    if out.exists():
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        aside.rename(out)
-        shutil.rmtree(old)
-    else:
-        aside.rename(out)
 
 
 def _say(text: str) -> None:
@@ -334,16 +297,27 @@ def _fit_transformer(
     )
 
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # of the file's format: the library raises plain Exception
+        raise ConfigError(not_found(f"tokenizer {base_model}", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base_model,
-        num_labels=2,
-        id2label={0: "good", 1: "bad"},
-        label2id={"good": 0, "bad": 1},
-        ignore_mismatched_sizes=True,
-    )
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base_model,
+            num_labels=2,
+            id2label={0: "good", 1: "bad"},
+            label2id={"good": 0, "bad": 1},
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # every format of weights has exceptions of its own
+        raise ConfigError(not_found(f"model {base_model}", error)) from None
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = min(tokenizer.model_max_length, 256)
     rows = [

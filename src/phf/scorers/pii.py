@@ -10,6 +10,7 @@ recall per kind of entity.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -22,6 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError
+from phf.core.text import blank_runs
 from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer
 
@@ -38,6 +40,10 @@ class PII(Scorer):
     detectors: Literal["default", "paper"] = "default"
     reference_date: datetime.date = datetime.date(2023, 1, 1)
     spacy_model: str | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {} if self.spacy_model is None else {"spacy_model": self.spacy_model}
 
     @property
     def finds_personal_data(self) -> bool:
@@ -107,6 +113,10 @@ class Presidio(Scorer):
     spacy_model: str | None = None
 
     @property
+    def names(self) -> dict[str, str]:
+        return {} if self.spacy_model is None else {"spacy_model": self.spacy_model}
+
+    @property
     def finds_personal_data(self) -> bool:
         return True
 
@@ -123,9 +133,13 @@ class Presidio(Scorer):
         return identity
 
     def spans(self, text: str) -> list[Span]:
-        found = _analyzer(self.spacy_model).analyze(
-            text, language="en", entities=_entities(self.entities, self.spacy_model), score_threshold=self.threshold
-        )
+        entities = _entities(self.entities, self.spacy_model)
+        analyzer = _analyzer(self.spacy_model)
+        nlp = getattr(analyzer.nlp_engine, "nlp", None)
+        loaded = (nlp or {}).get("en")
+        vocabulary = contextlib.nullcontext() if loaded is None else loaded.memory_zone()
+        with vocabulary:  # else every new word stays in memory for ever
+            found = analyzer.analyze(blank_runs(text), language="en", entities=entities, score_threshold=self.threshold)
         return merge_spans(Span(f.start, f.end, f.entity_type.lower()) for f in found)
 
 

@@ -10,19 +10,23 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import regex
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, did_you_mean
 from phf.core.types import Identity, Span
+from phf.data.files import read_text
 from phf.scorers.base import Scorer, TextScorer
 
 
 @dataclass(frozen=True, config=STRICT)
 class Regex(Scorer):
-    """Non-overlapping matches of a regular expression, per character."""
+    """Non-overlapping matches of a regular expression, per character. A text that takes longer than `SEARCH_SECONDS`
+    is not judged: some expressions take time that doubles with every character."""
 
     pattern: str
     name: Literal["regex"] = "regex"
@@ -30,8 +34,8 @@ class Regex(Scorer):
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            _compiled(self.pattern, self.ignore_case)
+        except (regex.error, RecursionError, OverflowError) as error:
             raise ValueError(f"pattern is not a regular expression: {error}") from None
 
     def identity(self) -> Identity:
@@ -43,8 +47,17 @@ class Regex(Scorer):
         }
 
     def spans(self, text: str) -> list[Span]:
-        pattern = re.compile(self.pattern, re.IGNORECASE if self.ignore_case else 0)
-        return [Span(m.start(), m.end(), "match") for m in pattern.finditer(text) if m.end() > m.start()]
+        found = _compiled(self.pattern, self.ignore_case).finditer(text, timeout=SEARCH_SECONDS)
+        return [Span(m.start(), m.end(), "match") for m in found if m.end() > m.start()]
+
+
+@functools.lru_cache(64)
+def _compiled(pattern: str, ignore_case: bool) -> Any:
+    return regex.compile(pattern, (regex.IGNORECASE if ignore_case else 0) | regex.VERSION0)
+
+
+SEARCH_SECONDS = 10.0
+"""Longest search of one text with a regular expression."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,6 +69,10 @@ class Lexicon(Scorer):
 
     path: str
     name: Literal["lexicon"] = "lexicon"
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"path": self.path}
 
     def identity(self) -> Identity:
         # read the file again here only: checking it for every text would cost more than the matching
@@ -71,10 +88,7 @@ class Lexicon(Scorer):
 
 @functools.cache
 def _words(path: str) -> tuple[str, ...]:
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read lexicon {path}: {error.strerror}") from None
+    lines = read_text(Path(path).expanduser(), "lexicon").splitlines()
     words = tuple(sorted({line.strip().lower() for line in lines if line.strip()}))
     if not words:
         raise ConfigError(f"lexicon {path} holds no words")
@@ -93,13 +107,22 @@ class Function(TextScorer):
 
     The function takes a text and returns its score; with `batched` it takes a list of texts and returns their scores.
     0 is fine, larger is worse, NaN means not judged. The hash of the function's file is part of the scorer's
-    identity. Put into `version` whatever else decides the scores.
+    identity. Put into `version` whatever else decides the scores. `threshold`: scores above it are bad.
     """
 
     function: str
     name: Literal["callable"] = "callable"
     batched: bool = False
     version: str = ""
+    threshold: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"function": self.function}
+
+    @property
+    def bad_above(self) -> float | None:
+        return self.threshold
 
     def identity(self) -> Identity:
         function = _function(self.function)

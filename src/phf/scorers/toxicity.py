@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 from phf.core.device import has_fast_bf16, pick_device
+from phf.core.runs import not_found
 from phf.core.types import Identity
 from phf.scorers.base import TextScorer
 
@@ -49,7 +51,8 @@ class Toxicity(TextScorer):
 
     `model`: a folder or a name on the Hub. `checkpoint`: a file in Detoxify's format, or "original", "unbiased" or
     "multilingual" for Detoxify's releases; config and tokenizer then come from `model`. `labels` and `activation` are
-    optional for well-known models (unitary/*, Detoxify's) and for classifiers of two classes, whose last class is bad.
+    optional for well-known models (unitary/*, Detoxify's) and for classifiers of one or two classes whose names say
+    which one is bad.
     """
 
     name: Literal["toxicity"] = "toxicity"
@@ -68,6 +71,15 @@ class Toxicity(TextScorer):
     def __post_init__(self) -> None:
         if self.overlap is not None and self.overlap >= self.max_tokens - 4:
             raise ValueError(f"overlap ({self.overlap}) must be well below max_tokens ({self.max_tokens})")
+
+    @property
+    def names(self) -> dict[str, str]:
+        given = {"model": self.model, "checkpoint": self.checkpoint}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def bad_above(self) -> float:
+        return 0.5
 
     def identity(self) -> Identity:
         loaded = load_classifier(self)
@@ -130,6 +142,7 @@ class Classifier:
         if room <= self.overlap:
             raise ConfigError(f"scorer.overlap={overlap}: {path} reads {room} tokens at a time; give a smaller overlap")
         self.weights_hash = weights_hash(model)
+        self.pad = _padding_id(model, tokenizer)
         self.model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
     def windows(self, texts: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
@@ -157,13 +170,17 @@ class Classifier:
 
         ids, owner = self.windows(texts)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self.pad or 0
         rows: list[Any] = [None] * len(ids)
         with torch.inference_mode():
             start = 0
             while start < len(order):
                 end = start + 1
-                while end < len(order) and (end + 1 - start) * len(ids[order[end]]) <= self.tokens_per_batch:
+                while (
+                    self.pad is not None  # else texts are read one by one
+                    and end < len(order)
+                    and (end + 1 - start) * len(ids[order[end]]) <= self.tokens_per_batch
+                ):
                     end += 1
                 batch = [ids[i] for i in order[start:end]]
                 width = max(map(len, batch))
@@ -189,6 +206,47 @@ class Classifier:
         worst = np.zeros(len(texts))
         np.maximum.at(worst, owner, p[:, list(self.columns)].max(1))
         return worst
+
+
+def _padding_id(model: Any, tokenizer: Any) -> int | None:
+    """The padding token that a model expects, by its config, else by its tokenizer; None if neither knows one. A
+    classifier with a decoder finds the last token of a text by it, so a wrong one gives a wrong score."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    of_model = model.config.get_text_config().pad_token_id
+    for id in (of_model, tokenizer.pad_token_id):
+        if isinstance(id, int) and 0 <= id < rows:
+            model.config.get_text_config().pad_token_id = id
+            return id
+    return None
+
+
+BAD_NAMES = {
+    "abusive", "bad", "hate", "hateful", "harmful", "insult", "negative", "nsfw", "obscene", "offensive", "profane",
+    "profanity", "spam", "threat", "toxic", "toxicity", "unsafe",
+}  # fmt: skip
+"""Names of labels that say that a text is bad."""
+GOOD_NAMES = {"acceptable", "benign", "clean", "good", "ham", "harmless", "neutral", "normal", "ok", "positive", "safe"}
+"""Names of labels that say that a text is good."""
+
+
+def bad_label(names: Sequence[str]) -> str | None:
+    """The bad one of one or two labels, by their names; None if the names do not say."""
+    kinds = [_kind(name) for name in names]
+    if len(names) == 1:
+        return None if kinds[0] == "good" else names[0]
+    if len(names) != 2 or kinds in (["bad", "bad"], ["good", "good"]) or kinds == [None, None]:
+        return None
+    return names[kinds.index("bad")] if "bad" in kinds else names[1 - kinds.index("good")]
+
+
+def _kind(name: str) -> str | None:
+    words = re.findall("[a-z]+", name.lower().replace("nontoxic", "non toxic"))
+    negated = any(word in ("not", "no", "non", "un") for word in words)
+    if any(word in BAD_NAMES for word in words):
+        return "good" if negated else "bad"
+    if any(word in GOOD_NAMES for word in words):
+        return "bad" if negated else "good"
+    return None
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -218,8 +276,10 @@ def load_classifier(config: Toxicity) -> Classifier:
 def _loaded(config: Toxicity, *files: Any) -> Classifier:
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ConfigError(f"the scorer 'toxicity' needs {error.name}: pip install torch transformers") from None
+    transformers_logging.disable_progress_bar()
     if config.checkpoint is None and config.model is None:
         raise ConfigError(
             "scorer.model: name a classifier on the Hub, for example scorer.model=unitary/unbiased-toxic-roberta, or a "
@@ -232,24 +292,36 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
         path = config.model
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, revision=config.revision, output_loading_info=True
+                path, revision=config.revision, output_loading_info=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"classifier {path} cannot be loaded: {error}") from None
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # every format of weights has exceptions of its own
+            raise ConfigError(not_found(f"classifier {path}", error)) from None
         if info["missing_keys"]:
             raise ConfigError(
                 f"{path} is no sequence classifier: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}"
             )
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # of the file's format: the library raises plain Exception
+        raise ConfigError(not_found(f"tokenizer {path}", error)) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {path} has no fast version (tokenizer.json)")
     known: Plain = (
         PRESETS.get(path, {}) if config.checkpoint is None else {"labels": ("toxicity",), "activation": "sigmoid"}
     )
-    labels = config.labels or known.get("labels") or ((names[-1],) if len(names) <= 2 else None)
+    labels = config.labels or known.get("labels")
+    if labels is None and (found := bad_label(names)) is not None:
+        labels = (found,)
     if labels is None:
-        raise ConfigError(f"scorer.labels: {path} has several labels; name the bad ones among {', '.join(names)}")
+        raise ConfigError(
+            f"scorer.labels: which of the labels of {path} mean bad? Name them: scorer.labels=[{names[-1]}] (known: "
+            f"{', '.join(names)})"
+        )
     for label in labels:
         if label not in names:
             raise ConfigError(f"scorer.labels: {path} has no label {label!r}{did_you_mean(label, names)}")
@@ -305,8 +377,10 @@ def _detoxify(checkpoint: str, base: str | None, revision: str | None) -> tuple[
     arch = loaded["config"]["arch"]["args"]
     path = base or default_base or arch["model_type"]
     state = {k: v for k, v in loaded["state_dict"].items() if not k.endswith("position_ids")}
-    config = transformers.AutoConfig.from_pretrained(path, revision=revision, num_labels=int(arch["num_classes"]))
-    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    config = transformers.AutoConfig.from_pretrained(
+        path, revision=revision, num_labels=int(arch["num_classes"]), trust_remote_code=False
+    )
+    model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ConfigError(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from phf.core import store
 from phf.core.config import ConfigError, did_you_mean
 from phf.core.types import Rejected, ScoredDocument
-from phf.data.scored import ScoredCorpus, read_table
+from phf.data.scored import ScoredCorpus, ScoreManifest, read_table
 from phf.scoring.inspection import (
     Agreement,
     Distribution,
@@ -58,8 +58,8 @@ def inspect_scores(
 ) -> Inspection:
     """Measure the scores of a corpus.
 
-    `preference`: which scores, where the corpus has several. `threshold`: scores above it are bad (default: 0 if
-    at least a tenth of the segments score 0, else the median of the segments). `label`: a field of the documents'
+    `preference`: which scores, where the corpus has several. `threshold`: scores above it are bad (default: the
+    scorer's own; where it has none, a guess from the scores). `label`: a field of the documents'
     metadata that is true for bad documents. `segment_tokens`: number of tokens of every segment with text, in
     order; with it, the share of bad tokens is reported too. Raises StoreError for a corpus without a judged segment
     and ConfigError for a label that no document has.
@@ -71,7 +71,7 @@ def inspect_scores(
         raise store.StoreError(f"{scored} holds no judged segment")
     means_D = table.mean_D[~np.isnan(table.mean_D)]
     if threshold is None:
-        threshold = _natural_threshold(judged_S)
+        threshold = _natural_threshold(corpus.manifest, judged_S)
     own = corpus.preference or corpus.main
     return Inspection(
         scored=str(scored),
@@ -91,8 +91,8 @@ def inspect_scores(
         threshold=threshold,
         segments=_distribution(judged_S),
         documents=_distribution(means_D),
-        thresholds=_thresholds(table, judged_S, _tokens(table, segment_tokens)),
-        suggested=_suggested(judged_S, means_D),
+        thresholds=_thresholds(table, judged_S, _tokens(table, segment_tokens), threshold),
+        suggested=_suggested(judged_S, means_D, _natural_threshold(corpus.manifest, judged_S)),
         length=_by_length(table, threshold),
         examples=_examples(corpus, table),
         worst_segments=_worst_segments(corpus, table),
@@ -192,9 +192,19 @@ def read_documents(corpus: ScoredCorpus, table: Table, documents: Sequence[int])
 # Distributions and thresholds
 
 
-def _natural_threshold(judged_S: np.ndarray) -> float:
-    """0 if at least a tenth of the scores are 0, else the median."""
-    return 0.0 if (judged_S == 0).mean() >= 0.1 else float(np.median(judged_S))
+def _natural_threshold(manifest: ScoreManifest, judged_S: np.ndarray) -> float:
+    """The scorer's own threshold. Where none is known: 0 if at least a tenth of the scores are 0, 0.5 if the scores
+    look like probabilities on both sides of it, else the median."""
+    if manifest.bad_above is not None:
+        return manifest.bad_above
+    if manifest.identity.get("unit") == "probability":
+        return 0.5
+    if (judged_S == 0).mean() >= 0.1:
+        return 0.0
+    above = float((judged_S > 0.5).mean())
+    if judged_S.min() >= 0 and judged_S.max() <= 1 and 0.005 <= above <= 0.995:
+        return 0.5
+    return float(np.median(judged_S))
 
 
 def _distribution(values: np.ndarray) -> Distribution:
@@ -218,10 +228,13 @@ def _distribution(values: np.ndarray) -> Distribution:
     )
 
 
-def _thresholds(table: Table, judged_S: np.ndarray, tokens_S: np.ndarray | None) -> list[ThresholdEffect]:
-    """Effects of thresholds at quantiles of the scores. Scores are compared as they are stored, in float32."""
+def _thresholds(
+    table: Table, judged_S: np.ndarray, tokens_S: np.ndarray | None, threshold: float
+) -> list[ThresholdEffect]:
+    """Effects of `threshold` and of thresholds at quantiles of the scores. Scores are compared as they are stored, in
+    float32."""
     quantiles = np.quantile(judged_S, np.linspace(0.05, 0.995, 39))
-    levels = np.unique(np.concatenate([[np.float32(0)], quantiles]).astype(np.float32))
+    levels = np.unique(np.concatenate([[0.0, threshold], quantiles]).astype(np.float32))
     chars = float(table.chars_S.sum())
     documents = max(int((~np.isnan(table.mean_D)).sum()), 1)
     effects = []
@@ -241,7 +254,7 @@ def _thresholds(table: Table, judged_S: np.ndarray, tokens_S: np.ndarray | None)
     return effects
 
 
-def _suggested(judged_S: np.ndarray, means_D: np.ndarray) -> Suggested:
+def _suggested(judged_S: np.ndarray, means_D: np.ndarray, natural: float) -> Suggested:
     """Suggested thresholds. Of several control tokens, exact zeros get one of their own where they are more than an
     equal share of the segments."""
     zero = float((judged_S == 0).mean())
@@ -252,7 +265,7 @@ def _suggested(judged_S: np.ndarray, means_D: np.ndarray) -> Suggested:
             cuts[str(k)] = [0.0, *map(float, inner)]
         else:
             cuts[str(k)] = [float(v) for v in np.quantile(judged_S, np.arange(1, k) / k)]
-    return Suggested(float(np.median(means_D)), _natural_threshold(judged_S), cuts)
+    return Suggested(float(np.median(means_D)), natural, cuts)
 
 
 def _by_length(table: Table, threshold: float) -> list[LengthBin]:
@@ -342,7 +355,7 @@ def _agreement(corpus: ScoredCorpus, table: Table, name: str, threshold: float) 
     b = other.score_S[both].astype(np.float64)
     rank_a = rankdata(a) / max(len(a), 1)
     rank_b = rankdata(b) / max(len(b), 1)
-    other_threshold = _natural_threshold(b)
+    other_threshold = _natural_threshold(other_corpus.manifest, b)
     bad_a = a > np.float32(threshold)
     bad_b = b > np.float32(other_threshold)
     where = np.flatnonzero(both)

@@ -74,7 +74,7 @@ class Suggested:
     filtering: float
     """Median of the documents' mean scores, the paper's rule."""
     conditional: float
-    """0 if many segments score 0, else the median of the segments."""
+    """The scorer's own threshold; where it has none, a guess from the scores."""
     control_tokens: dict[str, list[float]]
     """By number of control tokens: cuts into equal shares of the segments. If zeros are more than one share, the first
     cut is 0."""

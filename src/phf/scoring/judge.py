@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from pydantic import TypeAdapter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from phf.core import store
-from phf.core.config import ConfigError, Plain
-from phf.core.types import Identity, PhfError
+from phf.core.config import ConfigError, Plain, validate
+from phf.core.types import Identity, PhfError, Span
 from phf.data.scored import UNKNOWN_SCORER
-from phf.scorers import AnyScorer, Scorer
+from phf.scorers import AnyScorer, Combination, Presidio, Scorer
 
 
 class ScoringError(PhfError, RuntimeError):
     """Too much of the corpus could not be judged, or a worker died."""
+
+
+SHOWN_CHARS = 60
+"""Characters of a text and of a message in a report of a failure."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A segment that a scorer could not judge."""
+
+    segment: int
+    """Its number in the document; for scorers that judge whole documents, the first one."""
+    reason: str
+    """Name of the exception, "infinite score" or "not a number"."""
+    message: str = ""
+    """Message of the exception, and the line of code that raised it."""
+    count: int = 1
+    """Segments that were not judged for this reason."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +44,15 @@ class Judged:
 
     scores: list[float]
     """One per segment; NaN: not judged."""
-    failure: str | None = None
-    """Why the scorer failed, if it did."""
+    failures: tuple[Failure, ...] = ()
+    """Why segments were not judged."""
     labels: Counter[str] = field(default_factory=Counter)
     """How often each kind of fault was found."""
+
+    @property
+    def failure(self) -> str | None:
+        """Reason of the first failure."""
+        return self.failures[0].reason if self.failures else None
 
 
 def judge_documents(scorer: Scorer, documents: Sequence[Sequence[str]]) -> list[Judged]:
@@ -38,7 +61,7 @@ def judge_documents(scorer: Scorer, documents: Sequence[Sequence[str]]) -> list[
     if len(documents) > 1 and type(scorer).judge_documents is not Scorer.judge_documents:
         try:
             given = scorer.judge_documents(documents)
-        except (KeyboardInterrupt, MemoryError, ConfigError):
+        except (KeyboardInterrupt, MemoryError, PhfError):
             raise
         except Exception:
             given = None
@@ -48,26 +71,51 @@ def judge_documents(scorer: Scorer, documents: Sequence[Sequence[str]]) -> list[
 
 
 def judge(scorer: Scorer, segments: Sequence[str]) -> Judged:
-    """Scores of a document's segments. Where the scorer raises an exception, all are NaN; an infinite score is NaN too.
+    """Scores of a document's segments. Where the scorer raises an exception, each segment is judged by itself, and the
+    score of one that fails is NaN; for scorers that judge whole documents all are NaN. An infinite score is NaN too.
 
     Only this function and `judge_documents` catch exceptions of a scorer. A mistake in the scorer's settings is raised.
     """
     try:
         scores, labels = scorer.judge_segments(segments)
-    except (KeyboardInterrupt, MemoryError, ConfigError):
+    except (KeyboardInterrupt, MemoryError, PhfError):
         raise
     except Exception as error:
-        return Judged([math.nan] * len(segments), type(error).__name__)
+        if len(segments) == 1 or scorer.judges_by_document:
+            failure = Failure(0, type(error).__name__, _told(error), len(segments))
+            return Judged([math.nan] * len(segments), (failure,))
+        return _joined([judge(scorer, [segment]) for segment in segments])
     return _checked(scores, labels, len(segments))
+
+
+def _joined(parts: Sequence[Judged]) -> Judged:
+    """Judgements of single segments as one of their document."""
+    failures = tuple(replace(f, segment=n) for n, part in enumerate(parts) for f in part.failures)
+    return Judged([part.scores[0] for part in parts], failures, sum((p.labels for p in parts), Counter[str]()))
+
+
+def _told(error: Exception) -> str:
+    """The message of an exception and the line of code that raised it."""
+    message = " ".join(str(error).split())[: 2 * SHOWN_CHARS]
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return message + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in last)
+
+
+def shown(text: str) -> str:
+    """How a text starts, for a report of a failure."""
+    return repr(text[:SHOWN_CHARS]) + ("..." if len(text) > SHOWN_CHARS else "")
 
 
 def _checked(given: Sequence[float], labels: Counter[str], count: int) -> Judged:
     scores = [float(s) for s in given]
     if len(scores) != count:
         raise ScoringError(f"scorer returned {len(scores)} scores for {count} segments")
-    if any(math.isinf(s) for s in scores):
-        return Judged([math.nan if math.isinf(s) else s for s in scores], "infinite score", labels)
-    return Judged(scores, "not a number" if any(map(math.isnan, scores)) else None, labels)
+    failures = []
+    for reason, found in (("infinite score", math.isinf), ("not a number", math.isnan)):
+        places = [n for n, s in enumerate(scores) if found(s)]
+        if places:
+            failures.append(Failure(places[0], reason, count=len(places)))
+    return Judged([math.nan if math.isinf(s) else s for s in scores], tuple(failures), labels)
 
 
 def judge_texts(scorer: Scorer, texts: Sequence[str]) -> list[float]:
@@ -79,16 +127,63 @@ def judge_texts(scorer: Scorer, texts: Sequence[str]) -> list[float]:
 def corpus_scorer(settings: Plain | None, identity: Identity, allow_other: bool = False) -> Scorer:
     """The scorer of a corpus, as installed now. `settings` and `identity` come from the manifest of the corpus.
 
-    Raises ConfigError if the corpus came without its scorer. Raises it too if the scorer would now judge
-    differently (another version or setting), unless `allow_other`.
+    Raises ConfigError if the corpus came without its scorer, and for a scorer that needs code, a file or a model: a
+    manifest may come from others, so the user must name them. Raises it too if the scorer would now judge differently
+    (another version or setting), unless `allow_other`.
     """
     if settings is None:
         raise ConfigError(
             "the corpus came with scores but without its scorer; name one to judge samples with: phf eval --scorer pii"
         )
-    scorer: Scorer = TypeAdapter(AnyScorer).validate_python(settings)
+    scorer = scorer_of_data(settings)
+    if scorer.names:
+        named = " ".join(f"scorer.{key}={value}" for key, value in scorer.names.items())
+        raise ConfigError(
+            f"the corpus's scorer, {settings['name']}, needs what only a manifest names ({named}). Manifests may come "
+            "from others, so phf takes no code, file or model from them: give the scorer yourself, with "
+            f"--scorer {settings['name']} and its scorer.* settings"
+        )
     check_identity(scorer, identity, allow_other)
     return scorer
+
+
+def scorer_of_data(settings: Plain) -> Scorer:
+    """The scorer that settings in a manifest or a result describe. It is not used yet: see `Scorer.names`. Raises
+    ConfigError for settings that are none of a scorer of phf."""
+    scorer: Scorer = validate(settings, AnyScorer, "the manifest", prefix="scorer")
+    return scorer
+
+
+def scorer_for_pages(settings: Plain | None, given: Scorer | None = None) -> Scorer:
+    """The scorer that marks and masks texts on a page: the one that the user names, else the one of the data, without
+    those of its parts that name code, files or models. Nothing is marked if nothing is left."""
+    if given is not None:
+        return given
+    try:
+        scorer = scorer_of_data(settings or {})
+    except ConfigError:  # a user's own class
+        return Unavailable()
+    usable = [part for part in _parts(scorer) if not part.names]
+    if len(usable) < 2:
+        return usable[0] if usable else Unavailable()
+    return scorer if not scorer.names else Combination(tuple(usable))  # type: ignore[arg-type]
+
+
+def _parts(scorer: Scorer) -> Sequence[Scorer]:
+    """The scorers of a combination. Of Presidio with a model the part that needs none."""
+    if isinstance(scorer, Combination):
+        return [part for each in scorer.scorers for part in _parts(each)]
+    return [replace(scorer, spacy_model=None)] if isinstance(scorer, Presidio) and scorer.names else [scorer]
+
+
+class Unavailable(Scorer):
+    """In the place of a scorer that only a manifest names: it marks nothing."""
+
+    def identity(self) -> Identity:
+        return UNKNOWN_SCORER
+
+    def spans(self, text: str) -> list[Span]:
+        return []
 
 
 def check_identity(scorer: Scorer, identity: Identity, allow_other: bool = False) -> None:

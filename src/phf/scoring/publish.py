@@ -8,14 +8,15 @@ loads them, and `phf tokenize hf://datasets/me/my-corpus-scored tokens/` tokeniz
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from phf.core import store
-from phf.data.scored import ScoredCorpus
+from phf.core import folders, store
+from phf.data.scored import ScoredCorpus, bad_above_of
 
 
 def push_scored(scored: str | Path, repo: str, private: bool = True, token: str | None = None) -> str:
@@ -33,10 +34,20 @@ def push_scored(scored: str | Path, repo: str, private: bool = True, token: str 
             folder_path=str(corpus.path),
             repo_id=repo,
             repo_type="dataset",
-            allow_patterns=["part-*.parquet", store.MANIFEST, "scores/*/part-*.parquet", f"scores/*/{store.MANIFEST}"],
+            allow_patterns=["part-*.parquet", "scores/*/part-*.parquet"],
+            ignore_patterns=[f"scores/*{folders.OLD}*"],
             delete_patterns=["part-*.parquet", "scores/**"],  # of an earlier push
             commit_message="Scored corpus",
         )
+        for file in [folders.MANIFEST, *(f"scores/{name}/{folders.MANIFEST}" for name in _added(corpus))]:
+            public_form = store.without_places(store.read_json(corpus.path / file))
+            api.upload_file(
+                path_or_fileobj=(json.dumps(public_form, indent=2, ensure_ascii=False) + "\n").encode(),
+                path_in_repo=file,
+                repo_id=repo,
+                repo_type="dataset",
+                commit_message="Manifest",
+            )
         api.upload_file(
             path_or_fileobj=data_card(corpus, repo).encode(),
             path_in_repo="README.md",
@@ -71,13 +82,13 @@ def data_card(corpus: ScoredCorpus, title: str) -> str:
         f"| documents | {counts.documents:,} |",
         f"| segments | {counts.segments:,} |",
         f"| characters | {counts.chars:,} |",
-        f"| segments with a score above 0 | {counts.bad_segments:,} |",
+        f"| segments with a score above {bad_above_of(manifest):g} | {counts.bad_segments:,} |",
         f"| segments not judged | {counts.unjudged:,} |",
         f"| skipped rows | {sum(manifest.rejected.values()):,} |",
         "",
         "## Scorer",
         "",
-        *_list(identity),
+        *_list(store.without_places(identity)),
         "",
         "## Failures",
         "",
@@ -89,18 +100,21 @@ def data_card(corpus: ScoredCorpus, title: str) -> str:
         "",
         "## Source",
         "",
-        *_list({"corpus": manifest.corpus, "segments": manifest.segmenter}),
+        *_list(store.without_places({"corpus": manifest.corpus, "segments": manifest.segmenter})),
         "",
         "## Columns",
         "",
         "`id`; `texts`: the segments, which joined are the document; `scores`: one per segment; `avg_score`: mean of "
         "the judged segments; `num_sents`: number of segments; `meta`: the source's own fields as JSON.",
     ]
-    added = [name for name in corpus.preferences() if name != corpus.main]
-    if added:
+    if added := _added(corpus):
         lines += ["", "## Other scores, row by row", ""]
         lines += [f"- `scores/{name}/`: {corpus.added(name).identity.get('unit', 'score')}" for name in added]
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n" + "\n".join(lines) + "\n"
+
+
+def _added(corpus: ScoredCorpus) -> list[str]:
+    return [name for name in corpus.preferences() if name != corpus.main]
 
 
 def _list(values: Mapping[str, Any]) -> list[str]:

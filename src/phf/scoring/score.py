@@ -26,26 +26,25 @@ import numpy as np
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import Plain, to_plain
 from phf.core.device import num_cpus
-from phf.core.text import by_reason
+from phf.core.text import by_reason, counted
 from phf.core.types import PhfError, Rejected, ScoredDocument
 from phf.data.corpus import Corpus, Shard
 from phf.data.readers import AnyCorpus
 from phf.data.scored import (
     ADDED,
+    PartWriter,
     ScoreCounts,
     ScoredCorpus,
     ScoreManifest,
+    SegmentsHash,
     part_file,
-    segments_hash,
-    write_scored,
-    write_scores,
 )
 from phf.data.segment import AnySegmenter, Given, Segmenter
 from phf.scorers import AnyScorer, Scorer
-from phf.scoring.judge import ScoringError, judge_documents
+from phf.scoring.judge import ScoringError, judge_documents, shown
 
 BATCH_CHARS = 1_000_000
 """Characters given to a scorer at a time."""
@@ -66,6 +65,9 @@ class Job:
     """A scored corpus: add scores to it instead of reading `corpus`."""
     base_file: int = 0
     """Which file of `base` to score."""
+    key: str | None = None
+    """Key of the stage that asked for this work; None: not checked. A job that a scheduler starts late must not write
+    into a folder that belongs to other settings by then."""
 
     @property
     def mark(self) -> Path:
@@ -81,7 +83,7 @@ Executor = Callable[[Sequence[Job], str], None]
 """Runs jobs somewhere else: (jobs, folder that they write into). Returns when they are done."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardCounts:
     """`part-00000.json`: what was counted in one shard."""
 
@@ -93,6 +95,8 @@ class ShardCounts:
     rejected: dict[str, int]
     failures: dict[str, int]
     labels: dict[str, int]
+    examples: dict[str, str] = field(default_factory=dict)
+    """First row or segment of each reason in `rejected` and `failures`."""
     hash: str
     """Of the Parquet file."""
     text: str
@@ -114,29 +118,50 @@ def score_corpus(
     workers: int = 1,
     max_unjudged: float = 0.01,
     executor: Executor | None = None,
+    overwrite: bool = False,
 ) -> ScoreManifest:
     """Score `corpus` into folder `out` (local, or `s3://...` and the like) and return its manifest. Returns at once
     if the folder is done already.
 
-    `executor` runs the shards elsewhere (phf.scoring.cluster). If it only submits them, it raises `Submitted`,
-    and a later call writes the manifest. Raises ScoringError if a worker dies (run again to resume), and if
-    more than the share `max_unjudged` of the segments could not be judged.
+    What other settings wrote into `out` is moved to `out.old-N` first. On an object store it is an error, unless
+    `overwrite`. `executor` runs the shards elsewhere (phf.scoring.cluster). If it only submits them, it raises
+    `Submitted`, and a later call writes the manifest. Raises ScoringError if a worker dies (run again to resume), and
+    if more than the share `max_unjudged` of the segments could not be judged.
     """
     source = {"corpus": to_plain(corpus), "segmenter": to_plain(segmenter), "scorer": to_plain(scorer)}
     key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/3"])
     out = store.as_path(out)
-    if store.is_done(out, key):
-        return store.read_manifest(out, ScoreManifest)
+    if folders.is_done(out, key):
+        return folders.read_manifest(out, ScoreManifest)
+    segmenter.split("One. Two.")  # a language that cannot be cut here is an error before anything starts
     shards = corpus.plan()
-    store.begin(out, ScoreManifest.stage, key, clean=executor is None)
-    jobs = [Job(**source, shard=shard, stem=_stem(out, n)) for n, shard in enumerate(shards)]
-    parts = _run_jobs(jobs, workers, executor, out)
-    made = _manifest(key, scorer, parts)
-    _check_judged(made, max_unjudged, jobs, parts)
-    manifest = dataclasses.replace(
-        made, corpus=source["corpus"], segmenter=source["segmenter"], provenance=corpus.provenance()
-    )
-    return store.finish(out, manifest)
+    left_out = corpus.left_out()
+    _tell_left_out(left_out)
+    stage = ScoreManifest.stage
+    with folders.stage_folder(out, stage, key, shared=executor is not None, overwrite=overwrite):
+        jobs = [Job(**source, shard=shard, stem=_stem(out, n), key=key) for n, shard in enumerate(shards)]
+        parts = _run_jobs(jobs, workers, executor, out)
+        made = _manifest(key, scorer, parts)
+        _check_judged(made, max_unjudged, jobs, parts)
+        manifest = dataclasses.replace(
+            made,
+            corpus=source["corpus"],
+            segmenter=source["segmenter"],
+            provenance=corpus.provenance(),
+            left_out=left_out[:MAX_LEFT_OUT],
+            files=_file_marks(jobs, parts),
+        )
+        return folders.finish(out, manifest)
+
+
+MAX_LEFT_OUT = 100
+"""Files that a manifest names as not read."""
+
+
+def _tell_left_out(files: Sequence[str]) -> None:
+    if files:
+        more = f", and {len(files) - 3:,} more" if len(files) > 3 else ""
+        print(f"note: {counted(len(files), 'file')} not read: {', '.join(files[:3])}{more}", file=sys.stderr)
 
 
 def add_scores(
@@ -146,26 +171,42 @@ def add_scores(
     workers: int = 1,
     max_unjudged: float = 0.01,
     executor: Executor | None = None,
+    overwrite: bool = False,
 ) -> ScoreManifest:
     """Score a scored corpus with another scorer and keep the new scores next to the old ones: `scores/<name>/` holds
     one file per shard with the same rows and no text. Returns the manifest of the added scores; errors as
     `score_corpus`."""
     base = ScoredCorpus(scored)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise store.StoreError(f"name {name!r}: letters, digits, '_', '-' and '.' only, because it names a folder")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or folders.OLD in name:
+        raise store.StoreError(
+            f"name {name!r}: letters, digits, '_', '-' and '.' only, and not {folders.OLD!r}, because it names a folder"
+        )
     if name == base.main:
         raise store.StoreError(f"{name!r} is the name of the corpus's own scores; choose another name")
     out = base.path / ADDED / name
     plain = to_plain(scorer)
     key = store.fingerprint([plain, base.text, scorer.identity(), "scores/1"])
-    if store.is_done(out, key):
-        return store.read_manifest(out, ScoreManifest)
-    store.begin(out, ScoreManifest.stage, key, clean=executor is None)
-    jobs = [Job(scorer=plain, base=str(base.path), base_file=n, stem=_stem(out, n)) for n in range(len(base.files))]
-    parts = _run_jobs(jobs, workers, executor, out)
-    manifest = _manifest(key, scorer, parts)
-    _check_judged(manifest, max_unjudged, jobs, parts)
-    return store.finish(out, dataclasses.replace(manifest, text=base.text))
+    if folders.is_done(out, key):
+        return folders.read_manifest(out, ScoreManifest)
+    stage = ScoreManifest.stage
+    with folders.stage_folder(out, stage, key, shared=executor is not None, overwrite=overwrite):
+        jobs = [
+            Job(scorer=plain, base=str(base.path), base_file=n, stem=_stem(out, n), key=key)
+            for n in range(len(base.files))
+        ]
+        parts = _run_jobs(jobs, workers, executor, out)
+        manifest = _manifest(key, scorer, parts)
+        _check_judged(manifest, max_unjudged, jobs, parts)
+        files = _file_marks(jobs, parts)
+        return folders.finish(out, dataclasses.replace(manifest, text=base.text, files=files))
+
+
+def _file_marks(jobs: Sequence[Job], parts: Sequence[ShardCounts]) -> dict[str, folders.FileMark]:
+    """Size and hash of every shard's file. The hash was taken when the shard was written."""
+    return {
+        job.output.name: folders.FileMark(job.output.stat().st_size, part.hash)
+        for job, part in zip(jobs, parts, strict=True)
+    }
 
 
 def _stem(out: Path, number: int) -> str:
@@ -205,10 +246,14 @@ def _manifest(key: str, scorer: Scorer, parts: Sequence[ShardCounts]) -> ScoreMa
         sum((Counter(getattr(part, name)) for part in parts), Counter[str]())
         for name in ("rejected", "failures", "labels")
     )
+    examples: dict[str, str] = {}
+    for part in parts:
+        examples = part.examples | examples
     return ScoreManifest(
         key=key,
         scorer=to_plain(scorer),
         identity=scorer.identity(),
+        bad_above=scorer.bad_above,
         counts=ScoreCounts(
             documents=sum(p.documents for p in parts),
             segments=sum(p.segments for p in parts),
@@ -218,6 +263,7 @@ def _manifest(key: str, scorer: Scorer, parts: Sequence[ShardCounts]) -> ScoreMa
         ),
         rejected=dict(sorted(rejected.items())),
         failures=dict(sorted(failures.items())),
+        examples={reason: examples[reason] for reason in sorted({*rejected, *failures}) if reason in examples},
         labels=dict(labels.most_common()),
         content=store.fingerprint([p.hash for p in parts]),
         text=store.fingerprint([p.text for p in parts]),
@@ -231,13 +277,15 @@ def _check_judged(
     """Raise ScoringError if nothing was scored or too much was not judged. Shards with failures lose their mark."""
     counts = manifest.counts
     if counts.documents == 0:
-        raise ScoringError(f"the corpus has no usable document; skipped: {by_reason(manifest.rejected)}")
+        raise ScoringError(
+            f"the corpus has no usable document; skipped: {by_reason(manifest.rejected, manifest.examples)}"
+        )
     share = counts.unjudged / max(counts.segments, 1)
     if share > max_unjudged:
         for job, part in zip(jobs, parts, strict=True):
             if part.failures:  # whatever failed may work next time
                 job.mark.unlink()
-        reasons = f": {by_reason(manifest.failures)}" if manifest.failures else ""
+        reasons = f": {by_reason(manifest.failures, manifest.examples)}" if manifest.failures else ""
         raise ScoringError(
             f"{counts.unjudged} of {counts.segments} segments ({share:.1%}) could not be judged, more than the "
             f"{max_unjudged:.1%} allowed (--max-unjudged){reasons}. The same command scores the shards with failures "
@@ -280,42 +328,59 @@ def _start_worker(threads: int) -> None:
 
 
 def score_shard(job: Job) -> ShardCounts:
-    """Score one shard, write its files and return its counts."""
+    """Score one shard, write its files and return its counts. Raises ScoringError if the folder belongs to other
+    settings by now."""
+    _check_wanted(job)
     scorer: Scorer = TypeAdapter(AnyScorer).validate_python(job.scorer)
-    tally = _Tally(scorer)
-    if job.base is not None:
-        base = ScoredCorpus(job.base)
-        for row in base.read(base.files[job.base_file], keep_empty=True):
-            tally.add(row if isinstance(row, ScoredDocument) else ScoredDocument(row.id, (), ()))
-        rows = tally.finish()
-        write_scores(job.output, rows)
-    else:
-        corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(job.corpus)
-        segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(job.segmenter)
-        for item in corpus.read(job.shard):
-            if isinstance(item, Rejected):
-                tally.rejected[item.reason] += 1
-            else:
-                texts = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
-                tally.add(ScoredDocument(item.id, tuple(texts or (item.text,)), (), item.meta))
-        rows = tally.finish()
-        write_scored(job.output, rows)
-    counts = tally.counts(hash=store.file_hash(job.output))
+    with store.written_aside(job.output) as aside:
+        tally = _Tally(scorer, PartWriter(aside, scores_only=job.base is not None))
+        if job.base is not None:
+            base = ScoredCorpus(job.base)
+            for row in base.read(base.files[job.base_file], keep_empty=True):
+                tally.add(row if isinstance(row, ScoredDocument) else ScoredDocument(row.id, (), ()))
+        else:
+            corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(job.corpus)
+            segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(job.segmenter)
+            for item in corpus.read(job.shard):
+                if isinstance(item, Rejected):
+                    tally.reject(item)
+                else:
+                    texts = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
+                    tally.add(ScoredDocument(item.id, tuple(texts or (item.text,)), (), item.meta))
+        tally.finish()
+        counts = tally.counts(hash=store.file_hash(aside))
+        _check_wanted(job)
     store.write_json(job.mark, counts)
     return counts
 
 
-class _Tally:
-    """Passes the documents of a shard through the scorer, a batch at a time, and counts."""
+def _check_wanted(job: Job) -> None:
+    mark = folders.started(store.refresh(store.as_path(job.stem).parent))
+    if job.key is not None and (mark is None or mark.key != job.key):
+        raise ScoringError(
+            f"{store.as_path(job.stem).parent} belongs to other settings by now; this work is not wanted"
+        )
 
-    def __init__(self, scorer: Scorer) -> None:
+
+class _Tally:
+    """Passes the documents of a shard through the scorer and to the writer, a batch at a time, and counts."""
+
+    def __init__(self, scorer: Scorer, writer: PartWriter) -> None:
         self.scorer = scorer
-        self.rows: list[ScoredDocument] = []
+        self.limit = np.float32(scorer.bad_above or 0.0)
+        self.writer = writer
+        self.hash = SegmentsHash()
         self.waiting: list[ScoredDocument] = []
         self.waiting_chars = 0
+        self.sizes: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.labels: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def reject(self, item: Rejected) -> None:
+        self.rejected[item.reason] += 1
+        self.examples.setdefault(item.reason, item.id)
 
     def add(self, document: ScoredDocument) -> None:
         self.waiting.append(document)
@@ -327,27 +392,40 @@ class _Tally:
         judged = judge_documents(self.scorer, [d.texts for d in self.waiting])
         for document, found in zip(self.waiting, judged, strict=True):
             self.labels.update(found.labels)
-            if found.failure:
-                self.failures[found.failure] += 1
-            self.rows.append(dataclasses.replace(document, scores=tuple(found.scores)))
+            for failure in found.failures:
+                self.failures[failure.reason] += failure.count
+                told = f": {failure.message}" if failure.message else ""
+                place = f"{document.id}, segment {failure.segment}: {shown(document.texts[failure.segment])}{told}"
+                self.examples.setdefault(failure.reason, place)
+            self._write(dataclasses.replace(document, scores=tuple(found.scores)))
         self.waiting.clear()
         self.waiting_chars = 0
 
-    def finish(self) -> list[ScoredDocument]:
+    def _write(self, row: ScoredDocument) -> None:
+        scores_S = np.array(row.scores, dtype=np.float32)
+        self.sizes["documents"] += 1
+        self.sizes["segments"] += len(scores_S)
+        self.sizes["chars"] += sum(map(len, row.texts))
+        self.sizes["unjudged"] += int(np.isnan(scores_S).sum())
+        self.sizes["bad"] += int((scores_S > self.limit).sum())
+        self.hash.add(row)
+        self.writer.add(row)
+
+    def finish(self) -> None:
         self._flush()
-        return self.rows
+        self.writer.close()
 
     def counts(self, hash: str) -> ShardCounts:
-        scores_S = np.array([s for row in self.rows for s in row.scores], dtype=np.float32)
         return ShardCounts(
-            documents=len(self.rows),
-            segments=len(scores_S),
-            chars=sum(len(t) for row in self.rows for t in row.texts),
-            unjudged=int(np.isnan(scores_S).sum()),
-            bad_segments=int((scores_S > 0).sum()),
+            documents=self.sizes["documents"],
+            segments=self.sizes["segments"],
+            chars=self.sizes["chars"],
+            unjudged=self.sizes["unjudged"],
+            bad_segments=self.sizes["bad"],
             rejected=dict(self.rejected),
             failures=dict(self.failures),
             labels=dict(self.labels),
+            examples=self.examples,
             hash=hash,
-            text=segments_hash(self.rows),
+            text=self.hash.hex(),
         )

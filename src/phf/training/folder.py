@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
-import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import Plain, dump_yaml, read_yaml
 from phf.core.runs import (
     RunFolder,
@@ -21,6 +22,7 @@ from phf.core.runs import (
     checkpoint_folder,
     checkpoint_step,
     complete_checkpoints,
+    damaged_checkpoint,
     incomplete_checkpoints,
     is_complete,
 )
@@ -28,21 +30,20 @@ from phf.training.config import FREE
 from phf.training.trainer import TrainingError
 
 
-def begin_run(run: RunFolder, key: str, settings: Plain) -> None:
-    """Mark a run's folder as started. Move a run with other settings aside. Remove half-written checkpoints."""
-    mark = store.started(run.path)
-    if mark is not None and mark.stage == TrainManifest.stage and mark.key != key:
+@contextlib.contextmanager
+def run_folder(run: RunFolder, key: str, settings: Plain) -> Iterator[None]:
+    """Hold a run's folder inside the block, marked as started. A run with other settings is moved aside, half-written
+    checkpoints are removed."""
+
+    def changed() -> str:
         before = read_yaml(run.config) if run.config.exists() else {}
-        changed = changed_settings(before, settings) or ["the data, the weights or the code"]
-        print(
-            f"note: starting a new run, because {', '.join(changed)} changed; "
-            f"the old run is now {move_aside(run.path)}",
-            file=sys.stderr,
-        )
-    store.begin(run.path, TrainManifest.stage, key)
-    store.write_text(run.config, dump_yaml(settings))
-    for folder in incomplete_checkpoints(run.checkpoints):
-        shutil.rmtree(folder)
+        return ", ".join(changed_settings(before, settings) or ["the data, the weights or the code"])
+
+    with folders.stage_folder(run.path, TrainManifest.stage, key, because=changed):
+        store.write_text(run.config, dump_yaml(settings))
+        for folder in incomplete_checkpoints(run.checkpoints):
+            folders.remove_tree(folder)
+        yield
 
 
 def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
@@ -58,15 +59,6 @@ def changed_settings(before: Any, now: Any, path: str = "") -> list[str]:
     decides = path not in ("tokens", "model.path") and path.removeprefix("train.") not in FREE
     same = before == now or (before is None and now == {})
     return [path] if decides and not same else []
-
-
-def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first free `NAME.old-N`, so that nothing trained is ever deleted."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
 
 
 def precision_name(precision: torch.dtype | None) -> str:
@@ -91,7 +83,7 @@ class Environment:
     def now(cls, precision: torch.dtype | None, micro_rows: int, compiled: bool) -> Environment:
         on_gpu = torch.cuda.is_available()
         return cls(
-            versions=store.versions(),
+            versions=folders.versions(),
             threads=torch.get_num_threads(),
             machine=platform.machine(),
             device=torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
@@ -120,13 +112,13 @@ def check_environment(path: Path, now: Environment, resuming: bool) -> None:
         )
 
 
-def common_checkpoint(run: RunFolder, device: torch.device) -> Path | None:
-    """The newest whole checkpoint, the same for every process: the first process decides. Raises TrainingError in a
-    process that does not see it."""
-    found = complete_checkpoints(run.checkpoints)
+def common_checkpoint(run: RunFolder, key: str, device: torch.device) -> Path | None:
+    """The newest whole checkpoint, the same for every process: the first process decides. Checkpoints that are damaged
+    are passed over with a note. Raises TrainingError in a process that does not see it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found[-1] if found else None
-    newest = torch.tensor([checkpoint_step(found[-1]) if found else -1], device=device)
+        return _newest_whole(run, key)
+    found = _newest_whole(run, key) if torch.distributed.get_rank() == 0 else None
+    newest = torch.tensor([checkpoint_step(found) if found else -1], device=device)
     torch.distributed.broadcast(newest, src=0)
     step = int(newest)
     if step < 0:
@@ -138,3 +130,15 @@ def common_checkpoint(run: RunFolder, device: torch.device) -> Path | None:
             "a file system that all processes share"
         )
     return chosen
+
+
+def _newest_whole(run: RunFolder, key: str) -> Path | None:
+    """The newest checkpoint whose files are all there and unchanged. Newer ones are renamed, so that the run can write
+    them again."""
+    for checkpoint in reversed(complete_checkpoints(run.checkpoints)):
+        problem = damaged_checkpoint(checkpoint, key)
+        if problem is None:
+            return checkpoint
+        aside = folders.move_aside(checkpoint)
+        print(f"note: {checkpoint} is damaged ({problem}), so it is not used; it is now {aside}", file=sys.stderr)
+    return None

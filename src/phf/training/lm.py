@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 from phf.core.runs import RunFolder, complete_checkpoints, model_folder, not_found
-from phf.training import attention
-from phf.training.fused import LogitShape
+from phf.tokens.tokenizer import add_control_tokens, check_model_fits, load_tokenizer, table_size
+from phf.training.probe import check_causal, check_fits
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 """Set to 0 in a model from scratch unless the config sets them: one epoch needs no dropout, which costs about a
@@ -44,7 +44,46 @@ class FromWeights:
     config: Plain = Field(default_factory=dict)
 
 
-AnyModel = Annotated[FromConfig | FromWeights, Field(discriminator="name", title="model")]
+MODELS: dict[str, Plain] = {
+    "tiny": {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 2048,
+    },
+    "gpt2": {"model_type": "gpt2"},
+}
+"""Models from scratch by name: about 0.8, 25 and 86 million parameters without their embeddings."""
+
+
+def _named_model(value: Any) -> Any:
+    """The settings of a model that is named: model=tiny, or model.name=tiny with further model.config.* settings."""
+    if isinstance(value, str) and value in MODELS:
+        return {"name": "from_config", "config": MODELS[value]}
+    if isinstance(value, Mapping) and value.get("name") in MODELS:
+        own = value.get("config")
+        return {
+            **value,
+            "name": "from_config",
+            "config": MODELS[value["name"]] | (own if isinstance(own, dict) else {}),
+        }
+    return value
+
+
+AnyModel = Annotated[
+    FromConfig | FromWeights, Field(discriminator="name", title="model"), BeforeValidator(_named_model)
+]
 
 
 def pretrained_config(path: str | Path, revision: str | None = None, changes: Mapping[str, Any] | None = None) -> Any:
@@ -64,10 +103,9 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
         hint = f": the run is not finished; its newest checkpoint is {whole[-1].relative_to(source)}" if whole else ""
         raise ConfigError(f"model {path}: no model there (no config.json){hint}")
     try:
-        config = AutoConfig.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        what = f"model {path}"
-        raise ConfigError(f"{what}: {error}" if source.exists() else not_found(what, error)) from None
+        config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(not_found(f"model {path}", error)) from None
     _check_names(config, changes or {}, config)
     try:
         for name, value in (changes or {}).items():
@@ -91,18 +129,42 @@ def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mappin
     from transformers import AutoModelForCausalLM
 
     config = pretrained_config(path, revision, changes)
+    check_weight_files(model_folder(path))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model {path} is quantised, and phf trains and judges full weights: give the model it was made from"
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(path), revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+            model_folder(path),
+            revision=revision,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"model {path}: {error}") from None
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # every format of weights has exceptions of its own
+        raise ConfigError(not_found(f"model {path}", error)) from None
     lm, found = loaded
     wrong = [*found["missing_keys"], *(found["unexpected_keys"] if changes else ())]
     if wrong:
         what = "model.config does not match its weights" if changes else "weights are missing"
         raise ConfigError(f"model {path}: {what} ({', '.join(sorted(wrong)[:3])}{', ...' * (len(wrong) > 3)})")
     return lm
+
+
+def check_weight_files(folder: str) -> None:
+    """Raise ConfigError for a folder whose weights were not downloaded: a repository cloned without Git LFS holds small
+    text files in their place."""
+    for file in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]):
+        with open(file, "rb") as opened:
+            if opened.read(60).startswith(b"version https://git-lfs"):
+                raise ConfigError(
+                    f"{file} is a Git LFS pointer instead of the weights: run `git lfs pull` in its repository, or "
+                    "download the model again"
+                )
 
 
 def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
@@ -136,28 +198,65 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, contex
 
     if isinstance(config, FromWeights):
         lm = pretrained_lm(config.path, config.revision, config.config)
-        if lm.get_input_embeddings().num_embeddings < len(tokenizer):
-            raise ConfigError(
-                f"model {config.path} has {lm.get_input_embeddings().num_embeddings} embeddings, but the tokenizer of "
-                f"the token store has {len(tokenizer)} entries: tokenize the corpus with this model's own tokenizer"
-            )
+        _check_same_tokenizer(config, tokenizer, lm.get_input_embeddings().num_embeddings)
     else:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-        own = {name: value for name, value in ids.items() if name not in config.config}
-        made = new_config(config.config, **own, vocab_size=len(tokenizer))
+        made = _own_config(config.config, tokenizer)
         for name in DROPOUTS:
             if name not in config.config and getattr(made, name, None):
                 setattr(made, name, 0.0)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
+            check_fits(made)
             try:
-                lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-            except (ValueError, KeyError) as error:
-                raise ConfigError(f"model.config: {error}") from None
+                lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, trust_remote_code=False)
+            except (KeyboardInterrupt, MemoryError):
+                raise
+            except Exception as error:  # of the model's own code, for sizes that do not go together
+                raise ConfigError(f"model.config: {_first_line(error)}") from None
+    check_causal(lm)
     limit = getattr(lm.config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
         raise ConfigError(f"train.context={context}: the model has {limit} positions (max_position_embeddings)")
     return lm
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _own_config(settings: Plain, tokenizer: Any) -> Any:
+    """The config of a model from scratch with the tokenizer's vocabulary and special tokens. A class that must have an
+    integer for its padding token gets end-of-text, which is never predicted from."""
+    vocab_size = table_size(tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    own = {name: value for name, value in ids.items() if name not in settings}
+    try:
+        return new_config(settings, **own, vocab_size=vocab_size)
+    except ConfigError:
+        if "pad_token_id" in settings:
+            raise
+    return new_config(settings, **own | {"pad_token_id": tokenizer.eos_token_id}, vocab_size=vocab_size)
+
+
+def _check_same_tokenizer(config: FromWeights, tokenizer: Any, rows: int) -> None:
+    """Raise ConfigError unless a token store was made with the tokenizer of the model that is finetuned."""
+    name = f"model {config.path}"
+    check_model_fits(tokenizer, rows, name)
+    folder = Path(model_folder(config.path))
+    if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return  # weights without a tokenizer; transformers would make one up
+    try:
+        own = load_tokenizer(model_folder(config.path), config.revision)
+    except ConfigError:  # one that phf cannot use
+        return
+    theirs = own.get_vocab()
+    for token, id in tokenizer.get_vocab().items():
+        if theirs.get(token) != id:
+            what = f"is {theirs[token]} there" if token in theirs else "does not exist there"
+            raise ConfigError(
+                f"the token store was made with another tokenizer than {name}'s: token {token!r} has id {id} in the "
+                f"store and {what}. Tokenize the corpus with --tokenizer {config.path}"
+            )
 
 
 def set_attention(lm: Any, name: str) -> None:
@@ -178,11 +277,10 @@ def add_control_embeddings(
     tokenizer has already keep their embeddings, and so do those that the weights know (`trained`: their ids in the
     weights).
     """
-    from phf.tokens.tokenizer import add_control_tokens
-
-    old_size = len(tokenizer)
+    old_size = table_size(tokenizer)
+    known_names = tokenizer.get_vocab()
     ids = add_control_tokens(tokenizer, names)
-    new = [i for i in ids if i >= old_size]
+    new = [i for name, i in zip(names, ids, strict=True) if name not in known_names]
     if not new:
         return ids
     kept = {
@@ -194,10 +292,11 @@ def add_control_embeddings(
         id(e.weight): (e.weight, e.weight.detach()[:old_size].mean(0))
         for e in (lm.get_output_embeddings(), lm.get_input_embeddings())
     }
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+    size = table_size(tokenizer)
+    if size > lm.get_input_embeddings().num_embeddings:
         tied = len(means) == 1
         order = [m for _, m in means.values()]
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        lm.resize_token_embeddings(size, mean_resizing=False)
         targets = [lm.get_output_embeddings().weight] + ([] if tied else [lm.get_input_embeddings().weight])
         pairs = list(zip(targets, order, strict=True))
     else:  # a vocabulary larger than the tokenizer has the rows already
@@ -258,101 +357,5 @@ def load_lm_weights(lm: Any, folder: str | Path) -> None:
     """Load into `lm` what `save_lm` wrote."""
     from transformers import AutoModelForCausalLM
 
-    saved: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    saved: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
     lm.load_state_dict(_with_conv1d_transposed(lm, saved.state_dict()))
-
-
-SHAPES = {
-    "logit_scale": "scale",
-    "logits_scaling": "scale",
-    "lm_head_multiplier": "scale",
-    "final_logit_softcapping": "cap",
-}
-"""Settings of models' configs that scale or cap logits. A scale may be a factor or a divisor."""
-
-
-def logit_shape(lm: Any) -> LogitShape:
-    """What `lm` does to `hidden @ output embeddings (+ bias)` to get its logits, read from its config and confirmed
-    by a tiny forward pass. Without it the fused loss, and every probability, would silently be wrong.
-
-    Raises ConfigError if config and forward pass disagree, and for weights that give NaN or infinite logits.
-    """
-    head = lm.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
-        raise ConfigError(f"{type(lm).__name__} has no output embeddings")
-    config = lm.config.get_text_config()
-    said = {kind: getattr(config, name) for name, kind in SHAPES.items() if getattr(config, name, None)}
-    factor = float(said.get("scale", 1.0))
-    cap = said.get("cap")
-    ours, theirs = _large_logits(lm, head)
-    if not theirs.isfinite().all():
-        raise ConfigError(f"{type(lm).__name__}: the logits are NaN or infinite, so its weights are broken")
-    near = max(1e-3, 4 * torch.finfo(head.weight.dtype).eps)
-    for shape in (LogitShape(scale, cap) for scale in dict.fromkeys((factor, 1 / factor, 1.0))):
-        if torch.allclose(theirs, shape(ours), rtol=near, atol=near * float(theirs.abs().max())):
-            return shape
-    raise ConfigError(
-        f"{type(lm).__name__} changes its logits after the output layer in a way that phf does not know, so its "
-        "probabilities cannot be computed from its hidden states"
-    )
-
-
-def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
-    """(hidden @ output embeddings + bias, the logits of `lm`), float32 [1, 4, V]. The output embeddings are
-    enlarged until the logits are about 100: those of a new model are too small to show a cap."""
-    seen: list[Tensor] = []
-    hook = lm.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
-    name = next(n for n, p in lm.named_parameters() if p is head.weight)
-    inputs = {
-        "input_ids": torch.arange(4, device=head.weight.device).unsqueeze(0) % len(head.weight),
-        "use_cache": False,
-    }
-
-    def both(weight: Tensor) -> tuple[Tensor, Tensor]:
-        seen.clear()
-        theirs = torch.func.functional_call(lm, {name: weight}, (), inputs).logits
-        if not seen:  # a model that does not call its trunk as a whole
-            own = {n: weight for n, p in lm.base_model.named_parameters() if p is head.weight}
-            torch.func.functional_call(lm.base_model, own, (), inputs)
-        ours = nn.functional.linear(seen[-1].to(weight.dtype), weight, getattr(head, "bias", None))
-        return ours.float(), theirs.float()
-
-    try:
-        with torch.no_grad(), attention.evaluating(lm):
-            largest = float(both(head.weight)[0].abs().max())
-            if largest == 0:  # all factors would agree
-                return both(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(head.weight))
-            return both(head.weight * (100 / largest))
-    finally:
-        hook.remove()
-
-
-def flops_per_token(lm: Any, context: int) -> float:
-    """Operations per token of training, forward and backward: 6 per multiplied parameter, and 12 x layers x heads x
-    width of a head x context for attention.
-
-    Source: Chowdhery et al. 2022 (PaLM), appendix B. As there, positions that the causal mask hides count. Tables that
-    are only looked up do not count. All experts of a mixture count.
-    """
-    output = lm.get_output_embeddings().weight
-    tables = {id(m.weight): m.weight.numel() for m in lm.modules() if isinstance(m, nn.Embedding)}
-    tables.pop(id(output), None)
-    config = lm.config.get_text_config()
-
-    def said(name: str) -> int:
-        value = getattr(config, name, None)
-        return value if isinstance(value, int) else 0  # absent, or different in each layer
-
-    heads = said("num_attention_heads")
-    width = heads * said("head_dim") or said("hidden_size")
-    attention = 12 * said("num_hidden_layers") * width * context if heads else 0
-    return float(6 * (num_parameters(lm) - sum(tables.values())) + attention)
-
-
-def num_parameters(lm: Any, embeddings: bool = True) -> int:
-    """Number of distinct parameters. `embeddings`: count input and output embeddings too."""
-    total = int(sum(p.numel() for p in lm.parameters()))
-    if embeddings:
-        return total
-    ends = {id(e.weight): e.weight.numel() for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
-    return total - int(sum(ends.values()))

@@ -14,7 +14,8 @@ from phf.objectives import Objective
 from phf.tokens.tokenizer import load_tokenizer
 from phf.training import attention
 from phf.training.fused import fused_loss
-from phf.training.lm import logit_shape, swap_conv1d, swap_gelu
+from phf.training.lm import swap_conv1d, swap_gelu
+from phf.training.probe import before_output, logit_shape
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -110,6 +111,8 @@ class PHFModel(nn.Module):
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         with autocast, attention.whole_rows():
             hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            layers = before_output(self.lm)
+            output_BTD = hidden_BTD if layers is None else layers(hidden_BTD)
         head = self.lm.get_output_embeddings()
         value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
         counted = self.objective.counted(scores, mask).sum()
@@ -119,7 +122,7 @@ class PHFModel(nn.Module):
             denominator = denominator.to(torch.promote_types(hidden_BTD.dtype, torch.float32))
         divide_last = (dtype or hidden_BTD.dtype) == torch.float16  # gradients divided first would underflow
         out = fused_loss(
-            hidden_BTD.flatten(0, 1),
+            output_BTD.flatten(0, 1),
             head.weight,
             bias_V=getattr(head, "bias", None),
             target_N=targets.flatten(),

@@ -17,6 +17,7 @@ import inspect
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,30 +28,22 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, to_plain
 from phf.core.device import peak_flops, pick_precision, tune_allocator
-from phf.core.runs import RunFolder, TrainCounts, TrainManifest, tokens_seen, weights_mark
+from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, tokens_seen, weights_mark
 from phf.objectives import Objective, is_built_in
 from phf.tokens.rows import Rows
 from phf.tokens.store import TokenStore
 from phf.training.arguments import can_compile, trainer_arguments
 from phf.training.config import FREE, TrainConfig, micro_batch, pick_compile
-from phf.training.folder import Environment, begin_run, check_environment, common_checkpoint, precision_name
+from phf.training.folder import Environment, check_environment, common_checkpoint, precision_name, run_folder
 from phf.training.fsdp import shard
 from phf.training.fused import check_objective
-from phf.training.lm import (
-    FromConfig,
-    FromWeights,
-    add_control_embeddings,
-    build_lm,
-    flops_per_token,
-    load_lm_weights,
-    num_parameters,
-    set_attention,
-)
+from phf.training.lm import FromConfig, FromWeights, add_control_embeddings, build_lm, load_lm_weights, set_attention
 from phf.training.metrics import MetricsCallback, OpenLine, ResumeClock, RunScale, read_metrics, training_seconds
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
+from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
 from phf.training.trainer import (
     CheckpointPlan,
     PHFTrainer,
@@ -84,13 +77,14 @@ def train(
     that is not finite, a full disk.
     """
     plan = _prepare(tokens_dir, out, model=model, objective=objective, config=config, seed=seed)
-    if store.is_done(plan.run.path, plan.key):
-        return store.read_manifest(plan.run.path, TrainManifest)
+    if folders.is_done(plan.run.path, plan.key):
+        return folders.read_manifest(plan.run.path, TrainManifest)
     _check_surroundings(config, judged=bool(callbacks))
-    built = _build(plan, callbacks)
-    if not _run(plan, built, stop_after):
-        return None
-    return _finish(plan, built)
+    with contextlib.ExitStack() as held:
+        built = _build(plan, callbacks, held)
+        if not _run(plan, built, stop_after):
+            return None
+        return _finish(plan, built)
 
 
 # Prepare
@@ -223,7 +217,8 @@ class _Built:
     """The checkpoint that the run resumes from."""
 
 
-def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...]) -> _Built:
+def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...], held: contextlib.ExitStack) -> _Built:
+    """`held` ends with the run: the first process holds the folder until then."""
     config = plan.config
     micro, accumulate = micro_batch(config, plan.world)
     tune_allocator()
@@ -235,6 +230,8 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...]) -> _Built:
     lm, control_ids = _make_lm(plan, tokenizer)
     rows = make_rows(plan.tokens, plan.objective, config, plan.seed, control_ids)
     parameters = num_parameters(lm)
+    if plan.writer:
+        print(f"model: {lm.config.model_type}, {parameters:,} parameters", file=sys.stderr)
     compiled = pick_compile(config, parameters) and can_compile()
     wrapper = PHFModel(
         lm,
@@ -255,9 +252,9 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...]) -> _Built:
             "seed": plan.seed,
             "tokens": plan.tokens_dir,
         }
-        begin_run(plan.run, plan.key, settings)
+        held.enter_context(run_folder(plan.run, plan.key, settings))
     arguments = trainer_arguments(config, plan.run.checkpoints, micro, accumulate, plan.seed, judged=bool(callbacks))
-    resume = common_checkpoint(plan.run, arguments.device)
+    resume = common_checkpoint(plan.run, plan.key, arguments.device)
     if config.shard:
         _shard(wrapper, resume, arguments.device, compiled)
     if plan.writer:
@@ -303,6 +300,7 @@ def _trainer(
         step_tokens=config.step_tokens,
         tokens_before=plan.tokens_before,
         segmenter=plan.tokens.manifest.segmenter,
+        key=plan.key,
     )
     trainer = PHFTrainer(
         model=wrapper,
@@ -324,6 +322,7 @@ def _trainer(
 def _make_lm(plan: _Plan, tokenizer: Any) -> tuple[Any, list[int]]:
     """The LM with the objective's control tokens, which are added to `tokenizer` too, and their ids."""
     lm = build_lm(plan.model, tokenizer, plan.seed, plan.config.context)
+    check_can_be_sampled(lm, plan.model.path if isinstance(plan.model, FromWeights) else "model")
     trained = trained_control_tokens(plan.model.path) if isinstance(plan.model, FromWeights) else {}
     control_ids = add_control_embeddings(lm, tokenizer, plan.objective.control_tokens, plan.seed, trained)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -428,7 +427,7 @@ def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
         epochs=config.steps * config.batch_rows / rows.num_rows,
         text_tokens=text_tokens(rows, config.total_tokens),
     )
-    return store.finish(
+    return folders.finish(
         plan.run.path,
         TrainManifest(
             key=plan.key,
@@ -437,6 +436,7 @@ def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
             train=to_plain(config),
             seed=plan.seed,
             tokens_dir=plan.tokens_dir,
+            tokens_from_here=from_here(plan.tokens_dir, plan.run.path),
             tokens_content=manifest.content,
             identity=manifest.identity,
             control_tokens=list(plan.objective.control_tokens),
@@ -445,6 +445,7 @@ def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
             seconds=training_seconds(read_metrics(plan.run.metrics)),
             threads=torch.get_num_threads(),
             precision=precision_name(built.wrapper.autocast_dtype),
+            files=folders.file_marks(plan.run.path, folders.files_below(plan.run.path, "model")),
         ),
     )
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import Plain, to_plain
 from phf.core.runs import (
     COMPLETE,
@@ -174,6 +174,8 @@ class CheckpointPlan:
     """Targets that the starting weights had seen."""
     segmenter: Plain | None
     """How the training texts were cut."""
+    key: str | None = None
+    """Key of the run."""
 
     def tokens_at(self, step: int) -> int:
         """Targets that the model has seen after a step."""
@@ -292,7 +294,13 @@ class PHFTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            store.write_json(folder / COMPLETE, CheckpointMark(step, self.plan.tokens_at(step), since))
+            with disk_full_error(self.folder):
+                files = folders.file_marks(folder, folders.files_below(folder))
+                folders.sync_files(folder, files)
+                store.write_json(
+                    folder / COMPLETE,
+                    CheckpointMark(step, self.plan.tokens_at(step), since, key=self.plan.key, files=files),
+                )
             self._remove_old()
 
     def _remove_old(self) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from phf.core.config import ConfigError, to_plain
 from phf.core.types import Estimate
+from phf.data.files import read_rows
 from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
-from phf.scorers.fitting import read_rows
 
 
 class Capability:

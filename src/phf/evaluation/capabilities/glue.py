@@ -16,10 +16,10 @@ from phf.core import store
 from phf.core.config import STRICT, ConfigError
 from phf.core.statistics import share_estimate
 from phf.core.types import Estimate
+from phf.data.files import read_rows
 from phf.evaluation.capabilities.base import Capability, local_file, prefix_ids
 from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
-from phf.scorers.fitting import read_rows
 
 GLUE: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "cola": ("matthews", (("sentence", "label"),)),

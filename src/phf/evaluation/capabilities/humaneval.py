@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
-import os
-import signal
-import subprocess
-import sys
-import tempfile
+import concurrent.futures
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,8 +11,10 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
+from phf.core.device import num_cpus
 from phf.core.statistics import bounded_estimate
 from phf.evaluation.capabilities.base import Capability, local_file, rows_of
+from phf.evaluation.capabilities.sandbox import is_isolated, run_sandboxed
 from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
 from phf.generation.sample import sample_prompts
@@ -40,11 +35,11 @@ class HumanEval(Capability):
 
     `path`: HumanEval.jsonl, .jsonl.gz or the Parquet file of the Hub (hf://datasets/OWNER/NAME/FILE).
 
-    **This runs what the model wrote**, so `run_untrusted_code` must be set. Each sample runs in its own process, in
-    an empty folder, with an empty environment and with limits on time, memory, files and (unless you are root)
-    processes. Where the kernel allows it, the process has no network; the result says so in `network`. This
-    protects from accidents, not from malice: the process is the user's and can read the user's files. Run models
-    that you do not trust in a virtual machine.
+    **This runs what the model wrote**, so `run_untrusted_code` must be set. Each sample runs in namespaces of its own:
+    it sees an empty file system in memory and Python's libraries, and has no network, no other processes, no rights,
+    and limits on time and memory. The tests run in another process, so nothing that the model wrote decides what
+    passes. Where the system has no such namespaces this is an error, unless `without_sandbox`: then only the limits
+    hold, and the code can read the user's files and use the network. The result says which in `sandbox`.
     """
 
     path: str
@@ -58,6 +53,7 @@ class HumanEval(Capability):
     timeout_s: Annotated[float, Field(gt=0)] = 5
     seed: int = 0
     run_untrusted_code: bool = False
+    without_sandbox: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
 
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]
@@ -69,8 +65,13 @@ class HumanEval(Capability):
         """The problems, and how many tokens may be written for each."""
         if not self.run_untrusted_code:
             raise ConfigError(
-                "humaneval runs code that the model wrote, with limits but as your user; to allow it, set "
-                "run_untrusted_code=true"
+                "humaneval runs code that the model wrote, in a sandbox; to allow it, set run_untrusted_code=true"
+            )
+        if not is_isolated() and not self.without_sandbox:
+            raise ConfigError(
+                "humaneval: this system does not let users start processes in namespaces of their own (unshare "
+                "--user), so the model's code could read your files and use the network; run it in a virtual machine, "
+                "or set without_sandbox=true"
             )
         if max(self.k) > self.samples_per_problem:
             raise ConfigError(
@@ -87,12 +88,6 @@ class HumanEval(Capability):
     def measure(self, model: LoadedModel) -> CapabilityResult:
         problems, max_tokens = self._problems(model)
         n = self.samples_per_problem
-        if not _unshare():
-            print(
-                "note: HumanEval: this kernel cannot start a process without network, so the model's code has "
-                "network access",
-                file=sys.stderr,
-            )
         scenario = Scenario(
             num_samples=n * len(problems),
             samples_per_prompt=n,
@@ -104,84 +99,29 @@ class HumanEval(Capability):
             batch=32,
         )
         samples = sample_prompts(model, scenario, [p["prompt"] for p in problems for _ in range(n)])
-        passed = np.zeros((len(problems), n), bool)
-        for number, item in enumerate(samples):
+
+        def passes(number: int) -> bool:
             problem = problems[number // n]
-            function = problem["prompt"] + function_body(item.text)
-            program = f"{function}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
-            passed[number // n, number % n] = run_sandboxed(program, self.timeout_s)
+            program = problem["prompt"] + function_body(samples[number].text)
+            return run_sandboxed(
+                program, self.timeout_s, problem["test"], problem["entry_point"], helpers=problem["prompt"]
+            )
+
+        with concurrent.futures.ThreadPoolExecutor(num_cpus()) as pool:
+            passed = np.array(list(pool.map(passes, range(len(samples)))), bool).reshape(len(problems), n)
         return self.result(
             {f"pass@{k}": bounded_estimate([pass_at_k(n, int(c), k) for c in passed.sum(1)]) for k in self.k},
             problems=len(problems),
             samples_per_problem=n,
-            network="cut off" if _unshare() else "open",
+            sandbox="namespaces" if is_isolated() else "none",
         )
+
+
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""Where a function ends, as in Chen et al. 2021 and in lm-eval: pass@k compares only with the same rule."""
 
 
 def function_body(text: str) -> str:
-    """The text up to the end of the function: the first line that starts at the margin ends it."""
-    lines = text.split("\n")
-    for number, line in enumerate(lines):
-        if line and not line[0].isspace():
-            return "\n".join(lines[:number])
-    return text
-
-
-SANDBOX = """
-import resource, sys
-megabytes = 2**20
-resource.setrlimit(resource.RLIMIT_AS, (1024 * megabytes, 1024 * megabytes))
-resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
-resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes, megabytes))
-resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-try:
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-except (ValueError, OSError):
-    pass
-code = compile(sys.stdin.read(), "sample", "exec")
-sys.stdin = None
-namespace = {{"__name__": "__main__"}}
-exec(code, namespace)
-sys.stdout.flush()
-sys.stderr.write("{token}")
-"""
-
-
-def run_sandboxed(program: str, timeout_s: float) -> bool:
-    """Whether `program` runs to its end without an error, within limits. HumanEval says what this protects from."""
-    token = os.urandom(16).hex()  # a program that exits early with status 0 has not passed
-    code = SANDBOX.format(seconds=math.ceil(timeout_s), token=token)
-    command = [*_unshare(), sys.executable, "-I", "-c", code]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:  # the size of a file is limited
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={"PATH": os.environ.get("PATH", "")},
-            start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=output,
-        )
-        try:
-            process.communicate(program.encode("utf-8", "replace"), timeout=timeout_s + 1)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:  # with everything that it started
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        output.seek(0, os.SEEK_END)
-        output.seek(max(output.tell() - len(token), 0))
-        return process.returncode == 0 and output.read() == token.encode()
-
-
-@functools.cache
-def _unshare() -> tuple[str, ...]:
-    """The command that starts a process without network and, if possible, in its own process namespace, so that
-    nothing that it starts outlives it. Empty if the kernel allows neither."""
-    without_network = ("unshare", "--net", "--map-root-user")
-    for command in ((*without_network, "--pid", "--fork", "--kill-child"), without_network):
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0:
-                return command
-    return ()
+    """The text up to the first of `STOPS`."""
+    found = [at for stop in STOPS if (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text

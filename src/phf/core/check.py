@@ -1,0 +1,64 @@
+"""Check that the files of finished folders and checkpoints are what they were when they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from phf.core import folders, store
+from phf.core.runs import COMPLETE, CheckpointMark, damaged_checkpoint
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found about a folder."""
+
+    folder: Path
+    what: str
+    """The stage that made it, or checkpoint."""
+    files: int
+    """Files that were compared with their hash."""
+    problems: list[str]
+    """What is wrong; empty: nothing."""
+
+
+def check_below(folder: str | Path) -> Iterator[Checked]:
+    """Check a folder and every folder below it that a stage finished, and every whole checkpoint. Raises StoreError if
+    there is none."""
+    root = store.as_path(folder)
+    if not root.is_dir():
+        raise store.StoreError(f"{folder} is not a folder")
+    found = 0
+    for mark in sorted([*root.rglob(folders.MANIFEST), *root.rglob(COMPLETE)]):
+        checked = _checkpoint(mark.parent) if mark.name == COMPLETE else _stage(mark)
+        if checked is not None:
+            found += 1
+            yield checked
+    if not found:
+        raise store.StoreError(f"{folder} holds nothing that phf finished")
+
+
+def _stage(mark: Path) -> Checked | None:
+    try:
+        manifest = store.read_json(mark)
+    except store.StoreError as error:
+        return Checked(mark.parent, "?", 0, [str(error)])
+    if not isinstance(manifest, dict) or "stage" not in manifest or "key" not in manifest:
+        return None  # another program's
+    files = dict(manifest.get("files") or {})
+    for name, scores in (manifest.get("scores") or {}).items():  # of a token store
+        counts = manifest.get("counts") or {}
+        if isinstance(scores, dict) and scores.get("hash"):
+            files[f"{name}.score.bin"] = {"size": 4 * counts.get("segments", 0), "hash": scores["hash"]}
+    marks = store.as_record(files, dict[str, folders.FileMark], mark)
+    return Checked(mark.parent, str(manifest["stage"]), len(marks), folders.damage(mark.parent, marks, hashes=True))
+
+
+def _checkpoint(folder: Path) -> Checked:
+    try:
+        mark = store.read_record(folder / COMPLETE, CheckpointMark)
+        problem = damaged_checkpoint(folder)
+    except store.StoreError as error:
+        return Checked(folder, "checkpoint", 0, [str(error)])
+    return Checked(folder, "checkpoint", len(mark.files), [] if problem is None else [problem])
