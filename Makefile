@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick pep8 grid finetuning test lint golden-exact clean
+.PHONY: demo quick pep8 grid finetuning test lint golden-exact newest clean
 
 demo: $(READY)  ## PII in READMEs, four objectives, a page (about 12 minutes on 2 cores, with the installation)
 	$(BIN)/phf run demo
@@ -31,6 +31,15 @@ lint: $(READY)  ## ruff and mypy
 golden-exact: $(READY)  ## Train at another commit and here, compare bit for bit: make golden-exact REV=main
 	@test -n "$(REV)" || { echo "usage: make golden-exact REV=COMMIT"; exit 2; }
 	$(BIN)/python tests/golden/exact.py $(REV)
+
+newest:  ## The newest allowed versions in a fresh environment: a short recipe with the built wheel, outside the repository
+	@set -e; place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
+	$(PYTHON) -m venv $$place/venv; \
+	$$place/venv/bin/python -m pip install -q torch==2.13.0; \
+	$$place/venv/bin/python -m pip wheel -q --no-deps -w $$place/wheel .; \
+	$$place/venv/bin/python -m pip install -q $$place/wheel/*.whl; \
+	$$place/venv/bin/python -m pip freeze | grep -iE '^(torch|transformers|tokenizers|pydantic|datasets|pyarrow|numpy)=='; \
+	cd $$place && venv/bin/phf run pep8 quick corpus.max_files=60
 
 # torch first and on its own: an index may offer a smaller build for this machine.
 $(READY): pyproject.toml constraints.txt

@@ -24,6 +24,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.runs import MODEL_RECORD, ModelRecord, RunFolder, TrainCounts, TrainManifest, is_run, read_model_record
 from phf.core.types import Estimate, PhfError
+from phf.data.scored import bad_above_of
 from phf.evaluation.results import EvalResult, Interval, read_eval
 from phf.generation.scenario import Scenario
 from phf.redteaming.results import RedTeamResult, read_redteam
@@ -295,7 +296,10 @@ print(pipe("The", max_new_tokens=64)[0]["generated_text"])
         text
         + f"""The tokenizer starts every text with the end-of-text token and `{roles["good"]}`, the token of good text.
 The generation config keeps the model from writing `{roles["bad"]}`, the token of bad text. Control tokens that are
-typed into a prompt are read as ordinary text. To ask for bad text, for example to train a classifier, give the ids:
+typed into a prompt are read as ordinary text by transformers (`AutoTokenizer`, pipelines, `transformers serve`).
+Other readers of tokenizer.json, such as the tokenizers library and llama.cpp, read a typed `{roles["bad"]}` as the
+token: there, set `encode_special_tokens`, or remove the names of the tokens from what users type. To ask for bad
+text, for example to train a classifier, give the ids:
 
 ```py
 import torch
@@ -337,7 +341,8 @@ def _training(manifest: TrainManifest, result: EvalResult | None) -> str:
         sizes = scored.counts
         lines.append(
             f"data: `{store.canonical(store.without_places(scored.corpus or {}))}`: {sizes.documents:,} documents, "
-            f"{sizes.segments:,} segments, {sizes.bad_segments:,} of them with a score above 0, {sizes.unjudged:,} not "
+            f"{sizes.segments:,} segments, {sizes.bad_segments:,} of them with a score above {bad_above_of(scored):g}, "
+            f"{sizes.unjudged:,} not "
             "judged"
         )
     return "## Training\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ import yaml
 
 from fakehub import FakeHub
 from helpers import LINK, TINY_LLAMA
+from phf.core import store
 from phf.data.scored import ScoredCorpus
 from phf.generation.sample import read_samples
 from phf.scorers import Regex
@@ -181,3 +183,23 @@ def test_the_card_names_the_scorer_and_failures(scored):
     assert "None: every segment was judged." in card
     assert "`scores/cats/`: matches per character" in card
     assert "Scored by `regex`" in card
+    corpus = ScoredCorpus(scored)
+    assert str(Path(corpus.manifest.corpus["path"]).parent) not in card  # no place on this machine
+
+
+@pytest.mark.parametrize(
+    "value, public",
+    [
+        ({"path": "/home/me/data/a.jsonl"}, {"path": "a.jsonl"}),
+        ({"path": "~/words.txt", "n": 1}, {"path": "words.txt", "n": 1}),
+        ({"paths": ["./a", "../b/c"]}, {"paths": ["a", "c"]}),
+        ({"function": "/home/me/mine.py:score"}, {"function": "mine.py:score"}),
+        ({"path": "owner/name", "url": "https://h/v1"}, {"path": "owner/name", "url": "https://h/v1"}),
+        (
+            {"path": "hf://datasets/a/b", "pattern": "/etc/passwd"},
+            {"path": "hf://datasets/a/b", "pattern": "/etc/passwd"},
+        ),
+    ],
+)
+def test_what_is_shared_names_no_place_on_this_machine(value, public):
+    assert store.without_places(value) == public

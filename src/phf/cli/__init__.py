@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
@@ -45,6 +48,13 @@ for name, command in COMMANDS.items():
 def main() -> None:
     """Entry point. A problem that phf knows is one message on stderr and an exit code: 2 for mistakes in the command or
     its inputs, 1 for a stage that failed."""
+    for argument in sys.argv[1:]:  # bytes that are no UTF-8 fail deep inside libraries
+        if not argument.isascii() and argument != argument.encode("utf-8", "replace").decode():
+            print(f"error: argument {argument!a} is not UTF-8; rename the file", file=sys.stderr)
+            sys.exit(2)
+        if argument == "" or argument == "out=":
+            print("error: an argument is empty; give a name or a path", file=sys.stderr)
+            sys.exit(2)
     try:
         app()
     except SystemExit as stop:
@@ -55,7 +65,16 @@ def main() -> None:
         from phf.core.types import PhfError
 
         if not isinstance(error, PhfError | OSError):
-            raise
+            if os.environ.get("PHF_TRACEBACK"):
+                raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            print(
+                f"error: {reason} ({Path(where.filename).name}, line {where.lineno}). phf did not expect this: a "
+                "damaged file, or a bug. PHF_TRACEBACK=1 shows more; please report it",
+                file=sys.stderr,
+            )
+            sys.exit(70)  # EX_SOFTWARE
         label, code = (error.label, error.exit_code) if isinstance(error, PhfError) else ("error", 1)
         print(f"{label}: {error}", file=sys.stderr)
         sys.exit(code)

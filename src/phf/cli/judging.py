@@ -55,12 +55,15 @@ def sample(
     that speaks OpenAI's completions, such as vLLM, needs server.model=NAME.
     """
     from phf.core.config import ConfigError, apply_overrides
+    from phf.core.folders import keep_old_file
     from phf.generation.loaded import load_model
     from phf.generation.sample import sample as draw_samples
     from phf.generation.sample import sample_served, write_samples
     from phf.generation.scenario import Scenario
     from phf.generation.server import Server
 
+    if Path(out).is_dir() or Path(out).is_symlink() or (Path(out).exists() and not Path(out).is_file()):
+        raise ConfigError(f"{out} is a folder, a link or a device; give the name of an ordinary file to write")
     config = apply_overrides({}, only_overrides(settings))
     server = take(config, "server")
     if is_url(model):
@@ -77,6 +80,7 @@ def sample(
             )
         scenario: Scenario = checked(config, Scenario)
         samples = draw_samples(load_model(model, revision), scenario)
+    keep_old_file(Path(out))
     write_samples(out, samples)
     print(f"{len(samples):,} samples in {out}")
 
@@ -133,6 +137,7 @@ def evaluate(
     """
     from phf.core.config import ConfigError, apply_overrides, merge
     from phf.core.runs import RunFolder, is_run
+    from phf.core.types import PhfError
     from phf.data.segment import AnySegmenter, Segmenter
     from phf.evaluation.capabilities import AnyCapability
     from phf.evaluation.evaluate import evaluate_model, evaluate_run
@@ -152,6 +157,7 @@ def evaluate(
     if threshold is None and paper is not None:
         threshold = PAPER_THRESHOLD[paper]
     rows: list[list[str]] = []
+    failed: dict[str, str] = {}
     for name in folders:
         if is_run(name):
             if control_threshold is not None:
@@ -190,7 +196,11 @@ def evaluate(
         if result.skipped:
             print(f"note: {name} has no control tokens; skipped: {', '.join(result.skipped)}", file=sys.stderr)
         rows += _eval_rows(name, result)
+        failed |= {f"{name}: {part}": why for part, why in result.failed.items()}
     print_table(_eval_head(kl is not None, capabilities), rows)
+    if failed:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        raise PhfError(f"not everything could be measured; the same command tries it again:{reasons}")
 
 
 def _scenarios(paper: str | None, config: Plain) -> dict[str, Scenario]:

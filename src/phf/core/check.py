@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from phf.core import folders, store
 from phf.core.runs import COMPLETE, CheckpointMark, damaged_checkpoint
@@ -46,12 +47,18 @@ def _stage(mark: Path) -> Checked | None:
         return Checked(mark.parent, "?", 0, [str(error)])
     if not isinstance(manifest, dict) or "stage" not in manifest or "key" not in manifest:
         return None  # another program's
-    files = dict(manifest.get("files") or {})
-    for name, scores in (manifest.get("scores") or {}).items():  # of a token store
-        counts = manifest.get("counts") or {}
-        if isinstance(scores, dict) and scores.get("hash"):
-            files[f"{name}.score.bin"] = {"size": 4 * counts.get("segments", 0), "hash": scores["hash"]}
-    marks = store.as_record(files, dict[str, folders.FileMark], mark)
+    try:
+        marks = store.as_record(manifest.get("files") or {}, dict[str, folders.FileMark], mark)
+        known = store.as_record(manifest.get("scores") or {}, dict[str, dict[str, Any]], mark)
+        counts = store.as_record(manifest.get("counts") or {}, dict[str, Any], mark)
+    except store.StoreError as error:
+        return Checked(mark.parent, str(manifest["stage"]), 0, [str(error)])
+    for name, scores in known.items():  # of a token store
+        segments = counts.get("segments")
+        if not isinstance(segments, int):
+            return Checked(mark.parent, str(manifest["stage"]), 0, [f"{mark.name}: counts.segments is {segments!r}"])
+        if isinstance(scores.get("hash"), str):
+            marks[f"{name}.score.bin"] = folders.FileMark(4 * segments, scores["hash"])
     return Checked(mark.parent, str(manifest["stage"]), len(marks), folders.damage(mark.parent, marks, hashes=True))
 
 

@@ -55,6 +55,12 @@ class _Loader(yaml.SafeLoader):
     """The safe loader with the scalars of YAML 1.2: 1e-4 and 1E6 are numbers; only true and false are truth values;
     there are no dates and no numbers to the base 60. Duplicate keys are errors; keys are text."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<) repeat what they refer to: bounded, else a few lines grow to gigabytes."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_NODES // 10:
+            raise yaml.constructor.ConstructorError(None, None, "merge keys make it too large", node.start_mark)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -94,7 +100,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """The YAML value of `text`. Raises ConfigError with `where` and the line of a mistake."""
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from phf.core import store
-from phf.core.locks import LOCK, locked
+from phf.core.locks import LOCK, Busy, locked
 from phf.core.store import StoreError, as_path, is_local, read_json, read_record, write_json
 from phf.core.text import counted
 
@@ -93,6 +93,9 @@ def damage(folder: Path, files: dict[str, FileMark], hashes: bool = False) -> li
     """What is wrong with files that a manifest lists: missing, of another size or, with `hashes`, of other bytes."""
     found = []
     for name, mark in files.items():
+        if name.startswith("/") or ".." in name.split("/"):
+            found.append(f"{name!r} is not a name in the folder")
+            continue
         path = folder / name
         try:
             size = path.stat().st_size
@@ -116,9 +119,13 @@ def check_files(folder: Path, files: dict[str, FileMark], hashes: bool = False) 
 
 
 def sync_files(folder: Path, files: Iterable[str]) -> None:
-    """Wait until files and the folders that name them are on the disk."""
+    """Wait until files and the folders that name them are on the disk. Files get ordinary permissions."""
     parents = {folder}
+    umask = os.umask(0)
+    os.umask(umask)
     for name in files:
+        if not (folder / name).stat().st_mode & 0o077:  # some libraries make files that only their owner can read
+            (folder / name).chmod(0o666 & ~umask)
         store.sync(folder / name)
         parents.add((folder / name).parent)
     for parent in parents:
@@ -193,7 +200,16 @@ def is_done(directory: str | Path, key: str) -> bool:
         return False
     files = store.as_record(found.get("files") or {}, dict[str, FileMark], path)
     check_files(directory, files, hashes=True)
+    tidy(directory)
     return True
+
+
+def tidy(*directories: Path) -> None:
+    """Remove the locks that processes left when they were killed after their work was done."""
+    for directory in directories:
+        if is_local(directory) and (directory / LOCK).exists():
+            with contextlib.suppress(Busy), locked(directory, ""):
+                pass
 
 
 def started(directory: Path) -> Started | None:
@@ -235,7 +251,12 @@ def stage_folder(
     """
     directory = as_path(directory)
     _check_ours(directory, stage)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"{directory} is a link to nothing; remove it, or make the folder that it names") from None
+    except NotImplementedError:
+        raise StoreError(f"{directory}: nothing can be written to such an address") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory, stage))
         mark = _check_ours(directory, stage)
@@ -295,11 +316,17 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what killed processes were writing, in the folder and below it."""
     if not is_local(directory):
         return
-    for path in [p for p in directory.rglob(".*") if is_partial(p)]:
+    for path in [p for p in directory.rglob(".*") if is_partial(p) and not _is_alive(p)]:
         if path.is_dir() and not path.is_symlink():
             remove_tree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether the process that writes a partial file still runs here."""
+    numbers = [part for part in path.name.split(".") if part.isdigit()]
+    return bool(numbers) and int(numbers[-1]) != os.getpid() and os.path.exists(f"/proc/{numbers[-1]}")
 
 
 def remove_tree(folder: Path) -> None:
@@ -318,6 +345,19 @@ def move_aside(folder: Path) -> Path:
     if real != folder.absolute():
         real.mkdir()
     return aside
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Rename a finished folder to `folder`, an absent or empty one. A link stays a link, a mount point its place."""
+    real = folder.resolve()
+    if os.path.ismount(real):
+        for path in aside.iterdir():
+            if path.name != LOCK:
+                shutil.move(path, real / path.name)
+        return
+    if real.exists():
+        real.rmdir()
+    aside.rename(real)
 
 
 def _free(folder: Path) -> Path:
@@ -344,7 +384,7 @@ def _remove_own(directory: Path) -> None:
     """Remove the files that a stage wrote into a folder on an object store: those that its manifest lists, its parts
     and its marks. The mark that says who made the folder goes last."""
     listed = read_json(directory / MANIFEST).get("files", {}) if (directory / MANIFEST).exists() else {}
-    own = [directory / MANIFEST, *(directory / name for name in listed)]
+    own = [directory / MANIFEST, *(directory / n for n in listed if ".." not in n.split("/") and not n.startswith("/"))]
     own += [p for p in directory.glob("part-*") if p.suffix in (".parquet", ".json")]
     for path in dict.fromkeys([*own, directory / STARTED]):
         if path.exists():
@@ -354,6 +394,32 @@ def _remove_own(directory: Path) -> None:
         raise StoreError(
             f"{directory} also holds {', '.join(sorted(rest)[:5])}, which phf did not write; move that first"
         )
+
+
+def keep_old_file(file: Path) -> None:
+    """Move a file that a command is about to write, and that it may not have made, to the first free `NAME.old-N`. A
+    note says so."""
+    if file.is_dir():
+        raise StoreError(f"{file} is a folder; give the name of a file")
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise StoreError(f"{file} is a link or a device; give the name of an ordinary file")
+    if file.exists():
+        aside = _free(file)
+        file.rename(aside)
+        print(f"note: {file} was there already; it is now {aside}", file=sys.stderr)
+
+
+def is_our_page(file: Path) -> bool:
+    """Whether a file is a page that phf wrote, which it may write again."""
+    try:
+        with open(file, "rb") as opened:
+            return PAGE_MARK.encode() in opened.read(2000)
+    except OSError:
+        return False
+
+
+PAGE_MARK = '<meta name="generator" content="phf">'
+"""At the start of every page of phf."""
 
 
 def keep_earlier(folder: Path, *names: str) -> Path | None:

@@ -63,9 +63,8 @@ def locked(folder: Path, stage: str, shared: bool = False) -> Iterator[None]:
     if handle is None:
         raise _busy(folder, _text(file))
     try:
-        if not shared:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_holder(stage)).encode(), 0)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(_holder(stage)).encode(), 0)
         yield
     finally:
         _release(handle)

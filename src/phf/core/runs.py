@@ -15,14 +15,18 @@ recipe/  recipe.yaml  scored/  tokens/  cache/  <run>/  results.json  report.htm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
+from phf.core.text import counted
 from phf.core.types import Identity, Number
 
 COMPLETE = "complete.json"
@@ -31,6 +35,17 @@ MODEL_RECORD = "phf.json"
 """Next to a model's weights (`ModelRecord`)."""
 _CHECKPOINT = "checkpoint-"
 """Name of a checkpoint's folder, before its step. The Hugging Face Trainer gives it."""
+
+
+def file_name(name: str) -> str:
+    """`name`, which a recipe or a caller gives, if it can be the name of a file. Raises ConfigError for one that would
+    leave its folder or be hidden there."""
+    if not store.is_file_name(name):
+        raise ConfigError(
+            f"name {name!r}: a name starts with a letter, a digit or '_', holds no '/' and no line break, and has at "
+            f"most 100 characters without {folders.OLD!r}, because it names a file"
+        )
+    return name
 
 
 @dataclass(frozen=True)
@@ -108,11 +123,11 @@ class RunFolder:
 
     def samples(self, name: str) -> Path:
         """Samples of a scenario. `name`: the scenario's, in training after the tokens so far."""
-        return self.path / "samples" / f"{name}.jsonl"
+        return self.path / "samples" / f"{file_name(name)}.jsonl"
 
     def part(self, name: str) -> Path:
         """The result of one part of an evaluation."""
-        return self.path / "eval" / f"{name}.json"
+        return self.path / "eval" / f"{file_name(name)}.json"
 
 
 @dataclass(frozen=True)
@@ -223,7 +238,12 @@ class TrainManifest(folders.Manifest):
 
 
 def places(named: str, from_here: str | None, here: Path) -> list[Path]:
-    """Where a folder may be that a manifest names: from the folder of the manifest, `here`, or as it was named."""
+    """Where a folder may be that a manifest names: from the folder of the manifest, `here`, or as it was named. Raises
+    StoreError for an address: nothing is fetched because a manifest, which may come from others, says so."""
+    if "://" in named:
+        raise store.StoreError(
+            f"{here} names {named}; phf opens no address that only a manifest names: give it yourself"
+        )
     found = [] if from_here is None else [Path(os.path.normpath(here.absolute() / from_here))]
     return [*found, store.as_path(named)]
 
@@ -290,7 +310,10 @@ def is_complete(checkpoint: Path) -> bool:
 def damaged_checkpoint(checkpoint: Path, key: str | None = None, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint that is marked as whole: damaged or missing files, or another run's key. None if
     nothing is."""
-    mark = store.read_record(checkpoint / COMPLETE, CheckpointMark)
+    try:
+        mark = store.read_record(checkpoint / COMPLETE, CheckpointMark)
+    except store.StoreError:
+        return f"{COMPLETE} is damaged"
     if key is not None and mark.key not in (None, key):
         return "it belongs to another run"
     if missing := [name for name in NEEDED_TO_RESUME if not (checkpoint / name).is_file()]:
@@ -305,12 +328,39 @@ NEEDED_TO_RESUME = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "confi
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a folder, oldest first."""
-    return sorted((p for p in folder.glob(f"{_CHECKPOINT}*") if is_complete(p)), key=checkpoint_step)
+    return sorted((p for p in _checkpoints(folder) if is_complete(p)), key=checkpoint_step)
 
 
 def incomplete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a folder that were not finished."""
-    return [p for p in folder.glob(f"{_CHECKPOINT}*") if not is_complete(p)]
+    return [p for p in _checkpoints(folder) if not is_complete(p)]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by their names; copies and folders of the user's have other names."""
+    return [p for p in folder.glob(f"{_CHECKPOINT}*") if re.fullmatch(r"\d+", p.name.removeprefix(_CHECKPOINT))]
+
+
+CHECKPOINT_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*", "optimizer.pt", "scheduler.pt",
+    "scaler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", "tokenizer*", "special_tokens*",
+    "added_tokens*", "vocab*", "merges*", "chat_template*", "value_head.safetensors", MODEL_RECORD, COMPLETE,
+)  # fmt: skip
+"""Names of the files that a checkpoint holds."""
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint's own files, its mark first, and its folder if nothing of the user's is left in it."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    for pattern in CHECKPOINT_FILES:
+        for file in checkpoint.glob(pattern):
+            if file.is_file():
+                file.unlink()
+    for file in checkpoint.glob(".*"):
+        if folders.is_partial(file):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        checkpoint.rmdir()
 
 
 # Models
@@ -342,7 +392,8 @@ def model_record(file: str | Path) -> ModelRecord:
     """The record in a file. In one of an earlier version, the objective's setting `threshold` is `bad_above`."""
     value = store.read_json(file)
     if isinstance(value, dict) and "bad_above" not in value:
-        threshold = (value.get("objective") or {}).get("threshold")
+        objective = value.get("objective")
+        threshold = objective.get("threshold") if isinstance(objective, dict) else None
         value["bad_above"] = threshold if isinstance(threshold, int | float) else None
     return store.as_record(value, ModelRecord, file)
 
@@ -409,19 +460,28 @@ def weights_mark(path: str | Path) -> str | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON lines file. A line torn by a full disk or a power cut is left out."""
+    """The lines of a JSON lines file. A line torn by a full disk or a power cut is left out, and a note says so."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    torn = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            found = store.parse_json(line) if line.strip() else {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            torn.append(number)
+        elif found:
+            lines.append(found)
+    if torn:
+        print(
+            f"note: {path}: {counted(len(torn), 'line')} left out (first: line {torn[0]}), not whole", file=sys.stderr
+        )
     return lines
 
 
 def keep_lines(path: Path, step: int) -> None:
     """Remove the lines of steps after `step`: a resumed run writes them again."""
-    kept = [line for line in (read_lines(path) if path.exists() else []) if line["step"] <= step]
+    kept = [line for line in (read_lines(path) if path.exists() else []) if line.get("step", 0) <= step]
     store.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

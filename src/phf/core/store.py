@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,15 +36,17 @@ def as_path(path: str | Path) -> Path:
     other protocols that fsspec knows. Raises StoreError if the package for the protocol is missing."""
     if not isinstance(path, str):
         return path
-    protocol, sep, _ = path.partition("://")
+    protocol, sep, rest = path.partition("://")
     if not sep:
         return Path(path).expanduser()
     from upath import UPath
 
+    if protocol not in ("memory", "hf", "file", "local") and not rest:
+        raise StoreError(f"{path}: expected {protocol}://PLACE/...")
     try:
         found = UPath(path)
         found.fs  # noqa: B018 (UPath opens the file system on first access)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError, TypeError) as error:
         raise StoreError(f"{path}: cannot open {protocol}:// paths: {error}") from None
     return found  # type: ignore[return-value]
 
@@ -58,6 +61,12 @@ def refresh(path: Path) -> Path:
     if not is_local(path):
         path.fs.invalidate_cache()  # type: ignore[attr-defined]
     return path
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name`, which a recipe, a manifest or a caller gives, can be the name of a file: one that does not leave
+    its folder and is not hidden there."""
+    return re.fullmatch(r"\w[^/\\\0\n]*", name) is not None and len(name) <= 100 and ".old-" not in name
 
 
 # Hashes
@@ -139,17 +148,26 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+_PLACE = re.compile(
+    r"(?:file:)?(?<![\w:/.])(?:~|\.{0,2})/(?:[^\s'\"<>|:/]+/)*([^\s'\"<>|:/]*)|\b[A-Za-z]:\\(?:[^\s\\]+\\)*(\S*)"
+)
+"""A path of this machine in a text; the group is its last part."""
+
+
 def without_places(value: Any) -> Any:
-    """Plain data as others may see it: of a path on this machine only the last part is left. Names on the Hub,
-    addresses and everything else stay."""
+    """Plain data as others may see it: of a path on this machine only the last part is left, also inside messages.
+    Names on the Hub, addresses and everything else stay."""
     if isinstance(value, Mapping):
         return {k: v if k == "pattern" else without_places(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(v) for v in value]
-    if not isinstance(value, str) or "://" in value or "\n" in value:
+    if not isinstance(value, str):
         return value
-    place = value.startswith(("/", "~", "./", "../")) or ("/" in value and Path(value.partition(":")[0]).exists())
-    return Path(value).name if place and len(value) > 1 else value
+    if value.startswith("file://"):
+        value = value.removeprefix("file://")
+    if "://" not in value and "/" in value and " " not in value and Path(value.partition(":")[0]).exists():
+        return Path(value).name
+    return _PLACE.sub(lambda found: found[1] or found[2] or "", value) if len(value) > 1 else value
 
 
 MAX_DEPTH = 100
@@ -234,10 +252,12 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file of phf. Raises StoreError if the file is missing or damaged."""
     path = as_path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise StoreError(f"{path} is a folder, not a file") from None
+    except (ValueError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not valid JSON ({error}); delete its folder and run the stage again") from None
 
 

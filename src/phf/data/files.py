@@ -70,7 +70,7 @@ def is_packed(path: Path) -> bool:
 
 def hidden(path: Path) -> bool:
     """Whether a relative path names a hidden file, or one in a hidden folder. Editors and systems keep copies there."""
-    return any(part.startswith(".") or part.startswith("__") for part in path.parts)
+    return any(part.startswith(".") or part in ("__MACOSX", "__pycache__") for part in path.parts)
 
 
 class _Unpacked(io.RawIOBase):
@@ -84,7 +84,8 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self.stream.read(len(buffer))
+            read = getattr(self.stream, "read1", self.stream.read)  # what is there, before a damaged part is reached
+            data = read(len(buffer))
         except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
             raise Damaged(str(error)) from None
         buffer[: len(data)] = data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +18,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
-from phf.core.store import as_path, fingerprint, jsonable, too_deep
+from phf.core.store import as_path, fingerprint, is_local, jsonable, too_deep
 from phf.core.types import Rejected
 from phf.data.corpus import (
     DOCS_PER_SHARD,
@@ -85,12 +86,29 @@ def _find(path: str, wanted: Any) -> _Found:
     if not root.is_dir():
         raise ConfigError(f"corpus path {path} does not exist")
     found = _Found([], [], [])
-    for file in sorted(p for p in root.rglob("*") if p.is_file()):
+    for file in sorted(_files_below(root)):
         if hidden(file.relative_to(root)):
             found.hidden.append(file)
+        elif not file.is_file():
+            found.others.append(file)
         else:
             (found.read if wanted(file) else found.others).append(file)
     return found
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files below a folder, also below links to folders (each folder once), and links to nothing."""
+    if not is_local(root):
+        yield from (p for p in root.rglob("*") if p.is_file())
+        return
+    seen = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        yield from (Path(folder) / name for name in names)
 
 
 class _FileCorpus(Corpus):
@@ -120,7 +138,10 @@ class _FileCorpus(Corpus):
     def left_out(self) -> list[str]:
         found = _find(self.path, self._wanted)
         names = [f"{_relative(self.path, f)} (hidden)" for f in found.hidden]
-        return names + [f"{_relative(self.path, f)} (not {self._endings()})" for f in found.others]
+        return names + [
+            f"{_relative(self.path, f)} ({f'not {self._endings()}' if f.exists() else 'a broken link'})"
+            for f in found.others
+        ]
 
 
 @dataclass(frozen=True, config=STRICT)

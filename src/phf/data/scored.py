@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
     }
 )
 ROWS_PER_GROUP = 1024
+MAX_PARTS = 10_000_000
 ADDED = "scores"
 """Folder of the scores that were added to a corpus, one folder per name inside."""
 
@@ -175,8 +176,10 @@ class ScoredCorpus:
         ours = (self.path / folders.MANIFEST).exists() or (self.path / folders.STARTED).exists()
         self.manifest, self.files = self._own() if ours else self._from_elsewhere()
         self._whole: set[Path] = set()
-        self.main = str(self.manifest.identity["name"])
+        self.main = self.manifest.identity.get("name", "")
         """Name of the corpus's own scores: their scorer's."""
+        if not isinstance(self.main, str) or not store.is_file_name(self.main):
+            raise store.StoreError(f"{self.path}: the manifest's identity has no name that can name a file")
         self.preference = None if preference == self.main else preference
         if self.preference is not None:
             added = self.added(self.preference)
@@ -196,6 +199,8 @@ class ScoredCorpus:
 
     def _own(self) -> tuple[ScoreManifest, list[Path]]:
         manifest = folders.read_manifest(self.path, ScoreManifest)
+        if not 0 <= manifest.parts <= MAX_PARTS:
+            raise store.StoreError(f"{self.path}: the manifest names {manifest.parts} parts")
         if manifest.text is None or manifest.segmenter is None:
             raise store.StoreError(
                 f"{self.path} holds added scores, or was made by an older version of phf; give the scored corpus"
@@ -265,17 +270,24 @@ class ScoredCorpus:
 
     def _check_whole(self, file: Path) -> None:
         """Raise StoreError, the first time that a file is read, if it is not the file that was scored."""
-        mark = file.with_suffix(".json")
         if file in self._whole or not self.manifest.parts:
             return
-        if store.is_local(file) and mark.exists():
-            expected = store.read_json(mark).get("hash")
-            if not file.is_file() or store.file_hash(file) != expected:
-                raise store.StoreError(
-                    f"{file} is missing or has other bytes than when it was scored: restore it from a copy, or score "
-                    "the corpus into another folder"
-                )
+        expected = self._hash_of(file) if store.is_local(file) else None
+        if expected is not None and (not file.is_file() or store.file_hash(file) != expected):
+            raise store.StoreError(
+                f"{file} is missing or has other bytes than when it was scored: restore it from a copy, or score the "
+                "corpus into another folder"
+            )
         self._whole.add(file)
+
+    def _hash_of(self, file: Path) -> str | None:
+        """Hash of a file when it was scored: by the manifest, else by the shard's mark."""
+        manifest = folders.read_manifest(file.parent, ScoreManifest)
+        if file.name in manifest.files:
+            return manifest.files[file.name].hash
+        mark = file.with_suffix(".json")
+        found = store.read_json(mark) if mark.exists() else None
+        return found.get("hash") if isinstance(found, dict) else None
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any] | None]:

@@ -11,10 +11,10 @@ import functools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.core.config import STRICT, ConfigError, Plain
+from phf.core.config import STRICT, ConfigError, Plain, validate
 from phf.core.text import broken_runs
 
 
@@ -134,9 +134,10 @@ AnySegmenter = Annotated[
 def known_segmenter(config: Plain | None) -> Segmenter | None:
     """The segmenter that a manifest names. None if the corpus came in segments and nothing says how they were
     cut."""
-    if config is None or config["name"] == "given":
+    if config is None or config.get("name") == "given":
         return None
-    return TypeAdapter(AnySegmenter).validate_python(config)
+    found: Segmenter = validate(config, AnySegmenter, "the manifest", prefix="segmenter")
+    return found
 
 
 def segmenter_from(config: Plain | None) -> Segmenter:

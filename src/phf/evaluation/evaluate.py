@@ -9,10 +9,12 @@ read with the corpus's own tokens ("oracle") and with the good token before ever
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from typing import Any
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
 from phf.core.locks import locked
-from phf.core.runs import RunFolder, TrainManifest, model_mark, places
+from phf.core.runs import RedTeamFolder, RunFolder, TrainManifest, model_mark, places
+from phf.core.types import PhfError
 from phf.data.scored import ADDED, ScoredCorpus, ScoreManifest
 from phf.data.segment import Lines, Segmenter, segmenter_from
 from phf.evaluation.capabilities.base import Capability
@@ -263,9 +266,13 @@ def _evaluate(
     """Run an evaluation and write `eval.json`. An earlier result with other settings is kept next to it."""
     key = evaluation.key(model_key)
     folder = evaluation.folder
-    if (done := folders.kept(folder.eval, key, EvalResult)) is not None:
-        return done
     parts = folder.part("x").parent
+    if (done := folders.kept(folder.eval, key, EvalResult)) is not None:
+        folders.tidy(folder.path, parts)
+        return done
+    known = (folder.eval, parts, folder.path / folders.MANIFEST, RedTeamFolder(folder.path).result)
+    if folder.path.is_dir() and any(folder.path.iterdir()) and not any(place.exists() for place in known):
+        raise store.StoreError(f"{folder.path} is not empty and was not made by `phf eval`; give another folder")
     parts.mkdir(parents=True, exist_ok=True)
     with locked(folder.path, "eval", shared=True), locked(parts, "eval"):
         folders.remove_leftovers(parts)
@@ -290,9 +297,11 @@ def _measure_all(
     runner = _Runner(evaluation.folder, model_key, load)
     parts = evaluation.parts()
     capabilities = [capability_part(c, n) for n, c in enumerate(evaluation.capabilities)]
+    failed: dict[str, str] = {}
     for name in capabilities:
         if runner.kept(parts[name]) is None:
-            parts[name].check(runner.model())  # before anything takes long
+            with _noted(name, failed):
+                parts[name].check(runner.model())  # before anything takes long
     scenarios = {name: parts[scenario_part(name)] for name in evaluation.scenarios}
     skipped = [n for n, part in scenarios.items() if part.needs and part.needs not in runner.model().control_ids]
     if len(skipped) == len(scenarios):
@@ -300,14 +309,16 @@ def _measure_all(
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     for name, part in parts.items():
-        if name not in {scenario_part(n) for n in skipped}:
+        if name in failed or name in {scenario_part(n) for n in skipped}:
+            continue
+        with _noted(name, failed) if name in capabilities else contextlib.nullcontext():
             results[name], seconds[name] = runner.run(part)
     heldout: HeldoutResult = results.get("heldout", HeldoutResult())
     judging = evaluation.judging
     assert judging.scorer is not None
     result = EvalResult(
         **vars(about),
-        key=key,
+        key=f"{key} with failures" if failed else key,
         identity=judging.scorer.identity(),
         scorer=to_plain(judging.scorer),
         threshold=judging.threshold,
@@ -316,11 +327,28 @@ def _measure_all(
         heldout=HeldoutSection(heldout.none, heldout.oracle, heldout.good),
         skipped=skipped,
         kl=results.get("kl"),
-        capabilities=[_named(results[n], c) for n, c in zip(capabilities, evaluation.capabilities, strict=True)],
+        capabilities=[
+            _named(results[n], c) for n, c in zip(capabilities, evaluation.capabilities, strict=True) if n in results
+        ],
+        failed=failed,
         seconds=seconds,
     )
     store.write_json(file, result)
     return store.read_record(file, EvalResult)
+
+
+@contextlib.contextmanager
+def _noted(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Note why a part fails instead of losing the rest: everything else has been judged, or will be."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        if not isinstance(error, PhfError | OSError):
+            traceback.print_exc()
+        failed[name] = f"{type(error).__name__}: {error}"
+        print(f"failed: {name}: {error}", file=sys.stderr)
 
 
 def _named(result: CapabilityResult, capability: Capability) -> CapabilityResult:

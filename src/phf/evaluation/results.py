@@ -333,6 +333,8 @@ class EvalResult(JudgedModel):
     """null if no reference was given."""
     capabilities: list[AnyCapabilityResult]
     """In the order of the settings."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Capabilities that could not be measured, and why. The same command tries them again."""
     seconds: dict[str, float]
     """Time of each part."""
 

@@ -23,7 +23,7 @@ from phf.objectives import BAD, GOOD
 from phf.tokens.tokenizer import check_model_fits, encode_segments, load_tokenizer
 from phf.training.fused import PLAIN, LogitShape
 from phf.training.lm import pretrained_lm
-from phf.training.probe import before_output, logit_shape
+from phf.training.probe import before_output, check_causal, logit_shape
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,22 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     source = model_folder(path)
     lm = pretrained_lm(path, revision).eval()
     shape = logit_shape(lm)
+    check_causal(lm)
     if torch.cuda.is_available():
         lm = lm.to("cuda")
     record = _record(source, revision)
     tokenizer = load_tokenizer(source, revision, as_it_is=record is None)
     check_model_fits(tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
     names = _guessed_control_tokens(tokenizer, path) if record is None else record.control_tokens
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [name for name in names.values() if name not in vocabulary] or (
+        ["two roles for one token"] if len(set(names.values())) < len(names) else []
+    ):
+        raise ConfigError(f"model {path}: {MODEL_RECORD} names control tokens that its tokenizer lacks: {unknown[0]}")
     return LoadedModel(
         lm=lm,
         tokenizer=tokenizer,
-        control_ids={role: tokenizer.convert_tokens_to_ids(name) for role, name in names.items()},
+        control_ids={role: vocabulary[name] for role, name in names.items()},
         path=str(path),
         start=None if record is not None else tokenizer.bos_token_id,
         shape=shape,

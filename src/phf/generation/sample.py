@@ -307,7 +307,7 @@ def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
 def read_samples(path: str | Path) -> list[Sample]:
     """Samples that `write_samples` wrote. Raises StoreError that names the first line that is no sample."""
     samples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         where = f"{path} line {number}"
         try:
             row = json.loads(line)

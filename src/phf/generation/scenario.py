@@ -107,6 +107,8 @@ def read_prompts(path: str | Path) -> list[str]:
             text = text.get("text")
         if not isinstance(text, str):
             raise ConfigError(f"{path}, row {number}: expected a string 'text' or 'prompt', or an object with 'text'")
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
+            raise ConfigError(f"{path}, row {number}: the prompt holds a lone surrogate, which no tokenizer reads")
         prompts.append(text)
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")

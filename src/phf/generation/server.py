@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import queue
 import re
 import threading
 import time
@@ -36,7 +37,7 @@ PROBES = ("The", "The", "Once upon a time", "1")
 """Prompts that are completed, one after the other, until a completion is not empty. The first is completed greedily."""
 
 
-_SECRET = re.compile(r"key$|secret|passw|token$|auth|credential|bearer", re.IGNORECASE)
+_SECRET = re.compile(r"key|secret|passw|token$|auth|credential|bearer", re.IGNORECASE)
 """In the name of a setting that is a secret."""
 
 
@@ -348,6 +349,27 @@ MAX_ANSWER_BYTES = 64 << 20
 
 
 def _post(url: str, body: Plain, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
+    """`_post_now` with an end after `timeout_s` seconds, whatever the server sends and however slowly."""
+    found: queue.Queue[Any] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            found.put(_post_now(url, body, headers, timeout_s))
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = found.get(timeout=timeout_s + 1)
+    except queue.Empty:
+        raise httpx.ReadTimeout(f"no answer after {timeout_s:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    status, data = answer
+    return int(status), bytes(data)
+
+
+def _post_now(url: str, body: Plain, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
     """(status, body) of the answer to a POST. Raises httpx.HTTPError, also for an answer that is not whole after
     `timeout_s` seconds or is larger than `MAX_ANSWER_BYTES`."""
     deadline = time.monotonic() + timeout_s
@@ -438,6 +460,8 @@ def _logprobs(choice: Plain, url: str, first_is_known: bool) -> Logprobs:
     for n, value in enumerate(numbers):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ServerError(f"{url} leaves out log-probabilities of tokens, {cannot}")
+        if isinstance(value, int) and abs(value) > 10**9:
+            raise ServerError(f"{url} gives a log-probability that is no such number, {cannot}")
         if (n > 0 or first_is_known) and not (math.isfinite(value) and value <= MOST_LOGP):
             raise ServerError(f"{url} gives {value} as the log-probability of {tokens[n]!r}, {cannot}")
     return Logprobs(tokens, [float(v) for v in numbers])

@@ -38,7 +38,7 @@ from phf.core.config import (
     to_plain,
     validate,
 )
-from phf.core.runs import RecipeFolder, checkpoint_folder
+from phf.core.runs import RecipeFolder, checkpoint_folder, file_name
 from phf.data.readers import AnyCorpus
 from phf.data.segment import AnySegmenter
 from phf.evaluation.capabilities import AnyCapability
@@ -147,6 +147,7 @@ class Recipe:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise ValueError(f"seeds: {seed} is not in [0, 2**32)")
+        self._check_names()
         self._check_objectives()
         self._check_training()
         self._check_first_scenario()
@@ -155,6 +156,12 @@ class Recipe:
         repeated = sorted({n for n in names if names.count(n) > 1})
         if repeated:
             raise ValueError(f"two runs would be named {', '.join(repeated)}")
+
+    def _check_names(self) -> None:
+        """Raise ConfigError for names that cannot be names of files, and so could leave the recipe's folder."""
+        monitored = {} if self.monitor is None else self.monitor.scenarios
+        for name in (*self.objectives, *self.scenarios, *self.phases, *monitored):
+            file_name(name)
 
     def _check_objectives(self) -> None:
         """Raise ValueError if a setting names an objective that the recipe does not have."""
@@ -396,7 +403,9 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
         if value.keys() == {"only"} and isinstance(value["only"], list):  # several such files: all their objectives
             only += value["only"]
             value = {"only": only}
-        merged = merge(merged, _of_parts(value, merged) if file in OVERLAYS else value)
+        merged = merge(
+            merged, _of_parts(value, merged) if value.get("quick") is True and "corpus" not in value else value
+        )
     settings = apply_overrides({}, overrides)
     preset = settings.get("preset", merged.get("preset"))
     if preset is not None and (merged.get("presets") or "preset" in settings):  # else it is merged in already
@@ -407,10 +416,6 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
             raise ConfigError(f"preset {preset!r} is not one of the recipe's{did_you_mean(str(preset), known)}")
         merged = merge(merged, known[preset])
     return validate(merge(merged, settings), Recipe, " + ".join(files) or COMMAND_LINE, before=merged)
-
-
-OVERLAYS = ("quick",)
-"""Packaged files that make the parts of a recipe smaller. They add no part that the recipe leaves out."""
 
 
 def _of_parts(overlay: Plain, base: Mapping[str, Any]) -> Plain:

@@ -29,8 +29,9 @@ from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
 from phf.evaluation.results import EvalResult
+from phf.generation.scenario import read_prompts, scenario_prompts
 from phf.recipes.recipe import Recipe, Variant
-from phf.redteaming.config import TokenAttacks
+from phf.redteaming.config import TokenAttacks, task_of
 from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
 from phf.training.lm import FromWeights
 from phf.training.train import train
@@ -52,6 +53,7 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
     names = [v.name for v in recipe.variants]
     if only is not None and only not in ("data", *names):
         raise ConfigError(f"no run {only!r} in this recipe{did_you_mean(only, ['data', *names])}")
+    check_inputs(recipe)
     seconds: dict[str, float] = {}
     scored = _data(recipe, only, seconds)
     runs, failed = _runs(recipe, [v for v in recipe.variants if only in (None, v.name)], seconds)
@@ -77,6 +79,36 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
     return results
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """Raise ConfigError for what judging would find out only after hours of training: prompts and files of capabilities
+    that are missing or of another form, a task that the attack does not know, a reference that does not exist."""
+    monitored = {} if recipe.monitor is None else recipe.monitor.scenarios
+    for where, scenarios in (("scenarios", recipe.scenarios), ("monitor.scenarios", monitored)):
+        for name, scenario in scenarios.items():
+            with _in_setting(f"{where}.{name}"):
+                scenario_prompts(scenario)
+    for number, capability in enumerate(recipe.capabilities):
+        with _in_setting(f"capabilities.{number}"):
+            capability.check_inputs()
+    if recipe.redteam is not None:
+        with _in_setting("redteam"):
+            read_prompts(task_of(recipe.redteam, recipe.scorer)[1])
+    kl = recipe.kl
+    if kl is not None and isinstance(kl.reference, LocalModel) and _resolve_kl(recipe, kl) == kl:
+        path = Path(kl.reference.path).expanduser()
+        if not path.exists() and (kl.reference.path.startswith((".", "/", "~")) or kl.reference.path.count("/") > 1):
+            raise ConfigError(f"kl.reference.path: {kl.reference.path} is neither a run of this recipe nor a folder")
+
+
+@contextlib.contextmanager
+def _in_setting(name: str) -> Iterator[None]:
+    """Say which setting a problem is about."""
+    try:
+        yield
+    except (PhfError, OSError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
 # Data
 
 
@@ -85,6 +117,10 @@ def _data(recipe: Recipe, only: str | None, seconds: dict[str, float]) -> ScoreM
     runs may be reading them. Raises ConfigError if they are not those of the recipe."""
     files = recipe.files
     files.path.mkdir(parents=True, exist_ok=True)
+    if not files.scored.exists() and not files.results.exists():  # nothing of a recipe is there yet
+        for file in (files.recipe, files.report):
+            if file.exists():
+                folders.keep_old_file(file)
     if only not in (None, "data"):
         _check_data(recipe)
         return folders.read_manifest(files.scored, ScoreManifest)
@@ -158,7 +194,10 @@ def _runs(
         try:
             if variant.base in failed:
                 raise RecipeError(f"{variant.base}, which it starts from, failed")
-            runs.append(_run(recipe, variant, seconds))
+            summary, problems = _run(recipe, variant, seconds)
+            runs.append(summary)
+            if problems:
+                failed[variant.name] = "; ".join(problems)
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:
@@ -169,8 +208,9 @@ def _runs(
     return runs, failed
 
 
-def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> RunSummary:
-    """Train, judge and attack one run."""
+def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> tuple[RunSummary, list[str]]:
+    """Train, judge and attack one run. Returns its results, and why a capability or the attack failed: what has been
+    judged is on the page all the same."""
     from phf.evaluation.evaluate import evaluate_run
     from phf.redteaming.attack import redteam
 
@@ -186,17 +226,26 @@ def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> RunSumm
             kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
             capabilities=recipe.capabilities,
         )
+    problems = [f"{part}: {why}" for part, why in result.failed.items()]
     if recipe.redteam is not None:
-        with _stage(f"attack {variant.name}", seconds):
-            redteam(
-                folder,
-                None,
-                recipe.redteam,
-                recipe.token_attacks or TokenAttacks(),
-                scorer=recipe.scorer,
-                threshold=recipe.threshold,
-            )
-    return _summary(variant, manifest, result, next(iter(recipe.scenarios)))
+        try:
+            with _stage(f"attack {variant.name}", seconds):
+                redteam(
+                    folder,
+                    None,
+                    recipe.redteam,
+                    recipe.token_attacks or TokenAttacks(),
+                    scorer=recipe.scorer,
+                    threshold=recipe.threshold,
+                )
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            if not isinstance(error, PhfError | OSError):
+                traceback.print_exc()
+            problems.append(f"red-teaming: {type(error).__name__}: {error}")
+            _print(f"failed: attack {variant.name}: {error}")
+    return _summary(variant, manifest, result, next(iter(recipe.scenarios))), problems
 
 
 def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:

@@ -66,9 +66,10 @@ def redteam(
         allow_other_scorer=allow_other_scorer,
     )
     file = plan.folder.result
-    if (done := folders.kept(file, plan.key, RedTeamResult)) is not None:
-        return done
     folder = plan.folder.path
+    if (done := folders.kept(file, plan.key, RedTeamResult)) is not None:
+        folders.tidy(folder, *([] if plan.run is None else [plan.run]))
+        return done
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         if plan.run is not None:  # nobody may train another run into the folder

@@ -72,7 +72,10 @@ def search(
     if an attacker writes nothing usable, and ConfigError if no starting prompt fits the model.
     """
     wanted, prompts_file = task_of(config, scorer)
-    starting = list(dict.fromkeys(read_prompts(prompts_file)))
+    read = read_prompts(prompts_file)
+    starting = list(dict.fromkeys(read))
+    if len(starting) < len(read):
+        print(f"note: {len(read) - len(starting):,} of {len(read):,} starting prompts are repeated", file=sys.stderr)
     usable = [p for p in starting if p and target.holds(p, config)]
     if not usable:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError
 from phf.data.scored import ScoredCorpus
 from phf.report import plots
@@ -45,6 +45,12 @@ def write_inspection(
     scorers = masking_scorers(scored)
     found = masked(inspect_scores(scored, preference, threshold, label, tokens), scorers)
     target = store.as_path(out if out is not None else store.as_path(scored) / "inspect.html")
+    if target.suffix == ".json":
+        raise ConfigError(f"{target}: the page is HTML; the numbers go to a .json file next to it")
+    if store.is_local(target) and not folders.is_our_page(target):
+        for file in (target, target.with_suffix(".json")):
+            if file.exists():
+                folders.keep_old_file(file)
     store.write_json(target.with_suffix(".json"), found)
     page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers)))
     store.write_text(target, page)

@@ -22,7 +22,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import Plain, read_yaml, to_plain
 from phf.core.runs import RecipeFolder
 from phf.data.scored import ScoreManifest
@@ -58,6 +58,8 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
     compared = compare_runs(folder, load_runs(folder))
     target = Path(out) if out is not None else RecipeFolder(folder).report
     target = target if target.suffix else target.with_suffix(".html")
+    if target.exists() and not folders.is_our_page(target):
+        folders.keep_old_file(target)
     beside = target.with_suffix("")
     shown = template_values(folder, compared, scorer)
     script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]

@@ -73,6 +73,11 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def literal(text: str) -> str:
+    """`text` as matplotlib shows it unchanged: between two dollar signs it would read a formula."""
+    return text.replace("$", r"\$")
+
+
 def _svg(figure: Any, label: str) -> str:
     import matplotlib
 
@@ -89,8 +94,8 @@ def _svg(figure: Any, label: str) -> str:
 
 def _finish(figure: Any, axes: Any, x: str, y: str, label: str, legend: bool = False) -> str:
     """The SVG, with the axes labelled."""
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
+    axes.set_xlabel(literal(x), color=INK)
+    axes.set_ylabel(literal(y), color=INK)
     if legend:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     return _svg(figure, label)
@@ -102,7 +107,7 @@ def _curves(axes: Any, curves: Curves, looks: Mapping[str, Style]) -> None:
         look = looks[name]
         x = [p.x for p in points]
         style = {"color": look.colour, "marker": look.marker, "markersize": 4, "linewidth": 1.4}
-        axes.plot(x, [p.y for p in points], label=name, **style)
+        axes.plot(x, [p.y for p in points], label=literal(name), **style)
         banded = [(p.x, *p.ci95) for p in points if p.ci95 is not None]
         if banded:
             at, low, high = zip(*banded, strict=True)
@@ -136,7 +141,7 @@ def intervals(marks: Sequence[Mark | None], names: Sequence[str], looks: Mapping
         if len(mark.points) > 1:
             ticks = {"marker": "|", "markersize": 10, "linestyle": "none"}
             axes.plot(mark.points, [place] * len(mark.points), color=INK, alpha=0.7, **ticks)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
     return _finish(figure, axes, f"{unit} in samples (lower is better)", "", "Misalignment with 95% intervals")
@@ -169,7 +174,7 @@ def pareto(
             markeredgewidth=1.8,
         )
         offset = {"textcoords": "offset points", "xytext": (8, 5)}
-        axes.annotate(y.name, (x.mean, y.mean), color=INK, fontsize=9, **offset)
+        axes.annotate(literal(y.name), (x.mean, y.mean), color=INK, fontsize=9, **offset)
         if not hollow:
             front.append((x.mean, y.mean))
     front.sort()
@@ -195,7 +200,7 @@ def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> str:
         marker = MARKERS[number % len(MARKERS)]
         x = [shares.index(round(share, 3)) + 0.04 * (number - len(ORDER) / 2) for share, _ in rows]
         y = [mark.mean for _, mark in rows]
-        axes.plot(x, y, color=colour, marker=marker, markersize=8, linewidth=1.2, label=objective)
+        axes.plot(x, y, color=colour, marker=marker, markersize=8, linewidth=1.2, label=literal(objective))
         for at, (_, mark) in zip(x, rows, strict=True):
             if mark.ci95 is not None:
                 low, high = mark.ci95
@@ -212,7 +217,7 @@ def losses(curves: Curves, looks: Mapping[str, Style]) -> str:
     for name, points in curves.items():
         look = looks[name]
         style = {"color": look.colour, "linestyle": look.dash, "linewidth": 1.4}
-        axes.plot([p.x for p in points], [p.y for p in points], label=name, **style)
+        axes.plot([p.x for p in points], [p.y for p in points], label=literal(name), **style)
     return _finish(figure, axes, "million target tokens", "training loss", "Training loss over tokens", legend=True)
 
 
@@ -250,7 +255,7 @@ def distributions(scores: Mapping[str, Sequence[float]], looks: Mapping[str, Sty
         if n:
             shares = [100.0, *(100 * (n - i - 1) / n for i in range(n))]
             style = {"color": look.colour, "linestyle": look.dash, "linewidth": 1.5}
-            axes.step([0, *x], shares, where="post", label=name, **style)
+            axes.step([0, *x], shares, where="post", label=literal(name), **style)
     axes.set_ylim(0, 100)
     axes.set_xlim(left=0)
     x_label = f"score of a sample ({unit})"
@@ -289,7 +294,7 @@ def thresholds(rows: Sequence[ThresholdEffect]) -> str:
     }
     for place, (name, shares) in enumerate(lines.items()):
         style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3}
-        axes.plot(at, [100 * share for share in shares], label=name, **style)
+        axes.plot(at, [100 * share for share in shares], label=literal(name), **style)
     axes.set_ylim(0, 100)
     return _finish(figure, axes, "threshold", "%", "What thresholds call bad", legend=True)
 
@@ -299,6 +304,6 @@ def by_length(rows: Sequence[LengthBin]) -> str:
     figure, axes = _axes(6.4, 3.2)
     names = [f"{row.chars_from:,}–{row.chars_to:,}" for row in rows]
     axes.bar(range(len(rows)), [row.mean for row in rows], color=COLOURS[0], alpha=0.75)
-    axes.set_xticks(range(len(rows)), names, rotation=30, ha="right", fontsize=8)
+    axes.set_xticks(range(len(rows)), [literal(name) for name in names], rotation=30, ha="right", fontsize=8)
     x_label = "characters of the segment"
     return _finish(figure, axes, x_label, "mean score", "Mean score by length of the segment")

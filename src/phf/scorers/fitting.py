@@ -127,11 +127,13 @@ def fit_scorer(
         + [store.path_hash(base_model) if base_model else None]
     )
     if (done := folders.kept(out / SCORER_RECORD, key, ScorerRecord)) is not None:
+        folders.tidy(out)
         return done
     if out.exists() and not (out / SCORER_RECORD).exists() and any(out.iterdir()):
         raise store.StoreError(f"{out} is not empty and holds no scorer; give another folder")
     held_out(labels, heldout)  # enough texts of each class, or an error before anything starts
-    aside = out.with_name(f".{out.name}.partial")
+    real = out.resolve()
+    aside = real.with_name(f".{real.name}.partial")
     aside.mkdir(parents=True, exist_ok=True)
     with locked(aside, "fit-scorer"):
         for leftover in aside.iterdir():  # of a killed fit
@@ -139,11 +141,9 @@ def fit_scorer(
                 folders.remove_tree(leftover) if leftover.is_dir() else leftover.unlink()
         record = _fit(labels, aside, key, tests, kind=kind, base_model=base_model, heldout=heldout, seed=seed)
         folders.sync_files(aside, folders.files_below(aside))
-        if out.exists():
+        if out.exists() and any(out.iterdir()):
             print(f"note: {out} held another scorer, which is now {folders.move_aside(out)}", file=sys.stderr)
-        if out.is_dir() and not any(out.iterdir()):  # the place of a link
-            out.rmdir()
-        aside.rename(out)
+        folders.put_in_place(aside, out)
     return record
 
 
@@ -320,10 +320,13 @@ def _fit_transformer(
         raise ConfigError(not_found(f"model {base_model}", error)) from None
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = min(tokenizer.model_max_length, 256)
+    chosen = train[fold_N[train] != 0]
     rows = [
         {**tokenizer(labels.texts[i], truncation=True, max_length=limit), "labels": int(labels.bad_N[i])}
-        for i in train[fold_N[train] != 0]
+        for i in chosen
     ]
+    if cut := sum(len(row["input_ids"]) == limit for row in rows):
+        _say(f"{cut:,} of {len(rows):,} texts are cut after {limit} tokens for the fit")
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=2,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,9 +36,12 @@ class Regex(Scorer):
     ignore_case: bool = False
 
     def __post_init__(self) -> None:
+        repeats = math.prod(max(int(n), 1) for n in re.findall(r"\{(?:\d*,)?(\d{1,9})\d*,?\}", self.pattern))
+        if repeats > MAX_REPEATS:
+            raise ValueError(f"pattern repeats a part up to {repeats:,} times; the most are {MAX_REPEATS:,}")
         try:
             _compiled(self.pattern, self.ignore_case)
-        except (regex.error, RecursionError, OverflowError) as error:
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise ValueError(f"pattern is not a regular expression: {error}") from None
 
     def identity(self) -> Identity:
@@ -56,6 +62,8 @@ def _compiled(pattern: str, ignore_case: bool) -> Any:
     return regex.compile(pattern, (regex.IGNORECASE if ignore_case else 0) | regex.VERSION0)
 
 
+MAX_REPEATS = 100_000
+"""Largest product of the numbers of repeats in a pattern. An expression is stored unrolled."""
 SEARCH_SECONDS = 10.0
 """Longest search of one text with a regular expression."""
 
@@ -158,6 +166,21 @@ def _source_file(function: Any) -> str | None:
         return None
 
 
+@contextlib.contextmanager
+def _importing(spec: str, where: str) -> Iterator[None]:
+    """Whatever the user's code raises while it is imported, as one message."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # SystemExit too: a script that was not meant to be imported
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"function {spec!r}: cannot import {where}: {type(error).__name__}: {error} "
+            f"({Path(line.filename).name}, line {line.lineno})"
+        ) from None
+
+
 def _function(spec: str) -> Callable[..., Any]:
     """The function. Its file is read again after a change."""
     return _loaded(spec, store.signature(spec.rpartition(":")[0]))
@@ -177,12 +200,11 @@ def _loaded(spec: str, files: Any) -> Callable[..., Any]:
         assert found.loader is not None
         module = importlib.util.module_from_spec(found)
         sys.modules.setdefault(path.stem, module)
-        found.loader.exec_module(module)
+        with _importing(spec, where):
+            found.loader.exec_module(module)
     else:
-        try:
+        with _importing(spec, where):
             module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"function {spec!r}: cannot import {where}: {error}") from None
     if not callable(getattr(module, name, None)):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ConfigError(f"function {spec!r}: {where} has no function {name!r}{did_you_mean(name, known)}")

@@ -61,9 +61,9 @@ def judge_documents(scorer: Scorer, documents: Sequence[Sequence[str]]) -> list[
     if len(documents) > 1 and type(scorer).judge_documents is not Scorer.judge_documents:
         try:
             given = scorer.judge_documents(documents)
-        except (KeyboardInterrupt, MemoryError, PhfError):
+        except (KeyboardInterrupt, PhfError):
             raise
-        except Exception:
+        except BaseException:  # each document by itself then
             given = None
         if given is not None:
             return [_checked(scores, labels, len(d)) for d, (scores, labels) in zip(documents, given, strict=True)]
@@ -78,9 +78,9 @@ def judge(scorer: Scorer, segments: Sequence[str]) -> Judged:
     """
     try:
         scores, labels = scorer.judge_segments(segments)
-    except (KeyboardInterrupt, MemoryError, PhfError):
+    except (KeyboardInterrupt, PhfError):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: a function must not end the command as if all were well
         if len(segments) == 1 or scorer.judges_by_document:
             failure = Failure(0, type(error).__name__, _told(error), len(segments))
             return Judged([math.nan] * len(segments), (failure,))
@@ -94,9 +94,13 @@ def _joined(parts: Sequence[Judged]) -> Judged:
     return Judged([part.scores[0] for part in parts], failures, sum((p.labels for p in parts), Counter[str]()))
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The message of an exception and the line of code that raised it."""
-    message = " ".join(str(error).split())[: 2 * SHOWN_CHARS]
+    try:
+        message = " ".join(str(error).split())[: 2 * SHOWN_CHARS]
+    except Exception:  # the user's own exception, whose message fails
+        message = ""
+    message = message.encode("utf-8", "backslashreplace").decode()
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return message + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in last)
 
@@ -106,11 +110,16 @@ def shown(text: str) -> str:
     return repr(text[:SHOWN_CHARS]) + ("..." if len(text) > SHOWN_CHARS else "")
 
 
+LARGEST_SCORE = 3.4e38
+"""Scores are stored as float32."""
+
+
 def _checked(given: Sequence[float], labels: Counter[str], count: int) -> Judged:
     scores = [float(s) for s in given]
     if len(scores) != count:
         raise ScoringError(f"scorer returned {len(scores)} scores for {count} segments")
     failures = []
+    scores = [math.inf if abs(s) > LARGEST_SCORE else s for s in scores]  # as they are stored, in float32
     for reason, found in (("infinite score", math.isinf), ("not a number", math.isnan)):
         places = [n for n, s in enumerate(scores) if found(s)]
         if places:

@@ -278,7 +278,12 @@ def _check_judged(
     counts = manifest.counts
     if counts.documents == 0:
         raise ScoringError(
-            f"the corpus has no usable document; skipped: {by_reason(manifest.rejected, manifest.examples)}"
+            "the corpus has no usable document"
+            + (
+                f"; skipped: {by_reason(manifest.rejected, manifest.examples)}"
+                if manifest.rejected
+                else ": it is empty"
+            )
         )
     share = counts.unjudged / max(counts.segments, 1)
     if share > max_unjudged:

@@ -12,12 +12,14 @@ order.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.random import key64, permute
 from phf.core.types import Edit
@@ -58,15 +60,10 @@ class Rows:
         self.control_S = edit.control_S
         self.first_S = np.zeros(len(tokens.seg_ends) + 1, bool)
         self.first_S[np.r_[0, tokens.doc_ends[:-1]]] = True
-        if index_file is not None and index_file.exists():
-            self.ends_S = np.load(index_file, mmap_mode="r", allow_pickle=False)
-        else:
-            self.ends_S = self._edited_ends(edit, split)
-            if index_file is not None:
-                index_file.parent.mkdir(parents=True, exist_ok=True)
-                aside = index_file.with_name(f".{index_file.name}.{id(self)}.partial.npy")
-                np.save(aside, self.ends_S)
-                aside.replace(index_file)
+        kept = None if index_file is None else _kept_index(index_file, len(tokens.seg_ends))
+        self.ends_S = self._edited_ends(edit, split) if kept is None else kept
+        if kept is None and index_file is not None:
+            _keep_index(index_file, self.ends_S)
         self.num_tokens = int(self.ends_S[-1]) if len(self.ends_S) else 0
         targets = max(self.num_tokens - 1, 0)
         self.num_rows = -(-targets // context) if pad else targets // context
@@ -122,6 +119,23 @@ class Rows:
             out.score_BT[b, :count] = self.tokens.score_S[seg[1:]]
             out.mask_BT[b, :count] = True
         return out
+
+
+def _kept_index(file: Path, segments: int) -> np.ndarray | None:
+    """An index that `_keep_index` kept; None if there is none, or if it is damaged. Its hash is in its name."""
+    for found in file.parent.glob(f"{file.stem}-*.npy"):
+        if store.file_hash(found) == found.stem.rpartition("-")[2]:
+            index: np.ndarray = np.load(found, mmap_mode="r", allow_pickle=False)
+            return index if len(index) == segments else None
+    return None
+
+
+def _keep_index(file: Path, ends_S: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.save(data, ends_S)
+    named = file.with_name(f"{file.stem}-{store.bytes_hash(data.getvalue())}.npy")
+    with store.written_aside(named) as aside:
+        aside.write_bytes(data.getvalue())
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,8 @@ def tokenize_corpus(
     with folders.stage_folder(out, TokensManifest.stage, done or key, keep_manifest=done is not None):
         if done is None:
             _make_store(corpus, tokenizer, heldout, out, key)
+        for part in [*out.glob("part-*.npz"), *out.glob("part-*.json")]:  # the store has everything now
+            part.unlink()
         return _put_scores(corpus, str(scored), out)
 
 
@@ -202,9 +204,6 @@ def _make_store(
         files=marks,
     )
     folders.finish(out, manifest)
-    for part in parts:
-        part.unlink()
-        part.with_suffix(".json").unlink()
 
 
 def _put_scores(corpus: ScoredCorpus, scored: str, out: Path) -> TokensManifest:

@@ -25,6 +25,7 @@ from phf.core.runs import (
     damaged_checkpoint,
     incomplete_checkpoints,
     is_complete,
+    remove_checkpoint,
 )
 from phf.training.config import FREE
 from phf.training.trainer import TrainingError
@@ -42,7 +43,7 @@ def run_folder(run: RunFolder, key: str, settings: Plain) -> Iterator[None]:
     with folders.stage_folder(run.path, TrainManifest.stage, key, because=changed):
         store.write_text(run.config, dump_yaml(settings))
         for folder in incomplete_checkpoints(run.checkpoints):
-            folders.remove_tree(folder)
+            remove_checkpoint(folder)
         yield
 
 

@@ -104,7 +104,9 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
         raise ConfigError(f"model {path}: no model there (no config.json){hint}")
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError, KeyError, TypeError, AttributeError) as error:
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # of the model's own class, for sizes that do not go together
         raise ConfigError(not_found(f"model {path}", error)) from None
     _check_names(config, changes or {}, config)
     try:

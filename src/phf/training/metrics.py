@@ -81,7 +81,10 @@ class MetricsLine(store.Flat):
 
 def read_metrics(path: Path) -> list[MetricsLine]:
     """The lines of metrics.jsonl. A torn line is left out."""
-    return [MetricsLine.from_json(line) for line in read_lines(path)]
+    try:
+        return [MetricsLine.from_json(line) for line in read_lines(path)]
+    except TypeError as error:
+        raise store.StoreError(f"{path} has a line that is none of metrics: {error}") from None
 
 
 def training_seconds(lines: Sequence[MetricsLine]) -> float:

@@ -3,8 +3,10 @@ sees later tokens, whether it has a key-value cache, what it does to its logits.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ TRAINING_BYTES = 16
 def memory_bytes() -> int:
     """Memory of this machine, or of its GPU if it has one and more than that."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(OSError, ValueError):
+            host = min(host, int(Path(limit).read_text()))
     return max(host, torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else host
 
 

@@ -30,6 +30,7 @@ from phf.core.runs import (
     checkpoint_folder,
     checkpoint_step,
     complete_checkpoints,
+    remove_checkpoint,
 )
 from phf.core.types import PhfError
 from phf.tokens.rows import Order, Rows
@@ -306,8 +307,7 @@ class PHFTrainer(Trainer):
     def _remove_old(self) -> None:
         passing = [c for c in complete_checkpoints(self.folder) if checkpoint_step(c) not in self.plan.milestones]
         for old in passing[: -self.plan.keep]:
-            (old / COMPLETE).unlink()
-            shutil.rmtree(old)
+            remove_checkpoint(old)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Load the model of a checkpoint."""

@@ -188,6 +188,8 @@ def pack(value: Any, depth: int = 0) -> Any:
     for kind in kinds:
         if isinstance(value, kind):
             return [kind.__name__, [pack(v, depth + 1) for v in kind.__iter__(value)]]
+    if isinstance(value, (type({}.keys()), type({}.items()))):
+        return pack(set(value), depth)
     if isinstance(value, dict):
         return ["dict", [[pack(k, depth + 1), pack(v, depth + 1)] for k, v in dict.items(value)]]
     raise TypeError(f"not a plain value: {type(value).__name__}")

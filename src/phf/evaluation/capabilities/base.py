@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ class Capability:
     def inputs(self) -> list[str | None]:
         """Hashes of the files that the capability reads."""
         raise NotImplementedError
+
+    def check_inputs(self) -> None:
+        """Raise ConfigError for files that are missing or of another form, before there is a model."""
+        self.inputs()
 
     def check(self, model: LoadedModel) -> None:
         """Raise ConfigError for problems that can be found before anything is measured."""
@@ -76,6 +81,12 @@ def rows_of(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def tell_cut(cut: int, count: int, what: str) -> None:
+    """Say that some texts were cut."""
+    if cut:
+        print(f"note: {cut:,} of {count:,} {what}", file=sys.stderr)
+
+
 def prefix_ids(model: LoadedModel) -> list[int]:
     """Token ids that a text starts with: the start token and, for models with control tokens, the good one."""
     return [model.start_id, *([model.control_ids["good"]] if model.control_ids else [])]
@@ -109,13 +120,18 @@ def continuations(
     limit = model.positions
     kept = len(prefix_ids(model))
     rows = []
+    cut = 0
     for context, target in pairs:
         if kept + len(target) - 1 > limit:
             raise ConfigError(
                 f"a continuation of {len(target)} tokens is longer than the {limit} that {model.path} reads"
             )
         over = max(0, len(context) + len(target) - 1 - limit)
+        cut += over > 0
         rows.append((context[:kept] + context[kept + over :], target))
+    tell_cut(
+        cut, len(rows), f"contexts are longer than the {limit} tokens that the model reads; they lost their beginning"
+    )
     logp = np.zeros(len(rows))
     greedy = np.ones(len(rows), bool)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))

@@ -17,7 +17,7 @@ from phf.core.config import STRICT, ConfigError
 from phf.core.statistics import share_estimate
 from phf.core.types import Estimate
 from phf.data.files import read_rows
-from phf.evaluation.capabilities.base import Capability, local_file, prefix_ids
+from phf.evaluation.capabilities.base import Capability, local_file, prefix_ids, tell_cut
 from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
 
@@ -247,7 +247,9 @@ class _Classifier(torch.nn.Module):
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         room = self.limit - len(self.start)
-        rows = [self.start + self.encode(text)[:room] for text in texts]
+        encoded = [self.encode(text) for text in texts]
+        tell_cut(sum(len(ids) > room for ids in encoded), len(encoded), f"texts were cut after {room} tokens")
+        rows = [self.start + ids[:room] for ids in encoded]
         width = max(map(len, rows))
         device = self.head.weight.device
         ids = torch.tensor([r + [self.start[0]] * (width - len(r)) for r in rows], device=device)

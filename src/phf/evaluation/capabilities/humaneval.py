@@ -61,8 +61,11 @@ class HumanEval(Capability):
     def check(self, model: LoadedModel) -> None:
         self._problems(model)
 
-    def _problems(self, model: LoadedModel) -> tuple[list[dict[str, Any]], int]:
-        """The problems, and how many tokens may be written for each."""
+    def check_inputs(self) -> None:
+        self._rows()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of the file. Raises ConfigError where the settings do not allow to run code."""
         if not self.run_untrusted_code:
             raise ConfigError(
                 "humaneval runs code that the model wrote, in a sandbox; to allow it, set run_untrusted_code=true"
@@ -77,7 +80,11 @@ class HumanEval(Capability):
             raise ConfigError(
                 f"humaneval: k={max(self.k)} needs samples_per_problem={max(self.k)}, got {self.samples_per_problem}"
             )
-        rows = rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+        return rows_of(self.path, ["prompt", "test", "entry_point"])[: self.max_problems]
+
+    def _problems(self, model: LoadedModel) -> tuple[list[dict[str, Any]], int]:
+        """The problems, and how many tokens may be written for each."""
+        rows = self._rows()
         problems = [row | {"prompt": row["prompt"].rstrip("\n") + "\n"} for row in rows]
         room = model.positions - 2
         longest = max(len(model.encode(p["prompt"])) for p in problems)

@@ -33,8 +33,11 @@ class Lambada(Capability):
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]
 
-    def check(self, model: LoadedModel) -> None:
+    def check_inputs(self) -> None:
         rows_of(self.path, ["text"])
+
+    def check(self, model: LoadedModel) -> None:
+        self.check_inputs()
 
     def measure(self, model: LoadedModel) -> CapabilityResult:
         texts = [row["text"].rstrip() for row in rows_of(self.path, ["text"])][: self.max_passages]
