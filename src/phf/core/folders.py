@@ -89,11 +89,16 @@ def files_below(folder: Path, *parts: str) -> list[str]:
     return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name that a manifest lists stays in the manifest's folder."""
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
 def damage(folder: Path, files: dict[str, FileMark], hashes: bool = False) -> list[str]:
     """What is wrong with files that a manifest lists: missing, of another size or, with `hashes`, of other bytes."""
     found = []
     for name, mark in files.items():
-        if name.startswith("/") or ".." in name.split("/"):
+        if not _is_inside(name):
             found.append(f"{name!r} is not a name in the folder")
             continue
         path = folder / name
@@ -384,7 +389,7 @@ def _remove_own(directory: Path) -> None:
     """Remove the files that a stage wrote into a folder on an object store: those that its manifest lists, its parts
     and its marks. The mark that says who made the folder goes last."""
     listed = read_json(directory / MANIFEST).get("files", {}) if (directory / MANIFEST).exists() else {}
-    own = [directory / MANIFEST, *(directory / n for n in listed if ".." not in n.split("/") and not n.startswith("/"))]
+    own = [directory / MANIFEST, *(directory / n for n in listed if _is_inside(n))]
     own += [p for p in directory.glob("part-*") if p.suffix in (".parquet", ".json")]
     for path in dict.fromkeys([*own, directory / STARTED]):
         if path.exists():

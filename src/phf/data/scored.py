@@ -176,6 +176,7 @@ class ScoredCorpus:
         ours = (self.path / folders.MANIFEST).exists() or (self.path / folders.STARTED).exists()
         self.manifest, self.files = self._own() if ours else self._from_elsewhere()
         self._whole: set[Path] = set()
+        self._listed = {self.path: self.manifest.files}
         self.main = self.manifest.identity.get("name", "")
         """Name of the corpus's own scores: their scorer's."""
         if not isinstance(self.main, str) or not store.is_file_name(self.main):
@@ -183,6 +184,7 @@ class ScoredCorpus:
         self.preference = None if preference == self.main else preference
         if self.preference is not None:
             added = self.added(self.preference)
+            self._listed[self.path / ADDED / self.preference] = added.files
             self.manifest = dataclasses.replace(
                 self.manifest,
                 scorer=added.scorer,
@@ -282,9 +284,9 @@ class ScoredCorpus:
 
     def _hash_of(self, file: Path) -> str | None:
         """Hash of a file when it was scored: by the manifest, else by the shard's mark."""
-        manifest = folders.read_manifest(file.parent, ScoreManifest)
-        if file.name in manifest.files:
-            return manifest.files[file.name].hash
+        listed = self._listed.get(file.parent, {})
+        if file.name in listed:
+            return listed[file.name].hash
         mark = file.with_suffix(".json")
         found = store.read_json(mark) if mark.exists() else None
         return found.get("hash") if isinstance(found, dict) else None

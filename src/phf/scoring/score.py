@@ -399,8 +399,8 @@ class _Tally:
             self.labels.update(found.labels)
             for failure in found.failures:
                 self.failures[failure.reason] += failure.count
-                told = f": {failure.message}" if failure.message else ""
-                place = f"{document.id}, segment {failure.segment}: {shown(document.texts[failure.segment])}{told}"
+                reason = f": {failure.message}" if failure.message else ""
+                place = f"{document.id}, segment {failure.segment}: {shown(document.texts[failure.segment])}{reason}"
                 self.examples.setdefault(failure.reason, place)
             self._write(dataclasses.replace(document, scores=tuple(found.scores)))
         self.waiting.clear()
