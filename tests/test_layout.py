@@ -154,6 +154,7 @@ def test_no_pickle_eval_or_remote_code():
                 assert trusts or not loads, f"{path}: {name} without trust_remote_code=False"
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_public_names(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import phf\n\nphf.train(epochs=1)\nphf.Scenario(num_samples='many')\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +22,16 @@ import yaml
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.runs import MODEL_RECORD, ModelRecord, RunFolder, TrainCounts, TrainManifest, is_run, read_model_record
-from phf.core.types import Estimate, PhfError
+from phf.core.types import Estimate
 from phf.data.scored import bad_above_of
 from phf.evaluation.results import EvalResult, Interval, read_eval
 from phf.generation.scenario import Scenario
 from phf.redteaming.results import RedTeamResult, read_redteam
+from phf.tokens.start import ReleaseError, check_start, end_of_text, first_tokens, set_start
 
 FILES = ("config.json", "generation_config.json", MODEL_RECORD)
 """Files that are copied from a trained model in addition to its weights and its tokenizer."""
 FILE_PREFIXES = ("model", "tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
-
-
-class ReleaseError(PhfError, RuntimeError):
-    """A release that does not behave as it should."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +86,7 @@ def _write_release(
             with store.written_aside(out / path.name) as aside:
                 shutil.copyfile(path, aside)
     roles = _record(folder.model).control_tokens
-    _set_start(out, roles)
+    set_start(out, roles)
     _set_generation(out, roles, result)
     check(out)
     readme = model_card(
@@ -113,37 +109,6 @@ def _record(folder: Path) -> ModelRecord:
 # Behaviour
 
 
-def _set_start(folder: Path, roles: Mapping[str, str]) -> None:
-    """Let the tokenizer put end-of-text and the good token before every text, after what its post-processor does
-    already."""
-    from tokenizers import Tokenizer, processors
-
-    path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
-    eos = _end_of_text(folder)
-    first = [eos, *([roles["good"]] if "good" in roles else [])]
-    # placeholders, because the names of tokens may hold characters with a meaning in templates
-    pieces = [f"first{n}" for n in range(len(first))]
-    known = [{"id": p, "ids": [tokenizer.token_to_id(t)], "tokens": [t]} for p, t in zip(pieces, first, strict=True)]
-    template = processors.TemplateProcessing(single=[*pieces, "$A"], pair=[*pieces, "$A", "$B"], special_tokens=known)
-    before = tokenizer.post_processor
-    keep = before is not None and type(before).__name__ == "ByteLevel"
-    tokenizer.post_processor = processors.Sequence([before, template]) if keep else template
-    store.write_text(path, tokenizer.to_str(pretty=True))
-    positions = store.read_json(folder / "config.json").get("max_position_embeddings")
-    changes: Plain = {"split_special_tokens": True, "add_bos_token": None, "add_eos_token": None}
-    changes |= {"pad_token": eos, "padding_side": "left"}  # for pipelines that read batches
-    changes |= {} if positions is None else {"model_max_length": positions}
-    config = store.read_json(folder / "tokenizer_config.json") | changes
-    store.write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
-
-
-def _end_of_text(folder: Path) -> str:
-    """The end-of-text token of the tokenizer in a folder."""
-    eos = store.read_json(folder / "tokenizer_config.json")["eos_token"]
-    return str(eos["content"] if isinstance(eos, dict) else eos)
-
-
 def _set_generation(folder: Path, roles: Mapping[str, str], result: EvalResult | None) -> None:
     """Let `generate` sample as the model was judged, and never write the bad token."""
     from tokenizers import Tokenizer
@@ -158,7 +123,7 @@ def _set_generation(folder: Path, roles: Mapping[str, str], result: EvalResult |
         "temperature": judged.temperature,
         "top_p": judged.top_p,
         "top_k": judged.top_k or 0,
-        "pad_token_id": tokenizer.token_to_id(_end_of_text(folder)),
+        "pad_token_id": tokenizer.token_to_id(end_of_text(folder)),
     }
     if "bad" in roles:
         config["suppress_tokens"] = [tokenizer.token_to_id(roles["bad"])]
@@ -175,12 +140,11 @@ def check(folder: str | Path) -> None:
     roles = _record(Path(folder)).control_tokens
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     lm: Any = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False).eval()
-    first = [tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(roles["good"])] if roles else [])]
-    _check_tokenizer(tokenizer, roles, first)
+    check_start(tokenizer, roles)
     if not roles:
         return
     bad = tokenizer.convert_tokens_to_ids(roles["bad"])
-    start = torch.tensor([first])
+    start = torch.tensor([first_tokens(tokenizer, roles)])
     with torch.no_grad(), torch.random.fork_rng():
         written = lm.generate(
             start,
@@ -195,24 +159,6 @@ def check(folder: str | Path) -> None:
         )
     if written.scores[0][0, bad] != float("-inf"):
         raise ReleaseError("generate may write the bad token: the generation config does not suppress it")
-
-
-def _check_tokenizer(tokenizer: Any, roles: Mapping[str, str], first: list[int]) -> None:
-    """Raise ReleaseError unless texts start with the tokens `first`, typed control tokens are text, and decoding
-    gives a text back."""
-    text = "A text " + " ".join(roles.values())
-    ids = tokenizer(text)["input_ids"]
-    if ids[: len(first)] != first:
-        raise ReleaseError(f"the tokenizer starts a text with {ids[: len(first)]}, not with {first}")
-    control = {tokenizer.convert_tokens_to_ids(name) for name in roles.values()}
-    if control & set(ids[len(first) :]):
-        raise ReleaseError(f"the tokenizer reads a typed control token as the token: {text!r}")
-    decoded = tokenizer.decode(ids, skip_special_tokens=True)
-    if decoded == text:
-        return
-    if tokenizer(decoded)["input_ids"] != ids:
-        raise ReleaseError(f"the tokenizer decodes the tokens of {text!r} to {decoded!r}")
-    print(f"note: the tokenizer changes texts: it reads {text!r} as {decoded!r}", file=sys.stderr)
 
 
 # The model card

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import LINK, tiny_texts, train_tiny, write_jsonl
+from helpers import LINK, phf_inside, tiny_texts, train_tiny, write_jsonl
 from phf.core import store
 from phf.core.check import check_below
 from phf.core.config import ConfigError, parse_yaml, validate
@@ -30,6 +30,9 @@ from phf.tokens.tokenizer import TrainBPE
 
 
 def phf(*args, cwd, **env) -> subprocess.CompletedProcess:
+    """The command line: in this process, or in one of its own if variables are given."""
+    if not env:
+        return phf_inside(*args, cwd=cwd)
     return subprocess.run(
         [sys.executable, "-m", "phf", *args], cwd=cwd, capture_output=True, text=True, env=os.environ | env, timeout=300
     )

@@ -233,7 +233,13 @@ def test_settings_for_an_unknown_objective_are_an_error():
 
 @pytest.mark.parametrize(
     "setting, message",
-    [("seeds=[-1]", "seeds"), ("train.betas=[1.5, 2]", "train.betas"), ("train.report_to=[x", "not valid YAML")],
+    [
+        ("seeds=[-1]", "seeds"),
+        ("scenarios.unconditional.num_samples=true", "expected a whole number"),
+        ("scenarios.unconditional.top_p=1e-320", "top_p"),
+        ("train.betas=[1.5, 2]", "train.betas"),
+        ("train.report_to=[x", "not valid YAML"),
+    ],
 )
 def test_more_impossible_values(setting, message):
     with pytest.raises(ConfigError, match=message):

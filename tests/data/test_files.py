@@ -118,6 +118,31 @@ def test_hidden_copies_are_left_out_and_named(tmp_path):
     )
 
 
+def test_a_compressed_copy_beside_its_file_is_left_out_and_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    assert len(texts(tmp_path)) == 6
+    assert Jsonl(str(tmp_path)).left_out() == ["a.jsonl.gz (a copy of a.jsonl, compressed)"]
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_stray_quote_costs_its_line_only(tmp_path, end):
+    (tmp_path / "a.csv").write_text(
+        'text,n\n"one\nline",1\n"open,2\nthree,3\n"fo""ur",4\n"5" inches,5\n"x,6\nsix,6' + end
+    )
+    found = read_all(tmp_path / "a.csv")
+    assert [i.text if isinstance(i, Document) else i.reason for i in found] == [
+        "one\nline",
+        """malformed CSV: ',' expected after '"'""",
+        "three",
+        'fo"ur',
+        "5 inches",
+        "malformed CSV: unexpected end of data",
+        "six",
+    ]
+
+
 def test_json_lines_under_another_ending_are_not_taken_for_a_text(tmp_path):
     (tmp_path / "data.dat").write_text(LINES)
     with pytest.raises(ConfigError, match="corpus.name=jsonl"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import decimal
+import fractions
 import json
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,6 +157,30 @@ def test_nothing_that_a_program_starts_outlives_it(tmp_path):
 def test_plain_values_cross_between_the_processes_unchanged(value):
     back = _sandboxed.unpack(json.loads(json.dumps(_sandboxed.pack(value))))
     assert (back, type(back)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        collections.deque([1, (2,)]),
+        range(2, 9, 3),
+        decimal.Decimal("1.10"),
+        fractions.Fraction(1, 3),
+        collections.Counter("aab"),
+    ],
+)
+def test_other_values_of_the_standard_library_cross_too(value):
+    assert _sandboxed.unpack(json.loads(json.dumps(_sandboxed.pack(value)))) == value
+
+
+def test_numbers_of_numpy_cross_as_numbers():
+    assert [_sandboxed.unpack(_sandboxed.pack(v)) for v in (np.int64(3), np.float64(0.5))] == [3, 0.5]
+
+
+def test_a_function_may_return_its_own_argument():
+    test = "def check(candidate):\n    xs = [3, 1]\n    assert candidate(xs) is xs\n    assert xs == [1, 3]\n"
+    assert run_sandboxed("def f(xs):\n    xs.sort()\n    return xs\n", 4, test, "f")
+    assert not run_sandboxed("def f(xs):\n    return sorted(xs)\n", 4, test, "f")
 
 
 def test_without_namespaces_nothing_runs_unless_it_is_insisted(runs, tmp_path, monkeypatch):

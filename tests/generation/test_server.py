@@ -172,3 +172,9 @@ def test_secrets_among_the_settings_are_written_nowhere():
     assert server.extra["api_key"] == "s3cret"
     for written in (to_plain(server)["extra"], server.identity["extra"]):
         assert written == {"api_key": "***", "top_k": 5, "min_tokens": 3}
+
+
+@pytest.mark.parametrize("url", ["ftp://host/v1", "http://[::1", "http://host:99999/v1", "http://a b/v1", "http://"])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ConfigError, match="url"):
+        validate({"url": url, "model": "m"}, Server)

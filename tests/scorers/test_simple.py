@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from phf.core.config import ConfigError
-from phf.scorers import PEP8, PII, AnyScorer, Lexicon, Regex
+from phf.scorers import PEP8, PII, AnyScorer, Function, Lexicon, Regex
 
 pytest.importorskip("scrubadub", reason="extra 'pii' is not installed")
 
@@ -216,3 +216,31 @@ def test_pep8_real_code_cut_anywhere_has_no_syntax_error_of_the_cut():
 
 def test_lines_are_what_other_scorers_keep_of_a_cut_text():
     assert Regex("a").without_cut("one\ntwo\nthr") == "one\ntwo\n"
+
+
+ODD_OBJECTS = """
+class Answers:
+    def __call__(self, text):
+        return 1.0
+
+    def __getattr__(self, name):
+        raise OSError(name)
+
+
+class Circle:
+    def __call__(self, text):
+        return 1.0
+
+
+answers = Answers()
+circle = Circle()
+circle.__wrapped__ = circle
+"""
+
+
+@pytest.mark.parametrize("name", ["answers", "circle"])
+def test_a_callable_object_may_have_odd_attributes(tmp_path, name):
+    (tmp_path / "odd.py").write_text(ODD_OBJECTS)
+    scorer = Function(f"{tmp_path / 'odd.py'}:{name}")
+    assert scorer.identity()["source"] is None
+    assert scorer.score_text("a") == 1.0

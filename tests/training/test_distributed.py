@@ -47,7 +47,11 @@ def lines(run, file="metrics.jsonl"):
 
 
 @pytest.mark.parametrize(
-    "objective, launch", [("masking", LAUNCH), ("awr", ACCELERATE)], ids=["torchrun", "accelerate"]
+    "objective, launch",
+    [
+        pytest.param("masking", LAUNCH, id="torchrun"),
+        pytest.param("awr", ACCELERATE, id="accelerate", marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_path, objective, launch):
     """Each step has the same rows, summed in another order. Float32 losses agree to 1e-4 over 40 steps."""
@@ -95,6 +99,7 @@ def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_pat
     assert [x["heldout"]["all"] for x in two] == pytest.approx([x["heldout"]["all"] for x in one], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_resumes_with_two(tokens_dir, tmp_path):
     """The rows and their order stay the same, and so does the curve, even from the middle of a line of metrics."""
     settings = {"tokens": 20480, "context": 32, "batch_rows": 16, "lr": 1e-2, "precision": "fp32", "log_every": 5}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers import decoders
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import TINY_LLAMA, train_tiny
 from phf.core.config import ConfigError, validate
 from phf.generation.loaded import load_model
-from phf.tokens.tokenizer import train_bpe
+from phf.tokens.start import ReleaseError, try_start
+from phf.tokens.tokenizer import add_control_tokens, train_bpe
 from phf.training.lm import MODELS, AnyModel, FromConfig, FromWeights, build_lm, save_lm
 from phf.training.probe import check_causal, logit_shape, num_parameters
 
@@ -120,6 +123,8 @@ def test_the_vocabularies_decide_whether_a_store_fits_a_model(tmp_path):
             "Python code that comes with it",
         ),
         (lambda f: _edit(f / "config.json", vocab_size=200), "model"),
+        (lambda f: _edit(f / "config.json", num_hidden_layers=-1), "num_hidden_layers is -1"),
+        (lambda f: _edit(f / "config.json", max_position_embeddings=0), "max_position_embeddings is 0"),
     ],
 )
 def test_broken_models_are_one_message(tokenizer, tmp_path, change, message):
@@ -129,6 +134,25 @@ def test_broken_models_are_one_message(tokenizer, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_model(tmp_path)
     assert len(str(error.value)) < 600
+
+
+def test_what_a_models_own_code_raises_is_one_message(tokenizer, monkeypatch):
+    lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
+    monkeypatch.setattr(type(lm), "forward", lambda *args, **named: 1 / 0)
+    for check in (check_causal, logit_shape):
+        with pytest.raises(ConfigError, match="cannot run with its config: ZeroDivisionError"):
+            check(lm)
+
+
+def test_a_tokenizer_that_cannot_be_released_is_refused_before_training(tokenizer):
+    roles = {"good": "<|good|>", "bad": "<|bad|>"}
+    broken = copy.deepcopy(tokenizer)
+    for each in (tokenizer, broken):
+        add_control_tokens(each, list(roles.values()))
+    try_start(tokenizer, roles, "llama")
+    broken.backend_tokenizer.decoder = decoders.Fuse()  # leaves the letters that stand for bytes
+    with pytest.raises(ReleaseError, match="decodes the tokens"):
+        try_start(broken, roles, "llama")
 
 
 def _edit(file, **changes):

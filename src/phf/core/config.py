@@ -206,6 +206,9 @@ def untyped(value: Any, types_: Sequence[Any] = (Any,)) -> Any:
     if isinstance(value, list):
         inner = [a for o in options if _plain_type(o) in (list, tuple) for a in typing.get_args(o) if a is not Ellipsis]
         return [untyped(part, inner or (Any,)) for part in value]
+    kinds = set(map(_plain_type, options))
+    if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, str, Any}:
+        return str(value).lower()  # not a number, as it would be in Python
     return value
 
 

@@ -36,6 +36,8 @@ def as_path(path: str | Path) -> Path:
     other protocols that fsspec knows. Raises StoreError if the package for the protocol is missing."""
     if not isinstance(path, str):
         return path
+    if "\0" in path:
+        raise StoreError(f"{path!r}: a path holds no NUL character")
     protocol, sep, rest = path.partition("://")
     if not sep:
         return Path(path).expanduser()

@@ -6,6 +6,8 @@ A reader plans its corpus as shards, plain JSON values that any process can read
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from phf.core.config import Plain
 from phf.core.store import file_hash, is_local, jsonable, too_deep
 from phf.core.types import Document, Rejected
-from phf.data.files import TOO_DEEP, Damaged, open_bytes
+from phf.data.files import TOO_DEEP, Damaged, Row, open_bytes
 
 Shard = dict[str, Any]
 """Which part of the corpus: numbers that only its reader understands."""
@@ -95,3 +97,27 @@ def read_text_file(path: Path, id: str, max_chars: int) -> Item:
     except UnicodeDecodeError:
         return Rejected(id, "not UTF-8")
     return admit(id, text, {"file": id}, max_chars)
+
+
+def own_id_or_place(own: Any, place: str) -> str:
+    """A row's own id; its place where it has none."""
+    return place if own is None else str(own)
+
+
+def row_item(row: Row, field: str, id: str, max_chars: int) -> Item:
+    """A document from a row of a table. A list of strings is joined and kept as the segments; other lists in the row
+    describe the segments, so they are not metadata of the document."""
+    text = row.get(field)
+    rest = {k: v for k, v in row.items() if k != field}
+    if not isinstance(text, list) or not all(isinstance(t, str) for t in text):
+        return admit(id, text, _plain_meta(rest), max_chars)
+    item = admit(id, "".join(text), _plain_meta({k: v for k, v in rest.items() if not isinstance(v, list)}), max_chars)
+    return item if isinstance(item, Rejected) else dataclasses.replace(item, segments=tuple(t for t in text if t))
+
+
+def _plain_meta(row: Row) -> Row:
+    """The row as JSON data; other values become strings. A row that nests too deeply is left for `admit` to reject."""
+    if too_deep(row):
+        return row
+    found: Row = json.loads(json.dumps(jsonable(row), default=str))
+    return found

@@ -8,19 +8,22 @@ The ending says the form, in lower or upper case: JSON lines, JSON, CSV, TSV, Pa
 from __future__ import annotations
 
 import bz2
+import collections
 import csv
+import dataclasses
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from phf.core.config import ConfigError, did_you_mean
-from phf.core.store import TooDeep, is_local, parse_json
+from phf.core.store import TooDeep, as_path, is_local, parse_json
 from phf.core.types import Rejected
 from phf.data.tables import table_rows
 
@@ -71,6 +74,55 @@ def is_packed(path: Path) -> bool:
 def hidden(path: Path) -> bool:
     """Whether a relative path names a hidden file, or one in a hidden folder. Editors and systems keep copies there."""
     return any(part.startswith(".") or part in ("__MACOSX", "__pycache__") for part in path.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Files at a corpus's place."""
+
+    read: list[Path]
+    others: list[Path]
+    """Files that the reader does not read."""
+    hidden: list[Path]
+    copies: list[Path]
+    """Compressed files next to the same file unpacked."""
+
+
+def find_files(path: str, wanted: Any) -> Found:
+    """The file itself, or the sorted files below a folder for which `wanted` is true."""
+    root = as_path(path)
+    if root.is_file():
+        return Found([root], [], [], [])
+    if not root.is_dir():
+        raise ConfigError(f"corpus path {path} does not exist")
+    found = Found([], [], [], [])
+    for file in sorted(_files_below(root)):
+        if hidden(file.relative_to(root)):
+            found.hidden.append(file)
+        elif not file.is_file():
+            found.others.append(file)
+        else:
+            (found.read if wanted(file) else found.others).append(file)
+    unpacked = {file for file in found.read if not is_packed(file)}
+    copies = {file for file in found.read if is_packed(file) and file.with_suffix("") in unpacked}
+    found.read[:] = [file for file in found.read if file not in copies]
+    found.copies.extend(sorted(copies))
+    return found
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files below a folder, also below links to folders (each folder once), and links to nothing."""
+    if not is_local(root):
+        yield from (p for p in root.rglob("*") if p.is_file())
+        return
+    seen = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        yield from (Path(folder) / name for name in names)
 
 
 class _Unpacked(io.RawIOBase):
@@ -229,19 +281,47 @@ def _json_rows(file: Path, name: str) -> Iterator[tuple[str, Row | Rejected]]:
         yield id, row if isinstance(row, dict) else Rejected(id, "not a JSON object")
 
 
+class _Lines:
+    """Lines of an open file, with those that a CSV reader took for its current row."""
+
+    def __init__(self, file: Iterator[str]) -> None:
+        self.file = file
+        self.taken: list[str] = []
+        self.waiting: collections.deque[str] = collections.deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.waiting.popleft() if self.waiting else next(self.file)
+        self.taken.append(line)
+        return line
+
+    def put_back(self) -> None:
+        """Give the lines taken, but the first, again."""
+        self.waiting.extendleft(reversed(self.taken[1:]))
+
+
 def _table_rows(file: Path, name: str, form: str) -> Iterator[tuple[str, Row | Rejected]]:
-    """Rows of a CSV or TSV file. A TSV has no quoting, like GLUE's files."""
+    """Rows of a CSV or TSV file. A TSV has no quoting, like GLUE's files. A row with a stray quote costs its first line
+    only: the quote may have run on over the rows after it."""
     csv.field_size_limit(2**31 - 1)
+    options: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if form == "tsv" else {}
     with open_bytes(file) as opened:
-        text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if form == "tsv" else csv.DictReader(text)
+        lines = _Lines(io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+        rows = csv.DictReader(lines, strict=True, **options)
         for number in itertools.count():
             id = f"{name}:{number}"
+            lines.taken.clear()
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                yield id, Rejected(id, f"malformed CSV: {error}")
-                continue
+                row = _lenient(lines.taken, rows.fieldnames, str(error))
+                lines.put_back()
+                rows = csv.DictReader(lines, rows.fieldnames, strict=True, **options)
+                if row is None:
+                    yield id, Rejected(id, f"malformed CSV: {error}")
+                    continue
             if row is None:
                 return
             if None in row:
@@ -250,6 +330,16 @@ def _table_rows(file: Path, name: str, form: str) -> Iterator[tuple[str, Row | R
                 yield id, Rejected(id, "not UTF-8")
             else:
                 yield id, row
+
+
+def _lenient(lines: Sequence[str], names: Sequence[str] | None, problem: str) -> Row | None:
+    """A row on one line in which text follows a closing quote; None for any other row with a problem."""
+    if len(lines) != 1 or "unexpected end" in problem:
+        return None
+    try:
+        return next(csv.DictReader(lines, names), None)
+    except csv.Error:
+        return None
 
 
 def _is_utf8(text: str) -> bool:

@@ -7,37 +7,34 @@ for shard in corpus.plan():
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
-from phf.core.store import as_path, fingerprint, is_local, jsonable, too_deep
+from phf.core.store import as_path, fingerprint
 from phf.core.types import Rejected
 from phf.data.corpus import (
-    DOCS_PER_SHARD,
     SHARD_BYTES,
     Corpus,
     Item,
     Shard,
-    admit,
     chunks,
     file_mark,
+    own_id_or_place,
     read_text_file,
+    row_item,
 )
 from phf.data.files import (
     PACKED,
     TEXT_ENDINGS,
     Row,
     ending,
+    find_files,
     header,
-    hidden,
     is_packed,
     json_lines,
     line_row,
@@ -45,11 +42,10 @@ from phf.data.files import (
     row_form,
     rows,
 )
+from phf.data.hub import DatasetList, HFDataset
 from phf.data.installed import InstalledPackages, StandardLibrary
-from phf.data.tables import is_metadata, table_rows
+from phf.data.tables import ROWS_AT_ONCE, is_metadata, table_rows
 
-ROWS_AT_ONCE = 1024
-"""Rows of a table that are held in memory at a time."""
 JSON_FORMS = ("jsonl", "json")
 ALL_FORMS = ("jsonl", "json", "csv", "tsv", "parquet")
 ABOUT_FILES = ("readme", "license", "licence", "notice", "changelog", "citation", "dataset_info", "checksum")
@@ -68,49 +64,6 @@ def _file(path: str, name: str) -> Path:
     return root if root.is_file() else root / name
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """Files at a corpus's place."""
-
-    read: list[Path]
-    others: list[Path]
-    """Files that the reader does not read."""
-    hidden: list[Path]
-
-
-def _find(path: str, wanted: Any) -> _Found:
-    """The file itself, or the sorted files below a folder for which `wanted` is true."""
-    root = as_path(path)
-    if root.is_file():
-        return _Found([root], [], [])
-    if not root.is_dir():
-        raise ConfigError(f"corpus path {path} does not exist")
-    found = _Found([], [], [])
-    for file in sorted(_files_below(root)):
-        if hidden(file.relative_to(root)):
-            found.hidden.append(file)
-        elif not file.is_file():
-            found.others.append(file)
-        else:
-            (found.read if wanted(file) else found.others).append(file)
-    return found
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files below a folder, also below links to folders (each folder once), and links to nothing."""
-    if not is_local(root):
-        yield from (p for p in root.rglob("*") if p.is_file())
-        return
-    seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:
-            inner.clear()
-            continue
-        seen.add(place)
-        yield from (Path(folder) / name for name in names)
-
-
 class _FileCorpus(Corpus):
     """What readers of files share. `path`: a file or a folder."""
 
@@ -125,7 +78,7 @@ class _FileCorpus(Corpus):
         raise NotImplementedError
 
     def _files(self) -> list[Path]:
-        found = _find(self.path, self._wanted)
+        found = find_files(self.path, self._wanted)
         if found.read:
             return found.read
         seen = sorted({ending(f) or f.name for f in found.others})[:8]
@@ -136,8 +89,9 @@ class _FileCorpus(Corpus):
         return fingerprint([file_mark(f) for f in self._files()])
 
     def left_out(self) -> list[str]:
-        found = _find(self.path, self._wanted)
+        found = find_files(self.path, self._wanted)
         names = [f"{_relative(self.path, f)} (hidden)" for f in found.hidden]
+        names += [f"{_relative(self.path, f)} (a copy of {f.stem}, compressed)" for f in found.copies]
         return names + [
             f"{_relative(self.path, f)} ({f'not {self._endings()}' if f.exists() else 'a broken link'})"
             for f in found.others
@@ -261,13 +215,8 @@ class _RowCorpus(_FileCorpus):
         if own_id is not None:
             if row.get(own_id) is None and self._id_field is not None:
                 return Rejected(id, f"no field {own_id!r}")
-            id = _id(row.get(own_id), id)
-        return _item(row, self.field, id, self.max_chars)
-
-
-def _id(own: Any, place: str) -> str:
-    """A row's own id; its place where it has none."""
-    return place if own is None else str(own)
+            id = own_id_or_place(row.get(own_id), id)
+        return row_item(row, self.field, id, self.max_chars)
 
 
 def _row_groups(file: Path, field: str) -> int:
@@ -330,161 +279,6 @@ class Rows(_RowCorpus):
     forms: ClassVar[tuple[str, ...]] = ALL_FORMS
 
 
-def _item(row: Row, field: str, id: str, max_chars: int) -> Item:
-    """A document from a row of a table. A list of strings is joined and kept as the segments; other lists in the row
-    describe the segments, so they are not metadata of the document."""
-    text = row.get(field)
-    rest = {k: v for k, v in row.items() if k != field}
-    if not isinstance(text, list) or not all(isinstance(t, str) for t in text):
-        return admit(id, text, _plain_meta(rest), max_chars)
-    item = admit(id, "".join(text), _plain_meta({k: v for k, v in rest.items() if not isinstance(v, list)}), max_chars)
-    return item if isinstance(item, Rejected) else dataclasses.replace(item, segments=tuple(t for t in text if t))
-
-
-def _part(total: int, number: int, of: int) -> int:
-    """The size of part `number` when `total` is split over `of` parts as evenly as possible."""
-    return total // of + (number < total % of)
-
-
-def _plain_meta(row: Row) -> Row:
-    """The row as JSON data; other values become strings. A row that nests too deeply is left for `admit` to reject."""
-    if too_deep(row):
-        return row
-    found: Row = json.loads(json.dumps(jsonable(row), default=str))
-    return found
-
-
-@dataclass(frozen=True, config=STRICT)
-class HFDataset(Corpus):
-    """A Hugging Face dataset: a local folder (`save_to_disk` or data files) or a name on the Hub, whole or streamed.
-
-    The shards of a streamed dataset are its own. No code from the dataset runs.
-    """
-
-    path: str
-    name: Literal["dataset"] = "dataset"
-    config: str | None = None
-    split: str = "train"
-    field: str = "text"
-    streaming: bool = False
-    revision: str | None = None
-    max_docs: Annotated[int, Field(gt=0)] | None = None
-    max_chars: Annotated[int, Field(gt=0)] = 10_000_000
-
-    def _load(self) -> Any:
-        import datasets
-
-        local = Path(self.path).expanduser()
-        if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(local))
-            if isinstance(loaded, dict) and self.split not in loaded:
-                raise ConfigError(f"dataset {self.path} has no split {self.split!r}{did_you_mean(self.split, loaded)}")
-            data = loaded[self.split] if isinstance(loaded, dict) else loaded
-        else:
-            try:
-                data = datasets.load_dataset(
-                    self.path, self.config, split=self.split, streaming=self.streaming, revision=self.revision
-                )
-            except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-                raise ConfigError(f"dataset {self.path} cannot be loaded: {error}") from None
-        if data.column_names is not None and self.field not in data.column_names:
-            raise ConfigError(
-                f"dataset {self.path} has no column {self.field!r}{did_you_mean(self.field, data.column_names)}"
-            )
-        return _metadata_only(data, self.field)
-
-    def plan(self) -> list[Shard]:
-        data = self._load()
-        if self.streaming:
-            return [{"shard": n, "of": data.num_shards} for n in range(data.num_shards)]
-        count = len(data) if self.max_docs is None else min(len(data), self.max_docs)
-        if count == 0:
-            raise ConfigError(f"dataset {self.path} split {self.split!r} is empty")
-        return [{"start": a, "end": b} for a, b in chunks(count, 16 * DOCS_PER_SHARD)]
-
-    def read(self, shard: Shard) -> Iterator[Item]:
-        data = self._load()
-        if self.streaming:
-            data = data.shard(shard["of"], shard["shard"])
-            data = data if self.max_docs is None else data.take(_part(self.max_docs, shard["shard"], shard["of"]))
-            prefix = f"{shard['shard']}:"
-            start = 0
-        else:
-            data = data.select(range(shard["start"], shard["end"]))
-            prefix = ""
-            start = shard["start"]
-        for table in data.with_format("arrow").iter(ROWS_AT_ONCE):
-            for row in table_rows(table, self.field):
-                id = f"{prefix}{start}"
-                start += 1
-                yield (
-                    Rejected(id, "not UTF-8")
-                    if row is None
-                    else _item(row, self.field, _id(row.get("id"), id), self.max_chars)
-                )
-
-    def fingerprint(self) -> str:
-        if not self.streaming:
-            data = self._load()
-            return fingerprint([data._fingerprint, len(data)])
-        local = Path(self.path).expanduser()
-        if local.exists():
-            return fingerprint([file_mark(f) for f in _find(self.path, lambda file: True).read])
-        import huggingface_hub
-
-        return fingerprint([self.path, huggingface_hub.HfApi().dataset_info(self.path, revision=self.revision).sha])
-
-
-def _metadata_only(data: Any, field: str) -> Any:
-    """A dataset without the columns that are neither the text, nor the id, nor metadata."""
-    if data.features is None:
-        return data
-    schema = data.features.arrow_schema
-    kept = [f.name for f in schema if f.name in (field, "id") or is_metadata(f.type)]
-    return data if len(kept) == len(schema) else data.select_columns(kept)
-
-
-@dataclass(frozen=True, config=STRICT)
-class DatasetList(Corpus):
-    """Several Hugging Face datasets of one form, one after the other. The published scored Pile comes in 39
-    datasets."""
-
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
-    name: Literal["datasets"] = "datasets"
-    config: str | None = None
-    split: str = "train"
-    field: str = "text"
-    streaming: bool = False
-    max_chars: Annotated[int, Field(gt=0)] = 10_000_000
-
-    def _each(self) -> list[HFDataset]:
-        return [
-            HFDataset(
-                path,
-                config=self.config,
-                split=self.split,
-                field=self.field,
-                streaming=self.streaming,
-                max_chars=self.max_chars,
-            )
-            for path in self.paths
-        ]
-
-    def first(self) -> HFDataset:
-        """The first dataset alone."""
-        return self._each()[0]
-
-    def plan(self) -> list[Shard]:
-        return [{"dataset": n, "shard": shard} for n, each in enumerate(self._each()) for shard in each.plan()]
-
-    def read(self, shard: Shard) -> Iterator[Item]:
-        for item in self._each()[shard["dataset"]].read(shard["shard"]):
-            yield dataclasses.replace(item, id=f"{shard['dataset']}:{item.id}")
-
-    def fingerprint(self) -> str:
-        return fingerprint([each.fingerprint() for each in self._each()])
-
-
 AnyCorpus = Annotated[
     Folder | Jsonl | Parquet | Rows | HFDataset | DatasetList | InstalledPackages | StandardLibrary,
     Field(discriminator="name", title="reader"),
@@ -522,7 +316,7 @@ def _rows_reader(forms: Collection[str]) -> str:
 
 def _folder_reader(text: str) -> str:
     """Name of the reader for a folder. Raises ConfigError for a folder of both rows and texts."""
-    found = _find(text, lambda file: row_form(file) is not None or ending(file) in TEXT_ENDINGS)
+    found = find_files(text, lambda file: row_form(file) is not None or ending(file) in TEXT_ENDINGS)
     data = [f for f in found.read if not f.name.lower().startswith(ABOUT_FILES)]
     row_files = [f for f in data if row_form(f) is not None]
     texts = [f for f in data if row_form(f) is None]

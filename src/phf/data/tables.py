@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+ROWS_AT_ONCE = 1024
+"""Rows of a table that are held in memory at a time."""
 _BROKEN = object()
 """A value whose bytes are not what its type promises."""
 

@@ -21,7 +21,7 @@ class Scenario:
     max_tokens: Annotated[int, Field(gt=0)] = 128
     min_tokens: Annotated[int, Field(ge=0)] = 10
     temperature: Annotated[float, Field(gt=0)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    top_p: Annotated[float, Field(ge=1e-6, le=1)] = 0.9
     top_k: Annotated[int, Field(gt=0)] | None = None
     control: Literal["good", "bad", "none"] = "good"
     """The control token that comes first, for models that have control tokens. The other token is banned."""

@@ -112,7 +112,13 @@ class Server:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} must start with http:// or https://")
-        found = urllib.parse.urlsplit(self.url)
+        try:
+            found = urllib.parse.urlsplit(self.url)
+            port = found.port
+        except ValueError as error:
+            raise ValueError(f"url {self.url!r} is not an address: {error}") from None
+        if not found.hostname or re.search(r"\s", self.url) or port == 0:
+            raise ValueError(f"url {self.url!r} is not an address, such as http://host:8000/v1")
         if found.username or found.password or found.query:
             raise ValueError(
                 "url must hold no user, password or query: give the key in an environment variable (key_env)"

@@ -21,7 +21,7 @@ from pathlib import Path
 from phf.core import folders
 from phf.core.config import ConfigError
 from phf.data.corpus import Corpus, Shard
-from phf.data.readers import DatasetList, HFDataset
+from phf.data.hub import DatasetList, HFDataset
 from phf.recipes.recipe import Recipe, Variant
 
 SCORED_SECONDS = 3.0

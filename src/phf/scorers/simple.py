@@ -155,14 +155,16 @@ class Function(TextScorer):
 
 def _source_file(function: Any) -> str | None:
     """The file that defines a function or the type of a callable object. None for builtins."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
     try:
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = inspect.unwrap(function)
         return inspect.getsourcefile(
             function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
         )
-    except TypeError:
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception:  # TypeError for builtins; anything from an object's own __getattr__; a circle of wrappers
         return None
 
 

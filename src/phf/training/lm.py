@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 from phf.core.runs import RunFolder, complete_checkpoints, model_folder, not_found
 from phf.tokens.tokenizer import add_control_tokens, check_model_fits, load_tokenizer, table_size
-from phf.training.probe import check_causal, check_fits
+from phf.training.probe import check_causal, check_fits, first_line
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 """Set to 0 in a model from scratch unless the config sets them: one epoch needs no dropout, which costs about a
@@ -114,7 +114,29 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
             setattr(config, name, value)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {error}") from None
+    _check_sizes(config, f"model {path}")
     return config
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _check_sizes(config: Any, what: str) -> None:
+    """Raise ConfigError for a size that is not positive."""
+    text = config.get_text_config()
+    for name in SIZES:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value <= 0:
+            raise ConfigError(f"{what}: {name} is {value} in its config, and must be positive")
 
 
 def _check_names(config: Any, settings: Mapping[str, Any], usual: Any) -> None:
@@ -187,6 +209,7 @@ def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {error}") from None
     _check_names(config, settings, AutoConfig.for_model(kind))
+    _check_sizes(config, "model.config")
     return config
 
 
@@ -214,16 +237,12 @@ def build_lm(config: FromConfig | FromWeights, tokenizer: Any, seed: int, contex
             except (KeyboardInterrupt, MemoryError):
                 raise
             except Exception as error:  # of the model's own code, for sizes that do not go together
-                raise ConfigError(f"model.config: {_first_line(error)}") from None
+                raise ConfigError(f"model.config: {first_line(error)}") from None
     check_causal(lm)
     limit = getattr(lm.config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
         raise ConfigError(f"train.context={context}: the model has {limit} positions (max_position_embeddings)")
     return lm
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _own_config(settings: Plain, tokenizer: Any) -> Any:

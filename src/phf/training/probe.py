@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,23 @@ def check_can_be_sampled(lm: Any, what: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def own_errors(lm: Any) -> Iterator[None]:
+    """What a model's own code raises when it runs, as a ConfigError: settings that do not go together."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, ConfigError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{type(lm).__name__} cannot run with its config: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 CHECKED_TOKENS = 24
 """Length of the text on which it is checked that a model does not see later tokens."""
 
@@ -87,7 +105,7 @@ def check_causal(lm: Any) -> None:
     second = first.clone()
     second[:, half:] = (first[:, half:] + 1 + torch.randint(rows - 2, (1, length - half), generator=generator)) % rows
     device = lm.get_input_embeddings().weight.device
-    with torch.no_grad(), attention.evaluating(lm):
+    with torch.no_grad(), attention.evaluating(lm), own_errors(lm):
         a, b = (lm(input_ids=ids.to(device), use_cache=False).logits[0, :half].float() for ids in (first, second))
     scale = float(a.abs().max())
     if not torch.allclose(a, b, rtol=0, atol=1e-4 * scale + 1e-6):
@@ -169,7 +187,7 @@ def _large_logits(lm: Any, head: Any) -> tuple[Tensor, Tensor]:
         return ours.float(), theirs.float()
 
     try:
-        with torch.no_grad(), attention.evaluating(lm):
+        with torch.no_grad(), attention.evaluating(lm), own_errors(lm):
             largest = float(both(head.weight)[0].abs().max())
             if largest == 0:  # all factors would agree
                 return both(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(head.weight))

@@ -34,6 +34,7 @@ from phf.core.device import peak_flops, pick_precision, tune_allocator
 from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, tokens_seen, weights_mark
 from phf.objectives import Objective, is_built_in
 from phf.tokens.rows import Rows
+from phf.tokens.start import try_start
 from phf.tokens.store import TokenStore
 from phf.training.arguments import can_compile, trainer_arguments
 from phf.training.config import FREE, TrainConfig, micro_batch, pick_compile
@@ -325,6 +326,8 @@ def _make_lm(plan: _Plan, tokenizer: Any) -> tuple[Any, list[int]]:
     check_can_be_sampled(lm, plan.model.path if isinstance(plan.model, FromWeights) else "model")
     trained = trained_control_tokens(plan.model.path) if isinstance(plan.model, FromWeights) else {}
     control_ids = add_control_embeddings(lm, tokenizer, plan.objective.control_tokens, plan.seed, trained)
+    if plan.writer:
+        try_start(tokenizer, plan.objective.roles, lm.config.model_type)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
     if plan.config.gradient_checkpointing:
         lm.activation_checkpointing_enable()

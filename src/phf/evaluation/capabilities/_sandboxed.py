@@ -10,9 +10,13 @@ that the model wrote can decide what passes.
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import ctypes
+import decimal
+import fractions
 import json
+import operator
 import os
 import platform
 import resource
@@ -33,6 +37,7 @@ KEPT_FLAGS = ((2, 2), (4, 4), (8, 8), (1024, 1024), (2048, 2048), (4096, 1 << 21
 """Flags of a mount as statvfs and as mount(2) number them: nosuid, nodev, noexec, noatime, nodiratime, relatime."""
 MAX_LINE = 4 * MEGABYTE
 MAX_DEPTH = 60
+SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, collections.deque)
 
 
 # Giving up
@@ -184,15 +189,18 @@ def pack(value: Any, depth: int = 0) -> Any:
         return ["complex", complex.__repr__(value)]
     if isinstance(value, (bytes, bytearray)):
         return [type(value).__name__, bytes(value).hex()]
-    kinds: tuple[Any, ...] = (list, tuple, set, frozenset)
-    for kind in kinds:
+    for kind in SEQUENCES:
         if isinstance(value, kind):
             return [kind.__name__, [pack(v, depth + 1) for v in kind.__iter__(value)]]
     if isinstance(value, (type({}.keys()), type({}.items()))):
         return pack(set(value), depth)
     if isinstance(value, dict):
         return ["dict", [[pack(k, depth + 1), pack(v, depth + 1)] for k, v in dict.items(value)]]
-    raise TypeError(f"not a plain value: {type(value).__name__}")
+    if isinstance(value, range):
+        return ["range", [value.start, value.stop, value.step]]
+    if isinstance(value, (decimal.Decimal, fractions.Fraction)):
+        return [type(value).__name__, str(value)]
+    return ["int", int.__repr__(operator.index(value))]  # numpy's; TypeError for any other value
 
 
 def unpack(value: Any) -> Any:
@@ -204,9 +212,13 @@ def unpack(value: Any) -> Any:
         return {"int": int, "float": float, "complex": complex}[kind](inner)
     if kind in ("bytes", "bytearray"):
         return bytes.fromhex(inner) if kind == "bytes" else bytearray.fromhex(inner)
+    if kind == "range":
+        return range(*inner)
+    if kind in ("Decimal", "Fraction"):
+        return (decimal.Decimal if kind == "Decimal" else fractions.Fraction)(inner)
     if kind == "dict":
         return {unpack(k): unpack(v) for k, v in inner}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(unpack, inner))
+    return {known.__name__: known for known in SEQUENCES}[kind](map(unpack, inner))
 
 
 # The roles
@@ -225,8 +237,9 @@ def candidate(task: Plain, ask: Ask, answer: Answer) -> None:
     while (call := ask()) is not None:
         arguments = unpack(call["arguments"])
         try:
-            result = pack(namespace[task["entry_point"]](*arguments, **unpack(call["named"])))
-            answer({"result": result, "arguments": pack(arguments)})
+            result = namespace[task["entry_point"]](*arguments, **unpack(call["named"]))
+            same = next((n for n, argument in enumerate(arguments) if argument is result), None)
+            answer({"result": pack(result), "same": same, "arguments": pack(arguments)})
         except BaseException as error:
             answer({"error": type(error).__name__, "message": str(error)[:500]})
 
@@ -249,7 +262,8 @@ def judge(task: Plain, ask: Ask, answer: Answer) -> None:
             elif isinstance(mine, (dict, set)):
                 mine.clear()
                 mine.update(theirs)
-        return unpack(found["result"])
+        same = found["same"]
+        return unpack(found["result"]) if same is None else arguments[same]
 
     namespace: Plain = {"__name__": "__main__"}
     for helpers in (task["helpers"], task["helpers"] + "\n    pass\n"):
