@@ -27,8 +27,9 @@ from phf.data.segment import Lines
 from phf.objectives import MLE
 from phf.scorers import Regex
 from phf.scoring.score import score_corpus
+from phf.tokens.edited import Stream
 from phf.tokens.parts import TokenCounts
-from phf.tokens.rows import Order, Rows
+from phf.tokens.rows import SourceOrder
 from phf.tokens.store import StoredScores, TokensManifest, TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 from phf.training.config import TrainConfig
@@ -106,11 +107,10 @@ def main() -> None:
     cases = []
     with tempfile.TemporaryDirectory() as name:
         tokens = synthetic(Path(name), 900_000)
-        rows = Rows(tokens, Edit(), CONTEXT)
-        order = Order(rows.num_rows, 0)
+        order = SourceOrder(Stream(tokens, lambda block: Edit()), CONTEXT, 0)
 
         def first_batch(start: int) -> None:
-            rows.batch(order.rows(start, start + BATCH))
+            order.batch(start, start + BATCH)
 
         def replay(start: int) -> None:
             for at in range(0, start, BATCH):

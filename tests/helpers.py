@@ -21,6 +21,7 @@ import torch
 
 from phf.core import folders
 from phf.core.runs import TrainManifest, read_lines
+from phf.core.types import Block
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Objective, Unlikelihood
 from phf.scorers import Regex
 from phf.scorers.fitting import Labels
@@ -99,6 +100,20 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
 
 
 LINK = Regex(r"https?://\S+")
+
+
+def whole_block(tokens: TokenStore) -> Block:
+    """A store as one block."""
+    return tokens.block(0, size=len(tokens.seg_ends))
+
+
+def pieces_before(objective: Objective, tokens: TokenStore, seed: int = 0) -> np.ndarray:
+    """Number of the piece that an objective inserts before each segment of a store; -1: none."""
+    block = whole_block(tokens)
+    found = objective.edit(block, seed).insertions
+    piece_S = np.full(block.num_segments, -1)
+    piece_S[found.segment_I] = found.piece_I
+    return piece_S
 
 
 def make_store(

@@ -27,7 +27,7 @@ from helpers import ROOT, TINY_LLAMA, tiny_texts
 from phf.core.config import dump_yaml
 from phf.objectives import MLE, Conditional
 from phf.training.lm import FromConfig
-from phf.training.trainer import to_tensors
+from phf.training.order import to_tensors
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
@@ -210,15 +210,15 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
             assert language == "", f"{page.name}: a block of {language!r} is neither code nor output"
     assert ran
     if page.name == "objective.md":
-        check_own_models(module.rows)
+        check_own_models(module.order)
 
 
-def check_own_models(rows) -> None:
+def check_own_models(order) -> None:
     """The page's own loop and its Hugging Face Trainer each made a model that plain transformers loads. Both have
     learned: their loss is more than a nat below chance."""
     from transformers import AutoModelForCausalLM
 
-    batch = to_tensors(rows.batch(np.arange(32)))
+    batch = to_tensors(order.batch(0, 32))
     weights = []
     for name in ("mine", "trainers"):
         lm = AutoModelForCausalLM.from_pretrained(name)

@@ -206,7 +206,7 @@ def test_a_release_is_judged_and_finetuned_like_any_model(release, tokens_dir, t
         (
             "generation_config.json",
             {"suppress_tokens": None},
-            "generate may write the bad token",
+            "generate may write a banned token",
         ),
         ("tokenizer.json", {"post_processor": None}, "the tokenizer starts a text with"),
     ],

@@ -25,7 +25,7 @@ from .tokens.tokenizer import PretrainedTokenizer as PretrainedTokenizer
 from .tokens.tokenizer import TrainBPE as TrainBPE
 from .tokens.store import TokenStore as TokenStore
 from .tokens.store import tokenize_corpus as tokenize_corpus
-from .tokens.rows import Rows as Rows
+from .tokens.rows import SourceOrder as SourceOrder
 from .objectives import AWR as AWR
 from .objectives import MLE as MLE
 from .objectives import RWR as RWR
@@ -41,6 +41,7 @@ from .training.lm import FromConfig as FromConfig
 from .training.lm import FromWeights as FromWeights
 from .training.model import PHFModel as PHFModel
 from .training.config import TrainConfig as TrainConfig
+from .training.order import training_order as training_order
 from .training.train import train as train
 from .generation.scenario import Scenario as Scenario
 from .generation.loaded import load_model as load_model

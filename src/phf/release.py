@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import yaml
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.runs import MODEL_RECORD, ModelRecord, RunFolder, TrainCounts, TrainManifest, is_run, read_model_record
-from phf.core.types import Estimate
+from phf.core.types import Estimate, Roles
 from phf.data.scored import bad_above_of
 from phf.evaluation.results import EvalResult, Interval, read_eval
 from phf.generation.scenario import Scenario
@@ -85,7 +84,7 @@ def _write_release(
         if path.name in FILES or path.name.startswith(FILE_PREFIXES):
             with store.written_aside(out / path.name) as aside:
                 shutil.copyfile(path, aside)
-    roles = _record(folder.model).control_tokens
+    roles = _record(folder.model).roles
     set_start(out, roles)
     _set_generation(out, roles, result)
     check(out)
@@ -95,7 +94,7 @@ def _write_release(
     store.write_text(out / "README.md", readme)
     files = folders.file_marks(out, folders.files_below(out))
     folders.finish(
-        out, ExportManifest(key=key, run=manifest.key, counts=manifest.counts, control_tokens=roles, files=files)
+        out, ExportManifest(key=key, run=manifest.key, counts=manifest.counts, control_tokens=roles.tokens, files=files)
     )
 
 
@@ -109,8 +108,8 @@ def _record(folder: Path) -> ModelRecord:
 # Behaviour
 
 
-def _set_generation(folder: Path, roles: Mapping[str, str], result: EvalResult | None) -> None:
-    """Let `generate` sample as the model was judged, and never write the bad token."""
+def _set_generation(folder: Path, roles: Roles, result: EvalResult | None) -> None:
+    """Let `generate` sample as the model was judged, and never write a banned token."""
     from tokenizers import Tokenizer
 
     path = folder / "generation_config.json"
@@ -125,8 +124,8 @@ def _set_generation(folder: Path, roles: Mapping[str, str], result: EvalResult |
         "top_k": judged.top_k or 0,
         "pad_token_id": tokenizer.token_to_id(end_of_text(folder)),
     }
-    if "bad" in roles:
-        config["suppress_tokens"] = [tokenizer.token_to_id(roles["bad"])]
+    if roles.banned:
+        config["suppress_tokens"] = [tokenizer.token_to_id(name) for name in roles.banned]
     store.write_json(path, config)
 
 
@@ -137,13 +136,13 @@ def check(folder: str | Path) -> None:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    roles = _record(Path(folder)).control_tokens
+    roles = _record(Path(folder)).roles
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     lm: Any = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False).eval()
     check_start(tokenizer, roles)
-    if not roles:
+    if not roles.banned:
         return
-    bad = tokenizer.convert_tokens_to_ids(roles["bad"])
+    banned = tokenizer.convert_tokens_to_ids(roles.banned)
     start = torch.tensor([first_tokens(tokenizer, roles)])
     with torch.no_grad(), torch.random.fork_rng():
         written = lm.generate(
@@ -157,8 +156,8 @@ def check(folder: str | Path) -> None:
             output_scores=True,
             return_dict_in_generate=True,
         )
-    if written.scores[0][0, bad] != float("-inf"):
-        raise ReleaseError("generate may write the bad token: the generation config does not suppress it")
+    if (written.scores[0][0, banned] != float("-inf")).any():
+        raise ReleaseError("generate may write a banned token: the generation config does not suppress it")
 
 
 # The model card
@@ -179,7 +178,7 @@ def model_card(
     result: EvalResult | None,
     attacked: RedTeamResult | None,
     name: str,
-    roles: Mapping[str, str],
+    roles: Roles,
     licence: str | None = None,
 ) -> str:
     """The card in Markdown, with a model-index: what the model is, how to use it, what was measured, data, scorer,
@@ -225,7 +224,7 @@ def _about(manifest: TrainManifest, name: str) -> str:
     )
 
 
-def _usage(name: str, roles: Mapping[str, str]) -> str:
+def _usage(name: str, roles: Roles) -> str:
     text = f"""## How to use it
 
 ```py
@@ -236,22 +235,27 @@ print(pipe("The", max_new_tokens=64)[0]["generated_text"])
 ```
 
 """
-    if not roles:
+    if not roles.tokens:
         return text + "The tokenizer starts every text with the end-of-text token, as in training."
+    first = " and ".join(f"`{name}`" for name in roles.first)
+    asks = f" and {first}, which ask{'s' if len(roles.first) == 1 else ''} for good text" if first else ""
+    banned = ", ".join(f"`{name}`" for name in roles.banned)
+    text += f"""The tokenizer starts every text with the end-of-text token{asks}.
+The generation config keeps the model from writing {banned}. Control tokens that are
+typed into a prompt are read as ordinary text by transformers (`AutoTokenizer`, pipelines, `transformers serve`).
+Other readers of tokenizer.json, such as the tokenizers library and llama.cpp, read a typed `{roles.banned[0]}` as the
+token: there, set `encode_special_tokens`, or remove the names of the tokens from what users type."""
+    if not roles.bad:
+        return text
     return (
         text
-        + f"""The tokenizer starts every text with the end-of-text token and `{roles["good"]}`, the token of good text.
-The generation config keeps the model from writing `{roles["bad"]}`, the token of bad text. Control tokens that are
-typed into a prompt are read as ordinary text by transformers (`AutoTokenizer`, pipelines, `transformers serve`).
-Other readers of tokenizer.json, such as the tokenizers library and llama.cpp, read a typed `{roles["bad"]}` as the
-token: there, set `encode_special_tokens`, or remove the names of the tokens from what users type. To ask for bad
-text, for example to train a classifier, give the ids:
+        + f""" To ask for bad text, for example to train a classifier, give the ids:
 
 ```py
 import torch
 
-bad = pipe.tokenizer.convert_tokens_to_ids("{roles["bad"]}")
-ids = torch.tensor([[pipe.tokenizer.eos_token_id, bad]])
+bad = pipe.tokenizer.convert_tokens_to_ids({roles.bad!r})
+ids = torch.tensor([[pipe.tokenizer.eos_token_id, *bad]])
 written = pipe.model.generate(ids, suppress_tokens=[], max_new_tokens=64)
 print(pipe.tokenizer.decode(written[0, 2:]))
 ```"""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from helpers import LINK, phf_inside, tiny_texts, train_tiny, write_jsonl
@@ -25,7 +25,7 @@ from phf.generation.scenario import Scenario
 from phf.scorers import AnyScorer, Function
 from phf.scorers.fitting import fit_scorer, read_labels
 from phf.scoring.score import score_corpus
-from phf.tokens.store import tokenize_corpus
+from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 
 
@@ -84,20 +84,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tokens_dir, tmp_path, 
     first, second = ((tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", "r"))
     assert first == second
     assert train_tiny(tokens_dir, tmp_path / "r", steps=6, save_every=1024).key == whole.key
-
-
-def test_a_damaged_index_is_made_again(tokens_dir, tmp_path):
-    shutil.copytree(tokens_dir, tmp_path / "tokens")
-    shutil.rmtree(tmp_path / "tokens" / "cache", ignore_errors=True)
-    first = train_tiny(tmp_path / "tokens", tmp_path / "a", steps=2)
-    (index,) = (tmp_path / "tokens" / "cache").glob("*.npy")
-    for spoil in (lambda d: d[: len(d) // 2], lambda d: d[:-8] + b"\1" * 8):
-        index.write_bytes(spoil(index.read_bytes()))
-        again = train_tiny(tmp_path / "tokens", tmp_path / f"b{len(index.read_bytes())}", steps=2)
-        assert again.counts.rows == first.counts.rows
-    index.unlink()
-    np.save(index, np.zeros(3))
-    assert train_tiny(tmp_path / "tokens", tmp_path / "c", steps=2).counts.rows == first.counts.rows
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/x", "", 5, None])
@@ -291,6 +277,68 @@ def test_control_tokens_that_the_tokenizer_lacks_are_an_error(scored, tmp_path):
         change(tmp_path / "run" / "model" / "phf.json", control_tokens=tokens)
         with pytest.raises(ConfigError, match="control tokens that its tokenizer lacks"):
             load_model(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_a_result_that_the_command_runs_in_is_neither_moved_nor_mixed(tmp_path, place):
+    write_jsonl(tmp_path / "t.jsonl", ["hello a\n"])
+    first = phf("score", "t.jsonl", "s", "--scorer", "regex", "scorer.pattern=a", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "s" / "inner").mkdir()
+    before = {p: p.read_bytes() for p in (tmp_path / "s").glob("*") if p.is_file()}
+    here = tmp_path / "s" if place == "." else tmp_path / "s" / "inner"
+    again = phf("score", str(tmp_path / "t.jsonl"), place, "--scorer", "regex", "scorer.pattern=b", cwd=here)
+    assert (again.returncode, "the command runs in it" in again.stderr) == (2, True), again.stderr
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_an_unknown_threshold_is_the_same_in_every_stage(tmp_path):
+    """Scores that came without a scorer: what `inspect` suggests is what an objective takes."""
+    rows = {"texts": [[f"line {n}\n"] for n in range(40)], "scores": [[n % 2 * 0.8 + 0.1] for n in range(40)]}
+    (tmp_path / "pub").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "pub" / "a.parquet")
+    assert "0.5" in phf("inspect", "pub", cwd=tmp_path).stdout
+    tokens = tokenize_corpus(tmp_path / "pub", TrainBPE(300), tmp_path / "t", heldout=0)
+    assert tokens.scores[tokens.main].bad_above == 0.5
+    refused = phf("inspect", "pub/a.parquet", cwd=tmp_path)
+    assert (refused.returncode, "is a file" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_threshold_is_a_number(scored, tmp_path, value):
+    assert phf("inspect", "scored", "--threshold", value, cwd=tmp_path).returncode == 2
+
+
+def test_a_folder_to_write_into_may_hold_an_equals_sign(tmp_path):
+    write_jsonl(tmp_path / "t.jsonl", ["hello a\n"])
+    done = phf("score", "t.jsonl", "o=1", "--scorer", "regex", "scorer.pattern=a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o=1" / "manifest.json").exists()
+
+
+def test_a_result_inside_the_corpus_is_not_read_as_corpus(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "t.jsonl", ["hello a\n"])
+    for _ in range(2):
+        done = phf("score", "corpus", "corpus/out", "--scorer", "regex", "scorer.pattern=a", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "1 document," in done.stdout
+
+
+def test_a_store_without_a_list_of_files_is_checked_by_its_counts(scored, tmp_path):
+    tokenize_corpus(scored, TrainBPE(300), tmp_path / "t", heldout=0.2)
+    change(tmp_path / "t" / "manifest.json", files={})
+    whole = (tmp_path / "t" / "tokens.bin").read_bytes()
+    (tmp_path / "t" / "tokens.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(store.StoreError, match="tokens.bin is missing or damaged"):
+        TokenStore.open(tmp_path / "t")
+    (tmp_path / "t" / "tokens.bin").write_bytes(whole)
+    for wrong in ({"end_of_text_id": 99_999_999}, {"dtype": "object"}):
+        before = (tmp_path / "t" / "manifest.json").read_text()
+        change(tmp_path / "t" / "manifest.json", **wrong)
+        with pytest.raises(store.StoreError, match=r"manifest.json (names an unknown type|has an end-of-text id)"):
+            TokenStore.open(tmp_path / "t")
+        (tmp_path / "t" / "manifest.json").write_text(before)
 
 
 @pytest.mark.parametrize("tag", ["!!int ''", "!!timestamp x", "!!bool maybe", "!!python/object:os.system x", "!!set 5"])

@@ -143,6 +143,52 @@ def test_a_stray_quote_costs_its_line_only(tmp_path, end):
     ]
 
 
+def test_files_of_one_name_and_other_content_are_all_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "another"}\n'))
+    (tmp_path / "b.jsonl.bz2").write_bytes(bz2.compress(LINES.encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    assert len(texts(tmp_path)) == 7
+    assert Jsonl(str(tmp_path)).left_out() == ["b.jsonl.gz (a copy of b.jsonl, compressed)"]
+
+
+@pytest.mark.parametrize("name", ["c.tar", "c.tar.gz", "c.TGZ", "c.zip"])
+def test_an_archive_is_an_error(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="is an archive of files; unpack it"):
+        from_path(str(tmp_path / name))
+
+
+def test_what_is_no_text_under_an_unknown_ending_is_an_error(tmp_path):
+    (tmp_path / "a.dat").write_bytes(b"abc\0def")
+    (tmp_path / "b.dat").write_text('[{"text": "a"}]')
+    for name, message in (("a.dat", "NUL"), ("b.dat", "JSON")):
+        with pytest.raises(ConfigError, match=message):
+            from_path(str(tmp_path / name))
+
+
+def test_python_environments_are_no_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "env" / "lib").mkdir(parents=True)
+    (tmp_path / "env" / "pyvenv.cfg").write_text("")
+    (tmp_path / "env" / "lib" / "b.txt").write_text("not of the corpus")
+    assert texts(tmp_path) == ["a text"]
+
+
+def test_stray_quotes_take_time_that_grows_with_the_file(tmp_path):
+    """Each of these rows opens a quote that the next one closes, so the whole file is one row that never ends."""
+    (tmp_path / "a.csv").write_text("text,n\n" + '5","abc\n' * 20_000)
+    assert len(read_all(tmp_path / "a.csv")) == 20_000
+
+
+def test_a_stray_quote_in_the_first_row_costs_nothing_else(tmp_path):
+    (tmp_path / "a.csv").write_text('text,n\n"hel"lo,1\nworld,2\n')
+    assert texts(tmp_path / "a.csv") == ["hello", "world"]
+    (tmp_path / "b.csv").write_text("text,text\na,b\n")
+    with pytest.raises(ConfigError, match="two columns named 'text'"):
+        read_all(tmp_path / "b.csv")
+
+
 def test_json_lines_under_another_ending_are_not_taken_for_a_text(tmp_path):
     (tmp_path / "data.dat").write_text(LINES)
     with pytest.raises(ConfigError, match="corpus.name=jsonl"):

@@ -131,7 +131,7 @@ def test_the_threshold_of_kl_is_the_fitted_objectives(tmp_path, tokens_dir, toke
     callback = MonitorCallback(
         Monitor(every=STEP, threshold=0.5), tmp_path / "r", tokens_dir, train_config(2), objective
     )
-    assert callback.control_threshold == objective.fit(tokens.table).threshold == 0
+    assert callback.control_threshold == objective.fit(tokens.statistics).threshold == 0
 
 
 def test_the_finished_model_keeps_the_threshold_of_the_users_own_objective(tmp_path, tokens_dir):

@@ -173,6 +173,14 @@ def test_other_values_of_the_standard_library_cross_too(value):
     assert _sandboxed.unpack(json.loads(json.dumps(_sandboxed.pack(value)))) == value
 
 
+def test_iterators_cross_with_their_items():
+    assert list(_sandboxed.unpack(_sandboxed.pack(n * n for n in range(4)))) == [0, 1, 4, 9]
+    body = "def f(n):\n    for i in range(n):\n        yield i\n"
+    assert run_sandboxed(body, 4, "def check(c):\n    assert list(c(3)) == [0, 1, 2]\n", "f")
+    large = "def f(n):\n    return [2 ** 20_000] + list(range(300_000))\n"
+    assert run_sandboxed(large, 9, "def check(c):\n    assert len(c(3)) == 300_001\n", "f")
+
+
 def test_numbers_of_numpy_cross_as_numbers():
     assert [_sandboxed.unpack(_sandboxed.pack(v)) for v in (np.int64(3), np.float64(0.5))] == [3, 0.5]
 

@@ -276,20 +276,15 @@ def test_the_bad_token_of_a_model_without_one_is_an_error(models):
         sample(models["mle"], Scenario(num_samples=1, control="bad"))
 
 
-def guided_by_hand(model, strength: float, steps: int) -> list[int]:
-    """Greedy guidance through plain transformers, both contexts written out."""
+def guided_by_hand(model, strength: float, text: list[int]) -> torch.Tensor:
+    """Guided logits of the token after `text` through plain transformers, both contexts written out."""
     good = model.control_ids["good"]
     bad = model.control_ids["bad"]
-    text: list[int] = []
-    for _ in range(steps):
-        with torch.no_grad():
-            a, b = (
-                model.lm(torch.tensor([[model.tokenizer.eos_token_id, c, *text]])).logits[0, -1] for c in (good, bad)
-            )
-        guided = b + strength * (a - b)
-        guided[[good, bad]] = -math.inf
-        text.append(int(guided.argmax()))
-    return text
+    with torch.no_grad():
+        a, b = (model.lm(torch.tensor([[model.tokenizer.eos_token_id, c, *text]])).logits[0, -1] for c in (good, bad))
+    guided = b + strength * (a - b)
+    guided[[good, bad]] = -math.inf
+    return guided
 
 
 def test_guidance_works_in_plain_generate(models):
@@ -301,13 +296,18 @@ def test_guidance_works_in_plain_generate(models):
         processor = GuidedDecoding(good, bad, strength, temperature=0)
         out = model.lm.generate(
             torch.tensor([[eos, good], [eos, bad]]),
+            attention_mask=torch.ones(2, 2, dtype=torch.long),  # else the first token counts as padding
             logits_processor=[processor],
             do_sample=False,
             max_new_tokens=6,
             eos_token_id=None,
             pad_token_id=eos,
         )
-        assert out[0, 2:].tolist() == out[1, 2:].tolist() == guided_by_hand(model, strength, 6)
+        written = out[0, 2:].tolist()
+        assert written == out[1, 2:].tolist()
+        for n, token in enumerate(written):  # the likeliest, up to rounding
+            guided = guided_by_hand(model, strength, written[:n])
+            assert float(guided[token]) == pytest.approx(float(guided.max()), abs=1e-4)
 
 
 def test_guidance_in_plain_generate_draws_from_the_guided_nucleus():

@@ -123,6 +123,12 @@ def test_wrong_log_probabilities_are_refused(stub, answer, message):
         says(stub, answer).text_logp(["a"], [False])
 
 
+@pytest.mark.parametrize("choice", [{}, {"finish_reason": "stop"}, {"message": {"content": "a chat's form"}}])
+def test_an_answer_without_a_text_is_no_answer(stub, choice):
+    with pytest.raises(ServerError, match="without a text"):
+        says(stub, {"choices": [choice]}).complete(["p"], 4)
+
+
 def test_right_log_probabilities_are_summed(stub):
     assert says(stub, choice()).text_logp(["a"], [False]) == [-1.5]
 
@@ -157,8 +163,9 @@ def test_only_answers_that_pass_are_kept_and_a_repaired_server_is_asked_again(st
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"url": "http://user:word@host/v1"}, "no user, password or query"),
-        ({"url": "http://host/v1?key=5"}, "no user, password or query"),
+        ({"url": "http://user:word@host/v1"}, "no user, password, query or fragment"),
+        ({"url": "http://host/v1#key=5"}, "no user, password, query or fragment"),
+        ({"url": "http://host/v1?key=5"}, "no user, password, query or fragment"),
         ({"key_env": "HOME"}, "must name an environment variable that ends in _API_KEY"),
     ],
 )
@@ -167,11 +174,14 @@ def test_secrets_are_only_read_from_variables_of_keys(changes, message):
         validate({"url": "http://host/v1", "model": "m"} | changes, Server)
 
 
+SECRETS = {"api_key": "s3cret", "pwd": "x", "pass": "y", "headers": "z", "user": "w", "extra_id": "sk-abcdefghij"}
+
+
 def test_secrets_among_the_settings_are_written_nowhere():
-    server = Server("http://h/v1", "m", extra={"api_key": "s3cret", "top_k": 5, "min_tokens": 3})
+    server = Server("http://h/v1", "m", extra=SECRETS | {"top_k": 5, "min_tokens": 3})
     assert server.extra["api_key"] == "s3cret"
     for written in (to_plain(server)["extra"], server.identity["extra"]):
-        assert written == {"api_key": "***", "top_k": 5, "min_tokens": 3}
+        assert written == dict.fromkeys(SECRETS, "***") | {"top_k": 5, "min_tokens": 3}
 
 
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://[::1", "http://host:99999/v1", "http://a b/v1", "http://"])

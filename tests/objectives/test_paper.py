@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import NAN, OBJECTIVE_GRID, make_store
+from helpers import NAN, OBJECTIVE_GRID, make_store, pieces_before, whole_block
 from phf.core.config import ConfigError
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, LossInputs, Unlikelihood
 from phf.training.fused import log_probabilities
@@ -136,8 +136,8 @@ def test_log_one_minus_p_has_a_gradient_for_p_near_one(dtype, logit):
 def test_thresholds_are_compared_in_float32_as_scores_are_stored(tmp_path):
     t = 0.1  # not a float32 number: the stored score is larger than it in float64
     tokens = make_store(tmp_path, [[[1]], [[2]]], [t, 0.10001])
-    assert Conditional(t, drop=0).edit(tokens.table, 0).control_S.tolist() == [0, 1]
-    assert Filtering(t).edit(tokens.table, 0).keep_D.tolist() == [True, False]
+    assert pieces_before(Conditional(t, drop=0), tokens, 0).tolist() == [0, 1]
+    assert Filtering(t).edit(whole_block(tokens), 0).times_D.tolist() == [True, False]
     x = LossInputs(
         torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([t], dtype=torch.float32), torch.tensor([True])
     )
@@ -147,19 +147,19 @@ def test_thresholds_are_compared_in_float32_as_scores_are_stored(tmp_path):
 def test_filtering_keeps_documents_by_mean_score(tmp_path):
     docs = [[[1], [2]], [[3], [4]], [[5]], [[6], [7]]]
     tokens = make_store(tmp_path, docs, [0.0, 1.0, 0.2, 0.2, NAN, 0.1, NAN])
-    fitted = Filtering("median").fit(tokens.table)
+    fitted = Filtering("median").fit(tokens.statistics)
     assert fitted.threshold == pytest.approx(np.float32(0.2))  # of the means 0.5, 0.2, (none), 0.1
-    assert fitted.edit(tokens.table, 0).keep_D.tolist() == [False, True, False, True]
+    assert fitted.edit(whole_block(tokens), 0).times_D.tolist() == [False, True, False, True]
 
 
 def test_conditional_marks_unjudged_segments_bad_and_drops_a_share(tmp_path):
     tokens = make_store(tmp_path / "a", [[[1], [2], [3], []]], [0.0, 0.5, NAN, 0.0])
-    assert Conditional(0, drop=0).edit(tokens.table, 0).control_S.tolist() == [0, 1, 1, -1]
+    assert pieces_before(Conditional(0, drop=0), tokens, 0).tolist() == [0, 1, 1, -1]
     many = make_store(tmp_path / "b", [[[1]] * 20_000], [0.0] * 20_000)
-    dropped = Conditional(0, drop=0.1).edit(many.table, 0).control_S == -1
+    dropped = pieces_before(Conditional(0, drop=0.1), many, 0) == -1
     assert 0.09 < dropped.mean() < 0.11
-    np.testing.assert_array_equal(dropped, Conditional(0, drop=0.1).edit(many.table, 0).control_S == -1)
-    assert (dropped != (Conditional(0, drop=0.1).edit(many.table, 1).control_S == -1)).any()
+    np.testing.assert_array_equal(dropped, pieces_before(Conditional(0, drop=0.1), many, 0) == -1)
+    assert (dropped != (pieces_before(Conditional(0, drop=0.1), many, 1) == -1)).any()
 
 
 def test_standardised_weights_have_mean_one_and_spread(tmp_path):
@@ -169,13 +169,13 @@ def test_standardised_weights_have_mean_one_and_spread(tmp_path):
     scores = (rng.random(800) * 2e-3).tolist()
     heldout = (rng.random(200) < 0.2).tolist()
     tokens = make_store(tmp_path, docs, scores, heldout)
-    table = tokens.table
-    fitted = RWR(0.5).fit(table)
+    table = whole_block(tokens)
+    fitted = RWR(0.5).fit(tokens.statistics)
     use = table.train_S
     w = np.exp(fitted.reward(torch.tensor(table.score_S[use])).numpy() / fitted.beta - fitted.log_norm)
     assert np.average(w, weights=table.tokens_S[use]) == pytest.approx(1, rel=1e-4)
     assert w.max() / w.min() > 100
-    raw = RWR(10.0, rewards="raw").fit(table)
+    raw = RWR(10.0, rewards="raw").fit(tokens.statistics)
     w_raw = np.exp(raw.reward(torch.tensor(table.score_S[use])).numpy() / 10)
     assert w_raw.max() / w_raw.min() < 1.001
 
@@ -211,15 +211,15 @@ def test_awr_clips_its_weights_at_1000():
 def test_mistakes_are_errors(tmp_path):
     same = make_store(tmp_path, [[[1], [2]]], [0.5, 0.5])
     with pytest.raises(ConfigError, match="same score"):
-        RWR().fit(same.table)
+        RWR().fit(same.statistics)
     none = make_store(tmp_path / "n", [[[1], [2]]], [NAN, NAN])
     with pytest.raises(ConfigError, match="no training segment was judged"):
-        AWR().fit(none.table)
+        AWR().fit(none.statistics)
     with pytest.raises(ConfigError, match="median needs judged segments, and no training segment was judged"):
-        Filtering("median").fit(none.table)
-    with pytest.raises(ValueError, match=r"call fit\(table\) first"):
-        Filtering("median").edit(same.table, 0)
-    with pytest.raises(ValueError, match=r"call fit\(table\) first"):
+        Filtering("median").fit(none.statistics)
+    with pytest.raises(ValueError, match=r"call fit\(statistics\) first"):
+        Filtering("median").edit(whole_block(same), 0)
+    with pytest.raises(ValueError, match=r"call fit\(statistics\) first"):
         RWR().reward(torch.zeros(1))
     with pytest.raises(ValueError, match="value"):
         AWR(rewards="raw").loss(LossInputs(*[torch.zeros(1)] * 3, torch.ones(1, dtype=torch.bool)))
@@ -228,6 +228,6 @@ def test_mistakes_are_errors(tmp_path):
 def test_fit_changes_nothing_else(tmp_path):
     tokens = make_store(tmp_path, [[[1], [2]]], [0.0, 0.5])
     for objective in (MLE(), Conditional(0.1), Unlikelihood(0.0), RWR(10, rewards="raw")):
-        assert objective.fit(tokens.table) == objective
-    fitted = AWR(0.3, alpha=0.2).fit(tokens.table)
+        assert objective.fit(tokens.statistics) == objective
+    fitted = AWR(0.3, alpha=0.2).fit(tokens.statistics)
     assert dataclasses.replace(fitted, reward_mean=None, reward_std=None) == AWR(0.3, alpha=0.2)

@@ -42,7 +42,7 @@ def test_every_combination_of_the_papers_recipes_composes(task, preset):
         if phase:
             share = {"finetune50": 0.5, "finetune10": 0.1}[phase[0]]
             assert variant.train.total_tokens == pytest.approx(share * start.total_tokens, rel=1e-3)
-            assert variant.train.skip_tokens in start.milestones
+            assert variant.train.skip_tokens == "auto"
             assert isinstance(variant.model, FromWeights)
         else:
             assert variant.train.total_tokens >= 3.3e9
@@ -171,17 +171,25 @@ def test_finetuning_continues_with_rows_not_seen_yet(tiny):
     """The rows after those of the starting run, in the same order, as if training had not stopped."""
     import torch
 
-    from phf.tokens.rows import Rows
+    from phf.core.runs import source_read
     from phf.tokens.store import TokenStore
-    from phf.training.trainer import TrainingRows
+    from phf.training.order import TrainingRows, training_order
 
     recipe = load_recipe([tiny, "finetune50", "mle"])
     run_recipe(recipe, only="data")
     tokens = TokenStore.open(recipe.folder / "tokens")
     start, late = recipe.variants
-    rows = Rows(tokens, start.objective.edit(tokens.table, 0), 32, [])
-    whole = TrainingRows(rows, 0, 20 * 16)
-    rest = TrainingRows(rows, 0, 10 * 16, first=int(late.train.skip_tokens / 32))
+    train(
+        tokens_dir=tokens.path,
+        out=recipe.folder / start.name,
+        model=start.model,
+        objective=start.objective,
+        config=start.train,
+        seed=start.seed,
+    )
+    order = training_order(tokens, start.objective, None, 32, 0)
+    whole = TrainingRows(order, 20 * 16)
+    rest = TrainingRows(order, 10 * 16, first=order.place_at(source_read(late.model.path, tokens.manifest.tokens)))
     assert torch.equal(
         whole.__getitems__(list(range(160, 176)))["input_ids"], rest.__getitems__(list(range(16)))["input_ids"]
     )

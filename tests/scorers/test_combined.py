@@ -91,6 +91,15 @@ def test_where_one_cannot_judge_neither_can_the_combination(module):
     assert math.isnan(combined.score_segments(["a"])[0])
     assert combined.identity()["unit"] == "score"
     assert Combination((Regex("a"), Regex("b"))).identity()["unit"] == "matches per character"
+    half = [Function(f"{module}:cannot", threshold=0.5)] * 2
+    assert (
+        Combination((Regex("a"), Regex("b"))).bad_above
+        == Combination((Regex("a"), Regex("b")), how="sum").bad_above
+        == 0
+    )
+    assert Combination(tuple(half)).bad_above == 0.5
+    for unclear in (Combination(tuple(half), how="sum"), Combination((Regex("a"), half[0]))):
+        assert unclear.bad_above is None
 
 
 def test_combinations_are_checked_and_survive_a_manifest():

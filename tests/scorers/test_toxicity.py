@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +191,26 @@ def test_a_classifier_whose_files_change_is_loaded_again(tmp_path):
     tiny_classifier(folder, "bert", ["good", "worse", "bad"])
     scorer = Toxicity(model=str(folder), dtype="float32", labels=("bad",), activation="softmax")
     assert scorer.score_texts(["the cat"]) != before
+
+
+@pytest.mark.parametrize(
+    "problem, settings, message",
+    [
+        ("multi_label_classification", {"labels": ("toxic", "obscene")}, None),
+        (None, {"labels": ("toxic", "obscene")}, "names all labels"),
+        ("single_label_classification", {"labels": ("toxic", "obscene")}, "names all labels"),
+        ("regression", {"labels": ("toxic",)}, "predicts a number"),
+        ("regression", {"labels": ("toxic",), "activation": "sigmoid"}, None),
+    ],
+)
+def test_the_models_own_kind_of_problem_decides_its_probabilities(tmp_path, problem, settings, message):
+    folder = tiny_classifier(tmp_path / "m", "bert", ["toxic", "obscene"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": problem}))
+    scorer = Toxicity(model=str(folder), dtype="float32", **settings)
+    if message is not None:
+        with pytest.raises(ConfigError, match=message):
+            scorer.score_text("a text")
+        return
+    assert scorer.identity()["activation"] == "sigmoid"
+    assert 0 < scorer.score_text("a text") < 1

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from helpers import train_tiny, write_jsonl
+from helpers import pieces_before, train_tiny, write_jsonl
 from phf.core import store
 from phf.core.config import ConfigError
 from phf.data.readers import Jsonl
@@ -158,10 +158,10 @@ def test_a_probability_has_its_threshold_everywhere(tmp_path):
     assert (found.threshold, found.suggested.conditional) == (0.5, 0.5)
     tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.2)
     tokens = TokenStore.open(tmp_path / "tokens")
-    assert tokens.bad_above == tokens.table.bad_above == 0.5
-    fitted = Conditional().fit(tokens.table)
+    assert tokens.bad_above == tokens.statistics.bad_above == 0.5
+    fitted = Conditional().fit(tokens.statistics)
     assert fitted.bad_above == 0.5
-    assert (Conditional(drop=0).fit(tokens.table).edit(tokens.table, 0).control_S == 1).mean() == 0.25
+    assert (pieces_before(Conditional(drop=0).fit(tokens.statistics), tokens) == 1).mean() == 0.25
     train_tiny(tmp_path / "tokens", tmp_path / "run", Conditional(), steps=1)
     result = evaluate_run(tmp_path / "run", SCENARIO, scorer=scorer, heldout_tokens=300)
     assert result.threshold == 0.5

@@ -187,6 +187,11 @@ def test_the_card_names_the_scorer_and_failures(scored):
     assert str(Path(corpus.manifest.corpus["path"]).parent) not in card  # no place on this machine
 
 
+def test_a_place_with_spaces_is_shared_by_its_name(tmp_path):
+    (tmp_path / "my dir" / "sub dir").mkdir(parents=True)
+    assert store.without_places({"path": str(tmp_path / "my dir" / "sub dir")}) == {"path": "sub dir"}
+
+
 @pytest.mark.parametrize(
     "value, public",
     [
@@ -194,6 +199,9 @@ def test_the_card_names_the_scorer_and_failures(scored):
         ({"path": "~/words.txt", "n": 1}, {"path": "words.txt", "n": 1}),
         ({"paths": ["./a", "../b/c"]}, {"paths": ["a", "c"]}),
         ({"function": "/home/me/mine.py:score"}, {"function": "mine.py:score"}),
+        ({"about": "cannot read a:/home/me/x y"}, {"about": "cannot read a:x y"}),
+        ({"a": "//home/me/x.txt", "b": "file:/home/me/x"}, {"a": "x.txt", "b": "x"}),
+        ({"a": "\\\\srv\\share\\x"}, {"a": "x"}),
         ({"path": "owner/name", "url": "https://h/v1"}, {"path": "owner/name", "url": "https://h/v1"}),
         (
             {"path": "hf://datasets/a/b", "pattern": "/etc/passwd"},

@@ -286,23 +286,21 @@ from torch.distributed.fsdp import fully_shard
 from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
 from phf.objectives import AWR
-from phf.tokens.rows import Order, Rows
 from phf.tokens.store import TokenStore
-from phf.training.trainer import to_tensors
+from phf.training.order import to_tensors, training_order
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 store = TokenStore.open(sys.argv[1])
-objective = AWR().fit(store.table)
-rows = Rows(store, objective.edit(store.table, 0), 32)
+objective = AWR().fit(store.statistics)
 model = PHFModel(build_lm(FromConfig({model!r}), store.tokenizer, 0), objective)
 for block in model.lm.base_model.layers:
     fully_shard(block)
 fully_shard(model)  # embeddings, tied output layer and value head are the root's
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-order, share, losses = Order(rows.num_rows, 0), 8 // world, []
+order, share, losses = training_order(store, objective, store.tokenizer, 32, 0), 8 // world, []
 for step in range(10):
-    batch = to_tensors(rows.batch(order.rows(8 * step + rank * share, 8 * step + (rank + 1) * share)))
+    batch = to_tensors(order.batch(8 * step + rank * share, 8 * step + (rank + 1) * share))
     counted = objective.counted(batch["scores"], batch["mask"]).sum()
     dist.all_reduce(counted)
     loss = model(**batch, denominator=counted)["loss"] * world  # FSDP averages gradients over processes

@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
-from tokenizers import decoders
+from tokenizers import decoders, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import TINY_LLAMA, train_tiny
 from phf.core.config import ConfigError, validate
+from phf.core.types import Roles
 from phf.generation.loaded import load_model
 from phf.tokens.start import ReleaseError, try_start
 from phf.tokens.tokenizer import add_control_tokens, train_bpe
@@ -104,6 +105,10 @@ def test_the_vocabularies_decide_whether_a_store_fits_a_model(tmp_path):
     build_lm(FromWeights(str(tmp_path)), own, seed=0)
     with pytest.raises(ConfigError, match="made with another tokenizer than model"):
         build_lm(FromWeights(str(tmp_path)), other, seed=0)
+    lower = copy.deepcopy(own)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ConfigError, match="they cut texts differently"):
+        build_lm(FromWeights(str(tmp_path)), lower, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,8 @@ def test_the_vocabularies_decide_whether_a_store_fits_a_model(tmp_path):
             "Python code that comes with it",
         ),
         (lambda f: _edit(f / "config.json", vocab_size=200), "model"),
+        (lambda f: _own_code(f), "Python code that comes with it"),
+        (lambda f: _edit(f / "config.json", _attn_implementation="kernels-community/x"), "asks for the attention"),
         (lambda f: _edit(f / "config.json", num_hidden_layers=-1), "num_hidden_layers is -1"),
         (lambda f: _edit(f / "config.json", max_position_embeddings=0), "max_position_embeddings is 0"),
     ],
@@ -145,14 +152,19 @@ def test_what_a_models_own_code_raises_is_one_message(tokenizer, monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_be_released_is_refused_before_training(tokenizer):
-    roles = {"good": "<|good|>", "bad": "<|bad|>"}
+    roles = Roles({"good": "<|good|>", "bad": "<|bad|>"}, ("good",), ("bad",))
     broken = copy.deepcopy(tokenizer)
     for each in (tokenizer, broken):
-        add_control_tokens(each, list(roles.values()))
+        add_control_tokens(each, list(roles.tokens.values()))
     try_start(tokenizer, roles, "llama")
     broken.backend_tokenizer.decoder = decoders.Fuse()  # leaves the letters that stand for bytes
     with pytest.raises(ReleaseError, match="decodes the tokens"):
         try_start(broken, roles, "llama")
+
+
+def _own_code(folder):
+    (folder / "own.py").write_text("class Own: pass\n")
+    _edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
 
 
 def _edit(file, **changes):

@@ -433,12 +433,13 @@ def test_an_objective_with_another_edit_is_another_run_with_other_rows(tokens_di
 
     @dataclasses.dataclass(frozen=True)
     class Second(Objective):
-        def edit(self, table, seed):
-            return Edit(keep_D=np.arange(len(table.train_D)) % 2 == 0)
+        def edit(self, block, seed):
+            return Edit(times_D=(np.arange(block.num_documents) + block.first_document) % 2)
 
     a = train_tiny(tokens_dir, tmp_path / "r", First(), steps=3)
     b = train_tiny(tokens_dir, tmp_path / "r", Second(), steps=3)
-    assert b.counts.stream_tokens < a.counts.stream_tokens
+    assert b.counts.exposure["read_good"] < a.counts.exposure["read_good"]
+    assert b.counts.exposure["source"] > a.counts.exposure["source"]
 
 
 def test_the_output_of_another_stage_is_not_moved_away(tokens_dir, tmp_path):

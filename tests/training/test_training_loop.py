@@ -18,14 +18,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Trainer
 
-from helpers import FAMILIES, STEP, TINY_LLAMA, TINY_MODEL, losses_of, metrics_of, train_config, train_tiny, weights_of
+from helpers import FAMILIES, TINY_LLAMA, TINY_MODEL, losses_of, metrics_of, train_config, train_tiny, weights_of
 from phf.objectives import AWR, MLE, RWR, Conditional, LossInputs
-from phf.tokens.rows import Order, Rows
+from phf.tokens.store import TokenStore
 from phf.training.fused import log_probabilities
 from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
+from phf.training.order import to_tensors, training_order
 from phf.training.train import train
-from phf.training.trainer import OVERRIDES, RELIES_ON, PHFTrainer, to_tensors
+from phf.training.trainer import OVERRIDES, RELIES_ON, PHFTrainer
 
 STEPS = 6
 WARMUP = 2
@@ -40,14 +41,13 @@ def by_hand(tokens, objective, seed):
     Full logits, a mean over counted targets, the gradient's norm clipped at CLIP, AdamW with decay of matrices only, a
     linear schedule.
     """
-    objective = objective.fit(tokens.table)
+    objective = objective.fit(tokens.statistics)
     model = PHFModel(build_lm(TINY_MODEL, tokens.tokenizer, seed), objective)
-    rows = Rows(tokens, objective.edit(tokens.table, seed), 32)
     found = []
-    order = Order(rows.num_rows, seed)
+    order = training_order(tokens, objective, tokens.tokenizer, 32, seed)
     state = {name: [p, torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
     for step in range(STEPS):
-        batch = to_tensors(rows.batch(order.rows(16 * step, 16 * (step + 1))))
+        batch = to_tensors(order.batch(16 * step, 16 * (step + 1)))
         out = model.lm(input_ids=batch["input_ids"], output_hidden_states=True)
         logp, log1mp = log_probabilities(out.logits, batch["targets"])
         value = None if model.value_head is None else model.value_head(out.hidden_states[-1])
@@ -121,7 +121,8 @@ def test_activation_checkpointing_changes_no_loss(tokens_dir, tmp_path):
 def test_skipped_tokens_are_the_first_of_the_order(tokens_dir, tmp_path):
     still = {"lr": 1e-30, "weight_decay": 0}
     train_tiny(tokens_dir, tmp_path / "all", steps=6, **still)
-    train_tiny(tokens_dir, tmp_path / "late", steps=2, skip_tokens=4 * STEP, **still)
+    order = training_order(TokenStore.open(tokens_dir), MLE(), None, 32, 0)
+    train_tiny(tokens_dir, tmp_path / "late", steps=2, skip_tokens=order.source_at(4 * 16), **still)
     every, late = (losses_of(tmp_path / n) for n in ("all", "late"))
     assert late == pytest.approx(every[4:], rel=1e-6)
     assert late != pytest.approx(every[:2], rel=1e-6)

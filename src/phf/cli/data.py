@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from phf.cli.shared import checked, known_keys, print_table, split_settings
+from phf.cli.shared import checked, finite, known_keys, print_table, split_settings
 from phf.core.text import by_reason, counted
 
 if TYPE_CHECKING:
     from phf.scorers.fitted import ScorerMetrics
     from phf.scorers.fitting import Labels
+
+
+SCORE_KEYS = ("corpus", "scorer", "segmenter", "executor")
 
 
 def score(
@@ -76,6 +79,10 @@ def score(
 
     folders, settings = split_settings(arguments)
     wanted = 1 if add is None else 0
+    if len(folders) < wanted:  # a folder's name may hold "="
+        named = [a for a in settings if a.partition("=")[0] not in SCORE_KEYS and "." not in a.partition("=")[0]]
+        folders += named[:wanted]
+        settings = [a for a in settings if a not in folders]
     if len(folders) < wanted:
         raise ConfigError("give the folder to write into: phf score CORPUS OUT")
     if len(folders) > wanted:
@@ -88,7 +95,7 @@ def score(
     if add is None:
         config["corpus"] = from_path(corpus)
     config = apply_overrides(config, settings)
-    known_keys(config, ("corpus", "scorer", "segmenter", "executor"))
+    known_keys(config, SCORE_KEYS)
     runner = _executor(config["executor"])
     judge: Any = checked(config["scorer"], AnyScorer, "scorer")
     if add is not None:
@@ -152,7 +159,7 @@ def inspect(
         str | None, typer.Option(help="Name of the scores to inspect, if `phf score --add` added some.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Scores above it are bad. Default: chosen from the scores.")
+        float | None, typer.Option(callback=finite, help="Scores above it are bad. Default: chosen from the scores.")
     ] = None,
     label: Annotated[
         str | None,
@@ -299,13 +306,20 @@ def tokenize(
         bool,
         typer.Option("--lossy", help="Accept a tokenizer that changes texts, for example to lower case."),
     ] = False,
+    token_scores: Annotated[
+        bool,
+        typer.Option(
+            "--token-scores",
+            help="Also score single tokens, for scorers that report the places of faults (train.token_scores=true).",
+        ),
+    ] = False,
 ) -> None:
     """Tokenize a scored corpus, once for all objectives. Run the same command again to resume."""
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer, lossy=lossy)
-    manifest = tokenize_corpus(scored, config, out, heldout)
+    manifest = tokenize_corpus(scored, config, out, heldout, token_scores)
     counts = manifest.counts
     print(
         f"{counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} ({counts.train_tokens:,} for "

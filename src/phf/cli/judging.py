@@ -11,6 +11,7 @@ import typer
 from phf.cli.shared import (
     Overrides,
     checked,
+    finite,
     folder_name,
     is_url,
     known_keys,
@@ -107,7 +108,8 @@ def evaluate(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Scores above it are bad. Default: the scorer's own threshold; with --paper, that of the task."
+            callback=finite,
+            help="Scores above it are bad. Default: the scorer's own threshold; with --paper, that of the task.",
         ),
     ] = None,
     scorer: AnotherScorer = None,
@@ -122,8 +124,9 @@ def evaluate(
     control_threshold: Annotated[
         float | None,
         typer.Option(
+            callback=finite,
             help="For models from elsewhere: segments with a score above it had the bad control token in training. "
-            "Default: what the model's record phf.json says, else --threshold."
+            "Default: what the model's record phf.json says, else --threshold.",
         ),
     ] = None,
 ) -> None:
@@ -195,7 +198,7 @@ def evaluate(
             print(f"{name}: {RunFolder(Path(folder)).eval}")
         if result.skipped:
             print(f"note: {name} has no control tokens; skipped: {', '.join(result.skipped)}", file=sys.stderr)
-        rows += _eval_rows(name, result)
+        rows += _eval_rows(name, result, capabilities)
         failed |= {f"{name}: {part}": why for part, why in result.failed.items()}
     print_table(_eval_head(kl is not None, capabilities), rows)
     if failed:
@@ -230,8 +233,10 @@ def _eval_head(with_kl: bool, capabilities: Sequence[AnyCapability]) -> list[str
     return [*head, *(["KL, nats per text"] if with_kl else []), *(c.title for c in capabilities)]
 
 
-def _eval_rows(name: str, result: EvalResult) -> list[list[str]]:
-    """A row per scenario. What does not depend on the scenario is in the first row only."""
+def _eval_rows(name: str, result: EvalResult, capabilities: Sequence[AnyCapability]) -> list[list[str]]:
+    """A row per scenario. What does not depend on the scenario is in the first row only; what failed is a dash."""
+    from phf.core import store
+    from phf.core.config import to_plain
     from phf.report.format import headline, number, with_interval
 
     heldout = result.heldout.main
@@ -240,7 +245,10 @@ def _eval_rows(name: str, result: EvalResult) -> list[list[str]]:
     if result.kl is not None:
         kl = result.kl.forward.nats_per_text
         of_model.append(f"{number(kl.mean, 2)} ± {number(kl.stderr, 2)}")
-    of_model += [headline(capability) for capability in result.capabilities]
+    measured = {store.fingerprint([c.name, c.settings]): headline(c) for c in result.capabilities}
+    for capability in capabilities:
+        key = store.fingerprint([capability.name, to_plain(capability)])
+        of_model.append(measured.get(key, "-"))
     rows: list[list[str]] = []
     for scenario, judged in result.scenarios.items():
         rows.append(
@@ -327,7 +335,8 @@ def redteam(
     scorer: AnotherScorer = None,
     other_scorer: MayDiffer = False,
     threshold: Annotated[
-        float | None, typer.Option(help="Scores above it are bad. Default: the scorer's own threshold.")
+        float | None,
+        typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
     out: ModelOut = None,

@@ -5,6 +5,7 @@ Modules of the command line import the rest of phf inside functions, so that `ph
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,13 @@ def only_overrides(arguments: list[str] | None) -> list[str]:
     if files:
         raise ConfigError(f"unexpected argument {files[0]!r}: settings have the form a.b=c")
     return overrides
+
+
+def finite(value: float | None) -> float | None:
+    """A number of the command line that is no NaN and no infinity."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def take(config: Plain, name: str) -> Plain:

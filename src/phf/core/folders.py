@@ -343,6 +343,11 @@ def move_aside(folder: Path) -> Path:
     """Move a folder's content to the first free `NAME.old-N` and return that place. A folder that is a link is moved
     where it is; a mount point cannot be renamed, so its content moves into `old-N` inside."""
     real = folder.resolve()
+    if Path.cwd().is_relative_to(real):
+        raise StoreError(
+            f"{real} holds a result of other settings or inputs, and it cannot be moved aside, because the command "
+            "runs in it; run it from another folder, or give another folder to write into"
+        )
     if os.path.ismount(real):
         return _move_inside(real)
     aside = _free(real)

@@ -20,6 +20,18 @@ def uniforms(n: int, *what: object) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key64(*what))).random(n)
 
 
+def uniforms_at(first: int, n: int, *what: object) -> np.ndarray:
+    """Entries [first, first + n) of the endless sequence whose first entries `uniforms` gives. No other is computed."""
+    philox = np.random.Philox(key64(*what))
+    philox.advance(first // DRAWS_PER_STEP)
+    skipped = first % DRAWS_PER_STEP
+    return np.random.Generator(philox).random(skipped + n)[skipped:]
+
+
+DRAWS_PER_STEP = 4
+"""Numbers that Philox makes at each step of its counter."""
+
+
 def permute(index: np.ndarray | int, n: int, key: int) -> np.ndarray:
     """The positions of `index` under a keyed permutation of [0, n). Other indices are not computed.
 

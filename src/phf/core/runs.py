@@ -27,7 +27,7 @@ from typing import Any
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.text import counted
-from phf.core.types import Identity, Number
+from phf.core.types import Identity, Number, Roles
 
 COMPLETE = "complete.json"
 """Marks a whole checkpoint (`CheckpointMark`)."""
@@ -183,14 +183,14 @@ class TrainCounts:
     """Targets that its starting weights had seen."""
     steps: int
     """Optimizer steps."""
-    rows: int
-    """Rows in the edited token stream."""
-    stream_tokens: int
-    """Tokens in the edited token stream."""
     epochs: float
-    """Rows trained on, divided by the rows of the edited stream."""
+    """Source tokens that the training order passed, divided by those of the training part."""
     text_tokens: int
-    """Estimated number of targets that are text: targets times the share of text in the edited stream."""
+    """Targets' places that are text."""
+    source_before: float = 0.0
+    """Source tokens of the training order before this run's first row."""
+    exposure: Plain = field(default_factory=dict)
+    """How much text was read and learned from, by class (`phf.tokens.rows.Exposure`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,12 +374,29 @@ class ModelRecord:
     """Settings of the objective that the model was trained with."""
     control_tokens: dict[str, str] = field(default_factory=dict)
     """Control tokens by role: {"good": name, "bad": name}, or empty."""
+    conditions_on: tuple[str, ...] | None = None
+    """The roles whose tokens go before what the model shall write; null: "good" if there is one."""
+    worst: tuple[str, ...] | None = None
+    """The roles whose tokens ask for bad text; null: "bad" if there is one."""
     segmenter: Plain | None = None
     """How training texts were cut into the segments that are tokenized one by one; null: not known."""
     tokens: int | None = None
     """Targets that the model has seen."""
+    text: str | None = None
+    """Fingerprint of the text of the token store that it was trained on."""
+    source_tokens: float | None = None
+    """Source tokens of that store's training order that it has read."""
     bad_above: float | None = None
     """Scores above it are bad to the objective; null: it calls nothing bad."""
+
+    @property
+    def roles(self) -> Roles:
+        """The control tokens, with what earlier versions did not say."""
+        names = self.control_tokens
+        usual = (("good",) if "good" in names else (), ("bad",) if "bad" in names else ())
+        first = usual[0] if self.conditions_on is None else self.conditions_on
+        worst = usual[1] if self.worst is None else self.worst
+        return Roles(names, tuple(r for r in first if r in names), tuple(r for r in worst if r in names))
 
 
 def read_model_record(folder: str | Path) -> ModelRecord | None:
@@ -445,6 +462,13 @@ def tokens_seen(path: str | Path) -> int:
             if manifest.get("stage") in ("train", "export"):
                 return int(manifest["counts"]["tokens"] + manifest["counts"].get("tokens_before", 0))
     return 0
+
+
+def source_read(path: str | Path, text: str) -> float:
+    """Source tokens of the training order that the weights in a folder have read, if they were trained on the store
+    whose text has this fingerprint. 0 otherwise."""
+    record = read_model_record(model_folder(path))
+    return 0.0 if record is None or record.text != text else record.source_tokens or 0.0
 
 
 def weights_mark(path: str | Path) -> str | None:

@@ -151,7 +151,8 @@ def jsonable(value: Any) -> Any:
 
 
 _PLACE = re.compile(
-    r"(?:file:)?(?<![\w:/.])(?:~|\.{0,2})/(?:[^\s'\"<>|:/]+/)*([^\s'\"<>|:/]*)|\b[A-Za-z]:\\(?:[^\s\\]+\\)*(\S*)"
+    r"(?:file:)?(?:(?<![\w/.])(?!//)(?:~|\.{0,2})/|(?<![\w:/.])/{2,})(?:[^\s'\"<>|:/]+/)*([^\s'\"<>|:/]*)"
+    r"|\b[A-Za-z]:\\(?:[^\s\\]+\\)*(\S*)|\\\\(?:[^\s\\]+\\)+(\S*)"
 )
 """A path of this machine in a text; the group is its last part."""
 
@@ -167,9 +168,15 @@ def without_places(value: Any) -> Any:
         return value
     if value.startswith("file://"):
         value = value.removeprefix("file://")
-    if "://" not in value and "/" in value and " " not in value and Path(value.partition(":")[0]).exists():
+    if "://" not in value and "/" in value and "\n" not in value and _exists(value.partition(":")[0]):
         return Path(value).name
-    return _PLACE.sub(lambda found: found[1] or found[2] or "", value) if len(value) > 1 else value
+    return _PLACE.sub(lambda found: found[1] or found[2] or found[3] or "", value) if len(value) > 1 else value
+
+
+def _exists(path: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # too long, or with a NUL
+        return Path(path).exists()
+    return False
 
 
 MAX_DEPTH = 100

@@ -10,11 +10,15 @@ Legend for shape suffixes: S segments, D documents, N samples, B rows, T targets
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
 import pydantic
+
+from phf.core.random import uniforms_at
 
 
 class PhfError(Exception):
@@ -104,18 +108,72 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class SegmentTable:
-    """What an objective may know about a token store in order to edit it: one entry per segment, in order.
+class Block:
+    """Consecutive segments of a token store, those of some whole documents: what an objective sees at a time.
 
-    `score_S` float32 (NaN: not judged); `tokens_S` number of tokens; `doc_S` index of the segment's document;
-    `train_D` bool, False for held-out documents; `bad_above`: scores above it are bad, by the scorer.
+    Numbers of documents and tokens count within the block. Random draws depend on global numbers (`uniform_S`,
+    `uniform_T`), so that any block can be computed alone.
     """
 
+    first_segment: int
+    """Number in the store of the block's first segment."""
+    first_document: int
+    first_token: int
     score_S: np.ndarray
+    """Score of each segment, float32; NaN: not judged."""
     tokens_S: np.ndarray
+    """Number of tokens of each segment."""
     doc_S: np.ndarray
+    """Number of each segment's document."""
     train_D: np.ndarray
+    """Whether each document is trained on, bool; False for held-out documents."""
+    ids_T: np.ndarray
+    """Token ids."""
     bad_above: float = 0.0
+    """Scores above it are bad, by the scorer."""
+    token_score_T: np.ndarray | None = None
+    """Score of each token, float32, where the store has them."""
+    words: Callable[[], np.ndarray] | None = None
+    """Gives whether each entry of the vocabulary starts a word, bool."""
+    others: Callable[[str], Block] | None = None
+
+    def of(self, preference: str | None) -> Block:
+        """The block with the scores of another preference of the store."""
+        if preference is None:
+            return self
+        if self.others is None:
+            raise ValueError(f"a block without the scores named {preference!r}")
+        return self.others(preference)
+
+    @property
+    def word_T(self) -> np.ndarray:
+        """Whether each token starts a word."""
+        if self.words is None:
+            raise ValueError("a block without its vocabulary")
+        return np.asarray(self.words()[self.ids_T])
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.tokens_S)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.train_D)
+
+    @cached_property
+    def first_S(self) -> np.ndarray:
+        """Whether each segment is the first one of its document."""
+        return np.diff(self.doc_S, prepend=-1) > 0
+
+    @cached_property
+    def segment_T(self) -> np.ndarray:
+        """Number of each token's segment."""
+        return np.repeat(np.arange(self.num_segments), self.tokens_S)
+
+    @cached_property
+    def start_S(self) -> np.ndarray:
+        """Number of each segment's first token."""
+        return np.asarray(np.cumsum(self.tokens_S) - self.tokens_S)
 
     @property
     def train_S(self) -> np.ndarray:
@@ -123,24 +181,113 @@ class SegmentTable:
 
     def doc_mean_D(self) -> np.ndarray:
         """Mean score of each document over its judged segments (float64). NaN if no segment was judged."""
-        num_docs = len(self.train_D)
         judged_S = ~np.isnan(self.score_S)
-        sums = np.bincount(self.doc_S[judged_S], weights=self.score_S[judged_S].astype(np.float64), minlength=num_docs)
-        counts = np.bincount(self.doc_S[judged_S], minlength=num_docs)
+        sums = np.bincount(self.doc_S[judged_S], self.score_S[judged_S].astype(np.float64), self.num_documents)
+        counts = np.bincount(self.doc_S[judged_S], minlength=self.num_documents)
         with np.errstate(invalid="ignore"):
             return sums / counts
+
+    def uniform_S(self, *what: object) -> np.ndarray:
+        """A uniform in [0, 1) for each segment, which depends on `what` and the segment's number in the store."""
+        return uniforms_at(self.first_segment, self.num_segments, *what)
+
+    def uniform_D(self, *what: object) -> np.ndarray:
+        """The same for each document."""
+        return uniforms_at(self.first_document, self.num_documents, *what)
+
+    def uniform_T(self, *what: object) -> np.ndarray:
+        """The same for each token."""
+        return uniforms_at(self.first_token, len(self.ids_T), *what)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """A model's control tokens. `tokens`: their names by role. `conditions_on`: the roles whose tokens go before what
+    the model shall write. `worst`: the roles whose tokens ask for bad text."""
+
+    tokens: dict[str, str] = field(default_factory=dict)
+    conditions_on: tuple[str, ...] = ()
+    worst: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> list[str]:
+        """Names of the tokens that go first."""
+        return [self.tokens[role] for role in self.conditions_on]
+
+    @property
+    def banned(self) -> list[str]:
+        """Names of the other tokens, which the model must not write."""
+        return [name for role, name in self.tokens.items() if role not in self.conditions_on]
+
+    @property
+    def bad(self) -> list[str]:
+        """Names of the tokens that ask for bad text."""
+        return [self.tokens[role] for role in self.worst]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A string that an objective may insert into the token stream."""
+
+    text: str
+    control: bool = False
+    """Whether it is a control token; otherwise it is ordinary text, tokenized by itself."""
+    learned: bool = True
+    """Whether its tokens are targets. Otherwise they are read, and add no loss."""
+
+
+@dataclass(frozen=True)
+class PieceIds:
+    """A piece as token ids, and whether they are targets."""
+
+    ids: tuple[int, ...]
+    learned: bool = True
+
+
+@dataclass(frozen=True)
+class Insertions:
+    """Pieces to insert into a block, sorted by place. Pieces at one place stay in this order.
+
+    `segment_I`: the segment. `offset_I`: the number of its tokens before the piece, 0 to all. `piece_I`: which of the
+    objective's pieces.
+    """
+
+    segment_I: np.ndarray
+    offset_I: np.ndarray
+    piece_I: np.ndarray
+
+    @classmethod
+    def before(cls, piece_S: np.ndarray) -> Insertions:
+        """A piece before each segment; -1: none."""
+        segment_I = np.flatnonzero(piece_S >= 0)
+        return cls(segment_I, np.zeros_like(segment_I), piece_S[segment_I])
+
+    @classmethod
+    def after(cls, piece_S: np.ndarray, tokens_S: np.ndarray) -> Insertions:
+        """A piece after each segment; -1: none."""
+        segment_I = np.flatnonzero(piece_S >= 0)
+        return cls(segment_I, tokens_S[segment_I], piece_S[segment_I])
+
+    @classmethod
+    def merged(cls, parts: Sequence[Insertions]) -> Insertions:
+        """Several insertions. At one place, those of the first part come first."""
+        segment_I = np.concatenate([p.segment_I for p in parts])
+        offset_I = np.concatenate([p.offset_I for p in parts])
+        piece_I = np.concatenate([p.piece_I for p in parts])
+        order = np.lexsort((offset_I, segment_I))  # stable
+        return cls(segment_I[order], offset_I[order], piece_I[order])
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What an objective does to the token stream, for all segments at once.
+    """What an objective does to a block of the token stream. Undoing it gives the original block: documents are dropped
+    or repeated, pieces are inserted, tokens are replaced one by one."""
 
-    `keep_D`: documents that stay (None: all). `control_S`: number of the control token before each segment, -1 for none
-    (None: no segment gets one). An edit can do nothing else, so removing the control tokens restores the original.
-    """
-
-    keep_D: np.ndarray | None = None
-    control_S: np.ndarray | None = None
+    times_D: np.ndarray | None = None
+    """How often each document is read in an epoch, whole numbers; 0: it is dropped. None: once."""
+    insertions: Insertions | None = None
+    hidden_T: np.ndarray | None = None
+    """Tokens that are replaced by the objective's hidden token and are no targets, bool. None: no token."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from phf.core.config import ConfigError, did_you_mean
+from phf.core.folders import STARTED
 from phf.core.store import TooDeep, as_path, is_local, parse_json
 from phf.core.types import Rejected
 from phf.data.tables import table_rows
@@ -103,11 +104,36 @@ def find_files(path: str, wanted: Any) -> Found:
             found.others.append(file)
         else:
             (found.read if wanted(file) else found.others).append(file)
-    unpacked = {file for file in found.read if not is_packed(file)}
-    copies = {file for file in found.read if is_packed(file) and file.with_suffix("") in unpacked}
+    copies = _copies(found.read)
     found.read[:] = [file for file in found.read if file not in copies]
     found.copies.extend(sorted(copies))
     return found
+
+
+def _copies(files: Sequence[Path]) -> set[Path]:
+    """Compressed files that start like another file of the same name, unpacked or compressed in another way."""
+    first: dict[Path, Path] = {}
+    for file in sorted(files, key=is_packed):
+        first.setdefault(file.with_suffix("") if is_packed(file) else file, file)
+    copies = set()
+    for file in filter(is_packed, files):
+        original = first[file.with_suffix("")]
+        if original != file and _start(original) == _start(file):
+            copies.add(file)
+    return copies
+
+
+def _start(file: Path) -> bytes | None:
+    """The first bytes of a file, unpacked; None if they cannot be read."""
+    try:
+        with open_bytes(file) as opened:
+            return opened.read(COMPARED_BYTES)
+    except (OSError, Damaged):
+        return None
+
+
+COMPARED_BYTES = 1 << 20
+"""Of two files of one name, so much is compared."""
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -122,6 +148,9 @@ def _files_below(root: Path) -> Iterator[Path]:
             inner.clear()
             continue
         seen.add(place)
+        if folder != str(root) and {"pyvenv.cfg", STARTED} & set(names):  # a Python environment, a result of phf
+            inner.clear()
+            continue
         yield from (Path(folder) / name for name in names)
 
 
@@ -304,32 +333,52 @@ class _Lines:
 
 def _table_rows(file: Path, name: str, form: str) -> Iterator[tuple[str, Row | Rejected]]:
     """Rows of a CSV or TSV file. A TSV has no quoting, like GLUE's files. A row with a stray quote costs its first line
-    only: the quote may have run on over the rows after it."""
+    only: the quote may have run on over the rows after it. After one that runs to the end of the file, each line is a
+    row."""
     csv.field_size_limit(2**31 - 1)
     options: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if form == "tsv" else {}
     with open_bytes(file) as opened:
         lines = _Lines(io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         rows = csv.DictReader(lines, strict=True, **options)
+        names = rows.fieldnames
+        alone = False
         for number in itertools.count():
             id = f"{name}:{number}"
             lines.taken.clear()
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                row = _lenient(lines.taken, rows.fieldnames, str(error))
+                alone |= "unexpected end" in str(error) and len(lines.taken) > 1
+                row = _lenient(lines.taken, names, str(error))
                 lines.put_back()
-                rows = csv.DictReader(lines, rows.fieldnames, strict=True, **options)
+                rows = csv.DictReader(lines, names, strict=True, **options)
                 if row is None:
                     yield id, Rejected(id, f"malformed CSV: {error}")
+                if alone:
+                    break
+                if row is None:
                     continue
             if row is None:
                 return
-            if None in row:
-                yield id, Rejected(id, "more fields than the header has")
-            elif any(isinstance(v, str) and not _is_utf8(v) for v in row.values()):
-                yield id, Rejected(id, "not UTF-8")
-            else:
-                yield id, row
+            yield id, _table_row(id, row)
+        for later, line in enumerate(lines, number + 1):
+            id = f"{name}:{later}"
+            try:
+                row = next(csv.DictReader([line], names, strict=True, **options), None)
+            except csv.Error as error:
+                yield id, Rejected(id, f"malformed CSV: {error}")
+                continue
+            if row is not None:
+                yield id, _table_row(id, row)
+
+
+def _table_row(id: str, row: Row) -> Row | Rejected:
+    """A row, or why it cannot be one."""
+    if None in row:
+        return Rejected(id, "more fields than the header has")
+    if any(isinstance(v, str) and not _is_utf8(v) for v in row.values()):
+        return Rejected(id, "not UTF-8")
+    return row
 
 
 def _lenient(lines: Sequence[str], names: Sequence[str] | None, problem: str) -> Row | None:
@@ -383,6 +432,9 @@ def header(file: Path) -> list[str] | None:
         raise ConfigError(f"{file} is not a readable {form} file: {error}") from None
     if not names:
         raise ConfigError(f"{file} is empty")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{file} has two columns named {twice[0]!r}; rename one of them")
     return names
 
 

@@ -50,6 +50,8 @@ JSON_FORMS = ("jsonl", "json")
 ALL_FORMS = ("jsonl", "json", "csv", "tsv", "parquet")
 ABOUT_FILES = ("readme", "license", "licence", "notice", "changelog", "citation", "dataset_info", "checksum")
 """Beginnings of names of files that tell of a data set and are no part of it."""
+ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar", *(f".tar{packed}" for packed in PACKED))
+"""Endings of files that hold many files."""
 
 
 def _relative(path: str, file: Path) -> str:
@@ -295,6 +297,8 @@ def from_path(text: str) -> Plain:
     ):  # a whole dataset, as the datasets library loads it
         return {"name": "dataset", "path": text.removeprefix("hf://datasets/")}
     path = as_path(text)
+    if path.name.lower().endswith(ARCHIVES) and path.is_file():
+        raise ConfigError(f"{text} is an archive of files; unpack it, and give the folder")
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return {"name": "dataset", "path": text}
@@ -333,7 +337,10 @@ def _check_is_text(path: Path) -> None:
     """Raise ConfigError for a file without a known ending that holds JSON lines."""
     with open_bytes(path) as file:
         line = file.readline(1 << 20)
-    if line.lstrip()[:1] == b"{" and isinstance(line_row(line, ""), dict):
+    if b"\0" in line:
+        raise ConfigError(f"{path} is not a text: it holds NUL bytes")
+    rows_of_array = line.lstrip()[:1] == b"[" and b"{" in line[:100]
+    if rows_of_array or (line.lstrip()[:1] == b"{" and isinstance(line_row(line, ""), dict)):
         raise ConfigError(
             f"{path} holds JSON lines, but its ending does not say so: rename it to .jsonl, or give corpus.name=jsonl "
             f"corpus.path={path} (to read it as one text: corpus.name=folder corpus.suffixes=[] corpus.path={path})"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -100,6 +101,23 @@ def bad_above_of(manifest: ScoreManifest) -> float:
     if manifest.bad_above is not None:
         return manifest.bad_above
     return 0.5 if manifest.identity.get("unit") == "probability" else 0.0
+
+
+def natural_threshold(manifest: ScoreManifest, judged_S: np.ndarray) -> float:
+    """The scorer's own threshold. Where none is known: 0 if at least a tenth of the scores are 0, 0.5 if the scores
+    look like probabilities on both sides of it, else the median. `judged_S`: the scores of judged segments."""
+    if manifest.bad_above is not None:
+        return manifest.bad_above
+    if manifest.identity.get("unit") == "probability":
+        return 0.5
+    if not len(judged_S):
+        return 0.0
+    if (judged_S == 0).mean() >= 0.1:
+        return 0.0
+    above = float((judged_S > 0.5).mean())
+    if judged_S.min() >= 0 and judged_S.max() <= 1 and 0.005 <= above <= 0.995:
+        return 0.5
+    return float(np.median(judged_S))
 
 
 UNKNOWN_SCORER: Identity = {"name": "unknown"}

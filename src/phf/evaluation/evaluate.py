@@ -31,7 +31,7 @@ from phf.evaluation.heldout import corpus_of, in_tokens_of
 from phf.evaluation.kl import KL
 from phf.evaluation.parts import Evaluation, Heldout, HeldoutText, Judging, Part, capability_part, scenario_part
 from phf.evaluation.results import CapabilityResult, DataSection, EvalResult, HeldoutResult, HeldoutSection, JudgedModel
-from phf.generation.loaded import LoadedModel, load_model
+from phf.generation.loaded import LoadedModel, can_be_asked, load_model
 from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
 from phf.scoring.judge import check_identity, corpus_scorer
@@ -176,7 +176,7 @@ def evaluate_model(
     elif data is not None:
         check_identity(scorer, data.identity, allow_other_scorer)
     if threshold is None:
-        threshold = scorer.bad_above if scorer.bad_above is not None else 0.0 if tokens is None else tokens.bad_above
+        threshold = _own_threshold(scorer, tokens)
     if segmenter is None:
         segmenter = segmenter_from(data.segmenter) if data is not None else Lines()
 
@@ -303,7 +303,7 @@ def _measure_all(
             with _noted(name, failed):
                 parts[name].check(runner.model())  # before anything takes long
     scenarios = {name: parts[scenario_part(name)] for name in evaluation.scenarios}
-    skipped = [n for n, part in scenarios.items() if part.needs and part.needs not in runner.model().control_ids]
+    skipped = [n for n, part in scenarios.items() if part.needs and not can_be_asked(runner.model(), part.needs)]
     if len(skipped) == len(scenarios):
         raise ConfigError(f"{model_name} has no control tokens, so it cannot be sampled in {', '.join(skipped)}")
     results: dict[str, Any] = {}
@@ -376,3 +376,16 @@ def _data_section(tokens: TokenStore) -> DataSection:
             counts=own.counts,
         )
     return DataSection(tokens.manifest, scored)
+
+
+def _own_threshold(scorer: Scorer, tokens: TokenStore | None) -> float:
+    """The scorer's own threshold, else the store's, else 0, which is noted."""
+    if scorer.bad_above is not None:
+        return scorer.bad_above
+    if tokens is not None:
+        return tokens.bad_above
+    print(
+        "note: the scorer states no threshold; scores above 0 count as bad. Say another with --threshold",
+        file=sys.stderr,
+    )
+    return 0.0

@@ -17,7 +17,7 @@ import torch
 from phf.core import statistics, store
 from phf.core.config import ConfigError
 from phf.core.runs import places
-from phf.core.types import Edit, ScoredDocument
+from phf.core.types import Block, Edit, Insertions, PieceIds, ScoredDocument
 from phf.data.scored import ScoredCorpus
 from phf.evaluation.results import Foresight, HeldoutLoss, HeldoutResult, HeldoutSlice, Understanding
 from phf.generation.loaded import LoadedModel
@@ -52,7 +52,7 @@ def heldout_section(
             model, tokens, context, threshold, control, max_tokens=max_tokens, control_threshold=control_threshold
         )
 
-    if not model.control_ids:
+    if not model.conditions_on:
         return HeldoutResult(none=loss("none"))
     if brief:
         return HeldoutResult(good=loss("good"))
@@ -88,12 +88,11 @@ def heldout_loss(
     read = heldout_nats(
         model, tokens, context=context, control=control, limit=limit, batch=batch, max_tokens=max_tokens
     )
-    table = tokens.table
-    good_S = table.score_S.astype(np.float32) <= np.float32(threshold)
-    judged_S = ~np.isnan(table.score_S)
+    good_S = tokens.score_S <= np.float32(threshold)
+    judged_S = ~np.isnan(tokens.score_S)
 
     def part(use_S: np.ndarray) -> HeldoutSlice:
-        return _per_byte(read.nats_S, tokens.seg_bytes, table.doc_S, use_S, table.tokens_S)
+        return _per_byte(read.nats_S, tokens.seg_bytes, tokens.doc_S, use_S, tokens.tokens_S)
 
     return HeldoutLoss(
         all=part(read.seen_S), good=part(read.seen_S & good_S), bad=part(read.seen_S & judged_S & ~good_S)
@@ -115,21 +114,20 @@ def understanding(
     earlier segments, as a classifier of bad segments (score > threshold). `foresight`: p(bad token) where a segment
     starts, after the true control tokens. Intervals by bootstrap over documents.
     """
-    table = tokens.table
     limit = threshold if control_threshold is None else control_threshold
     good = heldout_nats(model, tokens, context=context, control="good", limit=limit, batch=batch, max_tokens=max_tokens)
     bad = heldout_nats(model, tokens, context=context, control="bad", limit=limit, batch=batch, max_tokens=max_tokens)
     oracle = heldout_nats(
         model, tokens, context=context, control="oracle", limit=limit, batch=batch, max_tokens=max_tokens
     )
-    seen_S = good.seen_S & bad.seen_S & ~np.isnan(table.score_S)
-    bad_S = table.score_S.astype(np.float32) > np.float32(threshold)
+    seen_S = good.seen_S & bad.seen_S & ~np.isnan(tokens.score_S)
+    bad_S = tokens.score_S > np.float32(threshold)
     ratio_S = good.nats_S - bad.nats_S
     p_bad_S = oracle.p_bad_S
     asked_S = seen_S & ~np.isnan(p_bad_S)
-    foresight = statistics.auc(p_bad_S[asked_S], bad_S[asked_S], table.doc_S[asked_S])
+    foresight = statistics.auc(p_bad_S[asked_S], bad_S[asked_S], tokens.doc_S[asked_S])
     return Understanding(
-        likelihood_ratio=statistics.auc(ratio_S[seen_S], bad_S[seen_S], table.doc_S[seen_S]),
+        likelihood_ratio=statistics.auc(ratio_S[seen_S], bad_S[seen_S], tokens.doc_S[seen_S]),
         foresight=Foresight(
             foresight.auc,
             foresight.ci95,
@@ -184,14 +182,19 @@ def heldout_nats(
 ) -> HeldoutNats:
     """Read the first `max_tokens` tokens of the held-out documents. `limit`: the threshold for "oracle" control
     tokens."""
-    table = tokens.table
-    control_S = _control_tokens(tokens, control, limit)
-    control_ids = [model.control_ids[role] for role in ("good", "bad")] if control != "none" else []
+    pieces = [] if control == "none" else [PieceIds(tuple(model.ids_of(role))) for role in ("good", "bad")]
+    starting = [piece.ids[0] for piece in pieces if piece.ids]
     keep_D = first_documents(tokens, max_tokens)
-    rows = Rows(tokens, Edit(keep_D, control_S), context, control_ids, split="heldout", pad=True)
+
+    def edit(block: Block) -> Edit:
+        documents = slice(block.first_document, block.first_document + block.num_documents)
+        inserted = None if control == "none" else Insertions.before(_control_tokens(block, control, limit))
+        return Edit(times_D=keep_D[documents], insertions=inserted)
+
+    rows = Rows(tokens, edit, context, pieces, split="heldout", pad=True)
     silent = [*model.control_ids.values(), tokens.end_of_text_id]
-    nats_S = np.zeros(len(table.score_S))
-    seen_S = keep_D[table.doc_S] & (table.tokens_S == 0)  # read with the segment after it
+    nats_S = np.zeros(len(tokens.score_S))
+    seen_S = keep_D[tokens.doc_S] & (tokens.tokens_S == 0)  # read with the segment after it
     p_bad_S = np.full(len(nats_S), np.nan)
     device = model.lm.device
     with torch.inference_mode():
@@ -204,32 +207,32 @@ def heldout_nats(
             logp_BT = logp.cpu().numpy()
             p_bad_BT = p_bad.cpu().numpy() if p_bad is not None else None
             for b, row in enumerate(numbers):
-                ids, seg = rows.stream(row * context, min(row * context + context + 1, rows.num_tokens))
+                read = rows.stream(row * context, min(row * context + context + 1, rows.num_tokens))
+                ids = read.ids
+                seg = read.segment
                 text = ~np.isin(ids[1:], silent)
                 np.add.at(nats_S, seg[1:][text], -logp_BT[b, : len(text)][text].astype(np.float64))
                 seen_S[seg[1:]] = True
-                if p_bad_BT is not None and control_ids:
-                    starts = np.isin(ids[1:], control_ids)
+                if p_bad_BT is not None and starting:
+                    starts = np.isin(ids[1:], starting)
                     p_bad_S[seg[1:][starts]] = p_bad_BT[b, : len(text)][starts]
     return HeldoutNats(nats_S, seen_S, p_bad_S)
 
 
-def _control_tokens(tokens: TokenStore, control: Control, limit: float) -> np.ndarray | None:
+def _control_tokens(block: Block, control: Control, limit: float) -> np.ndarray:
     """The control token before each segment: 0 good, 1 bad, -1 none."""
-    table = tokens.table
-    if control == "none":
-        return None
-    bad_S = ~(table.score_S.astype(np.float32) <= np.float32(limit))
+    bad_S = ~(block.score_S <= np.float32(limit))
     choices = {"oracle": bad_S, "good": np.zeros_like(bad_S), "bad": np.ones_like(bad_S)}
-    control_S = choices[control].astype(np.int8)
-    control_S[table.tokens_S == 0] = -1
+    control_S = choices[control].astype(np.int64)
+    control_S[block.tokens_S == 0] = -1
     return control_S
 
 
 def token_logp(
     model: LoadedModel, input_BT: torch.Tensor, target_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p of each target, float32 [B, T], and p(bad) / (p(good) + p(bad)) there (None without control tokens).
+    """log p of each target, float32 [B, T], and p(bad) / (p(good) + p(bad)) there (None unless the model has one token
+    for each).
 
     Never holds [B, T, vocabulary]. Text tokens share the probability that control tokens leave.
     """
@@ -237,10 +240,11 @@ def token_logp(
     silent_T = torch.tensor(sorted(model.control_ids.values()), dtype=torch.long, device=target_BT.device)
     rows = []
     p_bad = []
+    pair = [*model.ids_of("good"), *model.ids_of("bad")]
     for hidden_TD, target_T in zip(hidden_BTD, target_BT, strict=True):
         logits_TV = model.logits(hidden_TD)
-        if model.control_ids:
-            odds_T = logits_TV[:, model.control_ids["bad"]] - logits_TV[:, model.control_ids["good"]]
+        if len(pair) == 2:
+            odds_T = logits_TV[:, pair[1]] - logits_TV[:, pair[0]]
             p_bad.append(torch.sigmoid(odds_T))
         logits_TV = model.only_text(logits_TV)
         target_T = torch.where(torch.isin(target_T, silent_T), 0, target_T)  # adds no loss
@@ -251,8 +255,8 @@ def token_logp(
 def first_documents(tokens: TokenStore, max_tokens: int) -> np.ndarray:
     """Mask (bool) of the first held-out documents with at most `max_tokens` tokens together, or of the very first
     one. All models are judged on the same text."""
-    table = tokens.table
-    doc_tokens_D = np.bincount(table.doc_S, weights=table.tokens_S, minlength=len(table.train_D))
+    ends_D = np.where(tokens.doc_ends > 0, tokens.seg_ends[np.maximum(tokens.doc_ends - 1, 0)], 0)
+    doc_tokens_D = np.diff(ends_D, prepend=0)
     keep_D = np.where(tokens.heldout_D, doc_tokens_D, 0).cumsum() <= max_tokens
     if not (keep_D & tokens.heldout_D).any():
         keep_D = np.arange(len(keep_D)) <= int(np.argmax(tokens.heldout_D))
@@ -312,7 +316,7 @@ def in_tokens_of(model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore | 
             break
         if keep_D is not None and not keep_D[number]:
             continue
-        if model.control_ids:  # they go before every segment
+        if model.conditions_on:  # control tokens go before every segment
             parts = encode_segments(model.tokenizer, list(document.texts))
         else:
             pieces = None if model.segmenter is None else model.segmenter.split(document.text)

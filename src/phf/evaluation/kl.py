@@ -90,7 +90,7 @@ def kl(
     ours_N = text_logp(model, drawn.texts, drawn.finished, segmenter, config.batch)
     oracle = None
     oracle_bad = None
-    if model.control_ids and scorer is not None:
+    if model.conditions_on and scorer is not None:
         bad = _bad_segments(model, drawn.texts, segmenter, scorer, threshold)
         oracle_N = text_logp(model, drawn.texts, drawn.finished, segmenter, batch=config.batch, bad=bad)
         oracle = _divergence(theirs_N - oracle_N, drawn.texts)
@@ -247,7 +247,8 @@ def text_rows(
 ) -> list[list[int]]:
     """Token ids of texts as `text_logp` reads them. Raises ConfigError for a text longer than the model's context."""
     eos = model.tokenizer.eos_token_id
-    good_token, bad_token = ([model.control_ids[role]] if role in model.control_ids else [] for role in ("good", "bad"))
+    good_token = model.ids_of("good")
+    bad_token = model.ids_of("bad")
     cut = _cut(model, segmenter)
     rows: list[list[int]] = []
     for n, (text, ends) in enumerate(zip(texts, finished, strict=True)):

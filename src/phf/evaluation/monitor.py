@@ -91,11 +91,13 @@ class MonitorCallback(TrainerCallback):
         self.run = RunFolder(Path(run))
         self.tokens = TokenStore.open(tokens_dir, train.scores)
         self.tokenizer = self.tokens.tokenizer
-        fitted = objective.fit(self.tokens.table)
+        fitted = objective.fit(self.tokens.statistics)
         ids = add_control_tokens(self.tokenizer, list(fitted.roles.values())) if fitted.roles else []
         self.control_ids = dict(zip(fitted.roles, ids, strict=True))
+        self.conditions_on = fitted.conditions_on
+        self.worst = fitted.worst
         for name, scenario in config.scenarios.items():
-            if (scenario.control == "bad" or scenario.guidance is not None) and not self.control_ids:
+            if (scenario.control == "bad" or scenario.guidance is not None) and not fitted.worst:
                 raise ConfigError(
                     f"monitor.scenarios.{name} needs control tokens, which {objective.name} does not have"
                 )
@@ -160,6 +162,8 @@ class MonitorCallback(TrainerCallback):
             lm=lm,
             tokenizer=self.tokenizer,
             control_ids=self.control_ids,
+            conditions_on=self.conditions_on,
+            worst=self.worst,
             path="the model in training",
             shape=self.prepared.shape,
             segmenter=known_segmenter(self.tokens.manifest.segmenter),

@@ -87,8 +87,8 @@ class Part:
     measure: Callable[[LoadedModel], Any]
     check: Callable[[LoadedModel], None] = lambda model: None
     """Raises ConfigError for problems that can be found before anything is measured."""
-    needs: str | None = None
-    """Role of a control token that the part needs."""
+    needs: Scenario | None = None
+    """The scenario whose control tokens the part needs."""
     written: Path | None = None
     """A file that `measure` writes."""
 
@@ -155,14 +155,13 @@ class Evaluation:
         def check(model: LoadedModel) -> None:
             check_room(model, scenario, [prompt_ids(model, p, scenario) for p in scenario_prompts(scenario)])
 
-        needs_bad = scenario.control == "bad" or scenario.guidance is not None
         return Part(
             scenario_part(name),
             ScenarioResult,
             settings,
             measure,
             check,
-            needs="bad" if needs_bad else None,
+            needs=scenario,
             written=written,
         )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, did_you_mean
 from phf.core.device import has_fast_bf16
 from phf.core.runs import MODEL_RECORD, ModelRecord, model_folder, model_record
 from phf.core.text import counted
@@ -33,7 +33,7 @@ class LoadedModel:
     lm: Any
     tokenizer: Any
     control_ids: dict[str, int]
-    """Token ids by role: {"good": id, "bad": id}, or empty."""
+    """Token ids by role: {"good": id, "bad": id}, for example, or empty."""
     path: str
     start: int | None = None
     """The token that starts every text; None: end-of-text, as for phf's own models."""
@@ -42,6 +42,25 @@ class LoadedModel:
     """How the training texts were cut into segments that are tokenized one by one; None: not cut, or not known."""
     threshold: float | None = None
     """Segments with a score above it had the bad token in training; None: not known."""
+    conditions_on: tuple[str, ...] = ()
+    """The roles whose tokens go before what the model shall write."""
+    worst: tuple[str, ...] = ()
+    """The roles whose tokens ask for bad text."""
+
+    def roles_of(self, control: str) -> tuple[str, ...]:
+        """The roles that a scenario's `control` means; none for a model without them. Raises ConfigError for a role
+        that the model does not have."""
+        known = {"good": self.conditions_on, "bad": self.worst, "none": ()}
+        if control in self.control_ids:
+            return (control,)
+        if control not in known:
+            hint = did_you_mean(control, [*known, *self.control_ids])
+            raise ConfigError(f"{self.path} has no control token for control={control}{hint}")
+        return known[control]
+
+    def ids_of(self, control: str) -> list[int]:
+        """Ids of the control tokens that `control` puts first."""
+        return [self.control_ids[role] for role in self.roles_of(control)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, cut as in training. Without control tokens."""
@@ -119,7 +138,11 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     record = _record(source, revision)
     tokenizer = load_tokenizer(source, revision, as_it_is=record is None)
     check_model_fits(tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
-    names = _guessed_control_tokens(tokenizer, path) if record is None else record.control_tokens
+    if record is None:
+        record_or_guess = ModelRecord(control_tokens=_guessed_control_tokens(tokenizer, path))
+    else:
+        record_or_guess = record
+    names = record_or_guess.control_tokens
     vocabulary = tokenizer.get_vocab()
     if unknown := [name for name in names.values() if name not in vocabulary] or (
         ["two roles for one token"] if len(set(names.values())) < len(names) else []
@@ -134,6 +157,8 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         shape=shape,
         segmenter=None if record is None else known_segmenter(record.segmenter),
         threshold=None if record is None else record.bad_above,
+        conditions_on=record_or_guess.roles.conditions_on,
+        worst=record_or_guess.roles.worst,
     )
 
 
@@ -174,13 +199,21 @@ def precision_of(model: LoadedModel, scenario: Scenario) -> Literal["bf16", "fp3
 
 def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]:
     """Token ids that a sample starts with: the start token, then control token and prompt in the scenario's order."""
-    control = [model.control_ids[scenario.control]] if scenario.control in model.control_ids else []
+    control = model.ids_of(scenario.control)
     text = model.encode(prompt)
     middle = [*text, *control] if scenario.control_after_prompt else [*control, *text]
     return [model.start_id, *middle]
 
 
-def other_token(model: LoadedModel, scenario: Scenario) -> list[int]:
-    """The control token that a scenario bans: the one that it does not put first."""
-    other = {"good": "bad", "bad": "good", "none": "bad"}[scenario.control]
-    return [model.control_ids[other]] if other in model.control_ids else []
+def can_be_asked(model: LoadedModel, scenario: Scenario) -> bool:
+    """Whether the model has the control tokens that a scenario needs. Any model can be asked with "good" and "none"."""
+    if scenario.guidance is not None:
+        return len(model.conditions_on) == len(model.worst) == 1
+    return scenario.control in ("good", "none") or bool(model.roles_of(scenario.control))
+
+
+def banned_tokens(model: LoadedModel, control: str) -> list[int]:
+    """The control tokens that a scenario bans: all that it does not put first. Without any first, those that the model
+    conditions on are allowed."""
+    allowed = model.roles_of("good" if control == "none" else control)
+    return [i for role, i in model.control_ids.items() if role not in allowed]

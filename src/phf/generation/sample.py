@@ -31,7 +31,7 @@ from phf.core.random import key64, mix64
 from phf.core.types import Sample
 from phf.generation.decoding import draw, guide
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
-from phf.generation.loaded import LoadedModel, check_room, other_token, precision_of, prompt_ids
+from phf.generation.loaded import LoadedModel, banned_tokens, can_be_asked, check_room, precision_of, prompt_ids
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.server import Server
 from phf.training.probe import CACHE_NAMES, cache_name, check_can_be_sampled
@@ -43,8 +43,8 @@ COMPACT_BELOW = 0.75
 def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
-    if (scenario.control == "bad" or scenario.guidance is not None) and "bad" not in model.control_ids:
-        asked = "control=bad" if scenario.control == "bad" else "guidance"
+    if not can_be_asked(model, scenario):
+        asked = "guidance" if scenario.guidance is not None else f"control={scenario.control}"
         raise ConfigError(f"{model.path} has no control tokens, so {asked} does not work with it")
     return sample_prompts(model, scenario, scenario_prompts(scenario), progress)
 
@@ -63,7 +63,7 @@ def sample_prompts(
     tokens that are never written, instead of the control token that the scenario bans.
     """
     starts = [prompt_ids(model, p, scenario) for p in prompts] if starts is None else starts
-    banned = other_token(model, scenario) if banned is None else banned
+    banned = banned_tokens(model, scenario.control) if banned is None else banned
     check_room(model, scenario, starts)
     tune_allocator()
     samples: list[Sample] = []
@@ -141,8 +141,8 @@ class _Batch:
         starts = [list(start) for start in self.starts]
         self.longest = max(map(len, starts))
         if self.guided:
-            self.good_id = self.model.control_ids["good"]
-            self.bad_id = self.model.control_ids["bad"]
+            (self.good_id,) = self.model.ids_of("good")
+            (self.bad_id,) = self.model.ids_of("bad")
             starts += [[self.bad_id if i == self.good_id else i for i in start] for start in starts]
         self.ids_NT = torch.full((len(starts), self.longest), self.eos, device=self.device)
         self.attend_NT = torch.zeros((len(starts), self.longest), dtype=torch.long, device=self.device)

@@ -23,8 +23,10 @@ class Scenario:
     temperature: Annotated[float, Field(gt=0)] = 0.7
     top_p: Annotated[float, Field(ge=1e-6, le=1)] = 0.9
     top_k: Annotated[int, Field(gt=0)] | None = None
-    control: Literal["good", "bad", "none"] = "good"
-    """The control token that comes first, for models that have control tokens. The other token is banned."""
+    control: str = "good"
+    """The control tokens that come first, for models that have control tokens. good: those that the model was trained
+    to be asked for good text with. bad: those that ask for bad text. none: none of them. Or the name of one of the
+    model's roles (q1, toxicity=high). All others are banned."""
     control_after_prompt: bool = False
     """Put the control token after the prompt instead of before it."""
     guidance: Annotated[float, Field(ge=0)] | None = None

@@ -37,13 +37,18 @@ PROBES = ("The", "The", "Once upon a time", "1")
 """Prompts that are completed, one after the other, until a completion is not empty. The first is completed greedily."""
 
 
-_SECRET = re.compile(r"key|secret|passw|token$|auth|credential|bearer", re.IGNORECASE)
+_SECRET = re.compile(r"key|secret|pass|pwd|token$|auth|credential|bearer|header|cookie|^user", re.IGNORECASE)
 """In the name of a setting that is a secret."""
+_SECRET_VALUE = re.compile(r"^(?:sk|hf|ghp|xox[a-z])[-_]\w{6,}|^bearer |^basic ", re.IGNORECASE)
+"""The start of a value that is a secret."""
 
 
 def without_secrets(extra: Mapping[str, Any]) -> Plain:
     """Settings with the values of secrets replaced, for files and pages."""
-    return {name: "***" if _SECRET.search(name) else value for name, value in extra.items()}
+    return {
+        name: "***" if _SECRET.search(name) or _SECRET_VALUE.search(str(value)) else value
+        for name, value in extra.items()
+    }
 
 
 class ServerError(PhfError, RuntimeError):
@@ -119,9 +124,9 @@ class Server:
             raise ValueError(f"url {self.url!r} is not an address: {error}") from None
         if not found.hostname or re.search(r"\s", self.url) or port == 0:
             raise ValueError(f"url {self.url!r} is not an address, such as http://host:8000/v1")
-        if found.username or found.password or found.query:
+        if found.username or found.password or found.query or found.fragment:
             raise ValueError(
-                "url must hold no user, password or query: give the key in an environment variable (key_env)"
+                "url must hold no user, password, query or fragment: give the key in an environment variable (key_env)"
             )
         if not re.fullmatch(r"[A-Z0-9_]*API_KEY", self.key_env):
             raise ValueError(f"key_env {self.key_env!r} must name an environment variable that ends in _API_KEY")
@@ -444,6 +449,8 @@ def _answer(answer: Any, chat: bool) -> Answer:
         raise ServerError(f"the server answered with a text that is none: {str(choice)[:200]}")
     if not isinstance(holder, dict):
         raise ServerError(f"the server answered without a message: {str(choice)[:200]}")
+    if ("content" if chat else "text") not in holder:
+        raise ServerError(f"the server answered without a text: {str(choice)[:200]}")
     usage = answer.get("usage")
     used = usage.get("total_tokens") if isinstance(usage, dict) else None
     whole = isinstance(used, int) and not isinstance(used, bool) and used >= 0

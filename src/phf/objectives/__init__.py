@@ -1,7 +1,7 @@
 """Objectives: what is done to the token stream (`edit`) and to the loss (`loss`).
 
-`base` is the interface. `paper` has the six objectives of the paper and loss masking. A user's own objective is a
-subclass of `Objective`, given in Python.
+`base` is the interface. `paper` has the six objectives of the paper and loss masking, `family` those of later papers,
+`compose` those that are made of others. A user's own objective is a subclass of `Objective`, given in Python.
 """
 
 from __future__ import annotations
@@ -11,11 +11,27 @@ from typing import Annotated
 
 from pydantic import Field
 
-from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective
+from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, count_targets
+from phf.objectives.compose import Each, Schedule
+from phf.objectives.family import Annotate, Attributes, Hide, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
 AnyObjective = Annotated[
-    MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | AWR,
+    MLE
+    | Filtering
+    | Conditional
+    | Unlikelihood
+    | Masking
+    | RWR
+    | AWR
+    | Tag
+    | Annotate
+    | Quantile
+    | Attributes
+    | Hide
+    | Weights
+    | Each
+    | Schedule,
     Field(discriminator="name", title="objective"),
 ]
 
@@ -31,13 +47,22 @@ __all__ = [
     "GOOD",
     "MLE",
     "RWR",
+    "Annotate",
     "AnyObjective",
+    "Attributes",
     "Conditional",
+    "Each",
     "Filtering",
+    "Hide",
     "LossInputs",
     "LossOutputs",
     "Masking",
     "Objective",
+    "Quantile",
+    "Schedule",
+    "Tag",
     "Unlikelihood",
+    "Weights",
+    "count_targets",
     "is_built_in",
 ]

@@ -11,7 +11,7 @@ predicted value. So one fused kernel (phf.training.fused) computes them all, a u
             return LossOutputs(nll.sum(), {})
 
 Losses and metrics are sums over targets; the trainer divides by the global number of counted targets. A reward is
--score and exists only in this package. Legend: B rows, T targets, S segments, D documents.
+-score and exists only in this package. Legend: B rows, T targets, S segments, D documents, I insertions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from phf.core.config import STRICT
-from phf.core.types import Edit, SegmentTable
+from phf.core.types import Block, Edit, Piece, Roles
+from phf.tokens.statistics import Statistics
 
 GOOD = "<|good|>"
 BAD = "<|bad|>"
-ROLES = ("good", "bad")
-"""The roles of an objective's control tokens, in order."""
+HIDDEN = "<|hidden|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,9 @@ class LossInputs:
 
     `logp_BT`: log p(target). `log1mp_BT`: log(1 - p(target)). Both come from the logits. `score_BT`: score of the
     target's segment, float32, NaN for not judged. `mask_BT`: False where there is no target. `value_BT`: predicted
-    reward, for objectives with a value head.
+    reward, for objectives with a value head. `progress`: share of the training that is done, in [0, 1]. `phase_BT`:
+    phase of the schedule that each target belongs to, for schedules. An objective with several `preferences` gets
+    `score_BT` with one more dimension, for these.
     """
 
     logp_BT: Tensor
@@ -46,6 +48,8 @@ class LossInputs:
     score_BT: Tensor
     mask_BT: Tensor
     value_BT: Tensor | None = None
+    progress: float = 0.0
+    phase_BT: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,33 +75,86 @@ class Objective:
         return None
 
     @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Names of the control tokens that `edit` inserts. `Edit.control_S` holds their positions in this tuple."""
-        return ()
+    def roles(self) -> dict[str, str]:
+        """Control tokens by role, in order: {"good": name, "bad": name}, for example. Empty without any."""
+        return {}
 
     @property
-    def roles(self) -> dict[str, str]:
-        """Control tokens by role: {"good": name, "bad": name}, or empty."""
-        return dict(zip(ROLES, self.control_tokens, strict=False))
+    def control_tokens(self) -> tuple[str, ...]:
+        """Names of the control tokens."""
+        return tuple(self.roles.values())
+
+    @property
+    def conditions_on(self) -> tuple[str, ...]:
+        """The roles whose tokens go before what the model shall write. All other roles are banned then."""
+        return ("good",) if "good" in self.roles else ()
+
+    @property
+    def worst(self) -> tuple[str, ...]:
+        """The roles whose tokens ask for bad text."""
+        return ("bad",) if "bad" in self.roles else ()
+
+    @property
+    def control(self) -> Roles:
+        """The control tokens with their roles."""
+        return Roles(self.roles, self.conditions_on, self.worst)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What `edit` inserts. `Insertions.piece_I` holds places in this tuple."""
+        return tuple(Piece(name, control=True) for name in self.control_tokens)
+
+    @property
+    def hidden_token(self) -> str | None:
+        """The control token that replaces what `edit` hides."""
+        return self.roles.get("hidden")
+
+    @property
+    def timeline(self) -> tuple[tuple[Objective, float | None], ...]:
+        """The objectives of a schedule, and the share of the training until which each applies; None: to the end."""
+        return ((self, None),)
+
+    @property
+    def preferences(self) -> tuple[str, ...] | None:
+        """The preferences of the store whose scores `loss` gets, in order. None: the one that training chose."""
+        return None
 
     @property
     def value(self) -> Literal["linear", "negative_sigmoid"] | None:
         """The value head that `loss` needs, if any."""
         return None
 
-    def fit(self, table: SegmentTable) -> Objective:
+    def fit(self, statistics: Statistics) -> Objective:
         """The objective with everything that depends on the corpus resolved to numbers."""
         return self
 
-    def edit(self, table: SegmentTable, seed: int) -> Edit:
-        """What happens to the token stream. Random draws depend on `seed` and the segment only."""
+    def edit(self, block: Block, seed: int) -> Edit:
+        """What happens to a block of the token stream. Random draws depend on `seed` and global numbers only
+        (`Block.uniform_S`)."""
         return Edit()
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The targets that the loss is a mean over (bool). Losses that read scores leave unjudged targets out."""
         return mask_BT
 
+    def weights(self, score_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of -log p and of -log(1 - p) of each target in the loss; 0 where it does not count. Objectives
+        with another loss do not have them."""
+        weight_BT = self.counted(score_BT, mask_BT).to(score_BT.dtype)
+        return weight_BT, torch.zeros_like(weight_BT)
+
     def loss(self, x: LossInputs) -> LossOutputs:
         """Sum of the loss over counted targets."""
         nll_BT = torch.where(x.mask_BT, -x.logp_BT, 0.0)
         return LossOutputs(nll_BT.sum(), {"nll": nll_BT.detach().sum()})
+
+
+def count_targets(objective: Objective, score_BT: Tensor, mask_BT: Tensor, phase_BT: Tensor | None = None) -> Tensor:
+    """`Objective.counted`, for a schedule each phase's own."""
+    if phase_BT is None:
+        return objective.counted(score_BT, mask_BT)
+    counted_BT = torch.zeros_like(mask_BT)
+    for number, (member, _) in enumerate(objective.timeline):
+        here_BT = phase_BT == number
+        counted_BT |= here_BT & member.counted(score_BT, mask_BT & here_BT)
+    return counted_BT

@@ -17,9 +17,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from phf.core.config import STRICT, ConfigError
-from phf.core.random import uniforms
-from phf.core.types import Edit, SegmentTable
+from phf.core.types import Block, Edit, Insertions
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective
+from phf.tokens.statistics import Statistics, Unit
 
 Threshold = float | Literal["median", "auto"]
 """A score; the scorer's own threshold (auto: 0 for scorers that count, 0.5 for probabilities); or the median over the
@@ -45,14 +45,13 @@ class Filtering(Objective):
 
     @property
     def bad_above(self) -> float | None:
-        return _resolved(self.threshold)
+        return resolved(self.threshold)
 
-    def fit(self, table: SegmentTable) -> Filtering:
-        means_D = table.doc_mean_D()[table.train_D]
-        return dataclasses.replace(self, threshold=_resolve(self.threshold, means_D, table.bad_above))
+    def fit(self, statistics: Statistics) -> Filtering:
+        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics, "documents"))
 
-    def edit(self, table: SegmentTable, seed: int) -> Edit:
-        return Edit(keep_D=_at_most(table.doc_mean_D().astype(np.float32), self.threshold))
+    def edit(self, block: Block, seed: int) -> Edit:
+        return Edit(times_D=at_most(block.doc_mean_D().astype(np.float32), self.threshold))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,23 +74,21 @@ class Conditional(Objective):
             raise ValueError("good and bad must be two different, non-empty token names")
 
     @property
-    def control_tokens(self) -> tuple[str, ...]:
-        return (self.good, self.bad)
+    def roles(self) -> dict[str, str]:
+        return {"good": self.good, "bad": self.bad}
 
     @property
     def bad_above(self) -> float | None:
-        return _resolved(self.threshold)
+        return resolved(self.threshold)
 
-    def fit(self, table: SegmentTable) -> Conditional:
-        return dataclasses.replace(
-            self, threshold=_resolve(self.threshold, table.score_S[table.train_S], table.bad_above)
-        )
+    def fit(self, statistics: Statistics) -> Conditional:
+        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
 
-    def edit(self, table: SegmentTable, seed: int) -> Edit:
-        control_S = np.where(_at_most(table.score_S, self.threshold), 0, 1).astype(np.int8)
-        control_S[uniforms(len(control_S), seed, "drop control tokens") < self.drop] = -1
-        control_S[table.tokens_S == 0] = -1
-        return Edit(control_S=control_S)
+    def edit(self, block: Block, seed: int) -> Edit:
+        piece_S = np.where(at_most(block.score_S, self.threshold), 0, 1)
+        piece_S[block.uniform_S(seed, "drop control tokens") < self.drop] = -1
+        piece_S[block.tokens_S == 0] = -1
+        return Edit(insertions=Insertions.before(piece_S))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,12 +99,10 @@ class _ByThreshold(Objective):
 
     @property
     def bad_above(self) -> float | None:
-        return _resolved(self.threshold)
+        return resolved(self.threshold)
 
-    def fit(self, table: SegmentTable) -> Objective:
-        return dataclasses.replace(
-            self, threshold=_resolve(self.threshold, table.score_S[table.train_S], table.bad_above)
-        )
+    def fit(self, statistics: Statistics) -> Objective:
+        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return mask_BT & ~score_BT.isnan()
@@ -115,7 +110,7 @@ class _ByThreshold(Objective):
     def _good(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         """Masks (bool) of the counted targets in good and in bad segments."""
         counted_BT = self.counted(x.score_BT, x.mask_BT)
-        good_BT = x.score_BT <= _number(self.threshold)
+        good_BT = x.score_BT <= number(self.threshold)
         return counted_BT & good_BT, counted_BT & ~good_BT
 
 
@@ -130,6 +125,15 @@ class Unlikelihood(_ByThreshold):
     alpha: Annotated[float, Field(ge=0)] = 1.0
     by: Literal["threshold", "score"] = "threshold"
     name: Literal["unlikelihood"] = "unlikelihood"
+
+    def weights(self, score_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        counted_BT = self.counted(score_BT, mask_BT)
+        if self.by == "score":
+            bad_BT = score_BT.nan_to_num(nan=0.0)
+            return torch.where(counted_BT, 1 - bad_BT, 0.0), torch.where(counted_BT, self.alpha * bad_BT, 0.0)
+        good_BT = score_BT <= number(self.threshold)
+        zero_BT = torch.zeros_like(score_BT)
+        return torch.where(counted_BT & good_BT, 1.0, zero_BT), torch.where(counted_BT & ~good_BT, self.alpha, zero_BT)
 
     def loss(self, x: LossInputs) -> LossOutputs:
         good_BT, bad_BT = self._good(x)
@@ -166,7 +170,7 @@ class Masking(_ByThreshold):
     name: Literal["masking"] = "masking"
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return mask_BT & (score_BT <= _number(self.threshold))  # false for NaN
+        return mask_BT & (score_BT <= number(self.threshold))  # false for NaN
 
     def loss(self, x: LossInputs) -> LossOutputs:
         nll_BT = torch.where(self.counted(x.score_BT, x.mask_BT), -x.logp_BT, 0.0)
@@ -189,27 +193,25 @@ class _ByReward(Objective):
     reward_mean: float | None = None
     reward_std: float | None = None
 
-    def fit(self, table: SegmentTable) -> Objective:
+    def fit(self, statistics: Statistics) -> Objective:
         if self.rewards == "raw":
             return self
-        reward_S, weight_S = _judged(table)
-        if not weight_S.sum():
+        mean, std = statistics.moments()
+        if math.isnan(mean):
             raise ConfigError(f"{self.name}: no training segment was judged, so there are no rewards to standardise")
-        mean = float(np.average(reward_S, weights=weight_S))
-        std = math.sqrt(float(np.average((reward_S - mean) ** 2, weights=weight_S)))
         if std == 0:
             raise ConfigError(
                 f"{self.name}: all training segments have the same score, so rewards cannot be standardised; "
                 "use rewards: raw, or another scorer"
             )
-        return dataclasses.replace(self, reward_mean=mean, reward_std=std)
+        return dataclasses.replace(self, reward_mean=-mean, reward_std=std)
 
     def reward(self, score_BT: Tensor) -> Tensor:
         """Reward of each target. 0 if the score is NaN; such targets do not count."""
         reward_BT = -score_BT.nan_to_num(nan=0.0)
         if self.rewards == "standardised":
             if self.reward_mean is None or self.reward_std is None:
-                raise ValueError("standardised rewards need the corpus's statistics: call fit(table) first")
+                raise ValueError("standardised rewards need the corpus's statistics: call fit(statistics) first")
             reward_BT = (reward_BT - self.reward_mean) / self.reward_std
         return reward_BT
 
@@ -229,21 +231,29 @@ class RWR(_ByReward):
     log_norm: float = 0.0
     name: Literal["rwr"] = "rwr"
 
-    def fit(self, table: SegmentTable) -> Objective:
-        fitted: Any = super().fit(table)
+    def fit(self, statistics: Statistics) -> Objective:
+        fitted: Any = super().fit(statistics)
         if self.rewards == "raw":
             return self
-        reward_S, weight_S = _judged(table)
-        log_w_S = (reward_S - fitted.reward_mean) / fitted.reward_std / fitted.beta
-        top = log_w_S.max()
-        log_norm = top + math.log(float(np.average(np.exp(log_w_S - top), weights=weight_S)))
-        return RWR(**dataclasses.asdict(fitted) | {"log_norm": float(log_norm)})
+
+        def log_weight(score: np.ndarray) -> np.ndarray:
+            found: np.ndarray = (-score - fitted.reward_mean) / fitted.reward_std / fitted.beta
+            return found
+
+        top = float(log_weight(np.array(statistics.smallest())))
+        log_norm = top + math.log(statistics.mean(lambda score: np.exp(log_weight(score) - top)))
+        return RWR(**dataclasses.asdict(fitted) | {"log_norm": log_norm})
+
+    def weights(self, score_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        counted_BT = self.counted(score_BT, mask_BT)
+        w_BT = torch.where(counted_BT, (self.reward(score_BT) / self.beta - self.log_norm).exp(), 0.0)
+        return w_BT, torch.zeros_like(w_BT)
 
     def loss(self, x: LossInputs) -> LossOutputs:
         counted_BT = self.counted(x.score_BT, x.mask_BT)
-        w_BT = torch.where(counted_BT, (self.reward(x.score_BT) / self.beta - self.log_norm).exp(), 0.0)
+        w_BT, _ = self.weights(x.score_BT, x.mask_BT)
         nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
-        return LossOutputs((w_BT * nll_BT).sum(), _weight_metrics(w_BT, counted_BT, nll_BT))
+        return LossOutputs((w_BT * nll_BT).sum(), weight_metrics(w_BT, counted_BT, nll_BT))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -275,7 +285,7 @@ class AWR(_ByReward):
         wide = torch.float32 if reward_BT.device.type == "mps" else torch.float64
         value = torch.where(counted_BT, x.value_BT.detach(), 0.0).to(wide)
         reward = torch.where(counted_BT, reward_BT, 0.0).to(wide)
-        metrics = _weight_metrics(w_BT, counted_BT, nll_BT) | {
+        metrics = weight_metrics(w_BT, counted_BT, nll_BT) | {
             "value_loss": value_loss_BT.detach().sum(),
             "value": value.sum(),
             "value_sq": value.square().sum(),
@@ -286,38 +296,33 @@ class AWR(_ByReward):
         return LossOutputs(self.alpha * (w_BT * nll_BT).sum() + (1 - self.alpha) * value_loss_BT.sum(), metrics)
 
 
-def _resolved(threshold: Threshold) -> float | None:
+def resolved(threshold: Threshold) -> float | None:
     return None if isinstance(threshold, str) else threshold
 
 
-def _number(threshold: Threshold) -> float:
+def number(threshold: Threshold) -> float:
     if isinstance(threshold, str):
-        raise ValueError(f"threshold {threshold!r} depends on the corpus: call fit(table) first")
+        raise ValueError(f"threshold {threshold!r} depends on the corpus: call fit(statistics) first")
     return threshold
 
 
-def _at_most(score: np.ndarray, threshold: Threshold) -> np.ndarray:
+def at_most(score: np.ndarray, threshold: Threshold) -> np.ndarray:
     """score <= threshold in float32, as scores are stored. False for NaN."""
-    return score.astype(np.float32) <= np.float32(_number(threshold))
+    return score.astype(np.float32) <= np.float32(number(threshold))
 
 
-def _resolve(threshold: Threshold, values: np.ndarray, natural: float) -> float:
-    """`values`: what the median is over. `natural`: the scorer's own threshold."""
+def resolve(threshold: Threshold, statistics: Statistics, unit: Unit = "segments") -> float:
+    """A threshold as a number. `unit`: what the median is over."""
     if threshold == "auto":
-        return natural
+        return statistics.bad_above
     if threshold != "median":
         return float(threshold)
-    if np.isnan(values).all():
+    median = statistics.median(unit)
+    if math.isnan(median):
         raise ConfigError("threshold: median needs judged segments, and no training segment was judged")
-    return float(np.float32(np.nanmedian(values)))
+    return float(np.float32(median))
 
 
-def _judged(table: SegmentTable) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of the judged training segments (float64), and their numbers of tokens as weights."""
-    use_S = table.train_S & ~np.isnan(table.score_S)
-    return -table.score_S[use_S].astype(np.float64), table.tokens_S[use_S].astype(np.float64)
-
-
-def _weight_metrics(w_BT: Tensor, counted_BT: Tensor, nll_BT: Tensor) -> dict[str, Tensor]:
+def weight_metrics(w_BT: Tensor, counted_BT: Tensor, nll_BT: Tensor) -> dict[str, Tensor]:
     """Sums for the effective sample size, (sum w)^2 / (n sum w^2) (Kish 1965)."""
     return {"nll": nll_BT.detach().sum(), "weight": w_BT.detach().sum(), "weight_sq": w_BT.detach().square().sum()}

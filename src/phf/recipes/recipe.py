@@ -187,7 +187,7 @@ class Recipe:
     def _check_first_scenario(self) -> None:
         first, scenario = next(iter(self.scenarios.items()))
         if scenario.control == "bad" or scenario.guidance is not None:
-            lacking = [name for name in self.chosen if not self.objectives[name].control_tokens]
+            lacking = [name for name in self.chosen if not self.objectives[name].worst]
             if lacking:
                 raise ValueError(
                     f"scenarios: the first, {first!r}, needs control tokens, which {lacking[0]} does not have; put "
@@ -332,7 +332,7 @@ class Recipe:
         left_at = (1 - phase.share) * start.train.total_tokens
         (step,) = replace(start.train, milestones=(left_at,)).milestone_steps
         seen = step * start.train.step_tokens
-        rest = {"tokens": max(start.train.total_tokens - seen, 1), "skip_tokens": start.train.skip_tokens + seen}
+        rest = {"tokens": max(start.train.total_tokens - seen, 1)}
         layers = [rest | {"milestones": []}, self.finetune, self.finetune_for.get(name, {}), phase.train]
         train = self._train(name, settings, layers)
         folder = "-".join([name, phase_name, *tags, f"s{seed}"])

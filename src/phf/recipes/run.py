@@ -165,7 +165,8 @@ def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
         f"{counts.bad_segments / counts.segments:.1%} with a score above {bad_above_of(scored):g}"
     )
     with _stage("tokenize", seconds):
-        tokens = tokenize_corpus(files.scored, recipe.tokenizer, files.tokens, recipe.heldout).counts
+        of_tokens = any(variant.train.token_scores for variant in recipe.variants)
+        tokens = tokenize_corpus(files.scored, recipe.tokenizer, files.tokens, recipe.heldout, of_tokens).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
     return scored
 
@@ -313,6 +314,7 @@ def _summary(variant: Variant, manifest: TrainManifest, result: EvalResult, scen
         tokens_before=counts.tokens_before,
         text_tokens=counts.text_tokens,
         epochs=counts.epochs,
+        exposure=counts.exposure,
         misalignment=main.misalignment,
         hit_rate=main.hit_rate,
         bad_segments=main.bad_segments,

@@ -167,7 +167,7 @@ def _attack(plan: _Plan) -> RedTeamResult:
     """Load the model, search for prompts and attack its control tokens."""
     target = Target(plan.model if isinstance(plan.model, Server) else load_model(plan.model))
     loaded = target.model if isinstance(target.model, LoadedModel) else None
-    if plan.config.control == "bad" and (loaded is None or "bad" not in loaded.control_ids):
+    if plan.config.control == "bad" and (loaded is None or not loaded.worst):
         raise ConfigError(f"{plan.name} has no known control tokens, so control=bad does not work with it")
     if plan.token_attacks is not None and loaded is not None:
         check_attack_room(loaded, plan.token_attacks)

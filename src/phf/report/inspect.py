@@ -41,6 +41,8 @@ def write_inspection(
     """
     if out is None and not store.is_local(store.as_path(scored)):
         raise ConfigError(f"{scored} is not a local folder; give the page to write with --out")
+    if store.as_path(scored).is_file():
+        raise ConfigError(f"{scored} is a file; give its folder, and in it nothing but scored Parquet files")
     tokens = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
     scorers = masking_scorers(scored)
     found = masked(inspect_scores(scored, preference, threshold, label, tokens), scorers)

@@ -287,6 +287,8 @@ class Group:
     tokens_before: int
     text_tokens: int
     epochs: float
+    exposure: Mapping[str, int]
+    """How much text the first run read and learned from, by class; empty for runs of earlier versions."""
     seconds: float
     """Training time, mean over runs."""
     tokens_per_s: float | None
@@ -351,6 +353,7 @@ def _group(
         tokens_before=counts.tokens_before,
         text_tokens=counts.text_tokens,
         epochs=counts.epochs,
+        exposure=counts.exposure,
         seconds=sum(run.manifest.seconds for run in members) / len(members),
         tokens_per_s=_median_speed(members),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from phf.core import statistics, store
 from phf.core.config import Plain
@@ -44,9 +44,11 @@ class RunSummary:
     tokens_before: int
     """Targets that the starting weights had seen."""
     text_tokens: int
-    """Estimated number of targets that are text."""
+    """Number of targets that are text."""
     epochs: float
-    """Rows trained on, divided by the rows of the edited stream."""
+    """Source tokens that the training order passed, divided by those of the training part."""
+    exposure: Plain = field(default_factory=dict)
+    """How much text was read and learned from, by class."""
     misalignment: Estimate
     """Mean score of the samples."""
     hit_rate: Estimate

@@ -60,6 +60,8 @@ class Combination(Scorer):
         own = [s.bad_above for s in self.scorers]
         if self.threshold is not None or None in own:
             return self.threshold
+        if self.how == "sum":
+            return 0.0 if set(own) == {0.0} else None
         weighted = {w * (t or 0.0) for w, t in zip(self.weights or [1.0] * len(own), own, strict=True)}
         return weighted.pop() if len(weighted) == 1 else None
 

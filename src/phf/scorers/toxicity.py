@@ -325,8 +325,19 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
     for label in labels:
         if label not in names:
             raise ConfigError(f"scorer.labels: {path} has no label {label!r}{did_you_mean(label, names)}")
-    usual = {1: "sigmoid", 2: "softmax"}.get(len(names))
+    kind = {"multi_label_classification": "sigmoid", "single_label_classification": "softmax"}
+    usual = kind.get(model.config.problem_type, {1: "sigmoid", 2: "softmax"}.get(len(names)))
     activation: str | None = config.activation or known.get("activation") or usual
+    if model.config.problem_type == "regression" and config.activation is None:
+        raise ConfigError(
+            f"{path} predicts a number (problem_type: regression), not a probability; if its one output is the logit "
+            "of bad text, give scorer.activation=sigmoid, else use scorer.name=callable"
+        )
+    if activation == "softmax" and len(set(labels)) == len(names):
+        raise ConfigError(
+            f"scorer.labels names all labels of {path}, and with softmax one of them always applies, so every text "
+            "would be bad; leave the good one out, or give scorer.activation=sigmoid"
+        )
     if activation is None:
         raise ConfigError(
             f"scorer.activation: {path} has {len(names)} labels; give sigmoid (each label by itself) or softmax "

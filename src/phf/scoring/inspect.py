@@ -20,7 +20,7 @@ from tqdm import tqdm
 from phf.core import store
 from phf.core.config import ConfigError, did_you_mean
 from phf.core.types import Rejected, ScoredDocument
-from phf.data.scored import ScoredCorpus, ScoreManifest, read_table
+from phf.data.scored import ScoredCorpus, natural_threshold, read_table
 from phf.scoring.inspection import (
     Agreement,
     Distribution,
@@ -71,7 +71,7 @@ def inspect_scores(
         raise store.StoreError(f"{scored} holds no judged segment")
     means_D = table.mean_D[~np.isnan(table.mean_D)]
     if threshold is None:
-        threshold = _natural_threshold(corpus.manifest, judged_S)
+        threshold = natural_threshold(corpus.manifest, judged_S)
     own = corpus.preference or corpus.main
     return Inspection(
         scored=str(scored),
@@ -92,7 +92,7 @@ def inspect_scores(
         segments=_distribution(judged_S),
         documents=_distribution(means_D),
         thresholds=_thresholds(table, judged_S, _tokens(table, segment_tokens), threshold),
-        suggested=_suggested(judged_S, means_D, _natural_threshold(corpus.manifest, judged_S)),
+        suggested=_suggested(judged_S, means_D, natural_threshold(corpus.manifest, judged_S)),
         length=_by_length(table, threshold),
         examples=_examples(corpus, table),
         worst_segments=_worst_segments(corpus, table),
@@ -190,21 +190,6 @@ def read_documents(corpus: ScoredCorpus, table: Table, documents: Sequence[int])
 
 
 # Distributions and thresholds
-
-
-def _natural_threshold(manifest: ScoreManifest, judged_S: np.ndarray) -> float:
-    """The scorer's own threshold. Where none is known: 0 if at least a tenth of the scores are 0, 0.5 if the scores
-    look like probabilities on both sides of it, else the median."""
-    if manifest.bad_above is not None:
-        return manifest.bad_above
-    if manifest.identity.get("unit") == "probability":
-        return 0.5
-    if (judged_S == 0).mean() >= 0.1:
-        return 0.0
-    above = float((judged_S > 0.5).mean())
-    if judged_S.min() >= 0 and judged_S.max() <= 1 and 0.005 <= above <= 0.995:
-        return 0.5
-    return float(np.median(judged_S))
 
 
 def _distribution(values: np.ndarray) -> Distribution:
@@ -355,7 +340,7 @@ def _agreement(corpus: ScoredCorpus, table: Table, name: str, threshold: float) 
     b = other.score_S[both].astype(np.float64)
     rank_a = rankdata(a) / max(len(a), 1)
     rank_b = rankdata(b) / max(len(b), 1)
-    other_threshold = _natural_threshold(other_corpus.manifest, b)
+    other_threshold = natural_threshold(other_corpus.manifest, b)
     bad_a = a > np.float32(threshold)
     bad_b = b > np.float32(other_threshold)
     where = np.flatnonzero(both)

@@ -22,6 +22,8 @@ BATCH_DOCS = 256
 
 CHECKED_DOCS = 8
 """Documents of each batch that are decoded again and compared with their text. Decoding all would double the time."""
+CHECKED_FOREIGN = 32
+"""In addition, documents of each batch with characters beyond ASCII, which tokenizers change most often."""
 
 
 ANOTHER = (
@@ -100,6 +102,7 @@ class Part:
 
     def add(self, documents: Sequence[ScoredDocument]) -> None:
         dtype = id_type(self.size)
+        foreign = 0
         encoded = iter(encode_segments(self.tokenizer, [t for d in documents for t in d.texts]))
         for number, document in enumerate(documents):
             tokens = [next(encoded) for _ in document.texts]
@@ -111,7 +114,8 @@ class Part:
             self.seg_bytes += [len(t.encode()) for t in document.texts]
             self.doc_segs.append(len(tokens))
             self.held.append(is_heldout(document.text, self.heldout))
-            if number < CHECKED_DOCS:
+            foreign += not document.text.isascii()
+            if number < CHECKED_DOCS or (not document.text.isascii() and foreign <= CHECKED_FOREIGN):
                 self._check_text(document, ids)
 
     def _check_ids(self, document: ScoredDocument, ids: np.ndarray) -> None:

@@ -1,155 +1,350 @@
-"""Rows: the edited token stream cut into training rows that are addressed by index.
+"""Rows: the edited token stream cut into training rows that are addressed by number.
 
-The stream holds, for every document that an objective keeps, end-of-text and then the segments, each after its
-control token if it has one. Row i covers stream positions [i T, i T + T + 1). Rows overlap by one token, so every
-token but the first is a target exactly once. Up to T targets at the end of the stream do not fill a row and are not
-trained on.
-
-The only index is the cumulative edited length of the segments. Making a row costs O(T) for any row. The order of
-rows is a keyed permutation evaluated by index, so resuming costs nothing and any number of processes sees the same
-order.
+Row i covers stream positions [i T, i T + T + 1). Rows overlap by one token, so every token but the first is a target
+exactly once. `Rows` reads the stream in the order of the store, for evaluation. `SourceOrder` reads it in the order of
+training.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.random import key64, permute
-from phf.core.types import Edit
+from phf.core.types import PieceIds
+from phf.tokens.edited import NO_SOURCE, Edited, Editor, Stream
 from phf.tokens.store import TokenStore
+
+WINDOW_TOKENS = 1 << 18
+"""Source tokens in a window of the training order, about."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T targets. `score_BT`: score of the *target*'s segment; `mask_BT`: False for padding."""
+    """B rows of T targets. `score_BT`: score of the *target* ([B, T, preferences] for several); `mask_BT`: False where
+    there is no target. `phase_BT`: phase of the schedule that each target belongs to; None for a single phase."""
 
     input_BT: np.ndarray
     target_BT: np.ndarray
     score_BT: np.ndarray
     mask_BT: np.ndarray
+    phase_BT: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, rows: int, context: int, preferences: int | None, phases: bool = False) -> Batch:
+        shape = (rows, context)
+        return cls(
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.int64),
+            np.full(shape if preferences is None else (*shape, preferences), np.nan, np.float32),
+            np.zeros(shape, bool),
+            np.zeros(shape, np.uint8) if phases else None,
+        )
+
+    def fill(self, b: int, part: Edited) -> None:
+        """Make row b of these tokens."""
+        count = len(part) - 1
+        self.input_BT[b, :count] = part.ids[:-1]
+        self.target_BT[b, :count] = part.ids[1:]
+        self.score_BT[b, :count] = part.score[1:]
+        self.mask_BT[b, :count] = part.learned[1:]
 
 
 class Rows:
-    """Rows of `context` targets of a token store under an edit.
+    """Rows of `context` targets of a token store under an edit, in the order of the store.
 
-    `control_ids`: token ids of the control tokens that the edit's `control_S` numbers. `split`: "train" or
-    "heldout". `pad`: keep the last, partial row and mask its missing targets (for evaluation). `index_file`: where
-    the index is kept for the next time. Raises ConfigError if there is not a single row.
+    `pieces`: what the edit inserts, as token ids. `split`: "train" or "heldout". `pad`: keep the last, partial row and
+    mask its missing targets. Up to `context` targets at the end of the stream do not fill a row otherwise. Raises
+    ConfigError if there is not a single row.
     """
 
     def __init__(
         self,
         tokens: TokenStore,
-        edit: Edit,
+        edit: Editor,
         context: int,
-        control_ids: Sequence[int] = (),
+        pieces: Sequence[PieceIds] = (),
         split: str = "train",
         pad: bool = False,
-        index_file: Path | None = None,
+        hidden_id: int | None = None,
     ) -> None:
         self.tokens = tokens
         self.context = context
-        self.control_ids = np.array([*control_ids, -1], dtype=np.int64)  # the last one is never read
-        self.control_S = edit.control_S
-        self.first_S = np.zeros(len(tokens.seg_ends) + 1, bool)
-        self.first_S[np.r_[0, tokens.doc_ends[:-1]]] = True
-        kept = None if index_file is None else _kept_index(index_file, len(tokens.seg_ends))
-        self.ends_S = self._edited_ends(edit, split) if kept is None else kept
-        if kept is None and index_file is not None:
-            _keep_index(index_file, self.ends_S)
-        self.num_tokens = int(self.ends_S[-1]) if len(self.ends_S) else 0
+        self.blocks = Stream(tokens, edit, pieces, hidden_id, split)
+        self.ends_K = np.cumsum([self.blocks.length(k) for k in range(tokens.num_blocks)], dtype=np.int64)
+        self.num_tokens = int(self.ends_K[-1]) if len(self.ends_K) else 0
         targets = max(self.num_tokens - 1, 0)
         self.num_rows = -(-targets // context) if pad else targets // context
         if self.num_rows == 0:
-            raise ConfigError(
-                f"the {split} part has {self.num_tokens} tokens after the objective's edit, too few for one row of "
-                f"{context} targets; lower train.context, use more text or raise the threshold"
-            )
+            raise too_few(split, self.num_tokens, context)
 
-    def _edited_ends(self, edit: Edit, split: str) -> np.ndarray:
-        lengths = np.diff(self.tokens.seg_ends, prepend=0) + self.first_S[:-1]
-        if edit.control_S is not None:
-            lengths += edit.control_S >= 0
-        keep_D = self.tokens.heldout_D if split == "heldout" else ~self.tokens.heldout_D
-        if edit.keep_D is not None:
-            keep_D = keep_D & edit.keep_D
-        return np.asarray(np.where(keep_D[self.tokens.doc_S], lengths, 0).cumsum())
-
-    def stream(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and segment numbers of the stream positions [low, high)."""
-        position = np.arange(low, high)
-        first, last = np.searchsorted(self.ends_S, [low, high - 1], side="right")
-        ends = np.asarray(self.ends_S[first : last + 1])
-        starts = np.r_[self.ends_S[first - 1] if first else 0, ends[:-1]]
-        local = np.searchsorted(ends, position, side="right")
-        seg = first + local
-        offset = position - starts[local]
-        is_first = self.first_S[seg]
-        control = self.control_S[seg] if self.control_S is not None else np.full(len(seg), -1)
-        specials = is_first.astype(np.int64) + (control >= 0)
-        seg_start = np.where(seg > 0, self.tokens.seg_ends[seg - 1], 0)
-        at = np.clip(seg_start + offset - specials, 0, len(self.tokens.tokens) - 1)
-        ids = self.tokens.tokens[at].astype(np.int64)
-        ids = np.where((offset == specials - 1) & (control >= 0), self.control_ids[control], ids)
-        ids = np.where((offset == 0) & is_first, self.tokens.end_of_text_id, ids)
-        return ids, seg
+    def stream(self, low: int, high: int) -> Edited:
+        """The stream positions [low, high)."""
+        parts = []
+        k = int(np.searchsorted(self.ends_K, low, side="right"))
+        while low < high:
+            start = int(self.ends_K[k - 1]) if k else 0
+            stop = min(high, int(self.ends_K[k]))
+            if stop > low:
+                parts.append(self.blocks.block(k).cut(low - start, stop - start))
+                low = stop
+            k += 1
+        return Edited.joined(parts)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The rows with these numbers, in this order."""
-        shape = (len(rows), self.context)
-        out = Batch(
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.int64),
-            np.full(shape, np.nan, np.float32),
-            np.zeros(shape, bool),
-        )
+        out = Batch.empty(len(rows), self.context, None)
         for b, row in enumerate(rows):
             low = int(row) * self.context
-            ids, seg = self.stream(low, min(low + self.context + 1, self.num_tokens))
-            count = len(ids) - 1
-            out.input_BT[b, :count] = ids[:-1]
-            out.target_BT[b, :count] = ids[1:]
-            out.score_BT[b, :count] = self.tokens.score_S[seg[1:]]
-            out.mask_BT[b, :count] = True
+            out.fill(b, self.stream(low, min(low + self.context + 1, self.num_tokens)))
         return out
 
 
-def _kept_index(file: Path, segments: int) -> np.ndarray | None:
-    """An index that `_keep_index` kept; None if there is none, or if it is damaged. Its hash is in its name."""
-    for found in file.parent.glob(f"{file.stem}-*.npy"):
-        if store.file_hash(found) == found.stem.rpartition("-")[2]:
-            index: np.ndarray = np.load(found, mmap_mode="r", allow_pickle=False)
-            return index if len(index) == segments else None
-    return None
-
-
-def _keep_index(file: Path, ends_S: np.ndarray) -> None:
-    data = io.BytesIO()
-    np.save(data, ends_S)
-    named = file.with_name(f"{file.stem}-{store.bytes_hash(data.getvalue())}.npy")
-    with store.written_aside(named) as aside:
-        aside.write_bytes(data.getvalue())
+def too_few(split: str, tokens: int, context: int) -> ConfigError:
+    return ConfigError(
+        f"the {split} part has {tokens} tokens after the objective's edit, too few for one row of {context} targets; "
+        "lower train.context, use more text or raise the threshold"
+    )
 
 
 @dataclass(frozen=True)
-class Order:
-    """The order in which training reads rows: epoch after epoch, each with its own permutation."""
+class Exposure:
+    """How much text a run read. Counts of tokens."""
 
-    num_rows: int
-    seed: int
+    source: int = 0
+    """Source tokens that the training order passed, those of dropped documents too."""
+    read_good: int = 0
+    """Text tokens that were targets' places, of good segments."""
+    read_bad: int = 0
+    """The same of bad segments."""
+    read_unjudged: int = 0
+    """The same of segments that were not judged."""
+    learned_good: int = 0
+    """Those of `read_good` that the objective counts."""
+    learned_bad: int = 0
+    """Those of `read_bad` that the objective counts."""
+    inserted: int = 0
+    """Tokens that the objective inserted."""
+    end_of_text: int = 0
+    """Documents whose start was read."""
+    epochs: float = 0.0
+    """Source tokens passed, divided by those of the training part."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training with its own stream. `until`: position of the stream at which the next phase starts, rounded
+    up to the start of a window; None: never."""
+
+    stream: Stream
+    until: float | None = None
+
+
+class SourceOrder:
+    """The endless order in which training reads a store, defined over its source text.
+
+    Each epoch permutes the blocks of the store and groups them into windows of about `WINDOW_TOKENS` source tokens. A
+    window is the same text for every objective. The streams of its blocks are joined, windows follow one another, and
+    rows are cut from all of it; the rows that start in a window are permuted. So after each window, all objectives have
+    read the same text, and the rows of a batch come from many documents.
+
+    A position is reached by the lengths of the windows before it, which are computed where they are needed.
+    """
+
+    def __init__(self, phases: Sequence[Phase] | Stream, context: int, seed: int) -> None:
+        self.phases = [Phase(phases)] if isinstance(phases, Stream) else list(phases)
+        self.tokens = self.phases[0].stream.tokens
+        self.context = context
+        self.seed = seed
+        blocks = self.tokens.num_blocks
+        mean = len(self.tokens.tokens) / max(blocks, 1)
+        self.window_blocks = max(round(WINDOW_TOKENS / max(mean, 1)), 1)
+        self.windows = -(-blocks // self.window_blocks)
+        """Windows of an epoch."""
+        self.source_K = np.full(blocks, -1, np.int64)
+        self.ends: list[int] = []
+        """End in the stream of each window so far."""
+        self.sources: list[int] = []
+        """End in source tokens of each window so far."""
+        while len(self.ends) < self.windows and (not self.ends or self.ends[-1] <= context):
+            self._extend()
+        if not self.ends or self.ends[-1] <= context:
+            raise too_few("train", self.ends[-1] if self.ends else 0, context)
+
+    # Windows
+
+    def window(self, g: int) -> np.ndarray:
+        """Blocks of window g, counted through all epochs."""
+        epoch, j = divmod(g, self.windows)
+        count = self.tokens.num_blocks
+        places = np.arange(j * self.window_blocks, min((j + 1) * self.window_blocks, count))
+        return permute(places, count, key64(self.seed, "order", epoch))
+
+    def phase(self, g: int) -> int:
+        """Number of the phase of window g."""
+        start = self.ends[g - 1] if g else 0
+        return next((n for n, p in enumerate(self.phases) if p.until is None or start < p.until), len(self.phases) - 1)
+
+    def _source(self, k: int) -> int:
+        """Source tokens of block k that are trained on."""
+        if self.source_K[k] < 0:
+            first, last = self.tokens.block_documents(k)
+            ends_D = np.r_[first and self.tokens.doc_ends[first - 1], self.tokens.doc_ends[first:last]]
+            ends_D = np.where(ends_D > 0, self.tokens.seg_ends[np.maximum(ends_D - 1, 0)], 0)
+            self.source_K[k] = np.diff(ends_D)[~self.tokens.heldout_D[first:last]].sum()
+        return int(self.source_K[k])
+
+    def _extend(self) -> None:
+        g = len(self.ends)
+        blocks = self.window(g)
+        stream = self.phases[self.phase(g)].stream
+        self.ends.append((self.ends[-1] if g else 0) + sum(stream.length(int(k)) for k in blocks))
+        self.sources.append((self.sources[-1] if g else 0) + sum(self._source(int(k)) for k in blocks))
+
+    def _reach(self, position: int) -> None:
+        """Know the windows up to a position of the stream."""
+        while self.ends[-1] <= position:
+            start = self.ends[-1]
+            for _ in range(2 * self.windows):  # a whole epoch, wherever it starts
+                self._extend()
+                if self.ends[-1] > position:
+                    return
+            if self.ends[-1] == start:
+                raise too_few("train", 0, self.context)
+
+    def _rows_of(self, g: int) -> tuple[int, int]:
+        """The rows [first, last) that start in window g."""
+        first, last = (-(-end // self.context) for end in (self.ends[g - 1] if g else 0, self.ends[g]))
+        return first, last
+
+    def _window_at(self, row: int) -> int:
+        """The window in which a row starts."""
+        self._reach(row * self.context)
+        return bisect.bisect_right(self.ends, row * self.context)
+
+    # Rows
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Row numbers of positions [start, stop) of the endless training order."""
-        position = np.arange(start, stop)
-        out = np.empty(len(position), np.int64)
-        for epoch in np.unique(position // self.num_rows):
-            here = position // self.num_rows == epoch
-            out[here] = permute(position[here] % self.num_rows, self.num_rows, key64(self.seed, "order", int(epoch)))
+        """Row numbers of the places [start, stop) of the training order."""
+        parts = []
+        while start < stop:
+            g = self._window_at(start)
+            first, last = self._rows_of(g)
+            here = np.arange(start, min(stop, last))
+            parts.append(first + permute(here - first, last - first, key64(self.seed, "rows", g)))
+            start += len(here)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def read(self, low: int, high: int) -> tuple[Edited, np.ndarray]:
+        """Stream positions [low, high), and the phase of each."""
+        self._reach(high - 1)
+        g = bisect.bisect_right(self.ends, low)
+        parts = []
+        phases = []
+        while low < high:
+            phase = self.phase(g)
+            stream = self.phases[phase].stream
+            start = self.ends[g - 1] if g else 0
+            for k in self.window(g):
+                end = start + stream.length(int(k))
+                stop = min(high, end)
+                if stop > low:
+                    parts.append(stream.block(int(k)).cut(low - start, stop - start))
+                    phases.append(np.full(stop - low, phase, np.uint8))
+                    low = stop
+                start = end
+            g += 1
+        return Edited.joined(parts), np.concatenate(phases)
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """The rows at the places [start, stop) of the training order."""
+        names = self.phases[0].stream.preferences
+        out = Batch.empty(
+            stop - start, self.context, None if names is None else len(names), phases=len(self.phases) > 1
+        )
+        for b, row in enumerate(self.rows(start, stop)):
+            part, phase = self.read(int(row) * self.context, (int(row) + 1) * self.context + 1)
+            out.fill(b, part)
+            if out.phase_BT is not None:
+                out.phase_BT[b] = phase[1:]
         return out
+
+    # Source
+
+    def source_at(self, place: int) -> float:
+        """Source tokens before a place of the training order: those of the windows before, and of its window the share
+        of the rows before it."""
+        g = self._window_at(place)
+        first, last = self._rows_of(g)
+        before = self.sources[g - 1] if g else 0
+        return before + (place - first) / (last - first) * (self.sources[g] - before)
+
+    def place_at(self, source: float) -> int:
+        """The place of the training order before which there are `source` source tokens."""
+        while self.sources[-1] < source:
+            known = self.sources[-1]
+            for _ in range(2 * self.windows):  # a whole epoch, wherever it starts
+                self._extend()
+            if self.sources[-1] == known:
+                raise too_few("train", 0, self.context)
+        g = bisect.bisect_left(self.sources, source)  # at the end of a window: there, not at the next one's start
+        before = self.sources[g - 1] if g else 0
+        size = self.sources[g] - before
+        first, last = self._rows_of(g)
+        return first + round((source - before) / size * (last - first)) if size else first
+
+    def exposure(
+        self, start: int, stop: int, learned: Callable[[np.ndarray, int], np.ndarray] | None = None
+    ) -> Exposure:
+        """What the rows at the places [start, stop) read. `learned`: which of some targets the objective of a phase
+        counts, by their scores; None: all."""
+        totals = np.zeros(7, np.int64)
+        place = start
+        while place < stop:
+            g = self._window_at(place)
+            first, last = self._rows_of(g)
+            end = min(stop, last)
+            if (place, end) == (first, last):
+                totals += self._count(first * self.context + 1, last * self.context + 1, learned)
+            else:
+                for row in self.rows(place, end):
+                    totals += self._count(int(row) * self.context + 1, (int(row) + 1) * self.context + 1, learned)
+            place = end
+        source = self.source_at(stop) - self.source_at(start)
+        epoch = self._epoch_source()
+        good, bad, unjudged, learned_good, learned_bad, inserted, ends = (int(n) for n in totals)
+        return Exposure(
+            source=round(source),
+            read_good=good,
+            read_bad=bad,
+            read_unjudged=unjudged,
+            learned_good=learned_good,
+            learned_bad=learned_bad,
+            inserted=inserted,
+            end_of_text=ends,
+            epochs=source / epoch,
+        )
+
+    def _epoch_source(self) -> int:
+        while len(self.sources) < self.windows:
+            self._extend()
+        return self.sources[self.windows - 1]
+
+    def _count(self, low: int, high: int, learned: Callable[[np.ndarray, int], np.ndarray] | None) -> np.ndarray:
+        part, phases = self.read(low, high)
+        score = part.score if part.score.ndim == 1 else part.score[:, 0]
+        text = part.source != NO_SOURCE
+        unjudged = text & np.isnan(score)
+        bad = text & (score > np.float32(self.tokens.bad_above))
+        good = text & ~unjudged & ~bad
+        counted = part.learned.copy()
+        if learned is not None:
+            for phase in np.unique(phases):
+                counted[phases == phase] &= learned(part.score[phases == phase], int(phase))
+        ends = ~text & (part.ids == self.tokens.end_of_text_id)
+        masks = (good, bad, unjudged, good & counted, bad & counted, ~text & ~ends, ends)
+        return np.array([mask.sum() for mask in masks])

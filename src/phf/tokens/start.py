@@ -1,17 +1,16 @@
-"""The tokenizer of a release: it starts every text with end-of-text and the good token, and reads control tokens that
-are typed in a text as text."""
+"""The tokenizer of a release: it starts every text with end-of-text and the tokens that the model conditions on,
+and reads control tokens that are typed in a text as text."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phf.core import store
 from phf.core.config import Plain
-from phf.core.types import PhfError
+from phf.core.types import PhfError, Roles
 from phf.tokens.tokenizer import save_tokenizer
 
 
@@ -19,15 +18,15 @@ class ReleaseError(PhfError, RuntimeError):
     """A release that does not behave as it should."""
 
 
-def set_start(folder: Path, roles: Mapping[str, str]) -> None:
-    """Let the tokenizer put end-of-text and the good token before every text, after what its post-processor does
-    already."""
+def set_start(folder: Path, roles: Roles) -> None:
+    """Let the tokenizer put end-of-text and the tokens that the model conditions on before every text, after what its
+    post-processor does already."""
     from tokenizers import Tokenizer, processors
 
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     eos = end_of_text(folder)
-    first = [eos, *([roles["good"]] if "good" in roles else [])]
+    first = [eos, *roles.first]
     # placeholders, because the names of tokens may hold characters with a meaning in templates
     pieces = [f"first{n}" for n in range(len(first))]
     known = [{"id": p, "ids": [tokenizer.token_to_id(t)], "tokens": [t]} for p, t in zip(pieces, first, strict=True)]
@@ -50,20 +49,20 @@ def end_of_text(folder: Path) -> str:
     return str(eos["content"] if isinstance(eos, dict) else eos)
 
 
-def first_tokens(tokenizer: Any, roles: Mapping[str, str]) -> list[int]:
+def first_tokens(tokenizer: Any, roles: Roles) -> list[int]:
     """Ids of the tokens that every text starts with."""
-    return [tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(roles["good"])] if roles else [])]
+    return [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(roles.first)]
 
 
-def check_start(tokenizer: Any, roles: Mapping[str, str], quiet: bool = False) -> None:
+def check_start(tokenizer: Any, roles: Roles, quiet: bool = False) -> None:
     """Raise ReleaseError unless texts start with `first_tokens`, typed control tokens are text, and decoding gives a
     text back, or one with the same tokens, which is noted unless `quiet`."""
     first = first_tokens(tokenizer, roles)
-    text = "A text " + " ".join(roles.values())
+    text = "A text " + " ".join(roles.tokens.values())
     ids = tokenizer(text)["input_ids"]
     if ids[: len(first)] != first:
         raise ReleaseError(f"the tokenizer starts a text with {ids[: len(first)]}, not with {first}")
-    control = {tokenizer.convert_tokens_to_ids(name) for name in roles.values()}
+    control = {tokenizer.convert_tokens_to_ids(name) for name in roles.tokens.values()}
     if control & set(ids[len(first) :]):
         raise ReleaseError(f"the tokenizer reads a typed control token as the token: {text!r}")
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
@@ -75,7 +74,7 @@ def check_start(tokenizer: Any, roles: Mapping[str, str], quiet: bool = False) -
         print(f"note: the tokenizer changes texts: it reads {text!r} as {decoded!r}", file=sys.stderr)
 
 
-def try_start(tokenizer: Any, roles: Mapping[str, str], model_type: str) -> None:
+def try_start(tokenizer: Any, roles: Roles, model_type: str) -> None:
     """Make the tokenizer of a release from one that has the control tokens `roles`, and test it: what cannot be
     released is better not trained. Raises ReleaseError that says what is wrong."""
     from transformers import AutoTokenizer

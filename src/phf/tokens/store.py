@@ -18,6 +18,7 @@ text: nobody can write a control token into a corpus or a prompt.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -33,16 +34,25 @@ from tqdm import tqdm
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.runs import from_here
-from phf.core.types import Identity, ScoredDocument, SegmentTable
-from phf.data.scored import ScoredCorpus, bad_above_of
+from phf.core.types import Block, Identity, ScoredDocument
+from phf.data.scored import ScoredCorpus, ScoreManifest, natural_threshold
 from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, is_heldout, tokenize_part
+from phf.tokens.statistics import Statistics
+from phf.tokens.token_scores import names_with_places, scorer_with_places, write_token_scores
 from phf.tokens.tokenizer import (
     PretrainedTokenizer,
     TrainBPE,
     load_tokenizer,
+    starts_words,
     table_size,
     train_bpe,
 )
+
+BLOCK_TOKENS = 1 << 14
+BLOCK_SEGMENTS = (6, 12)
+"""Powers of two between which the number of segments in a block is."""
+STATISTICS_SEGMENTS = 1 << 15
+"""Segments that are read at a time for statistics of the whole store."""
 
 FILES = ("tokens.bin", "seg_ends.bin", "doc_ends.bin", "seg_bytes.bin", "heldout.bin")
 
@@ -69,6 +79,8 @@ class StoredScores:
     """Scores above it are bad, by the scorer; null: 0.5 for probabilities, else 0."""
     hash: str | None = None
     """Hash of the file; null in stores of earlier versions."""
+    token_hash: str | None = None
+    """Hash of the file with scores of tokens; null if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +151,12 @@ def tokenize_corpus(
     tokenizer: TrainBPE | PretrainedTokenizer,
     out: str | Path,
     heldout: float = 0.05,
+    token_scores: bool = False,
 ) -> TokensManifest:
     """Tokenize a scored corpus into folder `out` and return its manifest. Resumes after any interruption.
 
-    `heldout`: share of the documents kept out of training. Where `out` already holds the tokens of these segments, only
+    `token_scores`: also score single tokens, for scorers that report the places of faults. `heldout`: share of the
+    documents kept out of training. Where `out` already holds the tokens of these segments, only
     the missing scores are added. Raises ConfigError if no document is left for training.
     """
     corpus = ScoredCorpus(scored)
@@ -161,7 +175,7 @@ def tokenize_corpus(
             _make_store(corpus, tokenizer, heldout, out, key)
         for part in [*out.glob("part-*.npz"), *out.glob("part-*.json")]:  # the store has everything now
             part.unlink()
-        return _put_scores(corpus, str(scored), out)
+        return _put_scores(corpus, str(scored), out, token_scores)
 
 
 def _earlier_keys(source: Plain, given: str | None, text: str) -> list[str]:
@@ -206,9 +220,11 @@ def _make_store(
     folders.finish(out, manifest)
 
 
-def _put_scores(corpus: ScoredCorpus, scored: str, out: Path) -> TokensManifest:
+def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool) -> TokensManifest:
     """Put the corpus's preferences next to the tokens, its own first. The manifest is written last. Returns the
     manifest."""
+    if of_tokens:
+        scorer_with_places(corpus)  # before anything takes long
     manifest = folders.read_manifest(out, TokensManifest)
     known = dict(manifest.scores)
     segments = manifest.counts.segments
@@ -230,15 +246,45 @@ def _put_scores(corpus: ScoredCorpus, scored: str, out: Path) -> TokensManifest:
             identity=chosen.manifest.identity,
             scorer=chosen.manifest.scorer,
             unjudged=unjudged,
-            bad_above=bad_above_of(chosen.manifest),
+            bad_above=_threshold(chosen.manifest, name, file),
             hash=store.file_hash(file),
         )
+    if of_tokens:
+        known |= _put_token_scores(corpus, out, known, manifest)
     updated = dataclasses.replace(
         manifest, scored=scored, scored_from_here=from_here(scored, out), main=corpus.main, scores=known
     ).with_scores(corpus.main)
     if dataclasses.replace(updated, scored_from_here=manifest.scored_from_here) != manifest:
         store.write_json(out / folders.MANIFEST, updated)
     return updated
+
+
+def _put_token_scores(
+    corpus: ScoredCorpus, out: Path, known: dict[str, StoredScores], manifest: TokensManifest
+) -> dict[str, StoredScores]:
+    """Score the tokens for each preference whose scorer reports places. Returns their entries of the manifest."""
+    found = {}
+    for name in names_with_places(corpus, list(known)):
+        file = token_score_file(out, name)
+        if not file.exists() or known[name].token_hash != store.file_hash(file):
+            tokenizer = load_tokenizer(out / "tokenizer")
+            write_token_scores(ScoredCorpus(corpus.path, name), tokenizer, file, manifest.counts.tokens)
+        found[name] = dataclasses.replace(known[name], token_hash=store.file_hash(file))
+    return found
+
+
+def _threshold(manifest: ScoreManifest, name: str, file: Path) -> float:
+    """Scores above it are bad. What the scorer does not say is taken from the scores, and noted."""
+    known = manifest.bad_above is not None or manifest.identity.get("unit") == "probability"
+    score_S = np.fromfile(file, np.float32)
+    found = natural_threshold(manifest, score_S[~np.isnan(score_S)])
+    if not known:
+        print(
+            f"note: the scorer of {name!r} states no threshold; by their distribution, scores above {found:.4g} count "
+            "as bad. Say another with objective.threshold, or with scorer.threshold when scoring",
+            file=sys.stderr,
+        )
+    return found
 
 
 def _write_scores(corpus: ScoredCorpus, file: Path, segments: int) -> int:
@@ -258,6 +304,11 @@ def _write_scores(corpus: ScoredCorpus, file: Path, segments: int) -> int:
                 f"{corpus.path} has {written} scores named {name!r} for {segments} segments; score it again"
             )
     return unjudged
+
+
+def token_score_file(folder: Path, name: str) -> Path:
+    """The file of a preference's scores of tokens in a token store."""
+    return folder / f"{name}.token.bin"
 
 
 def score_file(folder: Path, name: str) -> Path:
@@ -288,6 +339,29 @@ def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus
 # Reading a store
 
 
+def _check_sizes(folder: Path, manifest: TokensManifest) -> None:
+    """Raise StoreError unless the files have the sizes that the manifest's counts say. Manifests of earlier versions do
+    not list the files."""
+    if manifest.dtype not in ("uint16", "uint32", "int64"):
+        raise store.StoreError(f"{folder}: manifest.json names an unknown type of ids: {manifest.dtype!r}")
+    if manifest.vocab_size and not 0 <= manifest.end_of_text_id < manifest.vocab_size:
+        raise store.StoreError(f"{folder}: manifest.json has an end-of-text id outside of the vocabulary")
+    counts = manifest.counts
+    if not counts.segments:
+        return
+    expected = {
+        "tokens.bin": counts.tokens * np.dtype(manifest.dtype).itemsize,
+        "seg_ends.bin": 8 * counts.segments,
+        "doc_ends.bin": 8 * counts.documents,
+        "seg_bytes.bin": 4 * counts.segments,
+        "heldout.bin": counts.documents,
+    }
+    for name, size in expected.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != size:
+            raise store.StoreError(f"{file} is missing or damaged; run `phf tokenize` again into another folder")
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """A finished token store, memory-mapped. Opening takes no time that grows with the corpus."""
@@ -296,22 +370,33 @@ class TokenStore:
     manifest: TokensManifest
     preference: str
     """Name of the scores that are read."""
+    by_token: bool = False
+    """Whether tokens have scores of their own."""
 
     @classmethod
-    def open(cls, path: str | Path, preference: str | None = None) -> TokenStore:
+    def open(cls, path: str | Path, preference: str | None = None, by_token: bool = False) -> TokenStore:
         """Open a store with the scores named `preference`, or with the corpus's own. The manifest is then as if
-        these were the only scores. Raises StoreError for an unfinished store or an unknown name."""
+        these were the only scores. `by_token`: with the scores of tokens. Raises StoreError for an unfinished store, an
+        unknown name, or where there are no scores of tokens."""
         manifest = folders.read_manifest(path, TokensManifest)
         if manifest.main is None or manifest.main not in manifest.scores:
             raise store.StoreError(f"{path} has no scores yet: `phf tokenize` did not finish there; run it again")
         name = manifest.main if preference is None else preference
         if name not in manifest.scores:
             raise store.StoreError(f"{path} has no scores named {name!r}{did_you_mean(name, manifest.scores)}")
+        _check_sizes(Path(path), manifest)
         file = score_file(Path(path), name)
         segments = manifest.counts.segments
         if not file.exists() or (segments and file.stat().st_size != 4 * segments):
             raise store.StoreError(f"{file} is missing or damaged; run `phf tokenize` again, which writes it again")
-        return cls(Path(path), manifest if name == manifest.main else manifest.with_scores(name), name)
+        if by_token:
+            of_tokens = token_score_file(Path(path), name)
+            size = 2 * manifest.counts.tokens
+            if manifest.scores[name].token_hash is None or not of_tokens.exists() or of_tokens.stat().st_size != size:
+                raise store.StoreError(
+                    f"{path} has no scores of tokens for {name!r}: run `phf tokenize` again with --token-scores"
+                )
+        return cls(Path(path), manifest if name == manifest.main else manifest.with_scores(name), name, by_token)
 
     def _map(self, path: Path, dtype: Any) -> np.ndarray:
         return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
@@ -334,11 +419,73 @@ class TokenStore:
 
     @cached_property
     def heldout_D(self) -> np.ndarray:
-        return self._map(self.path / "heldout.bin", np.uint8).astype(bool)
+        return self._map(self.path / "heldout.bin", np.uint8).view(np.bool_)
 
     @cached_property
     def score_S(self) -> np.ndarray:
         return self._map(score_file(self.path, self.preference), np.float32)
+
+    @cached_property
+    def block_segments(self) -> int:
+        """Segments in a block, about: a power of two, for about `BLOCK_TOKENS` tokens."""
+        mean = len(self.tokens) / max(len(self.seg_ends), 1)
+        wanted = BLOCK_TOKENS / max(mean, 1)
+        return int(2 ** np.clip(round(math.log2(max(wanted, 1))), *BLOCK_SEGMENTS))
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-len(self.seg_ends) // self.block_segments)
+
+    def block_documents(self, k: int, size: int | None = None) -> tuple[int, int]:
+        """The documents [first, last) of block k: those whose first segment is one of `size` (default:
+        `block_segments`) segments. There may be none, after a long document."""
+        size = self.block_segments if size is None else size
+        return self._document_from(k * size), self._document_from((k + 1) * size)
+
+    def _document_from(self, segment: int) -> int:
+        """The first document that starts at this segment or after it."""
+        if segment <= 0:
+            return 0
+        return min(int(np.searchsorted(self.doc_ends, segment)) + 1, len(self.doc_ends))
+
+    def block(self, k: int, size: int | None = None) -> Block:
+        """Block k of the store, with the scores of its preference. `size`: its segments, about."""
+        first, last = self.block_documents(k, size)
+        segments = slice(self._end(self.doc_ends, first), self._end(self.doc_ends, last))
+        ends_S = np.asarray(self.seg_ends[segments])
+        first_token = self._end(self.seg_ends, segments.start)
+        tokens = slice(first_token, int(ends_S[-1]) if len(ends_S) else first_token)
+        counts_D = np.diff(np.asarray(self.doc_ends[first:last]), prepend=segments.start)
+        token_score = self.token_score_T
+        return Block(
+            first_segment=segments.start,
+            first_document=first,
+            first_token=first_token,
+            score_S=np.asarray(self.score_S[segments]),
+            tokens_S=np.diff(ends_S, prepend=first_token),
+            doc_S=np.repeat(np.arange(last - first), counts_D),
+            train_D=~self.heldout_D[first:last],
+            ids_T=np.asarray(self.tokens[tokens]),
+            bad_above=self.bad_above,
+            token_score_T=None if token_score is None else token_score[tokens].astype(np.float32),
+            words=lambda: self.word_V,
+            others=lambda name: self.with_scores(name).block(k, size),
+        )
+
+    @staticmethod
+    def _end(ends: np.ndarray, number: int) -> int:
+        """The exclusive end of the first `number` entries."""
+        return int(ends[number - 1]) if number else 0
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What objectives may know about the whole store."""
+        count = -(-len(self.seg_ends) // STATISTICS_SEGMENTS)
+        return Statistics(
+            lambda: (self.block(k, STATISTICS_SEGMENTS) for k in range(count)),
+            self.bad_above,
+            lambda name: self.with_scores(name).statistics,
+        )
 
     @cached_property
     def doc_S(self) -> np.ndarray:
@@ -346,10 +493,37 @@ class TokenStore:
         return np.repeat(np.arange(len(self.doc_ends)), np.diff(self.doc_ends, prepend=0))
 
     @cached_property
-    def table(self) -> SegmentTable:
-        return SegmentTable(
-            self.score_S, np.diff(self.seg_ends, prepend=0), self.doc_S, ~self.heldout_D, bad_above=self.bad_above
-        )
+    def tokens_S(self) -> np.ndarray:
+        """Number of tokens of each segment."""
+        return np.diff(self.seg_ends, prepend=0)
+
+    def with_scores(self, name: str) -> TokenStore:
+        """The store with the scores of this name."""
+        if name == self.preference:
+            return self
+        if name not in self._others:
+            self._others[name] = TokenStore.open(self.path, name, self.by_token)
+        return self._others[name]
+
+    @cached_property
+    def _others(self) -> dict[str, TokenStore]:
+        return {}
+
+    @cached_property
+    def token_score_T(self) -> np.ndarray | None:
+        """Score of each token, float16; None where segments have scores only."""
+        return self._map(token_score_file(self.path, self.preference), np.float16) if self.by_token else None
+
+    @property
+    def token_mark(self) -> str | None:
+        """Hash of the scores of tokens; None where segments have scores only."""
+        return self.manifest.scores[self.preference].token_hash if self.by_token else None
+
+    @cached_property
+    def word_V(self) -> np.ndarray:
+        """Whether each entry of the vocabulary starts a word, bool: it decodes to white space before something else,
+        or to white space alone."""
+        return starts_words(self.tokenizer)
 
     @property
     def bad_above(self) -> float:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
 from phf.core.runs import not_found
+from phf.core.types import Piece, PieceIds
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -156,6 +157,12 @@ def encode_segments(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
         return found
 
 
+def segment_offsets(tokenizer: Any, segments: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """The characters [start, end) of each token of each segment, by itself, as `encode_segments` cuts it."""
+    with _special_as_text(tokenizer) as backend:
+        return [e.offsets for e in backend.encode_batch(list(segments), add_special_tokens=False)]
+
+
 def _names_pattern(names: Sequence[str]) -> re.Pattern[str]:
     longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -198,6 +205,29 @@ def encode_cut(tokenizer: Any, segments: Sequence[str], pieces: Sequence[str] | 
     owner = np.searchsorted(np.cumsum([len(s) for s in segments]), np.maximum.accumulate(last), side="right")
     counts = np.bincount(np.minimum(owner, len(segments) - 1), minlength=len(segments)).cumsum()[:-1]
     return [part.tolist() for part in np.split(ids, counts)]
+
+
+def piece_ids(pieces: Sequence[Piece], tokenizer: Any) -> list[PieceIds]:
+    """Pieces as token ids. The tokenizer has their control tokens already."""
+    made = []
+    for piece in pieces:
+        if piece.control:
+            ids = [tokenizer.convert_tokens_to_ids(piece.text)]
+        else:
+            (ids,) = encode_segments(tokenizer, [piece.text])
+        made.append(PieceIds(tuple(ids), piece.learned))
+    return made
+
+
+def starts_words(tokenizer: Any) -> np.ndarray:
+    """Whether each entry of a tokenizer's vocabulary starts a word, bool: what it decodes to starts with white space,
+    or the tokenizer marks it so."""
+    names = tokenizer.convert_ids_to_tokens(list(range(table_size(tokenizer))))
+    texts = [tokenizer.convert_tokens_to_string([name]) if name is not None else "" for name in names]
+    marked = ("Ġ", "▁")
+    return np.array(
+        [text[:1].isspace() or str(name).startswith(marked) for name, text in zip(names, texts, strict=True)], bool
+    )
 
 
 def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:

@@ -19,6 +19,9 @@ class TrainConfig:
     tokens: Annotated[float, Field(gt=0)]
     scores: str | None = None
     """Which preference the objective sees, where the token store holds several; None: the scored corpus's own."""
+    token_scores: bool = False
+    """Give the objective a score for each token instead of its segment's. The store needs them (`phf tokenize
+    --token-scores`)."""
     context: Annotated[int, Field(gt=0)] = 1024
     batch_rows: Annotated[int, Field(gt=0)] = 64
     micro_rows: Annotated[int, Field(gt=0)] | None = None
@@ -45,10 +48,13 @@ class TrainConfig:
     at the end."""
     keep: Annotated[int, Field(gt=0)] = 2
     """How many of the newest checkpoints are kept."""
-    skip_tokens: Annotated[float, Field(ge=0)] = 0
-    """Targets to skip at the start of the training order: when finetuning, those that the weights have seen. The
-    order is that of this run's own rows, so the run continues exactly only where both objectives make the same
-    rows."""
+    skip_tokens: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Source tokens to skip at the start of the training order. auto: those that the starting weights have read, if phf
+    trained them on the text of this store; else 0. The order is the same for every objective, so a run continues where
+    the one before stopped."""
+    budget: Literal["targets", "source"] = "targets"
+    """What `tokens` counts: targets, or source tokens of the training order. With source tokens, objectives that drop
+    documents or insert tokens read the same text."""
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Tokens at which a checkpoint is made and kept forever. Up to 1: share of the budget. A milestone after the
     budget is its end."""

@@ -87,6 +87,8 @@ def fused_loss(
     compiled: bool = False,
     shape: LogitShape = PLAIN,
     scale: Tensor | float = 1.0,
+    phase_N: Tensor | None = None,
+    progress: float = 0.0,
 ) -> LossOutputs:
     """Loss (a sum over targets) and metrics of `objective`.
 
@@ -98,7 +100,8 @@ def fused_loss(
     `chunk`: targets at a time (default: `pick_chunk`). `dtype`: type of the matrix products (default: the hidden
     states'); everything else is float32, or float64 for float64. `compiled`: compile the elementwise parts.
     `shape`: what the model does to its logits after the output layer. `scale`: factor of loss and gradients, not of
-    metrics; applying it later would cost a pass over gradients of the size of the embeddings.
+    metrics; applying it later would cost a pass over gradients of the size of the embeddings. `phase_N`, `progress`: as
+    in `LossInputs`.
 
     Raises ValueError for a vocabulary of fewer than 2 entries: log(1 - p) needs another token.
     """
@@ -117,6 +120,8 @@ def fused_loss(
         compiled=compiled,
         shape=shape,
         scale=scale,
+        phase_N=phase_N,
+        progress=progress,
         metrics={},
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -134,12 +139,14 @@ def unfused_loss(
     value_N: Tensor | None,
     objective: Objective,
     shape: LogitShape = PLAIN,
+    phase_N: Tensor | None = None,
+    progress: float = 0.0,
 ) -> LossOutputs:
     """`fused_loss` over full logits by autograd: slow and obvious, for tests and for checking your own code."""
     logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
     logits_NV = shape(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float())
     logp_N, log1mp_N = log_probabilities(logits_NV, target_N)
-    return objective.loss(LossInputs(logp_N, log1mp_N, score_N, mask_N, value_N))
+    return objective.loss(LossInputs(logp_N, log1mp_N, score_N, mask_N, value_N, progress, phase_N))
 
 
 def log_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +167,8 @@ def check_objective(objective: Objective) -> None:
     weight = torch.randn(11, 4, generator=g, dtype=torch.float64)
     target = torch.randint(0, 11, (23,), generator=g)
     score = torch.tensor([0.0, 0.25, 0.5, 1.0, float("nan")])[torch.randint(0, 5, (23,), generator=g)]
+    if objective.preferences is not None:
+        score = torch.stack([score.roll(n) for n in range(len(objective.preferences))], dim=-1)
     mask = torch.rand(23, generator=g) < 0.8
     value = None if objective.value is None else -torch.rand(23, generator=g, dtype=torch.float64)
     whole = unfused_loss(
@@ -230,6 +239,8 @@ class _Call:
     compiled: bool
     shape: LogitShape
     scale: Tensor | float
+    phase_N: Tensor | None
+    progress: float
     metrics: dict[str, Tensor]
     """Sums over targets; filled by the call."""
 
@@ -287,7 +298,10 @@ class _ObjectiveOnChunks:
             logp_C = logp_C.requires_grad_()
             log1mp_C = log1mp_C.requires_grad_()
             value_C = None if self.value_N is None else self.value_N[part].detach().to(self.wide).requires_grad_()
-            out = call.objective.loss(LossInputs(logp_C, log1mp_C, score_C, call.mask_N[part], value_C))
+            phase_C = None if call.phase_N is None else call.phase_N[part]
+            out = call.objective.loss(
+                LossInputs(logp_C, log1mp_C, score_C, call.mask_N[part], value_C, call.progress, phase_C)
+            )
         self.loss += out.loss_sum.detach()
         for name, metric in out.metrics.items():
             self._add(name, metric.detach())
@@ -298,7 +312,9 @@ class _ObjectiveOnChunks:
         a_C, b_C = (torch.zeros_like(logp_C) if g is None else g for g in grads[:2])
         d_C = a_C * log1mp_C.detach().exp() - b_C * logp_C.detach().exp()
         self._add("logit_grad_abs", d_C.abs().sum())
-        self._add("logit_grad_abs_bad", torch.where(score_C > self.bad_above, d_C.abs(), 0.0).sum())
+        bad_C = score_C > self.bad_above
+        bad_C = bad_C if bad_C.ndim == 1 else bad_C[:, 0]
+        self._add("logit_grad_abs_bad", torch.where(bad_C, d_C.abs(), 0.0).sum())
         if self.grad_value_N is not None and grads[2] is not None:
             self.grad_value_N[part] = (grads[2] * call.scale).to(self.grad_value_N.dtype)
         return d_C

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 from phf.core.runs import RunFolder, complete_checkpoints, model_folder, not_found
-from phf.tokens.tokenizer import add_control_tokens, check_model_fits, load_tokenizer, table_size
+from phf.tokens.tokenizer import add_control_tokens, check_model_fits, encode_segments, load_tokenizer, table_size
 from phf.training.probe import check_causal, check_fits, first_line
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
@@ -108,6 +108,7 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
         raise
     except Exception as error:  # of the model's own class, for sizes that do not go together
         raise ConfigError(not_found(f"model {path}", error)) from None
+    _check_own_code(path, source, config)
     _check_names(config, changes or {}, config)
     try:
         for name, value in (changes or {}).items():
@@ -116,6 +117,21 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
         raise ConfigError(f"model.config: {error}") from None
     _check_sizes(config, f"model {path}")
     return config
+
+
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def _check_own_code(path: str | Path, source: Path, config: Any) -> None:
+    """Raise ConfigError for a model whose folder holds code of its own, which would not run, and for a config that asks
+    for an attention from elsewhere."""
+    if getattr(config, "auto_map", None) and next(source.glob("*.py"), None) is not None:
+        raise ConfigError(
+            f"model {path} needs Python code that comes with it, and phf never runs such code (auto_map in config.json)"
+        )
+    asked = getattr(config, "_attn_implementation_internal", None)
+    if asked not in ATTENTIONS:
+        raise ConfigError(f"model {path}: its config asks for the attention {asked!r}, which would be downloaded code")
 
 
 SIZES = (
@@ -135,7 +151,8 @@ def _check_sizes(config: Any, what: str) -> None:
     text = config.get_text_config()
     for name in SIZES:
         value = getattr(text, name, None)
-        if isinstance(value, int) and value <= 0:
+        unlimited = name == "max_position_embeddings" and value == -1
+        if isinstance(value, int) and value <= 0 and not unlimited:
             raise ConfigError(f"{what}: {name} is {value} in its config, and must be positive")
 
 
@@ -278,6 +295,15 @@ def _check_same_tokenizer(config: FromWeights, tokenizer: Any, rows: int) -> Non
                 f"the token store was made with another tokenizer than {name}'s: token {token!r} has id {id} in the "
                 f"store and {what}. Tokenize the corpus with --tokenizer {config.path}"
             )
+    if encode_segments(tokenizer, [SAMPLE_TEXT]) != encode_segments(own, [SAMPLE_TEXT]):
+        raise ConfigError(
+            f"the token store was made with another tokenizer than {name}'s: the vocabularies are the same, but they "
+            f"cut texts differently. Tokenize the corpus with --tokenizer {config.path}"
+        )
+
+
+SAMPLE_TEXT = 'Capitals,  two spaces, 1234 and 5.6, it\'s "quoted", naïve ﬁ Ünï 日本\n\tdef f(x): return x\n'
+"""Two tokenizers that cut it alike are taken for the same."""
 
 
 def set_attention(lm: Any, name: str) -> None:

@@ -80,9 +80,9 @@ class MetricsLine(store.Flat):
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:
-    """The lines of metrics.jsonl. A torn line is left out."""
+    """The lines of metrics.jsonl; none without the file. A torn line is left out."""
     try:
-        return [MetricsLine.from_json(line) for line in read_lines(path)]
+        return [MetricsLine.from_json(line) for line in (read_lines(path) if path.exists() else [])]
     except TypeError as error:
         raise store.StoreError(f"{path} has a line that is none of metrics: {error}") from None
 

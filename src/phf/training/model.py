@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from phf.core.runs import model_folder, read_model_record
-from phf.objectives import Objective
+from phf.objectives import Objective, count_targets
 from phf.tokens.tokenizer import load_tokenizer
 from phf.training import attention
 from phf.training.fused import fused_loss
@@ -81,6 +81,8 @@ class PHFModel(nn.Module):
         self.autocast_dtype = autocast
         self.compiled = compile
         self.chunk = chunk
+        self.progress = 0.0
+        """Share of the training that is done; the trainer sets it."""
         width = lm.get_output_embeddings().weight.shape[1]
         self.value_head = None if objective.value is None else ValueHead(width, objective.value)
         self.logit_shape = logit_shape(lm)
@@ -100,8 +102,10 @@ class PHFModel(nn.Module):
         scores: Tensor,
         mask: Tensor,
         denominator: Tensor | float | None = None,
+        phase: Tensor | None = None,
     ) -> dict[str, Any]:
-        """`input_ids`, `targets`, `scores` and `mask` are [B, T]. Returns {"loss", "metrics"}: the sum over counted
+        """`input_ids`, `targets`, `scores` (for several preferences [B, T, preferences]), `mask` and `phase` are
+        [B, T]. Returns {"loss", "metrics"}: the sum over counted
         targets divided by `denominator` (default: the number of counted targets in the batch), and sums of metrics."""
         device = input_ids.device.type
         dtype = self.autocast_dtype
@@ -115,7 +119,7 @@ class PHFModel(nn.Module):
             output_BTD = hidden_BTD if layers is None else layers(hidden_BTD)
         head = self.lm.get_output_embeddings()
         value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
-        counted = self.objective.counted(scores, mask).sum()
+        counted = count_targets(self.objective, scores, mask, phase).sum()
         if denominator is None:
             denominator = counted.clamp(min=1)
         if isinstance(denominator, Tensor):
@@ -126,9 +130,11 @@ class PHFModel(nn.Module):
             head.weight,
             bias_V=getattr(head, "bias", None),
             target_N=targets.flatten(),
-            score_N=scores.flatten(),
+            score_N=scores.flatten(0, 1),
             mask_N=mask.flatten(),
             value_N=value_N,
+            phase_N=None if phase is None else phase.flatten(),
+            progress=self.progress,
             objective=self.objective,
             chunk=self.chunk,
             dtype=dtype or hidden_BTD.dtype,

@@ -12,10 +12,9 @@ same machine, versions and number of threads. Budgets are in target tokens; the 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import inspect
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -23,19 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 from phf.core import folders, store
-from phf.core.config import ConfigError, did_you_mean, to_plain
+from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.device import peak_flops, pick_precision, tune_allocator
-from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, tokens_seen, weights_mark
+from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, source_read, tokens_seen, weights_mark
 from phf.objectives import Objective, is_built_in
-from phf.tokens.rows import Rows
+from phf.tokens.rows import SourceOrder
 from phf.tokens.start import try_start
 from phf.tokens.store import TokenStore
+from phf.tokens.tokenizer import add_control_tokens, load_tokenizer
 from phf.training.arguments import can_compile, trainer_arguments
 from phf.training.config import FREE, TrainConfig, micro_batch, pick_compile
 from phf.training.folder import Environment, check_environment, common_checkpoint, precision_name, run_folder
@@ -44,16 +43,14 @@ from phf.training.fused import check_objective
 from phf.training.lm import FromConfig, FromWeights, add_control_embeddings, build_lm, load_lm_weights, set_attention
 from phf.training.metrics import MetricsCallback, OpenLine, ResumeClock, RunScale, read_metrics, training_seconds
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
+from phf.training.order import RowBatches, TrainingRows, exposure, training_order
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
 from phf.training.trainer import (
     CheckpointPlan,
     PHFTrainer,
-    RowBatches,
     SaveAt,
     StopAfter,
-    TrainingRows,
     disk_full_error,
-    save_model,
 )
 
 
@@ -78,7 +75,7 @@ def train(
     that is not finite, a full disk.
     """
     plan = _prepare(tokens_dir, out, model=model, objective=objective, config=config, seed=seed)
-    if folders.is_done(plan.run.path, plan.key):
+    if folders.is_done(plan.run.path, plan.key) or folders.is_done(plan.run.path, plan.earlier_key):
         return folders.read_manifest(plan.run.path, TrainManifest)
     _check_surroundings(config, judged=bool(callbacks))
     with contextlib.ExitStack() as held:
@@ -103,11 +100,15 @@ class _Plan:
     """With what depends on the corpus resolved."""
     config: TrainConfig
     seed: int
+    order: SourceOrder
+    first: int
+    """The place in the order where the run starts."""
     value_head: Path | None
     """The value head that comes with the starting weights."""
     tokens_before: int
     """Targets that the starting weights have seen."""
     key: str
+    earlier_key: str
     rank: int
     world: int
 
@@ -125,10 +126,13 @@ def _prepare(
     config: TrainConfig,
     seed: int,
 ) -> _Plan:
-    tokens = TokenStore.open(tokens_dir, config.scores)
-    objective = objective.fit(tokens.table)
+    tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores)
+    objective = objective.fit(tokens.statistics)
     if not is_built_in(objective):
         check_objective(objective)
+    key = run_key(tokens, model, objective=objective, config=config, seed=seed)
+    settings = config
+    order, first, config = _ordered(tokens, objective, settings, seed, model)
     head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
     return _Plan(
         tokens=tokens,
@@ -140,7 +144,10 @@ def _prepare(
         seed=seed,
         value_head=head,
         tokens_before=tokens_seen(model.path) if isinstance(model, FromWeights) else 0,
-        key=run_key(tokens, model, objective=objective, config=config, seed=seed, value_head=head),
+        order=order,
+        first=first,
+        key=store.fingerprint([key, first, head and store.file_hash(head)]),
+        earlier_key=_earlier_key(tokens, model, objective, settings, seed, head),
         rank=int(os.environ.get("RANK", 0)),
         world=int(os.environ.get("WORLD_SIZE", 1)),
     )
@@ -152,18 +159,62 @@ def run_key(
     objective: Objective,
     config: TrainConfig,
     seed: int,
+) -> str:
+    """Fingerprint of the settings that the bytes of a run depend on, wherever its weights and its data are."""
+    names = objective.preferences
+    used = [tokens] if names is None else [tokens.with_scores(name) for name in names]
+    others = [[t.manifest.content, t.token_mark] for t in used]
+    start = weights_mark(model.path) if isinstance(model, FromWeights) else None
+    decides = _decides(model, objective, config, seed)
+    return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
+
+
+def _earlier_key(
+    tokens: TokenStore,
+    model: FromConfig | FromWeights,
+    objective: Objective,
+    config: TrainConfig,
+    seed: int,
     value_head: Path | None,
 ) -> str:
-    """Fingerprint of everything that the bytes of a run depend on, wherever its weights and its data are."""
+    """The key that earlier versions gave a run of these settings. They read rows in another order; what they finished
+    stays finished."""
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
-    decides = {
-        "model": {k: v for k, v in to_plain(model).items() if v != {} and (start is None or k != "path")},
+    decides = _decides(model, objective, config, seed)
+    seen = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
+    skipped = seen if config.skip_tokens == "auto" else config.skip_tokens
+    new = ("budget", "token_scores")
+    decides["train"] = {k: v for k, v in decides["train"].items() if k not in new} | {"skip_tokens": float(skipped)}
+    head = value_head and store.file_hash(value_head)
+    return store.fingerprint([decides, tokens.manifest.content, start, head, _code_of(objective), "train/3"])
+
+
+def _decides(model: FromConfig | FromWeights, objective: Objective, config: TrainConfig, seed: int) -> Plain:
+    weights = isinstance(model, FromWeights)
+    return {
+        "model": {k: v for k, v in to_plain(model).items() if v != {} and not (weights and k == "path")},
         "objective": to_plain(objective),
         "train": {k: v for k, v in to_plain(config).items() if k not in FREE},
         "seed": seed,
     }
-    head = value_head and store.file_hash(value_head)
-    return store.fingerprint([decides, tokens.manifest.content, start, head, _code_of(objective), "train/3"])
+
+
+def _ordered(
+    tokens: TokenStore, objective: Objective, config: TrainConfig, seed: int, model: FromConfig | FromWeights
+) -> tuple[SourceOrder, int, TrainConfig]:
+    """The training order, the place in it where the run starts, and the settings with the budget in targets."""
+    tokenizer = load_tokenizer(tokens.path / "tokenizer")
+    add_control_tokens(tokenizer, objective.control_tokens)
+    order = training_order(tokens, objective, tokenizer, config.context, seed)
+    skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
+    first = order.place_at(skipped if config.skip_tokens == "auto" else config.skip_tokens)
+    if config.budget == "source":
+        last = order.place_at(order.source_at(first) + config.tokens)
+        config = dataclasses.replace(config, tokens=max(last - first, 1) * config.context, budget="targets")
+    if len(objective.timeline) > 1:
+        places = config.steps * config.batch_rows
+        order = training_order(tokens, objective, tokenizer, config.context, seed, first, places)
+    return order, first, config
 
 
 def _code_of(objective: Objective) -> str:
@@ -211,7 +262,6 @@ class _Built:
 
     wrapper: PHFModel
     tokenizer: Any
-    rows: Rows
     trainer: PHFTrainer
     parameters: int
     resume: Path | None
@@ -228,8 +278,7 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...], held: contextlib
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
     tokenizer = plan.tokens.tokenizer
-    lm, control_ids = _make_lm(plan, tokenizer)
-    rows = make_rows(plan.tokens, plan.objective, config, plan.seed, control_ids)
+    lm = _make_lm(plan, tokenizer)
     parameters = num_parameters(lm)
     if plan.writer:
         print(f"model: {lm.config.model_type}, {parameters:,} parameters", file=sys.stderr)
@@ -266,22 +315,18 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...], held: contextlib
     trainer = _trainer(
         plan,
         wrapper,
-        rows=rows,
         batches=batches,
         tokenizer=tokenizer,
         arguments=arguments,
         callbacks=callbacks,
         parameters=parameters,
     )
-    return _Built(
-        wrapper=wrapper, tokenizer=tokenizer, rows=rows, trainer=trainer, parameters=parameters, resume=resume
-    )
+    return _Built(wrapper=wrapper, tokenizer=tokenizer, trainer=trainer, parameters=parameters, resume=resume)
 
 
 def _trainer(
     plan: _Plan,
     wrapper: PHFModel,
-    rows: Rows,
     batches: RowBatches,
     tokenizer: Any,
     arguments: TrainingArguments,
@@ -290,9 +335,7 @@ def _trainer(
 ) -> PHFTrainer:
     """The trainer with its callbacks: the record of metrics first, then `callbacks`."""
     config = plan.config
-    data = TrainingRows(
-        rows, plan.seed, config.steps * config.batch_rows, first=math.ceil(config.skip_tokens / config.context)
-    )
+    data = TrainingRows(plan.order, config.steps * config.batch_rows, plan.first)
     line = OpenLine()
     record = _metrics(plan, wrapper, line, parameters)
     checkpoints = CheckpointPlan(
@@ -301,6 +344,8 @@ def _trainer(
         step_tokens=config.step_tokens,
         tokens_before=plan.tokens_before,
         segmenter=plan.tokens.manifest.segmenter,
+        text=plan.tokens.manifest.tokens,
+        source_at=lambda step: plan.order.source_at(plan.first + step * config.batch_rows),
         key=plan.key,
     )
     trainer = PHFTrainer(
@@ -320,30 +365,20 @@ def _trainer(
     return trainer
 
 
-def _make_lm(plan: _Plan, tokenizer: Any) -> tuple[Any, list[int]]:
-    """The LM with the objective's control tokens, which are added to `tokenizer` too, and their ids."""
+def _make_lm(plan: _Plan, tokenizer: Any) -> Any:
+    """The LM with the objective's control tokens, which are added to `tokenizer` too."""
     lm = build_lm(plan.model, tokenizer, plan.seed, plan.config.context)
     check_can_be_sampled(lm, plan.model.path if isinstance(plan.model, FromWeights) else "model")
     trained = trained_control_tokens(plan.model.path) if isinstance(plan.model, FromWeights) else {}
-    control_ids = add_control_embeddings(lm, tokenizer, plan.objective.control_tokens, plan.seed, trained)
+    add_control_embeddings(lm, tokenizer, plan.objective.control_tokens, plan.seed, trained)
     if plan.writer:
-        try_start(tokenizer, plan.objective.roles, lm.config.model_type)
+        try_start(tokenizer, plan.objective.control, lm.config.model_type)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
     if plan.config.gradient_checkpointing:
         lm.activation_checkpointing_enable()
     if plan.config.attention != "auto":
         set_attention(lm, plan.config.attention)
-    return lm, control_ids
-
-
-def make_rows(tokens: TokenStore, objective: Objective, config: TrainConfig, seed: int, control_ids: list[int]) -> Rows:
-    """The rows of a token store after an objective's edit. Their index is kept in the store for the next run."""
-    edit = objective.edit(tokens.table, seed)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (edit.keep_D, edit.control_S):
-        digest.update(b"-" if part is None else part.tobytes())
-    index = tokens.path / "cache" / f"{store.fingerprint([tokens.manifest.content, digest.hexdigest()])}.npy"
-    return Rows(tokens, edit, config.context, control_ids, index_file=index)
+    return lm
 
 
 def _shard(wrapper: PHFModel, resume: Path | None, device: torch.device, compiled: bool) -> None:
@@ -413,22 +448,21 @@ def deterministic() -> Iterator[None]:
 def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
     """Save the model and write the manifest. None on every process but the first."""
     config = plan.config
-    rows = built.rows
     manifest = plan.tokens.manifest
     built.trainer.accelerator.wait_for_everyone()
     with disk_full_error(plan.run.path):
-        seen = plan.tokens_before + config.total_tokens
-        save_model(built.wrapper, built.tokenizer, plan.run.model, manifest.segmenter, seen, writer=plan.writer)
+        built.trainer.save_model_now(plan.run.model, config.steps)
     if not plan.writer:
         return None
+    read = exposure(plan.order, plan.objective, plan.first, plan.first + config.steps * config.batch_rows)
     counts = TrainCounts(
         tokens=config.total_tokens,
         tokens_before=plan.tokens_before,
         steps=config.steps,
-        rows=rows.num_rows,
-        stream_tokens=rows.num_tokens,
-        epochs=config.steps * config.batch_rows / rows.num_rows,
-        text_tokens=text_tokens(rows, config.total_tokens),
+        epochs=read.epochs,
+        text_tokens=read.read_good + read.read_bad + read.read_unjudged,
+        source_before=plan.order.source_at(plan.first),
+        exposure=dataclasses.asdict(read),
     )
     return folders.finish(
         plan.run.path,
@@ -451,11 +485,3 @@ def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
             files=folders.file_marks(plan.run.path, folders.files_below(plan.run.path, "model")),
         ),
     )
-
-
-def text_tokens(rows: Rows, targets: int) -> int:
-    """How many of `targets` targets are text, at the stream's own share of control and end-of-text tokens."""
-    lengths = np.diff(np.asarray(rows.ends_S), prepend=0)
-    kept = lengths > 0
-    text = np.diff(rows.tokens.seg_ends, prepend=0)[kept].sum()
-    return round(targets * float(text) / max(rows.num_tokens, 1))

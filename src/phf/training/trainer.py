@@ -10,13 +10,13 @@ import contextlib
 import errno
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -33,12 +33,13 @@ from phf.core.runs import (
     remove_checkpoint,
 )
 from phf.core.types import PhfError
-from phf.tokens.rows import Order, Rows
+from phf.objectives import count_targets
 from phf.tokens.tokenizer import save_tokenizer
 from phf.training import fsdp
 from phf.training.lm import load_lm_weights, save_lm
 from phf.training.metrics import OpenLine
 from phf.training.model import PHFModel
+from phf.training.order import RowBatches, TrainingRows, identity
 
 
 class TrainingError(PhfError, RuntimeError):
@@ -58,65 +59,6 @@ def disk_full_error(folder: Path) -> Iterator[None]:
                 "resumes from the newest whole checkpoint"
             ) from error
         raise
-
-
-# Data
-
-
-class RowBatches(Sampler[list[int]]):
-    """Positions of this process's rows in the training order, from step `start` on. Resuming takes no time, and
-    every number of processes sees the same rows in the same steps."""
-
-    def __init__(self, steps: int, batch: int, micro: int, accumulate: int, rank: int) -> None:
-        self.steps = steps
-        self.batch = batch
-        self.micro = micro
-        self.accumulate = accumulate
-        self.rank = rank
-        self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.micro * self.accumulate
-        for step in range(self.start, self.steps):
-            first = step * self.batch + self.rank * share
-            for part in range(self.accumulate):
-                yield list(range(first + part * self.micro, first + (part + 1) * self.micro))
-
-
-class TrainingRows(torch.utils.data.Dataset[Any]):
-    """Rows in training order, from row `first` of that order on. A batch is fetched at a time."""
-
-    def __init__(self, rows: Rows, seed: int, total: int, first: int = 0) -> None:
-        self.rows = rows
-        self.order = Order(rows.num_rows, seed)
-        self.total = total
-        self.first = first
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        # positions are consecutive
-        first = self.first + positions[0]
-        last = self.first + positions[-1]
-        return to_tensors(self.rows.batch(self.order.rows(first, last + 1)))
-
-
-def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
-    """A batch of rows as the arguments of `PHFModel.forward`."""
-    return {
-        "input_ids": torch.from_numpy(batch.input_BT),
-        "targets": torch.from_numpy(batch.target_BT),
-        "scores": torch.from_numpy(batch.score_BT),
-        "mask": torch.from_numpy(batch.mask_BT),
-    }
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 # The trainer
@@ -175,6 +117,10 @@ class CheckpointPlan:
     """Targets that the starting weights had seen."""
     segmenter: Plain | None
     """How the training texts were cut."""
+    text: str
+    """Fingerprint of the store's text."""
+    source_at: Callable[[int], float]
+    """Source tokens of the training order that the model has read after a step."""
     key: str | None = None
     """Key of the run."""
 
@@ -224,7 +170,7 @@ class PHFTrainer(Trainer):
         return DataLoader(
             self.rows,
             batch_sampler=self.sampler,
-            collate_fn=_identity,
+            collate_fn=identity,
             num_workers=workers,
             prefetch_factor=max(2, self.args.gradient_accumulation_steps) if workers else None,  # batches of a step
             pin_memory=torch.cuda.is_available(),
@@ -237,7 +183,9 @@ class PHFTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
             return None
-        counts = [self.wrapper.objective.counted(b["scores"], b["mask"]).sum() for b in batch_samples]
+        counts = [
+            count_targets(self.wrapper.objective, b["scores"], b["mask"], b.get("phase")).sum() for b in batch_samples
+        ]
         counted = torch.stack(counts).sum().to(device, non_blocking=True)
         if self.args.world_size > 1:
             counted = self.accelerator.gather(counted.reshape(1)).sum()
@@ -249,6 +197,7 @@ class PHFTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # DDP averages gradients over processes, and the denominator is that of all processes
+        self.wrapper.progress = self.state.global_step / max(self.state.max_steps, 1)
         out = model(**inputs, denominator=num_items_in_batch / self.args.world_size)
         self.line.add(out["metrics"] | {"loss": out["loss"].detach().double() / self.args.world_size})
         return out["loss"]
@@ -284,8 +233,13 @@ class PHFTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir) if output_dir else self.folder
-        tokens = self.plan.tokens_at(self.state.global_step)
-        save_model(self.wrapper, self.text_tokenizer, folder, self.plan.segmenter, tokens, writer=self.args.should_save)
+        self.save_model_now(folder, self.state.global_step)
+
+    def save_model_now(self, folder: Path, step: int) -> None:
+        """Save the model as it is after `step`. Called on all processes."""
+        plan = self.plan
+        seen = Seen(plan.segmenter, plan.tokens_at(step), plan.text, plan.source_at(step))
+        save_model(self.wrapper, self.text_tokenizer, folder, seen, writer=self.args.should_save)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -341,19 +295,23 @@ class PHFTrainer(Trainer):
         return optimizer.optimizer, self.lr_scheduler
 
 
-def save_model(
-    wrapper: PHFModel,
-    tokenizer: Any,
-    folder: Path,
-    segmenter: Plain | None,
-    tokens: int,
-    writer: bool = True,
-) -> None:
-    """Save the LM as `from_pretrained` loads it, with its tokenizer, its value head and its record.
+@dataclass(frozen=True)
+class Seen:
+    """What a model has read."""
 
-    `segmenter`: how training texts were cut into the segments that are tokenized one by one. `tokens`: targets
-    seen. Called on all processes; `writer`: whether this one writes.
-    """
+    segmenter: Plain | None
+    """How training texts were cut into the segments that are tokenized one by one."""
+    tokens: int
+    """Targets."""
+    text: str
+    """Fingerprint of the store's text."""
+    source_tokens: float
+    """Source tokens of the training order."""
+
+
+def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path, seen: Seen, writer: bool = True) -> None:
+    """Save the LM as `from_pretrained` loads it, with its tokenizer, its value head and its record. Called on all
+    processes; `writer`: whether this one writes."""
     state = fsdp.state_of(wrapper, keep=writer)
     if not writer:
         return
@@ -367,8 +325,12 @@ def save_model(
     record = ModelRecord(
         objective=to_plain(wrapper.objective),
         control_tokens=wrapper.objective.roles,
-        segmenter=segmenter,
-        tokens=tokens,
+        conditions_on=wrapper.objective.conditions_on,
+        worst=wrapper.objective.worst,
+        segmenter=seen.segmenter,
+        tokens=seen.tokens,
+        text=seen.text,
+        source_tokens=seen.source_tokens,
         bad_above=wrapper.objective.bad_above,
     )
     store.write_json(folder / MODEL_RECORD, record)

@@ -88,8 +88,8 @@ def tell_cut(cut: int, count: int, what: str) -> None:
 
 
 def prefix_ids(model: LoadedModel) -> list[int]:
-    """Token ids that a text starts with: the start token and, for models with control tokens, the good one."""
-    return [model.start_id, *([model.control_ids["good"]] if model.control_ids else [])]
+    """Token ids that a text starts with: the start token and the control tokens that the model conditions on."""
+    return [model.start_id, *model.ids_of("good")]
 
 
 def split_after(model: LoadedModel, context: str, whole: str) -> tuple[list[int], list[int]]:

@@ -29,7 +29,7 @@ UNSHARE = (
     "unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts"
 )  # fmt: skip
 """The command that starts a process in namespaces of its own; nothing that it starts outlives it."""
-MAX_BYTES = 1 << 22
+MAX_BYTES = 1 << 26
 """Bytes of a message between the two processes."""
 
 

@@ -1,0 +1,115 @@
+"""What a run trains on, in order: the objective's stream, its rows by place, and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from phf.objectives import Objective
+from phf.tokens.edited import Stream
+from phf.tokens.rows import Exposure, Phase, SourceOrder
+from phf.tokens.store import TokenStore
+from phf.tokens.tokenizer import piece_ids
+
+
+def training_order(
+    tokens: TokenStore,
+    objective: Objective,
+    tokenizer: Any,
+    context: int,
+    seed: int,
+    first: int = 0,
+    places: int | None = None,
+) -> SourceOrder:
+    """The training order of a fitted objective. `tokenizer` has its control tokens. `first`, `places`: the run's first
+    place and number of places, which a schedule divides; None: all of it belongs to the schedule's first phase."""
+    phases = []
+    for member, until in objective.timeline:
+        stream = objective_stream(tokens, member, tokenizer, seed, objective.preferences)
+        ends = None if until is None or places is None else (first + until * places) * context
+        phases.append(Phase(stream, ends))
+    return SourceOrder(phases, context, seed)
+
+
+def objective_stream(
+    tokens: TokenStore, objective: Objective, tokenizer: Any, seed: int, preferences: tuple[str, ...] | None = None
+) -> Stream:
+    """The stream of a store after a fitted objective's edit."""
+    hidden = objective.hidden_token
+    return Stream(
+        tokens,
+        lambda block: objective.edit(block, seed),
+        piece_ids(objective.pieces, tokenizer),
+        None if hidden is None else tokenizer.convert_tokens_to_ids(hidden),
+        preferences=preferences,
+    )
+
+
+def exposure(order: SourceOrder, objective: Objective, start: int, stop: int) -> Exposure:
+    """What the rows at these places of the training order read."""
+    members = [member for member, _ in objective.timeline]
+
+    def learned(score: np.ndarray, phase: int) -> np.ndarray:
+        mask = torch.ones(len(score), dtype=torch.bool)
+        return members[phase].counted(torch.from_numpy(score), mask).numpy()
+
+    return order.exposure(start, stop, learned)
+
+
+class RowBatches(Sampler[list[int]]):
+    """Positions of this process's rows in the training order, from step `start` on. Resuming takes no time, and
+    every number of processes sees the same rows in the same steps."""
+
+    def __init__(self, steps: int, batch: int, micro: int, accumulate: int, rank: int) -> None:
+        self.steps = steps
+        self.batch = batch
+        self.micro = micro
+        self.accumulate = accumulate
+        self.rank = rank
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.micro * self.accumulate
+        for step in range(self.start, self.steps):
+            first = step * self.batch + self.rank * share
+            for part in range(self.accumulate):
+                yield list(range(first + part * self.micro, first + (part + 1) * self.micro))
+
+
+class TrainingRows(torch.utils.data.Dataset[Any]):
+    """The first `total` rows of a training order from place `first` on. A batch is fetched at a time."""
+
+    def __init__(self, order: SourceOrder, total: int, first: int = 0) -> None:
+        self.order = order
+        self.total = total
+        self.first = first
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        # positions are consecutive
+        first = self.first + positions[0]
+        last = self.first + positions[-1]
+        return to_tensors(self.order.batch(first, last + 1))
+
+
+def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
+    """A batch of rows as the arguments of `PHFModel.forward`."""
+    return {
+        "input_ids": torch.from_numpy(batch.input_BT),
+        "targets": torch.from_numpy(batch.target_BT),
+        "scores": torch.from_numpy(batch.score_BT),
+        "mask": torch.from_numpy(batch.mask_BT),
+    } | ({} if batch.phase_BT is None else {"phase": torch.from_numpy(batch.phase_BT)})
+
+
+def identity(batch: Any) -> Any:
+    return batch

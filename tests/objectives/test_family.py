@@ -1,0 +1,310 @@
+"""The objectives of later papers: written-out examples of the edited stream, losses against plain float64 loops."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import NAN, make_store, train_tiny, whole_block
+from phf.core import store
+from phf.core.config import ConfigError, validate
+from phf.core.types import PieceIds
+from phf.generation.loaded import load_model
+from phf.generation.sample import sample
+from phf.generation.scenario import Scenario
+from phf.objectives import (
+    MLE,
+    RWR,
+    Annotate,
+    AnyObjective,
+    Attributes,
+    Conditional,
+    Each,
+    Filtering,
+    Hide,
+    LossInputs,
+    Masking,
+    Quantile,
+    Schedule,
+    Tag,
+    Unlikelihood,
+    Weights,
+)
+from phf.tokens.edited import NO_SOURCE, apply_edit
+from phf.tokens.store import TokenStore, token_score_file
+from phf.training.fused import check_objective
+
+EOS = 0
+
+
+def stream(objective, block, pieces=None, seed=0):
+    """Token ids of the edited block. Piece n is the token 100 + n, or `pieces`."""
+    made = [PieceIds((100 + n,)) for n in range(len(objective.pieces))] if pieces is None else pieces
+    return apply_edit(block, objective.edit(block, seed), EOS, made, hidden_id=200)
+
+
+@pytest.fixture
+def docs(tmp_path):
+    """Two documents of three segments and one."""
+    return make_store(tmp_path / "s", [[[1, 2], [3, 4], [5]], [[6, 7, 8]]], [0.0, 1.0, NAN, 0.5])
+
+
+def test_tag_marks_words_of_bad_segments(docs):
+    block = whole_block(docs)
+    words = np.ones(300, bool)
+    words[4] = False  # not the start of a word
+    block = type(block)(**{**vars(block), "words": lambda: words})
+    assert stream(Tag(0.0, p=1.0), block).ids.tolist() == [EOS, 1, 2, 100, 3, 4, 100, 5, EOS, 100, 6, 100, 7, 100, 8]
+    assert 0.02 < np.mean([len(stream(Tag(0.0, p=0.05), block, seed=s)) - 10 for s in range(400)]) / 5 < 0.08
+
+
+@pytest.mark.parametrize(
+    "where, ids",
+    [
+        ("after", [EOS, 1, 2, 3, 4, 90, 91, 5, 90, 91, EOS, 6, 7, 8, 90, 91]),
+        ("before", [EOS, 1, 2, 90, 91, 3, 4, 90, 91, 5, EOS, 90, 91, 6, 7, 8]),
+        ("end", [EOS, 1, 2, 3, 4, 5, 90, 91, EOS, 6, 7, 8, 90, 91]),
+    ],
+)
+@pytest.mark.parametrize("learned", [True, False])
+def test_annotate_puts_a_sentence_next_to_bad_segments(docs, where, ids, learned):
+    objective = Annotate(0.0, "bad", where, learned)
+    assert objective.pieces[0].text == "bad"
+    found = stream(objective, whole_block(docs), [PieceIds((90, 91), learned)])
+    assert found.ids.tolist() == ids
+    assert found.learned.tolist() == [learned or i not in (90, 91) for i in ids]
+
+
+def test_quantile_puts_the_token_of_the_scores_quantile(tmp_path):
+    scores = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, NAN]
+    tokens = make_store(tmp_path, [[[n + 1] for n in range(10)]], scores)
+    fitted = Quantile(3, drop=0).fit(tokens.statistics)
+    expected = np.quantile(np.float32(scores[:9]).astype(float), [1 / 3, 2 / 3])
+    assert fitted.edges == pytest.approx(expected, rel=1e-6)
+    ids = stream(fitted, whole_block(tokens)).ids
+    assert ids[1::2].tolist() == [100 + sum(s > e for e in fitted.edges) for s in np.float32(scores[:9])] + [102]
+    assert (fitted.conditions_on, fitted.worst) == (("q0",), ("q2",))
+    assert fitted.fit(tokens.statistics) == fitted
+    none = make_store(tmp_path / "none", [[[1]]], [NAN])
+    with pytest.raises(ConfigError, match="no training segment was judged"):
+        Quantile(3).fit(none.statistics)
+
+
+def test_hide_replaces_tokens_one_by_one_and_they_are_no_targets(docs):
+    found = stream(Hide(0.0), whole_block(docs))
+    assert found.ids.tolist() == [EOS, 1, 2, 200, 200, 200, EOS, 200, 200, 200]
+    assert found.learned.tolist() == [True, True, True, False, False, False, True, False, False, False]
+
+
+def test_scores_of_tokens_are_used_where_the_store_has_them(docs):
+    scores = np.array([0, 0, 1, 0, 0, 0, 1, 0], np.float16)
+    scores.tofile(token_score_file(docs.path, "given"))
+    assert TokenStore.open(docs.path).token_score_T is None
+    with pytest.raises(store.StoreError, match="no scores of tokens"):
+        TokenStore.open(docs.path, by_token=True)
+    tokens = TokenStore(docs.path, docs.manifest, docs.preference, by_token=True)
+    found = stream(Hide(0.0), whole_block(tokens))
+    assert found.ids.tolist() == [EOS, 1, 2, 200, 4, 5, EOS, 6, 200, 8]
+    plain = stream(MLE(), whole_block(tokens))
+    np.testing.assert_array_equal(plain.score[plain.source != NO_SOURCE], scores.astype(np.float32))
+    x = LossInputs(*[torch.full((10,), -1.0)] * 2, torch.from_numpy(plain.score), torch.ones(10, dtype=torch.bool))
+    assert Masking(0.0).loss(x).loss_sum.item() == 10 - 2 - 1  # two tokens, and the end-of-text of a bad segment
+
+
+def test_attributes_put_a_token_for_each_preference(tmp_path):
+    tokens = with_preferences(tmp_path, [[[1], [2]]], {"given": [0.0, 1.0], "other": [1.0, 1.0]})
+    objective = Attributes(("given", "other"), drop=0).fit(tokens.statistics)
+    assert stream(objective, whole_block(tokens)).ids.tolist() == [EOS, 100, 103, 1, 101, 103, 2]
+    assert list(objective.roles) == ["given=low", "given=high", "other=low", "other=high"]
+    assert objective.conditions_on == ("given=low", "other=low")
+
+
+def with_preferences(folder, docs, scores):
+    """A store with several preferences, the first of them the main one."""
+    tokens = make_store(folder, docs, scores["given"])
+    manifest = store.read_json(folder / "manifest.json")
+    for name, values in scores.items():
+        np.array(values, np.float32).tofile(folder / f"{name}.score.bin")
+        manifest["scores"][name] = manifest["scores"]["given"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return TokenStore.open(tokens.path)
+
+
+def test_weights_are_a_line_through_points_with_mean_one(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = rng.random(40).round(2).tolist()
+    docs = [[[1] * int(n)] for n in rng.integers(1, 6, 40)]
+    tokens = make_store(tmp_path, docs, scores)
+    points = ((0.1, 3.0), (0.5, 1.0), (0.9, 0.0))
+    fitted = Weights(points).fit(tokens.statistics)
+    x = inputs(np.float32(scores))
+    expected = 0.0
+    curve = list(zip(*points, strict=True))
+    total = sum(len(d[0]) * np.interp(np.float32(s), *curve) for d, s in zip(docs, scores, strict=True))
+    norm = total / sum(len(d[0]) for d in docs)
+    assert fitted.norm == pytest.approx(norm, rel=1e-6)
+    for logp, score, counts in zip(x.logp_BT.tolist(), np.float32(scores), x.mask_BT, strict=True):
+        expected += float(np.interp(score, *zip(*points, strict=True))) / norm * -logp * bool(counts)
+    assert fitted.loss(x).loss_sum.item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ConfigError, match="must not rise"):
+        validate({"points": [[0, 1], [1, 2]]}, Weights)
+
+
+def inputs(score, seed=0, progress=0.0, phase=None):
+    """Float64 inputs with a gradient, one target per score; every seventh is no target."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(len(score), generator=g, dtype=torch.float64) * 5
+    mask = torch.arange(len(score)) % 7 != 6
+    log1mp = torch.log1p(-logp.exp())
+    return LossInputs(logp, log1mp, torch.as_tensor(np.asarray(score)).double(), mask, None, progress, phase)
+
+
+def test_each_multiplies_weights_and_adds_unlikelihood():
+    rng = np.random.default_rng(1)
+    values = [0.0, 0.25, 1.0, NAN]
+    score = np.stack([rng.choice(values, 60), rng.choice(values, 60), rng.choice(values, 60)], -1)
+    rwr = RWR(0.5, reward_mean=-0.3, reward_std=0.4, log_norm=0.2)
+    objective = Each({"a": Masking(0.25), "b": Unlikelihood(0.0, alpha=0.7), "c": rwr})
+    x = inputs(score)
+    logp = x.logp_BT.clone().requires_grad_()
+    log1mp = x.log1mp_BT.clone().requires_grad_()
+    found = objective.loss(LossInputs(logp, log1mp, x.score_BT, x.mask_BT)).loss_sum
+    expected = 0.0
+    a = np.zeros(60)
+    b = np.zeros(60)
+    counted = 0
+    for t in range(60):
+        first, second, third = score[t]
+        if not x.mask_BT[t]:
+            continue
+        keep = first <= 0.25  # masking; false for NaN
+        weight = float(keep) * float(second <= 0.0)
+        weight *= 0.0 if math.isnan(third) else math.exp((-third - -0.3) / 0.4 / 0.5 - 0.2)
+        unlikelihood = 0.7 if second > 0 else 0.0
+        all_count = keep and not math.isnan(second) and not math.isnan(third)
+        counted += all_count or unlikelihood > 0
+        weight = weight if all_count else 0.0
+        expected += weight * -float(logp[t]) + unlikelihood * -float(log1mp[t])
+        a[t] = -weight
+        b[t] = -unlikelihood
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+    grads = torch.autograd.grad(found, [logp, log1mp])
+    np.testing.assert_allclose(grads[0], a, rtol=1e-12)
+    np.testing.assert_allclose(grads[1], b, rtol=1e-12)
+    assert int(objective.counted(x.score_BT, x.mask_BT).sum()) == counted
+
+
+@pytest.mark.parametrize(
+    "member",
+    [MLE(), Masking(0.25), Unlikelihood(0.0), Unlikelihood(0.0, alpha=0.3, by="score"), RWR(1.0, rewards="raw")],
+)
+def test_each_of_one_member_is_that_member(member):
+    score = np.random.default_rng(2).choice([0.0, 0.25, 1.0, NAN], 50)
+    x = inputs(score)
+    each = Each({"a": member})
+    one = LossInputs(x.logp_BT, x.log1mp_BT, x.score_BT[:, None], x.mask_BT)
+    assert each.loss(one).loss_sum.item() == pytest.approx(member.loss(x).loss_sum.item(), rel=1e-12)
+
+
+def test_each_merges_edits_in_order(tmp_path):
+    tokens = with_preferences(
+        tmp_path, [[[1], [2]], [[3]]], {"given": [0.0, 1.0, 0.0], "other": [1.0, 0.0, 9.0], "third": [0.0, 0.0, 0.0]}
+    )
+    objective = Each(
+        {"given": Conditional(0, drop=0), "other": Filtering(2), "third": Annotate(-1.0, "x", "before")}
+    ).fit(tokens.statistics)
+    assert list(objective.roles) == ["given:good", "given:bad"]
+    assert objective.control_tokens == ("<|given:good|>", "<|given:bad|>")
+    assert stream(objective, whole_block(tokens)).ids.tolist() == [EOS, 100, 102, 1, 101, 102, 2]
+    assert [p.text for p in objective.pieces] == ["<|given:good|>", "<|given:bad|>", "x"]
+    assert (objective.conditions_on, objective.worst) == (("given:good",), ("given:bad",))
+
+
+def test_a_schedule_is_its_phases():
+    score = np.random.default_rng(3).choice([0.0, 0.25, 1.0, NAN], 60)
+    schedule = validate(
+        {
+            "name": "schedule",
+            "phases": [
+                {"objective": {"name": "mle"}, "until": 0.2},
+                {"objective": {"name": "unlikelihood", "threshold": 0}, "ramp": {"alpha": [0, 2]}},
+            ],
+        },
+        AnyObjective,
+    )
+    assert isinstance(schedule, Schedule)
+    phase = torch.arange(60, dtype=torch.uint8) % 2
+    x = inputs(score, progress=0.6, phase=phase)
+    first = LossInputs(x.logp_BT, x.log1mp_BT, x.score_BT, x.mask_BT & (phase == 0))
+    second = LossInputs(x.logp_BT, x.log1mp_BT, x.score_BT, x.mask_BT & (phase == 1))
+    expected = MLE().loss(first).loss_sum + Unlikelihood(0, alpha=1.0).loss(second).loss_sum
+    assert schedule.loss(x).loss_sum.item() == pytest.approx(float(expected), rel=1e-12)
+    for wrong in ([{"until": 0.2}, {"until": 0.5}], [{}, {}], [{"until": 0.6}, {"until": 0.4}, {}]):
+        with pytest.raises(ConfigError, match="until"):
+            validate({"name": "schedule", "phases": [{"objective": {"name": "mle"}, **w} for w in wrong]}, AnyObjective)
+
+
+FAMILY = {
+    "tag": {"p": 0.5},
+    "annotate": {"learned": False},
+    "quantile": {"k": 3},
+    "hide": {},
+    "weights": {"points": [[0, 1], [0.05, 0.2]]},
+    "attributes": {"of": ["link"]},
+    "each": {"members": {"link": {"name": "conditional"}}},
+    "schedule": {
+        "phases": [
+            {"objective": {"name": "mle"}, "until": 0.5},
+            {"objective": {"name": "conditional"}},
+        ]
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tokens_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    name = TokenStore.open(tokens_dir).preference
+    text = json.dumps(FAMILY).replace('"link"', json.dumps(name))
+    found = {}
+    for kind, settings in json.loads(text).items():
+        objective = validate({"name": kind, **settings}, AnyObjective)
+        found[kind] = folder / kind, train_tiny(tokens_dir, folder / kind, objective, steps=4)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_each_of_the_family_trains_and_can_be_sampled_by_its_roles(trained, name):
+    run, manifest = trained[name]
+    read = manifest.counts.exposure
+    assert read["read_good"] + read["read_bad"] + read["inserted"] + read["end_of_text"] == manifest.counts.tokens
+    model = load_model(run)
+    assert set(model.control_ids) == set(model.conditions_on) | (set(model.control_ids) - set(model.conditions_on))
+    for control in ("good", "none", *model.control_ids):
+        drawn = sample(model, Scenario(num_samples=4, max_tokens=6, min_tokens=1, control=control), progress=False)
+        assert len(drawn) == 4
+        assert not any(token in s.text for s in drawn for token in manifest.control_tokens)
+    if not model.worst:
+        with pytest.raises(ConfigError, match="control=bad"):
+            sample(model, Scenario(num_samples=1, max_tokens=2, min_tokens=1, control="bad"), progress=False)
+    with pytest.raises(ConfigError, match="no control token for control=nothing"):
+        sample(model, Scenario(num_samples=1, max_tokens=2, min_tokens=1, control="nothing"), progress=False)
+
+
+def test_hidden_and_unlearned_tokens_are_counted(trained):
+    read = trained["hide"][1].counts.exposure
+    assert read["learned_bad"] == 0 < read["read_bad"]
+    assert trained["annotate"][1].counts.exposure["inserted"] > 0
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Weights(norm=1.0), Each({"a": Masking(0.2), "b": Unlikelihood(0.1)}), Hide(0.0), Quantile(2, edges=(0.1,))],
+    ids=lambda o: o.name,
+)
+def test_losses_are_sums_over_targets(objective):
+    check_objective(objective)
