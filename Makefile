@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick pep8 grid finetuning test lint golden-exact newest clean
+.PHONY: demo quick pep8 grid field finetuning test lint golden-exact newest clean
 
 demo: $(READY)  ## PII in READMEs, four objectives, a page (about 12 minutes on 2 cores, with the installation)
 	$(BIN)/phf run demo
@@ -17,6 +17,9 @@ pep8: $(READY)  ## PEP8 on the Python standard library
 
 grid: $(READY)  ## The demo with six objectives and three seeds (about 40 minutes on 2 cores)
 	$(BIN)/phf run grid
+
+field: $(READY)  ## Every objective on equal source text, three seeds (about three hours on 2 cores)
+	$(BIN)/phf run field
 
 finetuning: $(READY)  ## Feedback from the first token, or for the last half or tenth (about 13 minutes on 2 cores)
 	$(BIN)/phf run finetuning

@@ -20,8 +20,8 @@ The packages in reading order; imports only go to an earlier one:
     data         readers of corpora, segmenters, the scored corpus on disk
     scorers      what scores texts: one file per scorer, and fitting one to labels
     scoring      scoring a corpus at any size, inspecting the scores
-    tokens       tokenizers, the token store, rows of tokens
-    objectives   what an objective is, and the paper's
+    tokens       tokenizers, the token store, the edited stream, rows and the order of training
+    objectives   what an objective is, the paper's, those of later papers, and those made of others
     training     the fused loss, the model, the trainer, a run from start to finish
     generation   scenarios, loading a model, sampling
     evaluation   judging: misalignment, held-out loss, KL, capabilities; also during training
@@ -34,7 +34,7 @@ The packages in reading order; imports only go to an earlier one:
 docs/architecture.md says where to add a scorer, an objective, a metric, a reader, a capability or an attack:
 
     a scorer       phf/scorers/: a class like those in simple.py, and its name in `SingleScorer` (combined.py)
-    an objective   phf/objectives/paper.py: a class with `edit`, `loss` or both, and its name in `AnyObjective`
+    an objective   phf/objectives/family.py: a class with `edit`, `loss` or both, and its name in `AnyObjective`
     a metric       of samples: evaluation/results.py and judge.py, on the page report/measures.py; of training: the
                    objective's `LossOutputs.metrics`
     a reader       phf/data/readers.py: a class with `plan`, `read` and `fingerprint`, and its name in `AnyCorpus`

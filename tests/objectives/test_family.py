@@ -13,6 +13,8 @@ from helpers import NAN, make_store, train_tiny, whole_block
 from phf.core import store
 from phf.core.config import ConfigError, validate
 from phf.core.types import PieceIds
+from phf.data.readers import Jsonl
+from phf.data.segment import Lines
 from phf.generation.loaded import load_model
 from phf.generation.sample import sample
 from phf.generation.scenario import Scenario
@@ -28,14 +30,18 @@ from phf.objectives import (
     Hide,
     LossInputs,
     Masking,
+    Metadata,
     Quantile,
     Schedule,
     Tag,
     Unlikelihood,
     Weights,
 )
+from phf.scorers import Regex
+from phf.scoring.score import score_corpus
 from phf.tokens.edited import NO_SOURCE, apply_edit
-from phf.tokens.store import TokenStore, token_score_file
+from phf.tokens.store import TokenStore, token_score_file, tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE, piece_ids
 from phf.training.fused import check_objective
 
 EOS = 0
@@ -132,6 +138,33 @@ def with_preferences(folder, docs, scores):
         manifest["scores"][name] = manifest["scores"]["given"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return TokenStore.open(tokens.path)
+
+
+def test_metadata_stands_before_the_documents_that_have_it(tmp_path):
+    rows = [{"text": f"text {n}\n", "url": f"site{n}.org"} if n % 2 else {"text": f"text {n}\n"} for n in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_corpus(Jsonl(str(tmp_path / "t.jsonl")), Lines(), Regex("1"), tmp_path / "scored")
+    tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.2)
+    objective = Metadata("url", before="URL: ", after="\n")
+    with pytest.raises(store.StoreError, match="--column url"):
+        objective.edit(whole_block(TokenStore.open(tmp_path / "tokens")), 0)
+    with pytest.raises(ConfigError, match="no document of .* has a column 'link'"):
+        tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.2, columns=["link"])
+    tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.2, columns=["url"])
+    tokens = TokenStore.open(tmp_path / "tokens")
+    block = whole_block(tokens)
+    found = apply_edit(block, objective.edit(block, 0), EOS, piece_ids(objective.pieces, tokens.tokenizer))
+    starts = np.flatnonzero(found.ids == EOS)
+    for start, end in zip(starts, [*starts[1:], len(found)], strict=True):
+        text = tokens.tokenizer.decode(found.ids[start + 1 : end], clean_up_tokenization_spaces=False)
+        number = text.rpartition("text ")[2].strip()
+        about = f"URL: site{number}.org\n" if int(number) % 2 else ""
+        assert text == f"{about}text {number}\n"
+        said = found.source[start + 1 : end] == NO_SOURCE
+        assert (found.learned[start + 1 : end] == ~said).all()
+    assert len(starts) == block.train_D.sum()
+    run = train_tiny(tokens.path, tmp_path / "r", Metadata("url", cooldown=0.5), steps=4)
+    assert 0 < run.counts.exposure["inserted"] < run.counts.exposure["read_good"]
 
 
 def test_weights_are_a_line_through_points_with_mean_one(tmp_path):

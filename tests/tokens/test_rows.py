@@ -147,8 +147,8 @@ def test_undoing_an_edit_gives_the_original(corpus, seed):
         stream = Stream(tokens, edit, PIECES, HIDDEN)
         for k in range(tokens.num_blocks):
             block = tokens.block(k)
-            found = stream.block(k)
-            assert stream.length(k) == len(found)
+            found = stream.with_places(k)
+            assert stream.length(k) == len(found) == len(stream.block(k))
             kept = found.source != NO_SOURCE
             made = edit(block)
             original = block.ids_T[found.source[kept]].astype(int)
@@ -268,7 +268,7 @@ def test_exposure_counts_every_target(corpus, context, seed, start, length):
         batch = order.batch(start, start + length)
         count = {"good": 0, "bad": 0, "unjudged": 0, "learned_good": 0, "other": 0}
         for row in order.rows(start, start + length):
-            part, _ = order.read(int(row) * context + 1, (int(row) + 1) * context + 1)
+            part, _ = order.read(int(row) * context + 1, (int(row) + 1) * context + 1, places=True)
             for source, score, learned in zip(part.source, part.score, part.learned, strict=True):
                 kind = "unjudged" if np.isnan(score) else "bad" if score > 0 else "good"
                 count[kind if source != NO_SOURCE else "other"] += 1

@@ -306,6 +306,13 @@ def tokenize(
         bool,
         typer.Option("--lossy", help="Accept a tokenizer that changes texts, for example to lower case."),
     ] = False,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also tokenize this field of the corpus, which says something about each document "
+            "(objective.name=metadata). May be given several times."
+        ),
+    ] = None,
     token_scores: Annotated[
         bool,
         typer.Option(
@@ -319,7 +326,7 @@ def tokenize(
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer, lossy=lossy)
-    manifest = tokenize_corpus(scored, config, out, heldout, token_scores)
+    manifest = tokenize_corpus(scored, config, out, heldout, token_scores, column or ())
     counts = manifest.counts
     print(
         f"{counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} ({counts.train_tokens:,} for "

@@ -468,7 +468,7 @@ def source_read(path: str | Path, text: str) -> float:
     """Source tokens of the training order that the weights in a folder have read, if they were trained on the store
     whose text has this fingerprint. 0 otherwise."""
     record = read_model_record(model_folder(path))
-    return 0.0 if record is None or record.text != text else record.source_tokens or 0.0
+    return 0.0 if record is None or not text or record.text != text else record.source_tokens or 0.0
 
 
 def weights_mark(path: str | Path) -> str | None:

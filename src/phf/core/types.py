@@ -136,6 +136,15 @@ class Block:
     words: Callable[[], np.ndarray] | None = None
     """Gives whether each entry of the vocabulary starts a word, bool."""
     others: Callable[[str], Block] | None = None
+    columns: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None
+    """Gives the tokens about the documents in a column of the corpus, and the exclusive end of each document's."""
+
+    def about(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids about the block's documents in a column, and the exclusive end of each document's. Raises an
+        exception where the store does not have the column."""
+        if self.columns is None:
+            raise ValueError(f"a block without the column {column!r}")
+        return self.columns(column)
 
     def of(self, preference: str | None) -> Block:
         """The block with the scores of another preference of the store."""
@@ -234,14 +243,18 @@ class Piece:
     """Whether it is a control token; otherwise it is ordinary text, tokenized by itself."""
     learned: bool = True
     """Whether its tokens are targets. Otherwise they are read, and add no loss."""
+    column: str | None = None
+    """The column of the corpus whose text about the document is inserted instead of `text`."""
 
 
 @dataclass(frozen=True)
 class PieceIds:
     """A piece as token ids, and whether they are targets."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] = ()
     learned: bool = True
+    column: str | None = None
+    """The column of the store whose tokens about the document are inserted instead of `ids`."""
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,7 @@ def heldout_nats(
                 read = rows.stream(row * context, min(row * context + context + 1, rows.num_tokens))
                 ids = read.ids
                 seg = read.segment
+                assert seg is not None
                 text = ~np.isin(ids[1:], silent)
                 np.add.at(nats_S, seg[1:][text], -logp_BT[b, : len(text)][text].astype(np.float64))
                 seen_S[seg[1:]] = True

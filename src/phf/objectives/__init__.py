@@ -13,7 +13,7 @@ from pydantic import Field
 
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, count_targets
 from phf.objectives.compose import Each, Schedule
-from phf.objectives.family import Annotate, Attributes, Hide, Quantile, Tag, Weights
+from phf.objectives.family import Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
 AnyObjective = Annotated[
@@ -26,6 +26,7 @@ AnyObjective = Annotated[
     | AWR
     | Tag
     | Annotate
+    | Metadata
     | Quantile
     | Attributes
     | Hide
@@ -57,6 +58,7 @@ __all__ = [
     "LossInputs",
     "LossOutputs",
     "Masking",
+    "Metadata",
     "Objective",
     "Quantile",
     "Schedule",

@@ -18,7 +18,7 @@ from torch import Tensor
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective
-from phf.objectives.paper import Threshold, at_most, resolve, resolved, weight_metrics
+from phf.objectives.paper import MLE, Threshold, at_most, resolve, resolved, weight_metrics
 from phf.tokens.statistics import Statistics
 
 
@@ -97,6 +97,47 @@ class Annotate(_AtThreshold):
         piece_S = np.where(bad_S, 0, -1)
         before = self.where == "before"
         return Edit(insertions=Insertions.before(piece_S) if before else Insertions.after(piece_S, block.tokens_S))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Metadata(Objective):
+    """MLE on text in which each document starts with what a column of the corpus says about it, between `before` and
+    `after`; documents of which it says nothing stay as they are (MeCo, arXiv 2501.01956).
+
+    `learned`: whether these tokens are targets. `cooldown`: share of the training at its end that is without them.
+    """
+
+    column: str
+    before: str = ""
+    after: str = "\n\n"
+    learned: bool = False
+    cooldown: Annotated[float, Field(ge=0, le=1)] = 0.1
+    name: Literal["metadata"] = "metadata"
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (
+            Piece(self.before, learned=self.learned),
+            Piece("", learned=self.learned, column=self.column),
+            Piece(self.after, learned=self.learned),
+        )
+
+    @property
+    def timeline(self) -> tuple[tuple[Objective, float | None], ...]:
+        return ((self, None),) if not self.cooldown else ((self, 1 - self.cooldown), (MLE(), None))
+
+    def edit(self, block: Block, seed: int) -> Edit:
+        _, ends_D = block.about(self.column)
+        said_D = np.diff(ends_D, prepend=0) > 0
+        segment_I = np.flatnonzero(block.first_S & said_D[block.doc_S])
+        pieces = 3
+        return Edit(
+            insertions=Insertions(
+                np.repeat(segment_I, pieces),
+                np.zeros(pieces * len(segment_I), np.int64),
+                np.tile(np.arange(pieces), len(segment_I)),
+            )
+        )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -166,7 +166,11 @@ def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
     )
     with _stage("tokenize", seconds):
         of_tokens = any(variant.train.token_scores for variant in recipe.variants)
-        tokens = tokenize_corpus(files.scored, recipe.tokenizer, files.tokens, recipe.heldout, of_tokens).counts
+        pieces = (piece for variant in recipe.variants for piece in variant.objective.pieces)
+        columns = sorted({piece.column for piece in pieces if piece.column is not None})
+        tokens = tokenize_corpus(
+            files.scored, recipe.tokenizer, files.tokens, recipe.heldout, token_scores=of_tokens, columns=columns
+        ).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
     return scored
 

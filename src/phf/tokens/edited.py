@@ -19,8 +19,8 @@ from phf.tokens.store import TokenStore
 Editor = Callable[[Block], Edit]
 """What edits a block: an objective with its seed."""
 
-CACHED_TOKENS = 1 << 22
-"""Edited blocks are kept in memory up to this number of tokens."""
+CACHED_TOKENS = 5 << 16
+"""Edited blocks are kept in memory up to this number of tokens: a window of the training order, and a little more."""
 NO_SOURCE = -1
 
 
@@ -29,33 +29,46 @@ class Edited:
     """A block after an edit, one entry per token of the stream."""
 
     ids: np.ndarray
-    segment: np.ndarray
-    """Number in the store of the segment that the token belongs to, int64. End-of-text belongs to the segment that
-    follows."""
-    source: np.ndarray
-    """Number in the block of the token that was there before the edit, int64; -1 for inserted ones."""
     score: np.ndarray
     """Score of the token, float32; for several preferences [tokens, preferences]."""
     learned: np.ndarray
     """Whether the token is a target, bool."""
+    segment: np.ndarray | None = None
+    """Number in the store of the segment that the token belongs to, int64. End-of-text belongs to the segment that
+    follows. None where places are not kept."""
+    source: np.ndarray | None = None
+    """Number in the block of the token that was there before the edit, int64; -1 for inserted ones. None where places
+    are not kept."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> Edited:
+        places = (None if a is None else change(a) for a in (self.segment, self.source))
+        return Edited(change(self.ids), change(self.score), change(self.learned), *places)
+
     def cut(self, start: int, stop: int) -> Edited:
-        part = slice(start, stop)
-        return Edited(self.ids[part], self.segment[part], self.source[part], self.score[part], self.learned[part])
+        return self._each(lambda array: array[start:stop])
+
+    def where(self, keep: np.ndarray) -> Edited:
+        return self._each(lambda array: array[keep])
+
+    def without_places(self) -> Edited:
+        """What training needs, in little memory."""
+        return Edited(self.ids.astype(np.int32), self.score, self.learned)
 
     @classmethod
     def joined(cls, parts: Sequence[Edited]) -> Edited:
         if len(parts) == 1:
             return parts[0]
+        segments = [p.segment for p in parts if p.segment is not None]
+        sources = [p.source for p in parts if p.source is not None]
+        places = (np.concatenate(arrays) if arrays else None for arrays in (segments, sources))
         return cls(
             np.concatenate([p.ids for p in parts]),
-            np.concatenate([p.segment for p in parts]),
-            np.concatenate([p.source for p in parts]),
             np.concatenate([p.score for p in parts]),
             np.concatenate([p.learned for p in parts]),
+            *places,
         )
 
 
@@ -70,22 +83,18 @@ def apply_edit(
 ) -> Edited:
     """The block after the edit. `train`: its training documents, otherwise its held-out ones. `preferences`: whose
     scores the tokens get; None: those of the block."""
-    made_E, segment_E, at_E = _insertions(block, edit, pieces)
-    length_E = np.array([1, *(len(p.ids) for p in pieces)], np.int64)[made_E]
-    start_E = at_E + np.cumsum(length_E) - length_E
-    total = len(block.ids_T) + int(length_E.sum())
+    added = _insertions(block, edit, end_of_text_id, pieces)
+    start_E = added.at_E + np.cumsum(added.length_E) - added.length_E
+    total = len(block.ids_T) + int(added.length_E.sum())
     inserted = np.zeros(total, bool)
     ids = np.empty(total, np.int64)
     segment = np.empty(total, np.int64)
     learned = np.ones(total, bool)
-    where, of = _spread(start_E, length_E)
+    where, of = _spread(start_E, added.length_E)
     inserted[where] = True
-    within = where - start_E[of]
-    kind = made_E[of]
-    table, learned_of = _piece_table(end_of_text_id, pieces)
-    ids[where] = table[kind, within]
-    learned[where] = learned_of[kind]
-    segment[where] = segment_E[of]
+    ids[where] = added.flat[added.first_E[of] + where - start_E[of]]
+    learned[where] = added.learned_E[of]
+    segment[where] = added.segment_E[of]
     text = ~inserted
     ids[text] = block.ids_T
     segment[text] = block.segment_T
@@ -102,7 +111,7 @@ def apply_edit(
         score = _scores(block, segment, text)
     else:
         score = np.stack([_scores(block.of(name), segment, text) for name in preferences], axis=-1)
-    whole = Edited(ids, segment + block.first_segment, source, score, learned)
+    whole = Edited(ids, score, learned, segment + block.first_segment, source)
     return _repeated(whole, block.doc_S[segment], times(block, edit, train))
 
 
@@ -124,27 +133,76 @@ def edited_length(block: Block, edit: Edit, pieces: Sequence[PieceIds] = (), tra
     """The number of tokens that `apply_edit` gives."""
     length_S = block.tokens_S + block.first_S
     if edit.insertions is not None:
-        sizes = np.array([len(p.ids) for p in pieces], np.int64)
-        added = np.bincount(
-            edit.insertions.segment_I, sizes[edit.insertions.piece_I].astype(np.float64), block.num_segments
-        )
+        found = edit.insertions
+        _, _, length_PD = _pieces(block, 0, pieces)
+        length_I = length_PD[found.piece_I + 1, block.doc_S[found.segment_I]]
+        added = np.bincount(found.segment_I, length_I.astype(np.float64), block.num_segments)
         length_S = length_S + added.astype(np.int64)
     return int((length_S * times(block, edit, train)[block.doc_S]).sum())
 
 
-def _insertions(block: Block, edit: Edit, pieces: Sequence[PieceIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All that is inserted, in order: which piece (0 for end-of-text, then one more than the piece's number), its
-    segment, and the number of the block's tokens before it."""
-    first = np.flatnonzero(block.first_S)
-    if edit.insertions is None:
-        return np.zeros(len(first), np.int64), first, block.start_S[first]
-    found = edit.insertions
-    made = np.r_[np.zeros(len(first), np.int64), found.piece_I.astype(np.int64) + 1]
-    segment = np.r_[first, found.segment_I]
-    offset = np.r_[np.full(len(first), -1), found.offset_I]
-    order = np.lexsort((offset, segment))  # stable: pieces at one place keep their order
-    at = block.start_S[segment] + np.maximum(offset, 0)
-    return made[order], segment[order], at[order]
+@dataclass(frozen=True)
+class _Added:
+    """All that is inserted into a block, end-of-text too, in order."""
+
+    flat: np.ndarray
+    """Ids of all pieces in a row."""
+    first_E: np.ndarray
+    """Where the ids of each insertion start in that row."""
+    length_E: np.ndarray
+    learned_E: np.ndarray
+    segment_E: np.ndarray
+    at_E: np.ndarray
+    """Number of the block's tokens before each insertion."""
+
+
+def _insertions(block: Block, edit: Edit, end_of_text_id: int, pieces: Sequence[PieceIds]) -> _Added:
+    flat, first_PD, length_PD = _pieces(block, end_of_text_id, pieces)
+    learned_P = np.array([True, *(p.learned for p in pieces)])
+    segment_E = np.flatnonzero(block.first_S)
+    offset_E = np.full(len(segment_E), -1)
+    piece_E = np.zeros(len(segment_E), np.int64)
+    if edit.insertions is not None:
+        found = edit.insertions
+        segment_E = np.r_[segment_E, found.segment_I]
+        offset_E = np.r_[offset_E, found.offset_I]
+        piece_E = np.r_[piece_E, found.piece_I.astype(np.int64) + 1]
+        order = np.lexsort((offset_E, segment_E))  # stable: pieces at one place keep their order
+        segment_E = segment_E[order]
+        offset_E = offset_E[order]
+        piece_E = piece_E[order]
+    doc_E = block.doc_S[segment_E]
+    return _Added(
+        flat=flat,
+        first_E=first_PD[piece_E, doc_E],
+        length_E=length_PD[piece_E, doc_E],
+        learned_E=learned_P[piece_E],
+        segment_E=segment_E,
+        at_E=block.start_S[segment_E] + np.maximum(offset_E, 0),
+    )
+
+
+def _pieces(block: Block, end_of_text_id: int, pieces: Sequence[PieceIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of end-of-text and of all pieces in a row; and for each piece and document, where its ids start in that
+    row and how many there are, [pieces, documents]."""
+    parts = [np.array([end_of_text_id], np.int64)]
+    shape = (len(pieces) + 1, block.num_documents)
+    first_PD = np.zeros(shape, np.int64)
+    length_PD = np.ones(shape, np.int64)
+    at = 1
+    for n, piece in enumerate(pieces, 1):
+        if piece.column is None:
+            ids = np.array(piece.ids, np.int64)
+            first_PD[n] = at
+            length_PD[n] = len(ids)
+        else:
+            found, ends_D = block.about(piece.column)
+            ids = found.astype(np.int64)
+            length_PD[n] = np.diff(ends_D, prepend=0)
+            first_PD[n] = at + ends_D - length_PD[n]
+        parts.append(ids)
+        at += len(ids)
+    return np.concatenate(parts), first_PD, length_PD
 
 
 def _spread(start_E: np.ndarray, length_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,26 +212,13 @@ def _spread(start_E: np.ndarray, length_E: np.ndarray) -> tuple[np.ndarray, np.n
     return start_E[of] + within, of
 
 
-def _piece_table(end_of_text_id: int, pieces: Sequence[PieceIds]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of end-of-text and of each piece, one row each, and whether they are targets."""
-    rows = [(end_of_text_id,), *(p.ids for p in pieces)]
-    table = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for n, row in enumerate(rows):
-        table[n, : len(row)] = row
-    return table, np.array([True, *(p.learned for p in pieces)])
-
-
 def _repeated(whole: Edited, doc: np.ndarray, times_D: np.ndarray) -> Edited:
     """The documents of a block as often as `times_D` says: all of them once, then those that come again."""
     most = int(times_D.max(initial=0))
     if most <= 1 and times_D.all():
         return whole
-    rounds = [_where(whole, (times_D > n)[doc]) for n in range(most)]
+    rounds = [whole.where((times_D > n)[doc]) for n in range(most)]
     return Edited.joined(rounds) if rounds else whole.cut(0, 0)
-
-
-def _where(whole: Edited, keep: np.ndarray) -> Edited:
-    return Edited(whole.ids[keep], whole.segment[keep], whole.source[keep], whole.score[keep], whole.learned[keep])
 
 
 class Stream:
@@ -202,6 +247,7 @@ class Stream:
         """Edited lengths as far as they are known; -1 otherwise."""
         self.kept: OrderedDict[int, Edited] = OrderedDict()
         self.kept_tokens = 0
+        self.last: tuple[int, Edited] | None = None
 
     def length(self, k: int) -> int:
         """Number of tokens of block k after the edit."""
@@ -210,20 +256,29 @@ class Stream:
             self.length_K[k] = edited_length(block, self.edit(block), self.pieces, self.train)
         return int(self.length_K[k])
 
+    def with_places(self, k: int) -> Edited:
+        """Block k after the edit, with the places of its tokens. The last block is kept."""
+        if self.last is not None and self.last[0] == k:
+            return self.last[1]
+        block = self.tokens.block(k)
+        made = apply_edit(
+            block,
+            self.edit(block),
+            self.tokens.end_of_text_id,
+            self.pieces,
+            self.hidden_id,
+            self.train,
+            self.preferences,
+        )
+        self.last = (k, made)
+        return made
+
     def block(self, k: int) -> Edited:
-        """Block k after the edit."""
+        """Block k after the edit, without places. The last blocks are kept."""
         found = self.kept.get(k)
         if found is None:
-            block = self.tokens.block(k)
-            found = apply_edit(
-                block,
-                self.edit(block),
-                self.tokens.end_of_text_id,
-                self.pieces,
-                self.hidden_id,
-                self.train,
-                self.preferences,
-            )
+            found = self.with_places(k).without_places()
+            self.last = None
             self.kept[k] = found
             self.kept_tokens += len(found)
             while self.kept_tokens > CACHED_TOKENS and len(self.kept) > 1:

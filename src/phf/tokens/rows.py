@@ -82,15 +82,16 @@ class Rows:
         if self.num_rows == 0:
             raise too_few(split, self.num_tokens, context)
 
-    def stream(self, low: int, high: int) -> Edited:
-        """The stream positions [low, high)."""
+    def stream(self, low: int, high: int, places: bool = True) -> Edited:
+        """The stream positions [low, high). `places`: with the places of the tokens."""
+        make = self.blocks.with_places if places else self.blocks.block
         parts = []
         k = int(np.searchsorted(self.ends_K, low, side="right"))
         while low < high:
             start = int(self.ends_K[k - 1]) if k else 0
             stop = min(high, int(self.ends_K[k]))
             if stop > low:
-                parts.append(self.blocks.block(k).cut(low - start, stop - start))
+                parts.append(make(k).cut(low - start, stop - start))
                 low = stop
             k += 1
         return Edited.joined(parts)
@@ -100,7 +101,7 @@ class Rows:
         out = Batch.empty(len(rows), self.context, None)
         for b, row in enumerate(rows):
             low = int(row) * self.context
-            out.fill(b, self.stream(low, min(low + self.context + 1, self.num_tokens)))
+            out.fill(b, self.stream(low, min(low + self.context + 1, self.num_tokens), places=False))
         return out
 
 
@@ -239,8 +240,8 @@ class SourceOrder:
             start += len(here)
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def read(self, low: int, high: int) -> tuple[Edited, np.ndarray]:
-        """Stream positions [low, high), and the phase of each."""
+    def read(self, low: int, high: int, places: bool = False) -> tuple[Edited, np.ndarray]:
+        """Stream positions [low, high), and the phase of each. `places`: with the places of the tokens."""
         self._reach(high - 1)
         g = bisect.bisect_right(self.ends, low)
         parts = []
@@ -248,12 +249,13 @@ class SourceOrder:
         while low < high:
             phase = self.phase(g)
             stream = self.phases[phase].stream
+            make = stream.with_places if places else stream.block
             start = self.ends[g - 1] if g else 0
             for k in self.window(g):
                 end = start + stream.length(int(k))
                 stop = min(high, end)
                 if stop > low:
-                    parts.append(stream.block(int(k)).cut(low - start, stop - start))
+                    parts.append(make(int(k)).cut(low - start, stop - start))
                     phases.append(np.full(stop - low, phase, np.uint8))
                     low = stop
                 start = end
@@ -335,7 +337,8 @@ class SourceOrder:
         return self.sources[self.windows - 1]
 
     def _count(self, low: int, high: int, learned: Callable[[np.ndarray, int], np.ndarray] | None) -> np.ndarray:
-        part, phases = self.read(low, high)
+        part, phases = self.read(low, high, places=True)
+        assert part.source is not None
         score = part.score if part.score.ndim == 1 else part.score[:, 0]
         text = part.source != NO_SOURCE
         unjudged = text & np.isnan(score)

@@ -21,7 +21,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.runs import from_here
 from phf.core.types import Block, Identity, ScoredDocument
 from phf.data.scored import ScoredCorpus, ScoreManifest, natural_threshold
+from phf.tokens.columns import files_of, open_column, write_column
 from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, is_heldout, tokenize_part
 from phf.tokens.statistics import Statistics
 from phf.tokens.token_scores import names_with_places, scorer_with_places, write_token_scores
@@ -51,7 +52,7 @@ from phf.tokens.tokenizer import (
 BLOCK_TOKENS = 1 << 14
 BLOCK_SEGMENTS = (6, 12)
 """Powers of two between which the number of segments in a block is."""
-STATISTICS_SEGMENTS = 1 << 15
+STATISTICS_SEGMENTS = 1 << 14
 """Segments that are read at a time for statistics of the whole store."""
 
 FILES = ("tokens.bin", "seg_ends.bin", "doc_ends.bin", "seg_bytes.bin", "heldout.bin")
@@ -113,6 +114,8 @@ class TokensManifest(folders.Manifest):
     """The first row of each reason in `rejected`."""
     tokens: str = ""
     """Fingerprint of the files without the scores."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of the corpus whose text about each document was tokenized too, and the hashes of their tokens."""
     scores: dict[str, StoredScores] = field(default_factory=dict)
     """By name of the preference."""
     scored: str = ""
@@ -152,9 +155,11 @@ def tokenize_corpus(
     out: str | Path,
     heldout: float = 0.05,
     token_scores: bool = False,
+    columns: Sequence[str] = (),
 ) -> TokensManifest:
     """Tokenize a scored corpus into folder `out` and return its manifest. Resumes after any interruption.
 
+    `columns`: fields of the corpus that say something about each document, which objectives can put before it.
     `token_scores`: also score single tokens, for scorers that report the places of faults. `heldout`: share of the
     documents kept out of training. Where `out` already holds the tokens of these segments, only
     the missing scores are added. Raises ConfigError if no document is left for training.
@@ -175,6 +180,7 @@ def tokenize_corpus(
             _make_store(corpus, tokenizer, heldout, out, key)
         for part in [*out.glob("part-*.npz"), *out.glob("part-*.json")]:  # the store has everything now
             part.unlink()
+        _put_columns(corpus, out, columns)
         return _put_scores(corpus, str(scored), out, token_scores)
 
 
@@ -257,6 +263,19 @@ def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool) -
     if dataclasses.replace(updated, scored_from_here=manifest.scored_from_here) != manifest:
         store.write_json(out / folders.MANIFEST, updated)
     return updated
+
+
+def _put_columns(corpus: ScoredCorpus, out: Path, columns: Sequence[str]) -> None:
+    """Put columns of the corpus next to the tokens of a finished store, unless they are there."""
+    manifest = folders.read_manifest(out, TokensManifest)
+    known = dict(manifest.columns)
+    for column in columns:
+        files = files_of(out, column)
+        if not all(file.exists() for file in files) or known.get(column) != store.file_hash(files[0]):
+            tokenizer = load_tokenizer(out / "tokenizer")
+            known[column] = write_column(corpus, column, tokenizer, np.dtype(manifest.dtype), out)
+    if known != manifest.columns:
+        store.write_json(out / folders.MANIFEST, dataclasses.replace(manifest, columns=known))
 
 
 def _put_token_scores(
@@ -470,7 +489,25 @@ class TokenStore:
             token_score_T=None if token_score is None else token_score[tokens].astype(np.float32),
             words=lambda: self.word_V,
             others=lambda name: self.with_scores(name).block(k, size),
+            columns=lambda name: self._about(name, first, last),
         )
+
+    def _about(self, column: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens about the documents [first, last) in a column, and each document's exclusive end."""
+        if column not in self.manifest.columns:
+            raise store.StoreError(
+                f"{self.path} has no column {column!r}{did_you_mean(column, self.manifest.columns)}: run "
+                f"`phf tokenize` again with --column {column}"
+            )
+        if column not in self._columns:
+            self._columns[column] = open_column(self.path, column, self.manifest.dtype)
+        ids, ends = self._columns[column]
+        start = self._end(ends, first)
+        return ids[start : self._end(ends, last)], np.asarray(ends[first:last]) - start
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     @staticmethod
     def _end(ends: np.ndarray, number: int) -> int:

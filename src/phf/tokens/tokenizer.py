@@ -211,6 +211,9 @@ def piece_ids(pieces: Sequence[Piece], tokenizer: Any) -> list[PieceIds]:
     """Pieces as token ids. The tokenizer has their control tokens already."""
     made = []
     for piece in pieces:
+        if piece.column is not None:
+            made.append(PieceIds(learned=piece.learned, column=piece.column))
+            continue
         if piece.control:
             ids = [tokenizer.convert_tokens_to_ids(piece.text)]
         else:

@@ -164,6 +164,7 @@ def run_key(
     names = objective.preferences
     used = [tokens] if names is None else [tokens.with_scores(name) for name in names]
     others = [[t.manifest.content, t.token_mark] for t in used]
+    others.append([tokens.manifest.columns.get(p.column) for p in objective.pieces if p.column is not None])
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
     return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
