@@ -25,7 +25,6 @@ from .tokens.tokenizer import PretrainedTokenizer as PretrainedTokenizer
 from .tokens.tokenizer import TrainBPE as TrainBPE
 from .tokens.store import TokenStore as TokenStore
 from .tokens.store import tokenize_corpus as tokenize_corpus
-from .tokens.rows import SourceOrder as SourceOrder
 from .objectives import AWR as AWR
 from .objectives import MLE as MLE
 from .objectives import RWR as RWR

@@ -11,6 +11,7 @@ import torch
 
 from helpers import NAN, make_store, train_tiny, whole_block
 from phf.core import store
+from phf.core.check import check_below
 from phf.core.config import ConfigError, validate
 from phf.core.types import PieceIds
 from phf.data.readers import Jsonl
@@ -163,6 +164,11 @@ def test_metadata_stands_before_the_documents_that_have_it(tmp_path):
         said = found.source[start + 1 : end] == NO_SOURCE
         assert (found.learned[start + 1 : end] == ~said).all()
     assert len(starts) == block.train_D.sum()
+    about = tokens.path / "url.about.bin"
+    assert not any(c.problems for c in check_below(tokens.path))
+    about.write_bytes(about.read_bytes()[::-1])
+    assert any(c.problems for c in check_below(tokens.path))
+    tokenize_corpus(tmp_path / "scored", TrainBPE(300), tokens.path, heldout=0.2, columns=["url"])  # written again
     run = train_tiny(tokens.path, tmp_path / "r", Metadata("url", cooldown=0.5), steps=4)
     assert 0 < run.counts.exposure["inserted"] < run.counts.exposure["read_good"]
 

@@ -23,7 +23,7 @@ from phf.scoring.score import score_corpus
 from phf.tokens import rows as rows_module
 from phf.tokens import store as store_module
 from phf.tokens.edited import NO_SOURCE, Stream
-from phf.tokens.rows import Phase, Rows, SourceOrder
+from phf.tokens.rows import Rows, SourceOrder, TrainingOrder
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 
@@ -69,6 +69,10 @@ def any_edit(seed):
     return edit
 
 
+def no_edit(block):
+    return Edit()
+
+
 def slow_block(block, edit, pieces, train):
     """(token, segment, learned, source) by the definition, one token after the other."""
     out = []
@@ -105,6 +109,7 @@ def small_blocks(monkeypatch):
     """Blocks of two segments and windows of a few tokens, so that small stores have many."""
     monkeypatch.setattr(store_module, "BLOCK_SEGMENTS", (1, 1))
     monkeypatch.setattr(rows_module, "WINDOW_TOKENS", 20)
+    monkeypatch.setattr(rows_module, "WHOLE_TOKENS", 0)
 
 
 @given(corpora(), st.integers(1, 9), st.integers(0, 3), st.sampled_from(["train", "heldout"]), st.booleans())
@@ -222,9 +227,7 @@ def test_after_each_window_all_objectives_have_read_the_same_source(corpus, cont
             assert plain.sources[g] == edited.sources[g]
         blocks = np.concatenate([plain.window(g) for g in range(plain.windows)])
         assert sorted(blocks.tolist()) == list(range(tokens.num_blocks))  # an epoch reads every block once
-        assert plain._epoch_source() == sum(
-            len(s) for d, held in zip(docs, heldout, strict=True) for s in d if not held
-        )
+        assert plain.epoch_source == sum(len(s) for d, held in zip(docs, heldout, strict=True) for s in d if not held)
 
 
 @given(corpora(12), st.integers(1, 5), st.integers(0, 3), st.integers(0, 60))
@@ -242,11 +245,12 @@ def test_a_run_goes_on_where_another_stopped(corpus, context, seed, place):
             return
         assert plain.place_at(0) == edited.place_at(0) == 0
         g = edited._window_at(place)
-        if edited.sources[g] > (edited.sources[g - 1] if g else 0):  # a window without source has one place in source
-            assert edited.place_at(edited.source_at(place)) == place
-        if plain._epoch_source() == 0:
-            return
         source = edited.source_at(place)
+        assert edited.source_at(edited.place_at(source)) == pytest.approx(source)
+        if min(np.diff([0, *edited.sources[: g + 1]])) > 0:  # windows without source text have one place in source
+            assert edited.place_at(source) == place
+        if plain.epoch_source == 0:
+            return
         other = plain.source_at(plain.place_at(source))
         size = edited.sources[g] - (edited.sources[g - 1] if g else 0)
         assert abs(other - source) <= size + context  # within a window
@@ -262,13 +266,13 @@ def test_exposure_counts_every_target(corpus, context, seed, start, length):
             order = SourceOrder(Stream(tokens, any_edit(seed), PIECES, HIDDEN), context, seed)
         except ConfigError:
             return
-        if order._epoch_source() == 0:
+        if order.epoch_source == 0:
             return
-        found = order.exposure(start, start + length, lambda score, phase: score <= 0.25)
+        found = order.exposure(start, start + length, lambda score: score <= 0.25)
         batch = order.batch(start, start + length)
         count = {"good": 0, "bad": 0, "unjudged": 0, "learned_good": 0, "other": 0}
         for row in order.rows(start, start + length):
-            part, _ = order.read(int(row) * context + 1, (int(row) + 1) * context + 1, places=True)
+            part = order.read(int(row) * context + 1, (int(row) + 1) * context + 1, places=True)
             for source, score, learned in zip(part.source, part.score, part.learned, strict=True):
                 kind = "unjudged" if np.isnan(score) else "bad" if score > 0 else "good"
                 count[kind if source != NO_SOURCE else "other"] += 1
@@ -283,32 +287,41 @@ def test_exposure_counts_every_target(corpus, context, seed, start, length):
         assert batch.target_BT.size == length * context
 
 
-@given(corpora(12), st.integers(1, 5), st.integers(0, 3), st.floats(0, 60))
-@settings(max_examples=100, deadline=None)
-def test_phases_change_at_the_end_of_a_window(corpus, context, seed, until):
+@given(corpora(12), st.integers(1, 5), st.integers(0, 3), st.lists(st.integers(1, 20), max_size=3), st.integers(1, 60))
+@settings(max_examples=150, deadline=None)
+def test_a_phase_continues_where_the_one_before_stopped(corpus, context, seed, lengths, length):
     docs, scores, heldout = corpus
     with tempfile.TemporaryDirectory() as folder:
         tokens = make_store(Path(folder), docs, scores, heldout)
-        first = Stream(tokens, lambda block: Edit())
-        second = Stream(tokens, any_edit(seed), PIECES, HIDDEN)
         try:
-            order = SourceOrder([Phase(first, until), Phase(second)], context, seed)
+            orders = [
+                SourceOrder(Stream(tokens, edit, PIECES, HIDDEN), context, seed)
+                for edit in [lambda block: Edit(), any_edit(seed), lambda block: Edit(), any_edit(5)][
+                    : len(lengths) + 1
+                ]
+            ]
         except ConfigError:
             return
-        if not tokens.heldout_D.all():
-            part, phases = order.read(0, context + 1)
-        whole = []
-        of = []
-        for g in range(len(order.ends)):
-            phase = int((order.ends[g - 1] if g else 0) >= until)
-            for k in order.window(g):
-                ids = [first, second][phase].block(int(k)).ids.tolist()
-                whole += ids
-                of += [phase] * len(ids)
-        high = min(len(whole), 40)
-        part, phases = order.read(0, high)
-        assert part.ids.tolist() == whole[:high]
-        assert phases.tolist() == of[:high]
+        if orders[0].epoch_source == 0:
+            return
+        until = np.cumsum(lengths).tolist()
+        order = TrainingOrder(orders, until)
+        batch = order.batch(0, length)
+        own = [0]
+        for n, end in enumerate(until):
+            stopped = orders[n].source_at(own[n] + lengths[n])
+            own.append(orders[n + 1].place_at(stopped))
+            assert order.source_at(end) == orders[n + 1].source_at(own[-1])
+        for place in range(length):
+            n = sum(place >= end for end in until)
+            at = own[n] + place - (until[n - 1] if n else 0)
+            expected = orders[n].batch(at, at + 1)
+            assert batch.input_BT[place].tolist() == expected.input_BT[0].tolist()
+            assert batch.mask_BT[place].tolist() == expected.mask_BT[0].tolist()
+            assert batch.phase_BT is None if not lengths else (batch.phase_BT[place] == n).all()
+        read = order.exposure(0, length)
+        texts = read.read_good + read.read_bad + read.read_unjudged
+        assert texts + read.inserted + read.end_of_text == length * context
 
 
 def test_the_rows_of_the_seven_objectives_in_the_order_of_the_store_are_those_of_the_first_version(

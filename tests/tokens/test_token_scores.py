@@ -9,6 +9,7 @@ import pytest
 
 from helpers import LINK, tiny_texts, train_tiny, write_jsonl
 from phf.core import store
+from phf.core.check import check_below
 from phf.core.config import ConfigError
 from phf.data.readers import Jsonl
 from phf.data.scored import ScoredCorpus
@@ -80,6 +81,9 @@ def test_scores_of_tokens_are_added_checked_and_refused(tmp_path):
         TokenStore.open(tokens.path, by_token=True)
     tokenize_corpus(tmp_path / "scored", TrainBPE(300), tokens.path, heldout=0.2, token_scores=True)
     assert file.read_bytes() == whole
+    assert not any(found.problems for found in check_below(tokens.path))
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert any(found.problems for found in check_below(tokens.path))
     (tmp_path / "m.py").write_text("def f(text):\n    return float(len(text))\n")
     score_corpus(Jsonl(str(tmp_path / "t.jsonl")), Lines(), Function(f"{tmp_path / 'm.py'}:f"), tmp_path / "other")
     with pytest.raises(ConfigError, match="reports no places"):

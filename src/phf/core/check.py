@@ -50,15 +50,19 @@ def _stage(mark: Path) -> Checked | None:
     try:
         marks = store.as_record(manifest.get("files") or {}, dict[str, folders.FileMark], mark)
         known = store.as_record(manifest.get("scores") or {}, dict[str, dict[str, Any]], mark)
+        columns = store.as_record(manifest.get("columns") or {}, dict[str, folders.FileMark], mark)
         counts = store.as_record(manifest.get("counts") or {}, dict[str, Any], mark)
     except store.StoreError as error:
         return Checked(mark.parent, str(manifest["stage"]), 0, [str(error)])
-    for name, scores in known.items():  # of a token store
+    marks |= {f"{name}.about.bin": found for name, found in columns.items()}  # of a token store, as the scores below
+    for name, scores in known.items():
         segments = counts.get("segments")
         if not isinstance(segments, int):
             return Checked(mark.parent, str(manifest["stage"]), 0, [f"{mark.name}: counts.segments is {segments!r}"])
         if isinstance(scores.get("hash"), str):
             marks[f"{name}.score.bin"] = folders.FileMark(4 * segments, scores["hash"])
+        if isinstance(scores.get("token_hash"), str):
+            marks[f"{name}.token.bin"] = folders.FileMark(2 * int(counts.get("tokens") or 0), scores["token_hash"])
     return Checked(mark.parent, str(manifest["stage"]), len(marks), folders.damage(mark.parent, marks, hashes=True))
 
 

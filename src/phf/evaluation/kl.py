@@ -90,7 +90,7 @@ def kl(
     ours_N = text_logp(model, drawn.texts, drawn.finished, segmenter, config.batch)
     oracle = None
     oracle_bad = None
-    if model.conditions_on and scorer is not None:
+    if model.is_pair and scorer is not None:
         bad = _bad_segments(model, drawn.texts, segmenter, scorer, threshold)
         oracle_N = text_logp(model, drawn.texts, drawn.finished, segmenter, batch=config.batch, bad=bad)
         oracle = _divergence(theirs_N - oracle_N, drawn.texts)

@@ -58,6 +58,11 @@ class LoadedModel:
             raise ConfigError(f"{self.path} has no control token for control={control}{hint}")
         return known[control]
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether the control tokens are one for good segments and one for bad ones."""
+        return len(self.control_ids) == 2 and len(self.conditions_on) == len(self.worst) == 1
+
     def ids_of(self, control: str) -> list[int]:
         """Ids of the control tokens that `control` puts first."""
         return [self.control_ids[role] for role in self.roles_of(control)]
@@ -208,7 +213,7 @@ def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]
 def can_be_asked(model: LoadedModel, scenario: Scenario) -> bool:
     """Whether the model has the control tokens that a scenario needs. Any model can be asked with "good" and "none"."""
     if scenario.guidance is not None:
-        return len(model.conditions_on) == len(model.worst) == 1
+        return len(model.roles_of(scenario.control)) == len(model.roles_of(scenario.against)) == 1
     return scenario.control in ("good", "none") or bool(model.roles_of(scenario.control))
 
 

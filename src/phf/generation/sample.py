@@ -141,8 +141,8 @@ class _Batch:
         starts = [list(start) for start in self.starts]
         self.longest = max(map(len, starts))
         if self.guided:
-            (self.good_id,) = self.model.ids_of("good")
-            (self.bad_id,) = self.model.ids_of("bad")
+            (self.good_id,) = self.model.ids_of(self.scenario.control)
+            (self.bad_id,) = self.model.ids_of(self.scenario.against)
             starts += [[self.bad_id if i == self.good_id else i for i in start] for start in starts]
         self.ids_NT = torch.full((len(starts), self.longest), self.eos, device=self.device)
         self.attend_NT = torch.zeros((len(starts), self.longest), dtype=torch.long, device=self.device)

@@ -30,7 +30,10 @@ class Scenario:
     control_after_prompt: bool = False
     """Put the control token after the prompt instead of before it."""
     guidance: Annotated[float, Field(ge=0)] | None = None
-    """Strength g of guidance between the control tokens: logits are l_bad + g (l_good - l_bad). 1 is plain sampling."""
+    """Strength g of guidance between two control tokens, that of `control` and that of `against`: logits are l_against
+    + g (l_control - l_against). 1 is plain sampling."""
+    against: Annotated[str, Field(exclude_if=lambda value: value == "bad")] = "bad"
+    """The role that guidance leads away from."""
     prompts: str | None = None
     """JSON lines or Parquet with a string `text` or `prompt` in each row: a file, or one that comes with phf
     (challenging_rtp, cursing_prompts, functions, functions_csnet, pii_prompts, pep8_prompts)."""
@@ -51,8 +54,8 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
-        if self.guidance is not None and self.control != "good":
-            raise ValueError(f"guidance leads to the good token, so it does not work with control={self.control}")
+        if self.guidance is not None and self.control in ("none", self.against):
+            raise ValueError(f"guidance leads from one control token to another, not to control={self.control}")
 
 
 PAPER_THRESHOLD = {"toxicity": 0.5, "pii": 0.0, "pep8": 0.0}

@@ -12,6 +12,7 @@ import numpy as np
 
 from phf.core import store
 from phf.core.config import ConfigError, did_you_mean
+from phf.core.folders import FileMark
 from phf.core.types import ScoredDocument
 from phf.data.scored import ScoredCorpus
 from phf.tokens.tokenizer import encode_segments
@@ -24,8 +25,8 @@ def files_of(folder: Path, column: str) -> tuple[Path, Path]:
     return folder / f"{column}.about.bin", folder / f"{column}.about_ends.bin"
 
 
-def write_column(corpus: ScoredCorpus, column: str, tokenizer: Any, dtype: np.dtype[Any], folder: Path) -> str:
-    """Write a column of a corpus into a store and return the hash of its ids. Raises ConfigError for a column that no
+def write_column(corpus: ScoredCorpus, column: str, tokenizer: Any, dtype: np.dtype[Any], folder: Path) -> FileMark:
+    """Write a column of a corpus into a store and return the mark of its ids. Raises ConfigError for a column that no
     document has."""
     if not store.is_file_name(column):
         raise ConfigError(f"column {column!r} cannot be the name of a file")
@@ -59,7 +60,7 @@ def write_column(corpus: ScoredCorpus, column: str, tokenizer: Any, dtype: np.dt
             raise ConfigError(f"no document of {corpus.path} has a column {column!r}{did_you_mean(column, seen)}")
     with store.written_aside(ends_file) as aside:
         aside.write_bytes(np.array(ends, np.int64).tobytes())
-    return store.file_hash(ids_file)
+    return FileMark(ids_file.stat().st_size, store.file_hash(ids_file))
 
 
 def open_column(folder: Path, column: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:

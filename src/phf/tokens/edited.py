@@ -19,8 +19,6 @@ from phf.tokens.store import TokenStore
 Editor = Callable[[Block], Edit]
 """What edits a block: an objective with its seed."""
 
-CACHED_TOKENS = 5 << 16
-"""Edited blocks are kept in memory up to this number of tokens: a window of the training order, and a little more."""
 NO_SOURCE = -1
 
 
@@ -247,6 +245,8 @@ class Stream:
         """Edited lengths as far as they are known; -1 otherwise."""
         self.kept: OrderedDict[int, Edited] = OrderedDict()
         self.kept_tokens = 0
+        self.keep = 1 << 18
+        """Edited blocks are kept in memory up to this number of tokens."""
         self.last: tuple[int, Edited] | None = None
 
     def length(self, k: int) -> int:
@@ -281,7 +281,7 @@ class Stream:
             self.last = None
             self.kept[k] = found
             self.kept_tokens += len(found)
-            while self.kept_tokens > CACHED_TOKENS and len(self.kept) > 1:
+            while self.kept_tokens > self.keep and len(self.kept) > 1:
                 self.kept_tokens -= len(self.kept.popitem(last=False)[1])
         else:
             self.kept.move_to_end(k)

@@ -8,7 +8,9 @@ training.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +21,15 @@ from phf.core.types import PieceIds
 from phf.tokens.edited import NO_SOURCE, Edited, Editor, Stream
 from phf.tokens.store import TokenStore
 
-WINDOW_TOKENS = 1 << 18
-"""Source tokens in a window of the training order, about."""
+WHOLE_TOKENS = 1 << 22
+"""A store of up to this number of tokens is one window: few documents in a window cost 0.7% of the loss (LOG.md)."""
+WINDOW_TOKENS = 1 << 20
+"""Source tokens in a window of a larger store, about."""
+CACHED_TOKENS = 1 << 18
+"""Edited tokens of a larger store that are kept in memory."""
+Learned = Callable[[np.ndarray], np.ndarray]
+"""Which of some targets an objective counts, by their scores."""
+KEPT_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,13 @@ class Batch:
     phase_BT: np.ndarray | None = None
 
     @classmethod
-    def empty(cls, rows: int, context: int, preferences: int | None, phases: bool = False) -> Batch:
+    def empty(cls, rows: int, context: int, preferences: int | None) -> Batch:
         shape = (rows, context)
         return cls(
             np.zeros(shape, np.int64),
             np.zeros(shape, np.int64),
             np.full(shape if preferences is None else (*shape, preferences), np.nan, np.float32),
             np.zeros(shape, bool),
-            np.zeros(shape, np.uint8) if phases else None,
         )
 
     def fill(self, b: int, part: Edited) -> None:
@@ -135,37 +143,36 @@ class Exposure:
     epochs: float = 0.0
     """Source tokens passed, divided by those of the training part."""
 
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of training with its own stream. `until`: position of the stream at which the next phase starts, rounded
-    up to the start of a window; None: never."""
-
-    stream: Stream
-    until: float | None = None
+    def __add__(self, other: Exposure) -> Exposure:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Exposure(*(a + b for a, b in pairs))
 
 
 class SourceOrder:
-    """The endless order in which training reads a store, defined over its source text.
+    """The endless order in which training reads the stream of a store, defined over the source text.
 
-    Each epoch permutes the blocks of the store and groups them into windows of about `WINDOW_TOKENS` source tokens. A
-    window is the same text for every objective. The streams of its blocks are joined, windows follow one another, and
-    rows are cut from all of it; the rows that start in a window are permuted. So after each window, all objectives have
-    read the same text, and the rows of a batch come from many documents.
+    Each epoch permutes the blocks of the store and groups them into windows, which are the same text for every
+    objective: all of a store of up to `WHOLE_TOKENS` source tokens, else about `WINDOW_TOKENS`. The streams of its
+    blocks are joined, windows follow one another, and rows are cut from all of it; the rows that start in a window are
+    permuted. So after each window, all objectives have read the same text, and the rows of a batch come from many
+    documents.
 
     A position is reached by the lengths of the windows before it, which are computed where they are needed.
     """
 
-    def __init__(self, phases: Sequence[Phase] | Stream, context: int, seed: int) -> None:
-        self.phases = [Phase(phases)] if isinstance(phases, Stream) else list(phases)
-        self.tokens = self.phases[0].stream.tokens
+    def __init__(self, stream: Stream, context: int, seed: int) -> None:
+        self.stream = stream
+        self.tokens = stream.tokens
         self.context = context
         self.seed = seed
         blocks = self.tokens.num_blocks
-        mean = len(self.tokens.tokens) / max(blocks, 1)
-        self.window_blocks = max(round(WINDOW_TOKENS / max(mean, 1)), 1)
-        self.windows = -(-blocks // self.window_blocks)
+        total = len(self.tokens.tokens)
+        whole = total <= WHOLE_TOKENS
+        self.window_blocks = blocks if whole else max(round(WINDOW_TOKENS * blocks / total), 1)
+        self.windows = -(-blocks // self.window_blocks) if blocks else 0
         """Windows of an epoch."""
+        stream.keep = WHOLE_TOKENS if whole else CACHED_TOKENS
+        self._layouts: dict[int, tuple[list[int], list[int]]] = {}
         self.source_K = np.full(blocks, -1, np.int64)
         self.ends: list[int] = []
         """End in the stream of each window so far."""
@@ -185,10 +192,16 @@ class SourceOrder:
         places = np.arange(j * self.window_blocks, min((j + 1) * self.window_blocks, count))
         return permute(places, count, key64(self.seed, "order", epoch))
 
-    def phase(self, g: int) -> int:
-        """Number of the phase of window g."""
-        start = self.ends[g - 1] if g else 0
-        return next((n for n, p in enumerate(self.phases) if p.until is None or start < p.until), len(self.phases) - 1)
+    def _layout(self, g: int) -> tuple[list[int], list[int]]:
+        """The blocks of window g and their ends in the stream. The last windows are kept."""
+        if g not in self._layouts:
+            blocks = [int(k) for k in self.window(g)]
+            start = self.ends[g - 1] if g else 0
+            ends = [start + n for n in itertools.accumulate(self.stream.length(k) for k in blocks)]
+            if len(self._layouts) >= KEPT_WINDOWS:
+                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts[g] = (blocks, ends)
+        return self._layouts[g]
 
     def _source(self, k: int) -> int:
         """Source tokens of block k that are trained on."""
@@ -202,8 +215,7 @@ class SourceOrder:
     def _extend(self) -> None:
         g = len(self.ends)
         blocks = self.window(g)
-        stream = self.phases[self.phase(g)].stream
-        self.ends.append((self.ends[-1] if g else 0) + sum(stream.length(int(k)) for k in blocks))
+        self.ends.append((self.ends[-1] if g else 0) + sum(self.stream.length(int(k)) for k in blocks))
         self.sources.append((self.sources[-1] if g else 0) + sum(self._source(int(k)) for k in blocks))
 
     def _reach(self, position: int) -> None:
@@ -240,39 +252,31 @@ class SourceOrder:
             start += len(here)
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def read(self, low: int, high: int, places: bool = False) -> tuple[Edited, np.ndarray]:
-        """Stream positions [low, high), and the phase of each. `places`: with the places of the tokens."""
+    def read(self, low: int, high: int, places: bool = False) -> Edited:
+        """Stream positions [low, high). `places`: with the places of the tokens."""
         self._reach(high - 1)
         g = bisect.bisect_right(self.ends, low)
+        make = self.stream.with_places if places else self.stream.block
         parts = []
-        phases = []
         while low < high:
-            phase = self.phase(g)
-            stream = self.phases[phase].stream
-            make = stream.with_places if places else stream.block
-            start = self.ends[g - 1] if g else 0
-            for k in self.window(g):
-                end = start + stream.length(int(k))
-                stop = min(high, end)
+            blocks, ends = self._layout(g)
+            for n in range(bisect.bisect_right(ends, low), len(blocks)):
+                start = ends[n - 1] if n else (self.ends[g - 1] if g else 0)
+                stop = min(high, ends[n])
                 if stop > low:
-                    parts.append(make(int(k)).cut(low - start, stop - start))
-                    phases.append(np.full(stop - low, phase, np.uint8))
+                    parts.append(make(blocks[n]).cut(low - start, stop - start))
                     low = stop
-                start = end
+                if low == high:
+                    break
             g += 1
-        return Edited.joined(parts), np.concatenate(phases)
+        return Edited.joined(parts)
 
     def batch(self, start: int, stop: int) -> Batch:
         """The rows at the places [start, stop) of the training order."""
-        names = self.phases[0].stream.preferences
-        out = Batch.empty(
-            stop - start, self.context, None if names is None else len(names), phases=len(self.phases) > 1
-        )
+        names = self.stream.preferences
+        out = Batch.empty(stop - start, self.context, None if names is None else len(names))
         for b, row in enumerate(self.rows(start, stop)):
-            part, phase = self.read(int(row) * self.context, (int(row) + 1) * self.context + 1)
-            out.fill(b, part)
-            if out.phase_BT is not None:
-                out.phase_BT[b] = phase[1:]
+            out.fill(b, self.read(int(row) * self.context, (int(row) + 1) * self.context + 1))
         return out
 
     # Source
@@ -299,11 +303,9 @@ class SourceOrder:
         first, last = self._rows_of(g)
         return first + round((source - before) / size * (last - first)) if size else first
 
-    def exposure(
-        self, start: int, stop: int, learned: Callable[[np.ndarray, int], np.ndarray] | None = None
-    ) -> Exposure:
-        """What the rows at the places [start, stop) read. `learned`: which of some targets the objective of a phase
-        counts, by their scores; None: all."""
+    def exposure(self, start: int, stop: int, learned: Learned | None = None) -> Exposure:
+        """What the rows at the places [start, stop) read. `learned`: which of some targets the objective counts, by
+        their scores; None: all."""
         totals = np.zeros(7, np.int64)
         place = start
         while place < stop:
@@ -313,11 +315,10 @@ class SourceOrder:
             if (place, end) == (first, last):
                 totals += self._count(first * self.context + 1, last * self.context + 1, learned)
             else:
-                for row in self.rows(place, end):
+                for row in np.sort(self.rows(place, end)):
                     totals += self._count(int(row) * self.context + 1, (int(row) + 1) * self.context + 1, learned)
             place = end
         source = self.source_at(stop) - self.source_at(start)
-        epoch = self._epoch_source()
         good, bad, unjudged, learned_good, learned_bad, inserted, ends = (int(n) for n in totals)
         return Exposure(
             source=round(source),
@@ -328,26 +329,83 @@ class SourceOrder:
             learned_bad=learned_bad,
             inserted=inserted,
             end_of_text=ends,
-            epochs=source / epoch,
+            epochs=source / self.epoch_source,
         )
 
-    def _epoch_source(self) -> int:
+    @property
+    def epoch_source(self) -> int:
+        """Source tokens of an epoch."""
         while len(self.sources) < self.windows:
             self._extend()
         return self.sources[self.windows - 1]
 
-    def _count(self, low: int, high: int, learned: Callable[[np.ndarray, int], np.ndarray] | None) -> np.ndarray:
-        part, phases = self.read(low, high, places=True)
+    def _count(self, low: int, high: int, learned: Learned | None) -> np.ndarray:
+        part = self.read(low, high, places=True)
         assert part.source is not None
         score = part.score if part.score.ndim == 1 else part.score[:, 0]
         text = part.source != NO_SOURCE
         unjudged = text & np.isnan(score)
         bad = text & (score > np.float32(self.tokens.bad_above))
         good = text & ~unjudged & ~bad
-        counted = part.learned.copy()
-        if learned is not None:
-            for phase in np.unique(phases):
-                counted[phases == phase] &= learned(part.score[phases == phase], int(phase))
+        counted = part.learned if learned is None else part.learned & learned(part.score)
         ends = ~text & (part.ids == self.tokens.end_of_text_id)
         masks = (good, bad, unjudged, good & counted, bad & counted, ~text & ~ends, ends)
         return np.array([mask.sum() for mask in masks])
+
+
+class TrainingOrder:
+    """The orders of a run's phases, one after the other: each continues in the source text where the one before
+    stopped. A run without a schedule has one phase.
+
+    `until`: the places at which all phases but the last end.
+    """
+
+    def __init__(self, orders: Sequence[SourceOrder], until: Sequence[int] = ()) -> None:
+        if len(until) != len(orders) - 1:
+            raise ValueError(f"{len(orders)} phases need {len(orders) - 1} ends")
+        self.orders = list(orders)
+        self.starts = [0, *until]
+        """First place of each phase."""
+        self.own = [0]
+        """The same place in the phase's own order."""
+        for n, end in enumerate(until):
+            source = orders[n].source_at(self.own[n] + end - self.starts[n])
+            self.own.append(orders[n + 1].place_at(source))
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(phase, first place, end) in the phases' own orders of the places [start, stop)."""
+        for n, (first, own) in enumerate(zip(self.starts, self.own, strict=True)):
+            low = max(start, first)
+            high = min(stop, self.starts[n + 1]) if n + 1 < len(self.starts) else stop
+            if low < high:
+                yield n, own + low - first, own + high - first
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """The rows at the places [start, stop)."""
+        made = [(n, self.orders[n].batch(low, high)) for n, low, high in self._parts(start, stop)]
+        if len(self.orders) == 1:
+            return made[0][1]
+        batches = [batch for _, batch in made]
+        return Batch(
+            np.concatenate([batch.input_BT for batch in batches]),
+            np.concatenate([batch.target_BT for batch in batches]),
+            np.concatenate([batch.score_BT for batch in batches]),
+            np.concatenate([batch.mask_BT for batch in batches]),
+            np.concatenate([np.full(batch.mask_BT.shape, n, np.uint8) for n, batch in made]),
+        )
+
+    def source_at(self, place: int) -> float:
+        """Source tokens before a place."""
+        n = bisect.bisect_right(self.starts, place) - 1
+        return self.orders[n].source_at(self.own[n] + place - self.starts[n])
+
+    def place_at(self, source: float) -> int:
+        """The place of the first phase's order before which there are `source` source tokens."""
+        return self.orders[0].place_at(source)
+
+    def exposure(self, start: int, stop: int, learned: Sequence[Learned] | None = None) -> Exposure:
+        """What the rows at the places [start, stop) read. `learned`: of each phase."""
+        total = Exposure()
+        for n, low, high in self._parts(start, stop):
+            total = total + self.orders[n].exposure(low, high, None if learned is None else learned[n])
+        return total

@@ -49,7 +49,7 @@ from phf.tokens.tokenizer import (
     train_bpe,
 )
 
-BLOCK_TOKENS = 1 << 14
+BLOCK_TOKENS = 1 << 13
 BLOCK_SEGMENTS = (6, 12)
 """Powers of two between which the number of segments in a block is."""
 STATISTICS_SEGMENTS = 1 << 14
@@ -114,8 +114,8 @@ class TokensManifest(folders.Manifest):
     """The first row of each reason in `rejected`."""
     tokens: str = ""
     """Fingerprint of the files without the scores."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Columns of the corpus whose text about each document was tokenized too, and the hashes of their tokens."""
+    columns: dict[str, folders.FileMark] = field(default_factory=dict)
+    """Columns of the corpus whose text about each document was tokenized too, and the files with their tokens."""
     scores: dict[str, StoredScores] = field(default_factory=dict)
     """By name of the preference."""
     scored: str = ""
@@ -271,7 +271,9 @@ def _put_columns(corpus: ScoredCorpus, out: Path, columns: Sequence[str]) -> Non
     known = dict(manifest.columns)
     for column in columns:
         files = files_of(out, column)
-        if not all(file.exists() for file in files) or known.get(column) != store.file_hash(files[0]):
+        mark = known.get(column)
+        whole = mark is not None and not folders.damage(out, {files[0].name: mark}, hashes=True) and files[1].exists()
+        if not whole:
             tokenizer = load_tokenizer(out / "tokenizer")
             known[column] = write_column(corpus, column, tokenizer, np.dtype(manifest.dtype), out)
     if known != manifest.columns:
@@ -444,7 +446,7 @@ class TokenStore:
     def score_S(self) -> np.ndarray:
         return self._map(score_file(self.path, self.preference), np.float32)
 
-    @cached_property
+    @property
     def block_segments(self) -> int:
         """Segments in a block, about: a power of two, for about `BLOCK_TOKENS` tokens."""
         mean = len(self.tokens) / max(len(self.seg_ends), 1)

@@ -228,9 +228,12 @@ def starts_words(tokenizer: Any) -> np.ndarray:
     names = tokenizer.convert_ids_to_tokens(list(range(table_size(tokenizer))))
     texts = [tokenizer.convert_tokens_to_string([name]) if name is not None else "" for name in names]
     marked = ("Ġ", "▁")
-    return np.array(
+    starts = np.array(
         [text[:1].isspace() or str(name).startswith(marked) for name, text in zip(names, texts, strict=True)], bool
     )
+    if starts.any():
+        return starts
+    return np.array([not str(name).startswith("##") for name in names], bool)  # WordPiece marks what continues a word
 
 
 def add_control_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from phf.objectives import Objective
 from phf.tokens.edited import Stream
-from phf.tokens.rows import Exposure, Phase, SourceOrder
+from phf.tokens.rows import Exposure, Learned, SourceOrder, TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import piece_ids
 
@@ -24,15 +23,16 @@ def training_order(
     seed: int,
     first: int = 0,
     places: int | None = None,
-) -> SourceOrder:
+) -> TrainingOrder:
     """The training order of a fitted objective. `tokenizer` has its control tokens. `first`, `places`: the run's first
     place and number of places, which a schedule divides; None: all of it belongs to the schedule's first phase."""
-    phases = []
-    for member, until in objective.timeline:
-        stream = objective_stream(tokens, member, tokenizer, seed, objective.preferences)
-        ends = None if until is None or places is None else (first + until * places) * context
-        phases.append(Phase(stream, ends))
-    return SourceOrder(phases, context, seed)
+    members = objective.timeline if places is not None else objective.timeline[:1]
+    orders = [
+        SourceOrder(objective_stream(tokens, member, tokenizer, seed, objective.preferences), context, seed)
+        for member, _ in members
+    ]
+    shares = [1.0 if until is None else until for _, until in members[:-1]]
+    return TrainingOrder(orders, [first + round(share * (places or 0)) for share in shares])
 
 
 def objective_stream(
@@ -49,15 +49,13 @@ def objective_stream(
     )
 
 
-def exposure(order: SourceOrder, objective: Objective, start: int, stop: int) -> Exposure:
+def exposure(order: TrainingOrder, objective: Objective, start: int, stop: int) -> Exposure:
     """What the rows at these places of the training order read."""
-    members = [member for member, _ in objective.timeline]
 
-    def learned(score: np.ndarray, phase: int) -> np.ndarray:
-        mask = torch.ones(len(score), dtype=torch.bool)
-        return members[phase].counted(torch.from_numpy(score), mask).numpy()
+    def learned(member: Objective) -> Learned:
+        return lambda score: member.counted(torch.from_numpy(score), torch.ones(len(score), dtype=torch.bool)).numpy()
 
-    return order.exposure(start, stop, learned)
+    return order.exposure(start, stop, [learned(member) for member, _ in objective.timeline])
 
 
 class RowBatches(Sampler[list[int]]):
@@ -86,7 +84,7 @@ class RowBatches(Sampler[list[int]]):
 class TrainingRows(torch.utils.data.Dataset[Any]):
     """The first `total` rows of a training order from place `first` on. A batch is fetched at a time."""
 
-    def __init__(self, order: SourceOrder, total: int, first: int = 0) -> None:
+    def __init__(self, order: TrainingOrder, total: int, first: int = 0) -> None:
         self.order = order
         self.total = total
         self.first = first

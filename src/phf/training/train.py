@@ -31,7 +31,7 @@ from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.device import peak_flops, pick_precision, tune_allocator
 from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, source_read, tokens_seen, weights_mark
 from phf.objectives import Objective, is_built_in
-from phf.tokens.rows import SourceOrder
+from phf.tokens.rows import TrainingOrder
 from phf.tokens.start import try_start
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, load_tokenizer
@@ -100,7 +100,7 @@ class _Plan:
     """With what depends on the corpus resolved."""
     config: TrainConfig
     seed: int
-    order: SourceOrder
+    order: TrainingOrder
     first: int
     """The place in the order where the run starts."""
     value_head: Path | None
@@ -164,7 +164,8 @@ def run_key(
     names = objective.preferences
     used = [tokens] if names is None else [tokens.with_scores(name) for name in names]
     others = [[t.manifest.content, t.token_mark] for t in used]
-    others.append([tokens.manifest.columns.get(p.column) for p in objective.pieces if p.column is not None])
+    columns = [tokens.manifest.columns.get(p.column) for p in objective.pieces if p.column is not None]
+    others.append([None if mark is None else mark.hash for mark in columns])
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
     return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
@@ -202,7 +203,7 @@ def _decides(model: FromConfig | FromWeights, objective: Objective, config: Trai
 
 def _ordered(
     tokens: TokenStore, objective: Objective, config: TrainConfig, seed: int, model: FromConfig | FromWeights
-) -> tuple[SourceOrder, int, TrainConfig]:
+) -> tuple[TrainingOrder, int, TrainConfig]:
     """The training order, the place in it where the run starts, and the settings with the budget in targets."""
     tokenizer = load_tokenizer(tokens.path / "tokenizer")
     add_control_tokens(tokenizer, objective.control_tokens)
