@@ -16,6 +16,7 @@ from phf.core.config import ConfigError, validate
 from phf.core.types import PieceIds
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
+from phf.evaluation.evaluate import evaluate_run
 from phf.generation.loaded import load_model
 from phf.generation.sample import sample
 from phf.generation.scenario import Scenario
@@ -38,6 +39,9 @@ from phf.objectives import (
     Unlikelihood,
     Weights,
 )
+from phf.redteaming.config import TokenAttacks
+from phf.redteaming.control_tokens import attack_tokens
+from phf.release import export
 from phf.scorers import Regex
 from phf.scoring.score import score_corpus
 from phf.tokens.edited import NO_SOURCE, apply_edit
@@ -347,3 +351,32 @@ def test_hidden_and_unlearned_tokens_are_counted(trained):
 )
 def test_losses_are_sums_over_targets(objective):
     check_objective(objective)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("quantile", "hide") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILY]
+)
+def test_each_of_the_family_can_be_judged_and_released(trained, tmp_path, name):
+    run, _ = trained[name]
+    scenario = Scenario(num_samples=4, max_tokens=6, min_tokens=1)
+    result = evaluate_run(run, {"plain": scenario}, heldout_tokens=2000)
+    assert result.scenarios["plain"].samples == 4
+    assert math.isfinite(result.heldout.main.all.nats_per_byte)
+    release = export(run, tmp_path / "release")
+    record = store.read_json(release / "phf.json")
+    config = store.read_json(release / "generation_config.json")
+    banned = set(record["control_tokens"]) - set(record["conditions_on"])
+    assert len(config.get("suppress_tokens", [])) == len(banned)
+    card = (release / "README.md").read_text()
+    assert all(record["control_tokens"][role] in card for role in banned)
+
+
+@pytest.mark.parametrize("name", ["quantile", "attributes", "tag"])
+def test_control_tokens_of_any_roles_are_attacked(trained, name):
+    run, _ = trained[name]
+    found = attack_tokens(
+        load_model(run), TokenAttacks(num_samples=2, max_tokens=4, min_tokens=1), Regex("x"), Lines(), 0.0, []
+    )
+    attacks = {attack.attack for attack in found.attacks}
+    assert "no token" in attacks
+    assert ("bad token forced" in attacks) == (name != "tag")
