@@ -231,7 +231,7 @@ def test_each_multiplies_weights_and_adds_unlikelihood():
         all_count = keep and not math.isnan(second) and not math.isnan(third)
         counted += all_count or unlikelihood > 0
         weight = weight if all_count else 0.0
-        expected += weight * -float(logp[t]) + unlikelihood * -float(log1mp[t])
+        expected += weight * -float(x.logp_BT[t]) + unlikelihood * -float(x.log1mp_BT[t])
         a[t] = -weight
         b[t] = -unlikelihood
     assert float(found) == pytest.approx(expected, rel=1e-12)

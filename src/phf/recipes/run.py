@@ -167,7 +167,8 @@ def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
     with _stage("tokenize", seconds):
         of_tokens = any(variant.train.token_scores for variant in recipe.variants)
         pieces = (piece for variant in recipe.variants for piece in variant.objective.pieces)
-        columns = sorted({piece.column for piece in pieces if piece.column is not None})
+        mixed = [variant.train.mixture for variant in recipe.variants if variant.train.mixture is not None]
+        columns = sorted({piece.column for piece in pieces if piece.column is not None} | {m.column for m in mixed})
         tokens = tokenize_corpus(
             files.scored, recipe.tokenizer, files.tokens, recipe.heldout, token_scores=of_tokens, columns=columns
         ).counts

@@ -496,6 +496,13 @@ class TokenStore:
 
     def _about(self, column: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens about the documents [first, last) in a column, and each document's exclusive end."""
+        ids, ends = self.column(column)
+        start = self._end(ends, first)
+        return ids[start : self._end(ends, last)], np.asarray(ends[first:last]) - start
+
+    def column(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens about all documents in a column, and each document's exclusive end. Raises StoreError for a column
+        that was not tokenized."""
         if column not in self.manifest.columns:
             raise store.StoreError(
                 f"{self.path} has no column {column!r}{did_you_mean(column, self.manifest.columns)}: run "
@@ -503,9 +510,7 @@ class TokenStore:
             )
         if column not in self._columns:
             self._columns[column] = open_column(self.path, column, self.manifest.dtype)
-        ids, ends = self._columns[column]
-        start = self._end(ends, first)
-        return ids[start : self._end(ends, last)], np.asarray(ends[first:last]) - start
+        return self._columns[column]
 
     @cached_property
     def _columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -13,6 +13,18 @@ from phf.core.device import pick_device
 
 
 @dataclass(frozen=True, config=STRICT)
+class MixtureConfig:
+    """How often documents are read in an epoch, by a column of the corpus (`phf tokenize --column`). A number may be a
+    fraction: 0.5 reads every second document of the group, to one document exactly."""
+
+    column: str
+    times: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(min_length=1)
+    """By value of the column."""
+    other: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """For documents with another value, or with none."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """How to train. `tokens` is the budget of targets, rounded up to whole steps of `batch_rows` x `context`."""
 
@@ -22,6 +34,8 @@ class TrainConfig:
     token_scores: bool = False
     """Give the objective a score for each token instead of its segment's. The store needs them (`phf tokenize
     --token-scores`)."""
+    mixture: MixtureConfig | None = None
+    """How often documents are read in an epoch, by what a column of the corpus says about them."""
     context: Annotated[int, Field(gt=0)] = 1024
     batch_rows: Annotated[int, Field(gt=0)] = 64
     micro_rows: Annotated[int, Field(gt=0)] | None = None

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from phf.core.types import Block, Edit
 from phf.objectives import Objective
+from phf.objectives.compose import merged_edit
 from phf.tokens.edited import Stream
+from phf.tokens.mixture import Mixture
 from phf.tokens.rows import Exposure, Learned, SourceOrder, TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import piece_ids
@@ -23,12 +26,14 @@ def training_order(
     seed: int,
     first: int = 0,
     places: int | None = None,
+    mixture: Mixture | None = None,
 ) -> TrainingOrder:
     """The training order of a fitted objective. `tokenizer` has its control tokens. `first`, `places`: the run's first
-    place and number of places, which a schedule divides; None: all of it belongs to the schedule's first phase."""
+    place and number of places, which a schedule divides; None: all of it belongs to the schedule's first phase.
+    `mixture`: how often documents are read."""
     members = objective.timeline if places is not None else objective.timeline[:1]
     orders = [
-        SourceOrder(objective_stream(tokens, member, tokenizer, seed, objective.preferences), context, seed)
+        SourceOrder(objective_stream(tokens, member, tokenizer, seed, objective.preferences, mixture), context, seed)
         for member, _ in members
     ]
     shares = [1.0 if until is None else until for _, until in members[:-1]]
@@ -36,13 +41,23 @@ def training_order(
 
 
 def objective_stream(
-    tokens: TokenStore, objective: Objective, tokenizer: Any, seed: int, preferences: tuple[str, ...] | None = None
+    tokens: TokenStore,
+    objective: Objective,
+    tokenizer: Any,
+    seed: int,
+    preferences: tuple[str, ...] | None = None,
+    mixture: Mixture | None = None,
 ) -> Stream:
     """The stream of a store after a fitted objective's edit."""
     hidden = objective.hidden_token
+
+    def edit(block: Block) -> Edit:
+        found = objective.edit(block, seed)
+        return found if mixture is None else merged_edit([(found, 0), (Edit(times_D=mixture.times(block)), 0)])
+
     return Stream(
         tokens,
-        lambda block: objective.edit(block, seed),
+        edit,
         piece_ids(objective.pieces, tokenizer),
         None if hidden is None else tokenizer.convert_tokens_to_ids(hidden),
         preferences=preferences,

@@ -31,6 +31,7 @@ from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.device import peak_flops, pick_precision, tune_allocator
 from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, source_read, tokens_seen, weights_mark
 from phf.objectives import Objective, is_built_in
+from phf.tokens.mixture import Mixture
 from phf.tokens.rows import TrainingOrder
 from phf.tokens.start import try_start
 from phf.tokens.store import TokenStore
@@ -164,7 +165,9 @@ def run_key(
     names = objective.preferences
     used = [tokens] if names is None else [tokens.with_scores(name) for name in names]
     others = [[t.manifest.content, t.token_mark] for t in used]
-    columns = [tokens.manifest.columns.get(p.column) for p in objective.pieces if p.column is not None]
+    used_columns = [p.column for p in objective.pieces if p.column is not None]
+    used_columns += [] if config.mixture is None else [config.mixture.column]
+    columns = [tokens.manifest.columns.get(column) for column in used_columns]
     others.append([None if mark is None else mark.hash for mark in columns])
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
@@ -185,7 +188,7 @@ def _earlier_key(
     decides = _decides(model, objective, config, seed)
     seen = tokens_seen(model.path) if isinstance(model, FromWeights) else 0
     skipped = seen if config.skip_tokens == "auto" else config.skip_tokens
-    new = ("budget", "token_scores")
+    new = ("budget", "token_scores", "mixture")
     decides["train"] = {k: v for k, v in decides["train"].items() if k not in new} | {"skip_tokens": float(skipped)}
     head = value_head and store.file_hash(value_head)
     return store.fingerprint([decides, tokens.manifest.content, start, head, _code_of(objective), "train/3"])
@@ -207,7 +210,11 @@ def _ordered(
     """The training order, the place in it where the run starts, and the settings with the budget in targets."""
     tokenizer = load_tokenizer(tokens.path / "tokenizer")
     add_control_tokens(tokenizer, objective.control_tokens)
-    order = training_order(tokens, objective, tokenizer, config.context, seed)
+    mixture = None
+    if config.mixture is not None:
+        mixed = config.mixture
+        mixture = Mixture(tokens, mixed.column, mixed.times, mixed.other, tokenizer, seed)
+    order = training_order(tokens, objective, tokenizer, config.context, seed, mixture=mixture)
     skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
     first = order.place_at(skipped if config.skip_tokens == "auto" else config.skip_tokens)
     if config.budget == "source":
@@ -215,7 +222,7 @@ def _ordered(
         config = dataclasses.replace(config, tokens=max(last - first, 1) * config.context, budget="targets")
     if len(objective.timeline) > 1:
         places = config.steps * config.batch_rows
-        order = training_order(tokens, objective, tokenizer, config.context, seed, first, places)
+        order = training_order(tokens, objective, tokenizer, config.context, seed, first, places, mixture)
     return order, first, config
 
 
