@@ -20,7 +20,7 @@ from phf.core.types import Rejected
 from phf.data import readers as corpus
 from phf.data.readers import Jsonl, Parquet
 from phf.data.scored import ScoreCounts, ScoredCorpus
-from phf.data.segment import Documents, Given, Lines
+from phf.data.segment import Documents, Given, Lines, Sentences
 from phf.scorers import Lexicon, Regex, Scorer
 from phf.scoring import score as annotate
 from phf.scoring.judge import Judged, ScoringError, judge, judge_documents
@@ -434,3 +434,14 @@ def test_remote_file_systems_work(tmp_path):
         score_corpus(source, Lines(), LINK, "nowhere://x")
     with pytest.raises(ConfigError, match="does not exist"):
         Jsonl("memory://bucket/nothing").plan()
+
+
+def test_another_version_of_the_library_that_cuts_texts_is_another_result(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "t.jsonl", ["One. Two."])
+    corpus = Jsonl(str(tmp_path / "t.jsonl"))
+    first = score_corpus(corpus, Sentences(), Regex("O"), tmp_path / "out")
+    assert score_corpus(corpus, Sentences(), Regex("O"), tmp_path / "out") == first
+    monkeypatch.setattr(Sentences, "libraries", {"spacy": "99"})
+    again = score_corpus(corpus, Sentences(), Regex("O"), tmp_path / "out")
+    assert again.key != first.key
+    assert (tmp_path / "out.old-1" / "manifest.json").exists()

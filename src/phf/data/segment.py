@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -24,6 +25,11 @@ class Segmenter:
 
     def ends(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """Versions of the libraries that decide where texts are cut."""
+        return {}
 
     def split(self, text: str) -> list[str]:
         """The segments of `text`. An empty text has none."""
@@ -48,6 +54,10 @@ class Sentences(Segmenter):
 
     name: Literal["sentences"] = "sentences"
     language: str = "en"
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        return {"spacy": metadata.version("spacy")}
 
     def ends(self, text: str) -> list[int]:
         if not text:

@@ -129,9 +129,11 @@ def score_corpus(
     if more than the share `max_unjudged` of the segments could not be judged.
     """
     source = {"corpus": to_plain(corpus), "segmenter": to_plain(segmenter), "scorer": to_plain(scorer)}
-    key = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/3"])
+    earlier = store.fingerprint([source, corpus.fingerprint(), scorer.identity(), "scored/3"])
+    cut_by = segmenter.libraries
+    key = store.fingerprint([earlier, cut_by]) if cut_by else earlier
     out = store.as_path(out)
-    if folders.is_done(out, key):
+    if folders.is_done(out, key) or folders.is_done(out, earlier):  # of a version that did not note its libraries
         return folders.read_manifest(out, ScoreManifest)
     segmenter.split("One. Two.")  # a language that cannot be cut here is an error before anything starts
     shards = corpus.plan()
