@@ -143,6 +143,13 @@ def test_broken_models_are_one_message(tokenizer, tmp_path, change, message):
     assert len(str(error.value)) < 600
 
 
+def test_layers_that_are_not_known_between_trunk_and_output_are_refused(tokenizer):
+    """A BERT with a decoder's mask has a transformation inside of its head."""
+    lm = build_lm(FromConfig({"model_type": "bert", **TINY, "is_decoder": True}), tokenizer, seed=0)
+    with pytest.raises(ConfigError, match="in a way that phf does not know"):
+        logit_shape(lm)
+
+
 def test_what_a_models_own_code_raises_is_one_message(tokenizer, monkeypatch):
     lm = build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0)
     monkeypatch.setattr(type(lm), "forward", lambda *args, **named: 1 / 0)

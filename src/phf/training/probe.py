@@ -124,7 +124,8 @@ def before_output(lm: Any) -> Any:
     """The layers of an LM between its trunk and its output embeddings, as a module; None if there are none, as in most
     models. `logit_shape` confirms it."""
     ends = (lm.base_model, lm.get_output_embeddings())
-    between = [m for m in lm.children() if not any(m is end for end in ends) and next(m.parameters(), None) is not None]
+    others = [m for m in lm.children() if not any(part is end for part in m.modules() for end in ends)]
+    between = [m for m in others if next(m.parameters(), None) is not None]
     return between[0] if len(between) == 1 else None
 
 
