@@ -286,6 +286,10 @@ def test_a_schedule_is_its_phases():
     second = LossInputs(x.logp_BT, x.log1mp_BT, x.score_BT, x.mask_BT & (phase == 1))
     expected = MLE().loss(first).loss_sum + Unlikelihood(0, alpha=1.0).loss(second).loss_sum
     assert schedule.loss(x).loss_sum.item() == pytest.approx(float(expected), rel=1e-12)
+    for ramp, message in (({"alpha": [0, -1]}, "cannot have alpha=-1"), ({"beta": [1, 2]}, "no number 'beta'")):
+        phase = {"objective": {"name": "unlikelihood"}, "ramp": ramp}
+        with pytest.raises(ConfigError, match=message):
+            validate({"name": "schedule", "phases": [phase]}, AnyObjective)
     for wrong in ([{"until": 0.2}, {"until": 0.5}], [{}, {}], [{"until": 0.6}, {"until": 0.4}, {}]):
         with pytest.raises(ConfigError, match="until"):
             validate({"name": "schedule", "phases": [{"objective": {"name": "mle"}, **w} for w in wrong]}, AnyObjective)

@@ -163,15 +163,21 @@ class PhaseOf:
     ramp: dict[Literal["alpha", "beta"], tuple[float, float]] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.ramp:
+        for name, ends in self.ramp.items():
             if not hasattr(self.objective, name):
                 raise ValueError(f"{self.objective.name} has no number {name!r} to change")
+            for end in ends:
+                changed: dict[Any, Any] = {name: end}
+                try:
+                    dataclasses.replace(self.objective, **changed)
+                except ValueError:
+                    raise ValueError(f"ramp: {self.objective.name} cannot have {name}={end}") from None
 
 
 @dataclass(frozen=True, config=STRICT)
 class Schedule(Objective):
-    """Objectives one after the other in one run, each until a share of the training. It changes at the end of a window
-    of the training order. When to intervene: arXiv 2601.07087.
+    """Objectives one after the other in one run, each until a share of the training. A phase continues in the source
+    text where the one before stopped. When to intervene: arXiv 2601.07087.
 
     Control tokens of all phases are there from the beginning.
     """
@@ -230,7 +236,7 @@ class Schedule(Objective):
 
     def loss(self, x: LossInputs) -> LossOutputs:
         phase_BT = torch.zeros_like(x.mask_BT, dtype=torch.uint8) if x.phase_BT is None else x.phase_BT
-        total = x.logp_BT.sum() * 0.0
+        total = torch.zeros((), dtype=x.logp_BT.dtype, device=x.logp_BT.device)
         metrics: dict[str, Tensor] = {}
         start = 0.0
         for number, part in enumerate(self.phases):
