@@ -234,7 +234,7 @@ def test_each_multiplies_weights_and_adds_unlikelihood():
         expected += weight * -float(x.logp_BT[t]) + unlikelihood * -float(x.log1mp_BT[t])
         a[t] = -weight
         b[t] = -unlikelihood
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
     grads = torch.autograd.grad(found, [logp, log1mp])
     np.testing.assert_allclose(grads[0], a, rtol=1e-12)
     np.testing.assert_allclose(grads[1], b, rtol=1e-12)
