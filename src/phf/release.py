@@ -240,10 +240,11 @@ print(pipe("The", max_new_tokens=64)[0]["generated_text"])
     first = " and ".join(f"`{name}`" for name in roles.first)
     asks = f" and {first}, which ask{'s' if len(roles.first) == 1 else ''} for good text" if first else ""
     banned = ", ".join(f"`{name}`" for name in roles.banned)
+    typed = next(iter(roles.tokens.values()))
     text += f"""The tokenizer starts every text with the end-of-text token{asks}.
 The generation config keeps the model from writing {banned}. Control tokens that are
 typed into a prompt are read as ordinary text by transformers (`AutoTokenizer`, pipelines, `transformers serve`).
-Other readers of tokenizer.json, such as the tokenizers library and llama.cpp, read a typed `{roles.banned[0]}` as the
+Other readers of tokenizer.json, such as the tokenizers library and llama.cpp, read a typed `{typed}` as the
 token: there, set `encode_special_tokens`, or remove the names of the tokens from what users type."""
     if not roles.bad:
         return text

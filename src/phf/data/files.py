@@ -341,6 +341,7 @@ def _table_rows(file: Path, name: str, form: str) -> Iterator[tuple[str, Row | R
         lines = _Lines(io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         rows = csv.DictReader(lines, strict=True, **options)
         names = rows.fieldnames
+        _check_columns(file, names or [])
         alone = False
         for number in itertools.count():
             id = f"{name}:{number}"
@@ -432,10 +433,15 @@ def header(file: Path) -> list[str] | None:
         raise ConfigError(f"{file} is not a readable {form} file: {error}") from None
     if not names:
         raise ConfigError(f"{file} is empty")
+    _check_columns(file, names)
+    return names
+
+
+def _check_columns(file: Path, names: Sequence[str]) -> None:
+    """Raise ConfigError for a name that two columns have: only one of them could be read."""
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ConfigError(f"{file} has two columns named {twice[0]!r}; rename one of them")
-    return names
 
 
 def read_rows(path: Path, columns: Sequence[str] = (), wrap: str | None = None) -> list[Row]:

@@ -106,12 +106,8 @@ def bad_above_of(manifest: ScoreManifest) -> float:
 def natural_threshold(manifest: ScoreManifest, judged_S: np.ndarray) -> float:
     """The scorer's own threshold. Where none is known: 0 if at least a tenth of the scores are 0, 0.5 if the scores
     look like probabilities on both sides of it, else the median. `judged_S`: the scores of judged segments."""
-    if manifest.bad_above is not None:
-        return manifest.bad_above
-    if manifest.identity.get("unit") == "probability":
-        return 0.5
-    if not len(judged_S):
-        return 0.0
+    if manifest.bad_above is not None or manifest.identity.get("unit") == "probability" or not len(judged_S):
+        return bad_above_of(manifest)
     if (judged_S == 0).mean() >= 0.1:
         return 0.0
     above = float((judged_S > 0.5).mean())

@@ -143,11 +143,9 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     record = _record(source, revision)
     tokenizer = load_tokenizer(source, revision, as_it_is=record is None)
     check_model_fits(tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
-    if record is None:
-        record_or_guess = ModelRecord(control_tokens=_guessed_control_tokens(tokenizer, path))
-    else:
-        record_or_guess = record
-    names = record_or_guess.control_tokens
+    guessed = {} if record is not None else _guessed_control_tokens(tokenizer, path)
+    roles = (ModelRecord(control_tokens=guessed) if record is None else record).roles
+    names = roles.tokens
     vocabulary = tokenizer.get_vocab()
     if unknown := [name for name in names.values() if name not in vocabulary] or (
         ["two roles for one token"] if len(set(names.values())) < len(names) else []
@@ -162,8 +160,8 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         shape=shape,
         segmenter=None if record is None else known_segmenter(record.segmenter),
         threshold=None if record is None else record.bad_above,
-        conditions_on=record_or_guess.roles.conditions_on,
-        worst=record_or_guess.roles.worst,
+        conditions_on=roles.conditions_on,
+        worst=roles.worst,
     )
 
 
@@ -212,6 +210,9 @@ def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]
 
 def can_be_asked(model: LoadedModel, scenario: Scenario) -> bool:
     """Whether the model has the control tokens that a scenario needs. Any model can be asked with "good" and "none"."""
+    known = {"good", "bad", "none", *model.control_ids}
+    if scenario.control not in known or scenario.against not in known:
+        return False
     if scenario.guidance is not None:
         return len(model.roles_of(scenario.control)) == len(model.roles_of(scenario.against)) == 1
     return scenario.control in ("good", "none") or bool(model.roles_of(scenario.control))

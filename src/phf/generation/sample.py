@@ -43,6 +43,7 @@ COMPACT_BELOW = 0.75
 def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
+    model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
     if not can_be_asked(model, scenario):
         asked = "guidance" if scenario.guidance is not None else f"control={scenario.control}"
         raise ConfigError(f"{model.path} has no control tokens, so {asked} does not work with it")

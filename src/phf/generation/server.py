@@ -37,7 +37,10 @@ PROBES = ("The", "The", "Once upon a time", "1")
 """Prompts that are completed, one after the other, until a completion is not empty. The first is completed greedily."""
 
 
-_SECRET = re.compile(r"key|secret|pass|pwd|token$|auth|credential|bearer|header|cookie|^user", re.IGNORECASE)
+_SECRET = re.compile(
+    r"key|secret|passw|pass$|pwd|token$|auth|credential|bearer|headers?$|cookie|^user(name)?$",
+    re.IGNORECASE,
+)
 """In the name of a setting that is a secret."""
 _SECRET_VALUE = re.compile(r"^(?:sk|hf|ghp|xox[a-z])[-_]\w{6,}|^bearer |^basic ", re.IGNORECASE)
 """The start of a value that is a secret."""

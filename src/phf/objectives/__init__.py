@@ -12,29 +12,11 @@ from typing import Annotated
 from pydantic import Field
 
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, count_targets
-from phf.objectives.compose import Each, Schedule
+from phf.objectives.compose import Each, Schedule, Single
 from phf.objectives.family import Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
-AnyObjective = Annotated[
-    MLE
-    | Filtering
-    | Conditional
-    | Unlikelihood
-    | Masking
-    | RWR
-    | AWR
-    | Tag
-    | Annotate
-    | Metadata
-    | Quantile
-    | Attributes
-    | Hide
-    | Weights
-    | Each
-    | Schedule,
-    Field(discriminator="name", title="objective"),
-]
+AnyObjective = Annotated[Single | Metadata | Each | Schedule, Field(discriminator="name", title="objective")]
 
 
 def is_built_in(objective: Objective) -> bool:

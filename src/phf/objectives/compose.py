@@ -19,10 +19,10 @@ from phf.objectives.family import Annotate, Attributes, Hide, Quantile, Tag, Wei
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood, weight_metrics
 from phf.tokens.statistics import Statistics
 
-Composable = Annotated[
-    MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | Tag | Annotate | Quantile | Hide | Weights,
-    Field(discriminator="name", title="objective"),
-]
+Weighing = MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | Tag | Annotate | Quantile | Hide | Weights
+Single = Weighing | AWR | Attributes
+"""Objectives that are not made of others and do not change during training."""
+Composable = Annotated[Weighing, Field(discriminator="name", title="objective")]
 """Objectives of one preference whose loss is a weight of -log p and a weight of -log(1 - p) for each target."""
 
 
@@ -143,22 +143,7 @@ class PhaseOf:
     """A part of a schedule. `until`: share of the training at which it ends; None: the end. `ramp`: numbers of the
     objective's loss that change linearly over the phase, as [first, last]."""
 
-    objective: Annotated[
-        MLE
-        | Filtering
-        | Conditional
-        | Unlikelihood
-        | Masking
-        | RWR
-        | AWR
-        | Tag
-        | Annotate
-        | Quantile
-        | Attributes
-        | Hide
-        | Weights,
-        Field(discriminator="name", title="objective"),
-    ]
+    objective: Annotated[Single, Field(discriminator="name", title="objective")]
     until: Annotated[float, Field(gt=0, le=1)] | None = None
     ramp: dict[Literal["alpha", "beta"], tuple[float, float]] = Field(default_factory=dict)
 

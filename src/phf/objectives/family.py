@@ -18,22 +18,13 @@ from torch import Tensor
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective
-from phf.objectives.paper import MLE, Threshold, at_most, resolve, resolved, weight_metrics
+from phf.objectives.paper import MLE, AtThreshold, at_most, weight_metrics
 from phf.tokens.statistics import Statistics
 
 
 @dataclass(frozen=True, config=STRICT)
-class _AtThreshold(Objective):
+class _Marked(AtThreshold):
     """Objectives whose edit treats good and bad segments differently. Unjudged segments count as bad."""
-
-    threshold: Threshold = "auto"
-
-    @property
-    def bad_above(self) -> float | None:
-        return resolved(self.threshold)
-
-    def fit(self, statistics: Statistics) -> Objective:
-        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
 
     def _bad(self, block: Block) -> np.ndarray:
         """Whether each segment is bad. Segments without tokens are not."""
@@ -41,7 +32,7 @@ class _AtThreshold(Objective):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Tag(_AtThreshold):
+class Tag(_Marked):
     """MLE on text in which a tag stands before a random share `p` of the words of bad segments. The tag is a control
     token and a target; ban it when sampling, as scenarios do (SafeLM, arXiv 2504.16980)."""
 
@@ -67,7 +58,7 @@ class Tag(_AtThreshold):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Annotate(_AtThreshold):
+class Annotate(_Marked):
     """MLE on text with a sentence before or after each bad segment, as ordinary text (Safety Reflection Pretraining,
     arXiv 2606.19168; SPP, arXiv 2608.13482).
 
@@ -237,7 +228,7 @@ class Attributes(Objective):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Hide(_AtThreshold):
+class Hide(_Marked):
     """MLE on text whose bad tokens are replaced one by one by a hidden token, which is no target (token filtering,
     arXiv 2601.21571). Where the store has scores of tokens, single tokens are hidden, otherwise whole segments."""
 

@@ -37,15 +37,25 @@ class MLE(Objective):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Filtering(Objective):
-    """MLE on the documents whose mean score is at most `threshold`. A document without a judged segment is left out."""
+class AtThreshold(Objective):
+    """What objectives share that call segments with a score above `threshold` bad."""
 
-    threshold: Threshold = "median"
-    name: Literal["filtering"] = "filtering"
+    threshold: Threshold = "auto"
 
     @property
     def bad_above(self) -> float | None:
         return resolved(self.threshold)
+
+    def fit(self, statistics: Statistics) -> Objective:
+        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Filtering(AtThreshold):
+    """MLE on the documents whose mean score is at most `threshold`. A document without a judged segment is left out."""
+
+    threshold: Threshold = "median"
+    name: Literal["filtering"] = "filtering"
 
     def fit(self, statistics: Statistics) -> Filtering:
         return dataclasses.replace(self, threshold=resolve(self.threshold, statistics, "documents"))
@@ -55,7 +65,7 @@ class Filtering(Objective):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Conditional(Objective):
+class Conditional(AtThreshold):
     """MLE on text with a control token before each segment.
 
     The token is `good` where the score is at most `threshold`, and `bad` where it is larger or the segment was not
@@ -63,7 +73,6 @@ class Conditional(Objective):
     Control tokens are ordinary targets. Sample with the good token as prefix and the bad token banned.
     """
 
-    threshold: Threshold = "auto"
     drop: Annotated[float, Field(ge=0, le=1)] = 0.01
     good: str = GOOD
     bad: str = BAD
@@ -77,13 +86,6 @@ class Conditional(Objective):
     def roles(self) -> dict[str, str]:
         return {"good": self.good, "bad": self.bad}
 
-    @property
-    def bad_above(self) -> float | None:
-        return resolved(self.threshold)
-
-    def fit(self, statistics: Statistics) -> Conditional:
-        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
-
     def edit(self, block: Block, seed: int) -> Edit:
         piece_S = np.where(at_most(block.score_S, self.threshold), 0, 1)
         piece_S[block.uniform_S(seed, "drop control tokens") < self.drop] = -1
@@ -92,17 +94,8 @@ class Conditional(Objective):
 
 
 @dataclass(frozen=True, config=STRICT)
-class _ByThreshold(Objective):
+class _ByThreshold(AtThreshold):
     """Objectives whose loss treats good and bad targets differently. Unjudged targets do not count."""
-
-    threshold: Threshold = "auto"
-
-    @property
-    def bad_above(self) -> float | None:
-        return resolved(self.threshold)
-
-    def fit(self, statistics: Statistics) -> Objective:
-        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return mask_BT & ~score_BT.isnan()

@@ -278,7 +278,6 @@ class Stream:
         found = self.kept.get(k)
         if found is None:
             found = self.with_places(k).without_places()
-            self.last = None
             self.kept[k] = found
             self.kept_tokens += len(found)
             while self.kept_tokens > self.keep and len(self.kept) > 1:

@@ -35,7 +35,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.runs import from_here
 from phf.core.types import Block, Identity, ScoredDocument
-from phf.data.scored import ScoredCorpus, ScoreManifest, natural_threshold
+from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
 from phf.tokens.columns import files_of, open_column, write_column
 from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, is_heldout, tokenize_part
 from phf.tokens.statistics import Statistics
@@ -296,15 +296,15 @@ def _put_token_scores(
 
 def _threshold(manifest: ScoreManifest, name: str, file: Path) -> float:
     """Scores above it are bad. What the scorer does not say is taken from the scores, and noted."""
-    known = manifest.bad_above is not None or manifest.identity.get("unit") == "probability"
+    if manifest.bad_above is not None or manifest.identity.get("unit") == "probability":
+        return bad_above_of(manifest)
     score_S = np.fromfile(file, np.float32)
     found = natural_threshold(manifest, score_S[~np.isnan(score_S)])
-    if not known:
-        print(
-            f"note: the scorer of {name!r} states no threshold; by their distribution, scores above {found:.4g} count "
-            "as bad. Say another with objective.threshold, or with scorer.threshold when scoring",
-            file=sys.stderr,
-        )
+    print(
+        f"note: the scorer of {name!r} states no threshold; by their distribution, scores above {found:.4g} count as "
+        "bad. Say another with objective.threshold, or with scorer.threshold when scoring",
+        file=sys.stderr,
+    )
     return found
 
 

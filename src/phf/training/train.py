@@ -76,8 +76,8 @@ def train(
     that is not finite, a full disk.
     """
     plan = _prepare(tokens_dir, out, model=model, objective=objective, config=config, seed=seed)
-    if folders.is_done(plan.run.path, plan.key) or folders.is_done(plan.run.path, plan.earlier_key):
-        return folders.read_manifest(plan.run.path, TrainManifest)
+    if isinstance(plan, TrainManifest):
+        return plan
     _check_surroundings(config, judged=bool(callbacks))
     with contextlib.ExitStack() as held:
         built = _build(plan, callbacks, held)
@@ -109,7 +109,6 @@ class _Plan:
     tokens_before: int
     """Targets that the starting weights have seen."""
     key: str
-    earlier_key: str
     rank: int
     world: int
 
@@ -126,19 +125,25 @@ def _prepare(
     objective: Objective,
     config: TrainConfig,
     seed: int,
-) -> _Plan:
+) -> _Plan | TrainManifest:
+    """What decides the run, or the manifest of a run that is finished."""
     tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores)
     objective = objective.fit(tokens.statistics)
     if not is_built_in(objective):
         check_objective(objective)
-    key = run_key(tokens, model, objective=objective, config=config, seed=seed)
-    settings = config
-    order, first, config = _ordered(tokens, objective, settings, seed, model)
     head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
+    skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
+    start = skipped if config.skip_tokens == "auto" else config.skip_tokens
+    settled = run_key(tokens, model, objective=objective, config=config, seed=seed)
+    key = store.fingerprint([settled, start, head and store.file_hash(head)])
+    run = RunFolder(Path(out))
+    if any(folders.is_done(run.path, k) for k in (key, _earlier_key(tokens, model, objective, config, seed, head))):
+        return folders.read_manifest(run.path, TrainManifest)
+    order, first, config = _ordered(tokens, objective, config, seed, start)
     return _Plan(
         tokens=tokens,
         tokens_dir=str(tokens_dir),
-        run=RunFolder(Path(out)),
+        run=run,
         model=model,
         objective=objective,
         config=config,
@@ -147,8 +152,7 @@ def _prepare(
         tokens_before=tokens_seen(model.path) if isinstance(model, FromWeights) else 0,
         order=order,
         first=first,
-        key=store.fingerprint([key, first, head and store.file_hash(head)]),
-        earlier_key=_earlier_key(tokens, model, objective, settings, seed, head),
+        key=key,
         rank=int(os.environ.get("RANK", 0)),
         world=int(os.environ.get("WORLD_SIZE", 1)),
     )
@@ -205,9 +209,10 @@ def _decides(model: FromConfig | FromWeights, objective: Objective, config: Trai
 
 
 def _ordered(
-    tokens: TokenStore, objective: Objective, config: TrainConfig, seed: int, model: FromConfig | FromWeights
+    tokens: TokenStore, objective: Objective, config: TrainConfig, seed: int, start: float
 ) -> tuple[TrainingOrder, int, TrainConfig]:
-    """The training order, the place in it where the run starts, and the settings with the budget in targets."""
+    """The training order, the place in it where the run starts, after `start` source tokens, and the settings with the
+    budget in targets."""
     tokenizer = load_tokenizer(tokens.path / "tokenizer")
     add_control_tokens(tokenizer, objective.control_tokens)
     mixture = None
@@ -215,8 +220,7 @@ def _ordered(
         mixed = config.mixture
         mixture = Mixture(tokens, mixed.column, mixed.times, mixed.other, tokenizer, seed)
     order = training_order(tokens, objective, tokenizer, config.context, seed, mixture=mixture)
-    skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
-    first = order.place_at(skipped if config.skip_tokens == "auto" else config.skip_tokens)
+    first = order.place_at(start)
     if config.budget == "source":
         last = order.place_at(order.source_at(first) + config.tokens)
         config = dataclasses.replace(config, tokens=max(last - first, 1) * config.context, budget="targets")
