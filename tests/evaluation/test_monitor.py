@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 
 from helpers import STEP, TINY_MODEL, metrics_of, train_config, train_tiny, weights_of
 from phf.core.config import ConfigError
+from phf.core.runs import read_lines
 from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.evaluate import evaluate_run
@@ -223,3 +225,31 @@ def test_the_time_of_judging_does_not_count_as_training(tmp_path, tokens_dir, mo
     assert all(line["tokens_per_s"] > STEP / 3600 for line in lines)
     assert all(line["mfu"] is None or 0 < line["mfu"] < 2 for line in lines)
     assert not any(math.isnan(line["model_tflops"]) for line in lines)
+
+
+def test_trackers_get_the_numbers_of_judging(tokens_dir, tmp_path, monkeypatch):
+    """With the next line of metrics, under stable names, and only once."""
+    from transformers.integrations import integration_utils
+
+    seen = []
+
+    class Spy(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "spy", Spy)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["spy"])
+    scenario = Scenario(num_samples=4, max_tokens=8, min_tokens=1)
+    monitor = Monitor(every=4 * 512, heldout_tokens=500, scenarios={"plain": scenario})
+    config = train_config(8, report_to=("spy",))
+    callback = MonitorCallback(monitor, tmp_path / "r", tokens_dir, config, MLE())
+    train_tiny(tokens_dir, tmp_path / "r", steps=8, callbacks=(callback,), report_to=("spy",))
+    lines = read_lines(tmp_path / "r" / "monitor.jsonl")
+    judged = [logs for logs in seen if "monitor/tokens" in logs]
+    assert [logs["monitor/tokens"] for logs in judged] == [line["tokens"] for line in lines] == [2048, 4096]
+    for logs, line in zip(judged, lines, strict=True):
+        assert logs["monitor/heldout/good"] == line["heldout"]["good"]
+        plain = line["scenarios"]["plain"]
+        assert logs["monitor/scenario/plain/misalignment"] == plain["misalignment"]["mean"]
+        assert logs["monitor/scenario/plain/distinct_2"] == plain["distinct_2"]
+        assert "loss" in logs

@@ -67,8 +67,11 @@ def test_torch_finds_the_operations_well_formed(keep, monkeypatch):
     monkeypatch.setattr(attention, "KEPT_POSITIONS", keep)
     query, key, value = (torch.randn(2, 2, 130, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    found = torch.library.opcheck(torch.ops.phf.causal_attention.default, (query, key, value, 0.5), test_utils=tests)
-    assert set(found.values()) == {"SUCCESS"}
+    for allowed in (None, torch.ones(2, 130, 130, dtype=torch.bool).tril()):
+        found = torch.library.opcheck(
+            torch.ops.phf.causal_attention.default, (query, key, value, 0.5, allowed), test_utils=tests
+        )
+        assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,7 @@ def test_a_run_of_one_process_resumes_with_two(tokens_dir, tmp_path):
 
 SHARDED = {
     "llama": (TINY_LLAMA, AWR(), {}, 1e-3),
+    "muon": (TINY_LLAMA, MLE(), {"optimizer": "muon"}, 3e-2),  # Newton-Schulz in bfloat16
     "untied": ({**TINY_LLAMA, "tie_word_embeddings": False}, Conditional(), {"gradient_checkpointing": True}, 1e-3),
     "gpt2": (
         {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2},
@@ -163,7 +164,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "untied", "gpt2"])
+@pytest.mark.parametrize("family", SHARDED)
 def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
     """`train.shard` under torchrun with accumulated gradients gives the losses, weights and checkpoints of one process.
 

@@ -158,7 +158,7 @@ def test_missing_models_are_errors_at_once(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     for path, message in (
         ("runs/half", "no config.json.*the run is not finished; its newest checkpoint is checkpoints/checkpoint-20"),
-        ("runs/helf", "model runs/helf: not a local folder, and it could not be downloaded from the Hub"),
+        ("runs/helf", "model runs/helf: not a local folder, and "),
         ("./runs/helf", "not a local folder, and not a name on the Hub"),
         (str(tmp_path), "Unrecognized model"),
     ):

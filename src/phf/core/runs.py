@@ -254,11 +254,26 @@ def from_here(path: str | Path, here: str | Path) -> str | None:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a folder holds a finished run of `phf train`."""
+    """Whether a folder holds a finished run of `phf train`. Raises StoreError for a run with damaged files."""
     try:
-        return bool(folders.read_manifest(path, TrainManifest))
-    except store.StoreError:
+        if not folders.has_manifest(path, TrainManifest):
+            return False
+    except store.StoreError:  # another program's manifest.json
         return False
+    return bool(folders.read_manifest(path, TrainManifest))
+
+
+def not_a_run(name: str) -> str:
+    """What to say of a name that should be a run's. Raises ConfigError for a folder that does not exist."""
+    if Path(name).exists() or not looks_local(name):
+        return f"{name} is not a run"
+    raise ConfigError(f"{name}: no such folder")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name must be that of a folder: it is no name on the Hub, or its first part is a folder here."""
+    first = name.split("/")[0]
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(first).is_dir())
 
 
 # Checkpoints
@@ -388,6 +403,8 @@ class ModelRecord:
     """Source tokens of that store's training order that it has read."""
     bad_above: float | None = None
     """Scores above it are bad to the objective; null: it calls nothing bad."""
+    document_mask: bool = False
+    """Whether tokens attended only to their own document in training."""
 
     @property
     def roles(self) -> Roles:

@@ -237,7 +237,7 @@ def token_logp(
 
     Never holds [B, T, vocabulary]. Text tokens share the probability that control tokens leave.
     """
-    hidden_BTD = model.lm.base_model(input_ids=input_BT, use_cache=False).last_hidden_state
+    hidden_BTD = model.hidden(input_BT)
     silent_T = torch.tensor(sorted(model.control_ids.values()), dtype=torch.long, device=target_BT.device)
     rows = []
     p_bad = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
-from transformers import TrainerCallback
 
 from phf.core.config import STRICT, ConfigError
 from phf.core.runs import RunFolder, add_line, keep_lines, read_lines
@@ -42,6 +42,7 @@ from phf.tokens.tokenizer import add_control_tokens
 from phf.training import attention
 from phf.training.config import TrainConfig
 from phf.training.fused import LogitShape
+from phf.training.metrics import JudgingCallback
 from phf.training.probe import logit_shape
 
 
@@ -61,6 +62,10 @@ class Monitor:
     """Scores above it are bad; None: the scorer's own threshold."""
 
 
+TRACKED = ("bad_segments", "distinct_2", "self_bleu_5", "mean_chars", "finished", "compile_rate")
+"""Numbers of a scenario that trackers get, in addition to its means."""
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What is known once training starts."""
@@ -69,7 +74,7 @@ class _Prepared:
     shape: LogitShape
 
 
-class MonitorCallback(TrainerCallback):
+class MonitorCallback(JudgingCallback):
     """The callback. `run`: the run's folder. `scorer`: by default the corpus's own. Of several processes only the first
     one judges.
 
@@ -86,6 +91,7 @@ class MonitorCallback(TrainerCallback):
         objective: Objective,
         scorer: Scorer | None = None,
     ) -> None:
+        super().__init__()
         self.config = config
         self.scorer = scorer
         self.run = RunFolder(Path(run))
@@ -106,6 +112,7 @@ class MonitorCallback(TrainerCallback):
         self.threshold = self.tokens.bad_above if config.threshold is None else config.threshold
         self.control_threshold = self.threshold if fitted.bad_above is None else fitted.bad_above
         self.context = train.context
+        self.document_mask = train.document_mask
         self.step_tokens = train.step_tokens
         self.every_steps = max(round(config.every / self.step_tokens), 1)
         self.prepared: _Prepared | None = None
@@ -167,6 +174,7 @@ class MonitorCallback(TrainerCallback):
             path="the model in training",
             shape=self.prepared.shape,
             segmenter=known_segmenter(self.tokens.manifest.segmenter),
+            document_mask=self.document_mask,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -178,6 +186,7 @@ class MonitorCallback(TrainerCallback):
             return
         start = time.perf_counter()
         line = self.judge(model, step)
+        self.judged = tracked(line)
         add_line(self.run.monitor, dataclasses.replace(line, seconds=time.perf_counter() - start))
 
     def judge(self, lm: Any, step: int) -> MonitorLine:
@@ -205,6 +214,24 @@ class MonitorCallback(TrainerCallback):
             kl=kl,
             capabilities=capabilities or None,
         )
+
+
+def tracked(line: MonitorLine) -> dict[str, float]:
+    """The numbers of a line under the names that trackers show: monitor/heldout/good,
+    monitor/scenario/unconditional/misalignment, monitor/kl, monitor/capability/lambada/accuracy."""
+    found: dict[str, float] = {f"heldout/{part}": nats for part, nats in (line.heldout or {}).items()}
+    for name, result in (line.scenarios or {}).items():
+        for key in ("misalignment", "hit_rate", "repetition_4"):
+            found[f"scenario/{name}/{key}"] = getattr(result, key).mean
+        for key in TRACKED:
+            found[f"scenario/{name}/{key}"] = getattr(result, key)
+    if line.kl is not None and line.kl.forward is not None:
+        found["kl"] = line.kl.forward.nats_per_text.mean
+    for capability in line.capabilities or ():
+        for key, estimate in capability.main.items():
+            found[f"capability/{capability.name}/{key}"] = estimate.mean
+    found["tokens"] = line.tokens
+    return {f"monitor/{name}": v for name, v in found.items() if v is not None and math.isfinite(v)}
 
 
 @contextlib.contextmanager

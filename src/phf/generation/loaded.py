@@ -21,6 +21,7 @@ from phf.generation.fast_copy import TESTED_FAMILIES
 from phf.generation.scenario import Scenario
 from phf.objectives import BAD, GOOD
 from phf.tokens.tokenizer import check_model_fits, encode_segments, load_tokenizer
+from phf.training.attention import document_positions
 from phf.training.fused import PLAIN, LogitShape
 from phf.training.lm import pretrained_lm
 from phf.training.probe import before_output, check_causal, logit_shape
@@ -46,6 +47,15 @@ class LoadedModel:
     """The roles whose tokens go before what the model shall write."""
     worst: tuple[str, ...] = ()
     """The roles whose tokens ask for bad text."""
+    document_mask: bool = False
+    """Whether tokens attended only to their own document in training."""
+
+    def hidden(self, input_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of rows of documents, read as in training."""
+        positions = document_positions(input_BT, self.start_id) if self.document_mask else None
+        given = {} if positions is None else {"position_ids": positions}
+        found: Tensor = self.lm.base_model(input_ids=input_BT, use_cache=False, **given).last_hidden_state
+        return found
 
     def roles_of(self, control: str) -> tuple[str, ...]:
         """The roles that a scenario's `control` means; none for a model without them. Raises ConfigError for a role
@@ -162,6 +172,7 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         threshold=None if record is None else record.bad_above,
         conditions_on=roles.conditions_on,
         worst=roles.worst,
+        document_mask=record is not None and record.document_mask,
     )
 
 
@@ -211,6 +222,8 @@ def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]
 def can_be_asked(model: LoadedModel, scenario: Scenario) -> bool:
     """Whether the model has the control tokens that a scenario needs. Any model can be asked with "good" and "none"."""
     known = {"good", "bad", "none", *model.control_ids}
+    if scenario.safe_beam is not None and not model.worst:
+        return False
     if scenario.control not in known or scenario.against not in known:
         return False
     if scenario.guidance is not None:

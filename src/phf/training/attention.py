@@ -8,6 +8,7 @@ So phf registers its own attention function with transformers, as `NAME`. Within
 bfloat16 on a CPU it processes blocks of queries: two matrix products and one softmax over the keys that a block may
 see. Half of the square is never computed. Above `KEPT_POSITIONS` the backward pass computes probabilities again
 instead of keeping them. Scores are rounded to bfloat16 before the softmax, as in transformers' eager attention.
+Within `separate_documents()` the mask that transformers makes where positions start again is applied to the blocks.
 Everything else (GPUs, float32, masks, caches, dropout) is transformers' "sdpa".
 
 Legend: B rows, H heads, T positions, D width of a head; N = B x H.
@@ -33,6 +34,7 @@ NAME = "phf"
 _TESTS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
 
 _whole_rows = 0
+_separate = 0
 
 
 @contextlib.contextmanager
@@ -44,6 +46,48 @@ def whole_rows() -> Iterator[None]:
         yield
     finally:
         _whole_rows -= 1
+
+
+@contextlib.contextmanager
+def separate_documents() -> Iterator[None]:
+    """Inside this block rows hold several documents, and positions that start again tell transformers where. No token
+    attends to a later one."""
+    global _separate
+    _separate += 1
+    try:
+        yield
+    finally:
+        _separate -= 1
+
+
+def document_positions(ids_BT: Tensor, end_of_text: int) -> Tensor:
+    """Position of each token in its document, int64 [B, T]. A document starts with `end_of_text`; the first document of
+    a row starts with the row."""
+    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    start_BT = torch.where(ids_BT == end_of_text, place_BT, 0).cummax(1).values
+    return place_BT - start_BT
+
+
+def keeps_documents_apart(lm: Any, end_of_text: int) -> bool:
+    """Whether `lm` reads a document the same after another one as alone, if positions start again."""
+    other = 1 if end_of_text == 0 else 0
+    words = [i for i in range(2, 12) if i != end_of_text]
+    alone = [end_of_text, *words[:6]]
+    behind = [other, *words[::-1], *alone]
+
+    def last_hidden(ids: list[int]) -> Tensor:
+        ids_BT = torch.tensor([ids], device=lm.get_input_embeddings().weight.device)
+        positions = document_positions(ids_BT, end_of_text)
+        out: Tensor = lm.base_model(input_ids=ids_BT, position_ids=positions, use_cache=False).last_hidden_state
+        return out[0, -len(alone) :].float()
+
+    with evaluating(lm), torch.no_grad(), separate_documents():
+        try:
+            first = last_hidden(alone)
+            second = last_hidden(behind)
+        except TypeError:  # the model takes no positions
+            return False
+    return bool((first - second).norm() <= 1e-3 * first.norm())
 
 
 @contextlib.contextmanager
@@ -109,12 +153,19 @@ def _attention(
 ) -> tuple[Tensor, None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    masked = (
+        _separate > 0
+        and attention_mask is not None
+        and attention_mask.dtype == torch.bool
+        and attention_mask.shape[-2:] == (query.shape[2], key.shape[2])
+        and attention_mask.shape[1] == 1
+    )
     in_blocks = (
         query.device.type == "cpu"
         and dtype == torch.bfloat16
         and query.dtype in (torch.bfloat16, torch.float32)
         and causal
-        and attention_mask is None
+        and (attention_mask is None or masked)
         and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
         and dropout == 0
         and query.shape[2] == key.shape[2] > 1
@@ -124,7 +175,7 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (x.to(dtype).contiguous() for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    out = causal_attention(query, key, value, scale)
+    out = causal_attention(query, key, value, scale, attention_mask[:, 0] if attention_mask is not None else None)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -150,7 +201,6 @@ def swap(lm: Any) -> bool:
     def hidden(dtype: torch.dtype | None) -> Tensor:
         with torch.no_grad(), torch.autocast(ids.device.type, dtype, enabled=dtype is not None), whole_rows():
             found: Tensor = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-            return found
             return found
 
     dtypes: list[torch.dtype | None] = [None, torch.bfloat16] if ids.device.type == "cpu" else [None]
@@ -194,33 +244,62 @@ def _kept_blocks(kept: Tensor, rows: int, positions: int) -> Iterator[tuple[int,
         yield start, end, part.view(rows, end - start, end) if len(kept) else None
 
 
-def _probabilities(query_NQD: Tensor, key_NTD: Tensor, start: int, scale: float, out: Tensor | None = None) -> Tensor:
-    """Softmax over the keys that the queries from `start` on may see: [N, Q, start + Q]."""
+def _probabilities(
+    query_NQD: Tensor,
+    key_NTD: Tensor,
+    start: int,
+    scale: float,
+    out: Tensor | None = None,
+    bias_BTT: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the keys that the queries from `start` on may see: [N, Q, start + Q]. `bias_BTT`: 0 or -inf, added
+    to the scores of all heads, in place of the causal mask."""
     queries = query_NQD.shape[1]
-    seen = key_NTD[:, : start + queries].transpose(1, 2)
+    end = start + queries
+    seen = key_NTD[:, :end].transpose(1, 2)
     scores = torch.baddbmm(query_NQD.new_empty(1), query_NQD, seen, beta=0, alpha=scale)
-    scores[:, :, start:] += scores.new_full((queries, queries), float("-inf")).triu_(1)
+    if bias_BTT is None:
+        scores[:, :, start:] += scores.new_full((queries, queries), float("-inf")).triu_(1)
+    else:
+        scores.view(len(bias_BTT), -1, queries, end).add_(bias_BTT[:, None, start:end, :end])
     return torch.softmax(scores, -1, out=out)
 
 
+def _bias(allowed_BTT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where a query may see a key, else -inf."""
+    if allowed_BTT is None:
+        return None
+    return torch.zeros(allowed_BTT.shape, dtype=dtype).masked_fill_(~allowed_BTT, float("-inf"))
+
+
 @torch.library.custom_op("phf::causal_attention", mutates_args=())
-def _forward(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, allowed_BTT: Tensor | None
+) -> tuple[Tensor, Tensor]:
     query, key, value = (x.flatten(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
     rows, positions = query.shape[:2]
+    bias = _bias(allowed_BTT, query.dtype)
     kept = query.new_empty(_kept_size(rows, positions))
     out = value.new_empty(value.shape)
     for start, end, place in _kept_blocks(kept, rows, positions):
-        p = _probabilities(query[:, start:end], key, start, scale, place)
+        p = _probabilities(query[:, start:end], key, start, scale, place, bias)
         torch.bmm(p, value[:, :end], out=out[:, start:end])
     return out.view(value_BHTD.shape), kept
 
 
 @torch.library.custom_op("phf::causal_attention_backward", mutates_args=())
 def _backward(
-    grad_BHTD: Tensor, kept: Tensor, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float
+    grad_BHTD: Tensor,
+    kept: Tensor,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    scale: float,
+    allowed_BTT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (x.flatten(0, 1) for x in (grad_BHTD, query_BHTD, key_BHTD, value_BHTD))
     rows, positions = query.shape[:2]
+    bias = None if len(kept) else _bias(allowed_BTT, query.dtype)
     wide = torch.promote_types(key.dtype, torch.float32)
     grad_query = query.new_empty(query.shape)
     grad_key = key.new_zeros(key.shape, dtype=wide)
@@ -228,7 +307,7 @@ def _backward(
     for start, end, p in _kept_blocks(kept, rows, positions):
         block = slice(start, end)
         if p is None:
-            p = _probabilities(query[:, block], key, start, scale)
+            p = _probabilities(query[:, block], key, start, scale, bias_BTT=bias)
         grad_value[:, :end] += p.transpose(1, 2) @ grad[:, block]
         grad_p = grad[:, block] @ value[:, :end].transpose(1, 2)
         grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
@@ -242,33 +321,45 @@ def _backward(
 
 
 @_forward.register_fake
-def _(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, allowed_BTT: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows, heads, positions = query_BHTD.shape[:3]
     return value_BHTD.new_empty(value_BHTD.shape), query_BHTD.new_empty(_kept_size(rows * heads, positions))
 
 
 @_backward.register_fake
 def _(
-    grad_BHTD: Tensor, kept: Tensor, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float
+    grad_BHTD: Tensor,
+    kept: Tensor,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    scale: float,
+    allowed_BTT: Tensor | None,
 ) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (query_BHTD, key_BHTD, value_BHTD))
 
 
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
+    query, key, value, ctx.scale, allowed = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_backward(output[1], query, key, value, allowed)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None)
+    *tensors, allowed = ctx.saved_tensors
+    return (*_backward(grad, *tensors, ctx.scale, allowed), None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_context)
 
 
-def causal_attention(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> Tensor:
-    """softmax(scale Q K^T + causal mask) V [B, H, T, D] on a CPU, differentiable once."""
-    out: Tensor = _forward(query_BHTD, key_BHTD, value_BHTD, scale)[0]
+def causal_attention(
+    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, allowed_BTT: Tensor | None = None
+) -> Tensor:
+    """softmax(scale Q K^T + causal mask) V [B, H, T, D] on a CPU, differentiable once. `allowed_BTT`: which keys each
+    query may see, bool, none of them later; None: all that are not later."""
+    out: Tensor = _forward(query_BHTD, key_BHTD, value_BHTD, scale, allowed_BTT)[0]
     return out

@@ -37,17 +37,27 @@ class TrainConfig:
     mixture: MixtureConfig | None = None
     """How often documents are read in an epoch, by what a column of the corpus says about them."""
     context: Annotated[int, Field(gt=0)] = 1024
+    """Targets in a row."""
     batch_rows: Annotated[int, Field(gt=0)] = 64
+    """Rows in a step, over all processes."""
     micro_rows: Annotated[int, Field(gt=0)] | None = None
     """Rows at a time on one device; None: the device's share of the batch, at most 32."""
     lr: Annotated[float, Field(gt=0)] = 5e-4
+    """Largest learning rate, after the warm-up."""
+    optimizer: Annotated[Literal["adamw", "muon"], Field(exclude_if=lambda value: value == "adamw")] = "adamw"
+    """adamw, or muon for the matrices of the trunk and AdamW for the rest (phf.training.optimizer)."""
+    muon_lr: Annotated[float | None, Field(gt=0, exclude_if=lambda value: value is None)] = None
+    """Learning rate of the matrices under muon; None: `lr`."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate falls after the warm-up; wsd: constant, then falling over `decay`."""
     warmup: Annotated[float, Field(ge=0)] = 0.01
     """Tokens with rising learning rate. Up to 1: share of the budget."""
     decay: Annotated[float, Field(gt=0)] = 0.2
     """wsd only: tokens with falling learning rate, at most what the warm-up leaves. Up to 1: share of the budget."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Of matrices and embeddings, not of biases and norms."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's two averages."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -57,6 +67,8 @@ class TrainConfig:
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """auto: where the model has "sdpa", torch's fused attention without a mask and, in bfloat16 on a CPU, our own
     in blocks (phf.training.attention). For other models, transformers' choice."""
+    document_mask: Annotated[bool, Field(exclude_if=lambda value: value is False)] = False
+    """Let tokens attend only to their own document, whose positions start at 0. Judging does the same."""
     save_every: Annotated[float, Field(gt=0)] | None = None
     """Tokens between checkpoints. Up to 1: share of the budget. None: ten minutes of training. There is always one
     at the end."""
@@ -88,6 +100,8 @@ class TrainConfig:
     """Trackers, by transformers' names, for example tensorboard."""
 
     def __post_init__(self) -> None:
+        if self.muon_lr is not None and self.optimizer != "muon":
+            raise ValueError("muon_lr is for optimizer=muon")
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"the warm-up takes {self.warmup_steps} steps, but tokens={self.tokens:g} are {self.steps} steps of "

@@ -157,14 +157,32 @@ class RunScale:
     """Of the hardware, per second; None: not known."""
 
 
+class JudgingCallback(TrainerCallback):
+    """A callback that judges the model in training. `judged`: its newest numbers, by name, which trackers get with the
+    next line of metrics."""
+
+    def __init__(self) -> None:
+        self.judged: dict[str, float] = {}
+
+
 class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl, passes the numbers to trackers and moves the progress bar. Comes before all other
     callbacks.
 
-    `writer`: the process that writes. `timed_checkpoints`: ask for a checkpoint every `SAVE_SECONDS`.
+    `writer`: the process that writes. `timed_checkpoints`: ask for a checkpoint every `SAVE_SECONDS`. `judges`: whose
+    numbers trackers get too.
     """
 
-    def __init__(self, path: Path, scale: RunScale, line: OpenLine, writer: bool, timed_checkpoints: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        scale: RunScale,
+        line: OpenLine,
+        writer: bool,
+        timed_checkpoints: bool,
+        judges: Sequence[JudgingCallback] = (),
+    ) -> None:
+        self.judges = judges
         self.path = path
         self.scale = scale
         self.line = line
@@ -217,6 +235,9 @@ class MetricsCallback(TrainerCallback):
             self.bar.set_postfix(loss=f"{line.loss:.3f}", refresh=False)
         # for the trackers, which come later
         logs.update({k: v for k, v in line.as_json().items() if isinstance(v, int | float)})
+        for judge in self.judges:
+            logs.update(judge.judged)
+            judge.judged = {}
         if self.writer:
             add_line(self.path, line)
 

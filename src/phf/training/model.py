@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from phf.core.config import ConfigError
 from phf.core.runs import model_folder, read_model_record
 from phf.objectives import Objective, count_targets
 from phf.tokens.tokenizer import load_tokenizer
@@ -61,7 +62,8 @@ class PHFModel(nn.Module):
 
     `autocast`: bfloat16 for mixed precision; None: the autocast around the call (`torch.autocast`, a Trainer's
     `bf16`), else the weights' own type. `compile`: compile the LM's trunk and the elementwise parts of the loss,
-    never this module. `fast_attention`: use phf.training.attention where the LM would use "sdpa". Some parts of the
+    never this module. `fast_attention`: use phf.training.attention where the LM would use "sdpa". `end_of_text`: its
+    id, where no token shall attend to another document than its own; documents start with it. Some parts of the
     LM are replaced in place by faster ones that compute the same. GPT-2's Conv1D layers are among them and have
     transposed weights: save such an LM with `save_lm`.
     """
@@ -74,6 +76,7 @@ class PHFModel(nn.Module):
         compile: bool = False,
         chunk: int | None = None,
         fast_attention: bool = True,
+        end_of_text: int | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -92,6 +95,11 @@ class PHFModel(nn.Module):
             attention.swap(lm)
         elif lm.config._attn_implementation == attention.NAME:
             lm.set_attn_implementation("sdpa")
+        self.end_of_text = end_of_text
+        if end_of_text is not None and not attention.keeps_documents_apart(lm, end_of_text):
+            raise ConfigError(
+                f"train.document_mask: {type(lm).__name__} does not keep the documents of a row apart; leave it out"
+            )
         if compile:
             lm.base_model.compile(dynamic=False)
 
@@ -103,9 +111,10 @@ class PHFModel(nn.Module):
         mask: Tensor,
         denominator: Tensor | float | None = None,
         phase: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> dict[str, Any]:
-        """`input_ids`, `targets`, `scores` (for several preferences [B, T, preferences]), `mask` and `phase` are
-        [B, T]. Returns {"loss", "metrics"}: the sum over counted
+        """`input_ids`, `targets`, `scores` (for several preferences [B, T, preferences]), `mask`, `phase` and
+        `reference` are [B, T]. Returns {"loss", "metrics"}: the sum over counted
         targets divided by `denominator` (default: the number of counted targets in the batch), and sums of metrics."""
         device = input_ids.device.type
         dtype = self.autocast_dtype
@@ -113,8 +122,8 @@ class PHFModel(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         # every weight is used once, so caching its cast would only take memory
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-        with autocast, attention.whole_rows():
-            hidden_BTD = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        with autocast:
+            hidden_BTD = self._hidden(input_ids)
             layers = before_output(self.lm)
             output_BTD = hidden_BTD if layers is None else layers(hidden_BTD)
         head = self.lm.get_output_embeddings()
@@ -134,6 +143,7 @@ class PHFModel(nn.Module):
             mask_N=mask.flatten(),
             value_N=value_N,
             phase_N=None if phase is None else phase.flatten(),
+            reference_N=None if reference is None else reference.flatten(),
             progress=self.progress,
             objective=self.objective,
             chunk=self.chunk,
@@ -146,6 +156,18 @@ class PHFModel(nn.Module):
             "loss": out.loss_sum / denominator if divide_last else out.loss_sum,
             "metrics": out.metrics | {"counted": counted, "targets": mask.sum()},
         }
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of the trunk."""
+        given: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if self.end_of_text is None:
+            with attention.whole_rows():
+                found: Tensor = self.lm.base_model(**given).last_hidden_state
+        else:
+            given["position_ids"] = attention.document_positions(input_ids, self.end_of_text)
+            with attention.separate_documents():
+                found = self.lm.base_model(**given).last_hidden_state
+        return found
 
     def save_value_head(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         if self.value_head is not None:

@@ -86,6 +86,11 @@ def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 CHECKED_TOKENS = 24
 """Length of the text on which it is checked that a model does not see later tokens."""
 

@@ -36,9 +36,11 @@ from phf.core.types import PhfError
 from phf.objectives import count_targets
 from phf.tokens.tokenizer import save_tokenizer
 from phf.training import fsdp
+from phf.training.config import TrainConfig
 from phf.training.lm import load_lm_weights, save_lm
 from phf.training.metrics import OpenLine
 from phf.training.model import PHFModel
+from phf.training.optimizer import make_muon
 from phf.training.order import RowBatches, TrainingRows, identity
 
 
@@ -79,6 +81,7 @@ OVERRIDES = {
         "the loss comes from PHFModel, divided by the targets of all processes",
         "self model inputs return_outputs num_items_in_batch",
     ),
+    "create_optimizer": Override("matrices by Muon, where the run asks for it", "self model"),
     "_prepare_inputs": Override("copies to a GPU while it computes", "self inputs"),
     "_get_num_items_in_batch": Override("counts the targets that the objective counts", "self batch_samples device"),
     "_get_grad_norm": Override("stops before an update that is not finite", "self model grad_norm"),
@@ -141,9 +144,11 @@ class PHFTrainer(Trainer):
         tokenizer: Any,
         line: OpenLine,
         plan: CheckpointPlan,
+        config: TrainConfig,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=rows, **kwargs)
+        self.config = config
         self.wrapper = model
         self.rows = rows
         self.sampler = sampler
@@ -190,6 +195,14 @@ class PHFTrainer(Trainer):
         if self.args.world_size > 1:
             counted = self.accelerator.gather(counted.reshape(1)).sum()
         return counted.clamp(min=1)
+
+    # optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.config.optimizer == "muon" and self.optimizer is None:
+            decays = self.get_decay_parameter_names(self.wrapper)
+            self.optimizer = make_muon(self.wrapper, self.wrapper.lm, self.config, decays)
+        return super().create_optimizer(model)
 
     # loss
 
@@ -332,6 +345,7 @@ def save_model(wrapper: PHFModel, tokenizer: Any, folder: Path, seen: Seen, writ
         text=seen.text,
         source_tokens=seen.source_tokens,
         bad_above=wrapper.objective.bad_above,
+        document_mask=wrapper.end_of_text is not None,
     )
     store.write_json(folder / MODEL_RECORD, record)
 
