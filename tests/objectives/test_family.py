@@ -48,6 +48,7 @@ from phf.tokens.edited import NO_SOURCE, apply_edit
 from phf.tokens.store import TokenStore, token_score_file, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE, piece_ids
 from phf.training.fused import check_objective
+from phf.training.order import training_order
 
 EOS = 0
 
@@ -71,6 +72,34 @@ def test_tag_marks_words_of_bad_segments(docs):
     block = type(block)(**{**vars(block), "words": lambda: words})
     assert stream(Tag(0.0, p=1.0), block).ids.tolist() == [EOS, 1, 2, 100, 3, 4, 100, 5, EOS, 100, 6, 100, 7, 100, 8]
     assert 0.02 < np.mean([len(stream(Tag(0.0, p=0.05), block, seed=s)) - 10 for s in range(400)]) / 5 < 0.08
+
+
+def test_annotate_says_what_a_column_says(tmp_path):
+    rows = [{"text": f"fine {n}\nbad {n}\n", "why": f"reason {n}"} if n % 2 else {"text": "bad\n"} for n in range(30)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_corpus(Jsonl(str(tmp_path / "t.jsonl")), Lines(), Regex("bad"), tmp_path / "scored")
+    tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.2, columns=["why"])
+    tokens = TokenStore.open(tmp_path / "tokens")
+    block = whole_block(tokens)
+    for where, expected in (
+        ("after", "fine {n}\nbad {n}\n [reason {n}]\n"),
+        ("before", "fine {n}\n [reason {n}]\nbad {n}\n"),
+    ):
+        objective = Annotate(0.0, text=" [{}]\n", column="why", where=where)
+        found = apply_edit(block, objective.edit(block, 0), EOS, piece_ids(objective.pieces, tokens.tokenizer))
+        starts = np.flatnonzero(found.ids == EOS)
+        texts = [
+            tokens.tokenizer.decode(found.ids[a + 1 : b], clean_up_tokenization_spaces=False)
+            for a, b in zip(starts, [*starts[1:], len(found)], strict=True)
+        ]
+        said = [t for t in texts if t != "bad\n"]
+        assert len(said) > 5
+        for text in said:
+            number = text.split()[1]
+            assert text == expected.format(n=number)
+        assert texts.count("bad\n") > 5  # the column says nothing of them
+    with pytest.raises(ConfigError, match="one {} for what the column says"):
+        validate({"name": "annotate", "column": "why"}, AnyObjective)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +322,33 @@ def test_a_schedule_is_its_phases():
     for wrong in ([{"until": 0.2}, {"until": 0.5}], [{}, {}], [{"until": 0.6}, {"until": 0.4}, {}]):
         with pytest.raises(ConfigError, match="until"):
             validate({"name": "schedule", "phases": [{"objective": {"name": "mle"}, **w} for w in wrong]}, AnyObjective)
+
+
+def test_a_number_of_an_edit_changes_in_ten_steps(tokens_dir, tmp_path):
+    phases = [
+        {"objective": {"name": "mle"}, "until": 0.5},
+        {"objective": {"name": "conditional"}, "ramp": {"drop": [0.9, 0.0]}},
+    ]
+    schedule = validate({"name": "schedule", "phases": phases}, AnyObjective)
+    tokens = TokenStore.open(tokens_dir)
+    members = schedule.fit(tokens.statistics).timeline
+    assert [o.name for o, _ in members] == ["mle", *["conditional"] * 10]
+    assert [o.drop for o, _ in members[1:]] == pytest.approx(np.linspace(0.9, 0, 10))
+    assert [end for _, end in members[:-1]] == pytest.approx([0.5 + 0.05 * n for n in range(10)])
+    assert members[-1][1] is None
+    # the loss of each stair is that of its phase
+    phase = torch.arange(44, dtype=torch.uint8) % 11
+    x = inputs(np.random.default_rng(3).choice([0.0, 1.0], 44), progress=0.7, phase=phase)
+    assert schedule.loss(x).loss_sum.item() == pytest.approx(MLE().loss(x).loss_sum.item(), rel=1e-12)
+    # and the tokens become more
+    run = tmp_path / "r"
+    whole = train_tiny(tokens_dir, run, schedule, steps=20)
+    order = training_order(tokens, schedule.fit(tokens.statistics), load_model(run).tokenizer, 32, 0, places=20 * 16)
+    inserted = [order.exposure(16 * step, 16 * (step + 5)).inserted for step in (0, 10, 15)]
+    assert 0 == inserted[0] < inserted[1] < inserted[2]
+    assert whole.counts.exposure["inserted"] > 0
+    with pytest.raises(ConfigError, match="has no number 'p'"):
+        validate({"name": "schedule", "phases": [phases[1] | {"ramp": {"p": [0, 1]}}]}, AnyObjective)
 
 
 FAMILY = {

@@ -457,8 +457,13 @@ def test_a_plan_refuses_what_cannot_fit(monkeypatch, capsys):
     assert messages.startswith("error: ")
 
 
-def test_a_plan_reports_what_it_cannot_know(tiny, tmp_path):
-    recipe = load_recipe([tiny, "only=[mle]", f"corpus.path={tmp_path}/nothing.jsonl"])
+def test_a_plan_reports_what_it_cannot_know(tiny, tmp_path, monkeypatch):
+    recipe = load_recipe([tiny, "only=[mle]"])
+    monkeypatch.setattr("phf.recipes.plan._time_scorer", lambda *given: raise_(OSError("gone")))
     found = make_plan(recipe, tokens_per_s=1, memory_gb=1, disk_gb=1)
-    assert "does not exist" in found.scoring
+    assert found.scoring == "not known (gone)"
     assert Path(recipe.folder / "scored").exists() is False
+
+
+def raise_(error):
+    raise error

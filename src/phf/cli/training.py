@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -26,11 +27,14 @@ def train(
     from phf.core.config import load
     from phf.core.runs import RunFolder
     from phf.evaluation.monitor import MonitorCallback
+    from phf.evaluation.reference import write_reference
     from phf.recipes.recipe import TrainStage
     from phf.training.train import train as train_run
 
     files, overrides = split_settings(settings)
     stage = load(files, overrides, TrainStage)
+    if stage.objective.reference_model is not None and "WORLD_SIZE" not in os.environ:
+        write_reference(tokens, stage.objective.reference_model)
     callbacks: tuple[MonitorCallback, ...] = ()
     if stage.monitor is not None:
         callbacks = (MonitorCallback(stage.monitor, out, tokens, stage.train, stage.objective, stage.scorer),)
@@ -49,6 +53,21 @@ def train(
             f"{counts.tokens:,} tokens in {counts.steps:,} steps ({counts.epochs:.2f} epochs), "
             f"{manifest.seconds:.0f} s; model in {RunFolder(Path(out)).model}"
         )
+
+
+def reference(
+    tokens: Annotated[str, typer.Argument(help="The output of `phf tokenize`.")],
+    model: Annotated[str, typer.Argument(help="Folder of the reference model, or of a finished run.")],
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 1024,
+) -> None:
+    """Compute a model's log-probabilities of a token store.
+
+    For objectives that compare with a reference model (objective.name=anchored objective.reference=MODEL). On one
+    process `phf train` does this by itself; before torchrun, run this command. Run it again to resume.
+    """
+    from phf.evaluation.reference import write_reference
+
+    print(f"log-probabilities: {Path(tokens) / write_reference(tokens, model, context)}")
 
 
 def export(

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, count_targets
 from phf.objectives.compose import Each, Schedule, Single
-from phf.objectives.family import Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
+from phf.objectives.family import Anchored, Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
 AnyObjective = Annotated[Single | Metadata | Each | Schedule, Field(discriminator="name", title="objective")]
@@ -30,6 +30,7 @@ __all__ = [
     "GOOD",
     "MLE",
     "RWR",
+    "Anchored",
     "Annotate",
     "AnyObjective",
     "Attributes",

@@ -39,7 +39,8 @@ class LossInputs:
     `logp_BT`: log p(target). `log1mp_BT`: log(1 - p(target)). Both come from the logits. `score_BT`: score of the
     target's segment, float32, NaN for not judged. `mask_BT`: False where there is no target. `value_BT`: predicted
     reward, for objectives with a value head. `progress`: share of the training that is done, in [0, 1]. `phase_BT`:
-    phase of the schedule that each target belongs to, for schedules. An objective with several `preferences` gets
+    phase of the schedule that each target belongs to, for schedules. `reference_BT`: log-probability of the target
+    under the objective's reference model, NaN where it is not known. An objective with several `preferences` gets
     `score_BT` with one more dimension, for these.
     """
 
@@ -50,6 +51,7 @@ class LossInputs:
     value_BT: Tensor | None = None
     progress: float = 0.0
     phase_BT: Tensor | None = None
+    reference_BT: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,15 @@ class Objective:
         return None
 
     @property
+    def reference_model(self) -> str | None:
+        """The reference model whose log-probabilities `loss` gets, as a path."""
+        return None
+
+    def with_reference(self, path: str) -> Objective:
+        """The objective with its reference model at another path."""
+        return self
+
+    @property
     def value(self) -> Literal["linear", "negative_sigmoid"] | None:
         """The value head that `loss` needs, if any."""
         return None
@@ -127,6 +138,11 @@ class Objective:
     def fit(self, statistics: Statistics) -> Objective:
         """The objective with everything that depends on the corpus resolved to numbers."""
         return self
+
+    def remarks(self, statistics: Statistics) -> list[str]:
+        """What a user should know about the fitted objective on this text: how much a threshold keeps, how much weights
+        differ. A remark that starts with "warning" is about a setting that hardly fits the scores."""
+        return []
 
     def edit(self, block: Block, seed: int) -> Edit:
         """What happens to a block of the token stream. Random draws depend on `seed` and global numbers only

@@ -15,12 +15,12 @@ from torch import Tensor
 from phf.core.config import STRICT
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import LossInputs, LossOutputs, Objective
-from phf.objectives.family import Annotate, Attributes, Hide, Quantile, Tag, Weights
+from phf.objectives.family import Anchored, Annotate, Attributes, Hide, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood, weight_metrics
 from phf.tokens.statistics import Statistics
 
 Weighing = MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | Tag | Annotate | Quantile | Hide | Weights
-Single = Weighing | AWR | Attributes
+Single = Weighing | AWR | Anchored | Attributes
 """Objectives that are not made of others and do not change during training."""
 Composable = Annotated[Weighing, Field(discriminator="name", title="objective")]
 """Objectives of one preference whose loss is a weight of -log p and a weight of -log(1 - p) for each target."""
@@ -78,6 +78,10 @@ class Each(Objective):
         members: Any = {name: member.fit(statistics.of(name)) for name, member in self.members.items()}
         return dataclasses.replace(self, members=members)
 
+    def remarks(self, statistics: Statistics) -> list[str]:
+        found = [(name, remark) for name, m in self.members.items() for remark in m.remarks(statistics.of(name))]
+        return [_about(name, remark) for name, remark in found]
+
     def edit(self, block: Block, seed: int) -> Edit:
         edits = []
         first = 0
@@ -115,6 +119,12 @@ class Each(Objective):
         return LossOutputs(loss, metrics)
 
 
+def _about(name: str, remark: str) -> str:
+    """A remark about one of several objectives."""
+    warning = "warning: " if remark.startswith("warning: ") else ""
+    return f"{warning}{name}: {remark.removeprefix('warning: ')}"
+
+
 def _own_token(token: str, preference: str) -> str:
     """A control token's name for one preference: <|good|> becomes <|toxicity:good|>."""
     if token.startswith("<|") and token.endswith("|>"):
@@ -138,14 +148,19 @@ def merged_edit(edits: Sequence[tuple[Edit, int]]) -> Edit:
     return Edit(times_D, Insertions.merged(parts) if parts else None, hidden_T)
 
 
+STAIRS = 10
+"""Steps in which a number of an edit changes: an edit holds for a part of the training order."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class PhaseOf:
     """A part of a schedule. `until`: share of the training at which it ends; None: the end. `ramp`: numbers of the
-    objective's loss that change linearly over the phase, as [first, last]."""
+    objective that change linearly over the phase, as [first, last]; those of the loss (alpha, beta) in every step,
+    those of the edit (drop, p) in ten equal steps."""
 
     objective: Annotated[Single, Field(discriminator="name", title="objective")]
     until: Annotated[float, Field(gt=0, le=1)] | None = None
-    ramp: dict[Literal["alpha", "beta"], tuple[float, float]] = Field(default_factory=dict)
+    ramp: dict[Literal["alpha", "beta", "drop", "p"], tuple[float, float]] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, ends in self.ramp.items():
@@ -157,6 +172,17 @@ class PhaseOf:
                     dataclasses.replace(self.objective, **changed)
                 except ValueError:
                     raise ValueError(f"ramp: {self.objective.name} cannot have {name}={end}") from None
+
+    @property
+    def stairs(self) -> list[Any]:
+        """The objective of each of the phase's equal parts, which differ in numbers of the edit."""
+        ends = {name: pair for name, pair in self.ramp.items() if name in ("drop", "p")}
+        if not ends:
+            return [self.objective]
+        changes: list[dict[Any, Any]] = [
+            {name: a + n / (STAIRS - 1) * (b - a) for name, (a, b) in ends.items()} for n in range(STAIRS)
+        ]
+        return [dataclasses.replace(self.objective, **change) for change in changes]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -172,6 +198,8 @@ class Schedule(Objective):
 
     def __post_init__(self) -> None:
         ends = [p.until for p in self.phases]
+        if sum(len(p.stairs) for p in self.phases) > 255:
+            raise ValueError("too many phases")
         if ends[-1] not in (None, 1.0) or any(e is None for e in ends[:-1]):
             raise ValueError("every phase but the last needs `until`, and the last one none")
         shares = [e for e in ends[:-1] if e is not None]
@@ -180,6 +208,8 @@ class Schedule(Objective):
         values = {p.objective.value for p in self.phases} - {None}
         if len(values) > 1:
             raise ValueError("phases need different value heads")
+        if len({p.objective.reference_model for p in self.phases} - {None}) > 1:
+            raise ValueError("phases need different reference models")
         tokens: dict[str, str] = {}
         for part in self.phases:
             for role, token in part.objective.roles.items():
@@ -188,7 +218,15 @@ class Schedule(Objective):
 
     @property
     def timeline(self) -> tuple[tuple[Objective, float | None], ...]:
-        return tuple((part.objective, part.until) for part in self.phases)
+        found: list[tuple[Objective, float | None]] = []
+        start = 0.0
+        for part in self.phases:
+            end = 1.0 if part.until is None else part.until
+            stairs = part.stairs
+            ends = [start + (n + 1) / len(stairs) * (end - start) for n in range(len(stairs) - 1)]
+            found += zip(stairs, [*ends, part.until], strict=True)
+            start = end
+        return tuple(found)
 
     @property
     def bad_above(self) -> float | None:
@@ -208,6 +246,15 @@ class Schedule(Objective):
         return self.phases[-1].objective.worst
 
     @property
+    def reference_model(self) -> str | None:
+        return next((m for part in self.phases if (m := part.objective.reference_model) is not None), None)
+
+    def with_reference(self, path: str) -> Objective:
+        changed: list[Any] = [part.objective.with_reference(path) for part in self.phases]
+        parts = tuple(dataclasses.replace(p, objective=o) for p, o in zip(self.phases, changed, strict=True))
+        return dataclasses.replace(self, phases=parts)
+
+    @property
     def value(self) -> Literal["linear", "negative_sigmoid"] | None:
         return next((part.objective.value for part in self.phases if part.objective.value is not None), None)
 
@@ -216,11 +263,16 @@ class Schedule(Objective):
         parts = tuple(dataclasses.replace(p, objective=o) for p, o in zip(self.phases, fitted, strict=True))
         return dataclasses.replace(self, phases=parts)
 
+    def remarks(self, statistics: Statistics) -> list[str]:
+        found = [(p.objective.name, remark) for p in self.phases for remark in p.objective.remarks(statistics)]
+        return list(dict.fromkeys(_about(name, remark) for name, remark in found))
+
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return self.phases[0].objective.counted(score_BT, mask_BT)
 
     def loss(self, x: LossInputs) -> LossOutputs:
         phase_BT = torch.zeros_like(x.mask_BT, dtype=torch.uint8) if x.phase_BT is None else x.phase_BT
+        counts = [len(part.stairs) for part in self.phases]
         total = torch.zeros((), dtype=x.logp_BT.dtype, device=x.logp_BT.device)
         metrics: dict[str, Tensor] = {}
         start = 0.0
@@ -229,7 +281,9 @@ class Schedule(Objective):
             share = min(max((x.progress - start) / max(end - start, 1e-9), 0.0), 1.0)
             changed: dict[Any, Any] = {name: a + share * (b - a) for name, (a, b) in part.ramp.items()}
             member = dataclasses.replace(part.objective, **changed) if changed else part.objective
-            out = member.loss(dataclasses.replace(x, mask_BT=x.mask_BT & (phase_BT == number)))
+            first = sum(counts[:number])
+            here_BT = (phase_BT >= first) & (phase_BT < first + counts[number])
+            out = member.loss(dataclasses.replace(x, mask_BT=x.mask_BT & here_BT))
             total = total + out.loss_sum
             for name, value in out.metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value

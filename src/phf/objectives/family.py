@@ -18,7 +18,7 @@ from torch import Tensor
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective
-from phf.objectives.paper import MLE, AtThreshold, at_most, weight_metrics
+from phf.objectives.paper import MLE, AtThreshold, ByThreshold, at_most, weight_metrics
 from phf.tokens.statistics import Statistics
 
 
@@ -63,31 +63,43 @@ class Annotate(_Marked):
     arXiv 2606.19168; SPP, arXiv 2608.13482).
 
     `where`: before each bad segment, after it, or once after the last bad segment of a document. `learned`: whether the
-    sentence is a target.
+    sentence is a target. `column`: a field of the corpus with what is to be said of the document; it takes the place of
+    `{}` in `text`, and documents of which it says nothing stay as they are.
     """
 
     text: str = " The text above breaks the rules, and I would not write it.\n"
     where: Literal["before", "after", "end"] = "after"
     learned: bool = True
+    column: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     name: Literal["annotate"] = "annotate"
 
     def __post_init__(self) -> None:
         if not self.text:
             raise ValueError("text must not be empty")
+        if self.column is not None and self.text.count("{}") != 1:
+            raise ValueError("text needs one {} for what the column says")
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        return (Piece(self.text, learned=self.learned),)
+        if self.column is None:
+            return (Piece(self.text, learned=self.learned),)
+        before, after = self.text.split("{}")
+        said = Piece("", learned=self.learned, column=self.column)
+        return (Piece(before, learned=self.learned), said, Piece(after, learned=self.learned))
 
     def edit(self, block: Block, seed: int) -> Edit:
         bad_S = self._bad(block)
+        if self.column is not None:
+            _, ends_D = block.about(self.column)
+            bad_S = bad_S & (np.diff(ends_D, prepend=0) > 0)[block.doc_S]
         if self.where == "end":
             last = {int(block.doc_S[s]): s for s in np.flatnonzero(bad_S)}
             bad_S = np.zeros_like(bad_S)
             bad_S[list(last.values())] = True
-        piece_S = np.where(bad_S, 0, -1)
-        before = self.where == "before"
-        return Edit(insertions=Insertions.before(piece_S) if before else Insertions.after(piece_S, block.tokens_S))
+        segment_I = np.repeat(np.flatnonzero(bad_S), len(self.pieces))
+        piece_I = np.tile(np.arange(len(self.pieces)), int(bad_S.sum()))
+        offset_I = np.zeros_like(segment_I) if self.where == "before" else block.tokens_S[segment_I]
+        return Edit(insertions=Insertions(segment_I, offset_I, piece_I))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -247,6 +259,52 @@ class Hide(_Marked):
         if block.token_score_T is None:
             return Edit(hidden_T=self._bad(block)[block.segment_T])
         return Edit(hidden_T=~at_most(block.token_score_T, self.threshold))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Anchored(ByThreshold):
+    """sum_{score <= threshold} -log p_t + beta sum_{score > threshold} KL(r_t || p_t): on bad text the model stays
+    where a reference model is, instead of learning from it or away from it.
+
+    r_t is the reference's probability of the target, and KL(r || p) = r log(r / p) + (1 - r) log((1 - r) / (1 - p))
+    that of the two models' answers to whether the target comes next. By the data processing inequality (Cover and
+    Thomas, Elements of Information Theory, section 2.8) it is at most the KL divergence of the two distributions over
+    the vocabulary. It needs one number per token, which `phf reference` writes into the token store. Its gradient with
+    respect to the target's logit is p - r. Bad targets that the reference does not know, such as end-of-text, are
+    learned. Unjudged targets do not count.
+
+    `reference`: the folder of a model or of a finished run, in a recipe also the name of one of its runs.
+    """
+
+    reference: str = ""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    name: Literal["anchored"] = "anchored"
+
+    def __post_init__(self) -> None:
+        if not self.reference:
+            raise ValueError("reference is missing: the folder of a model or of a finished run")
+
+    @property
+    def reference_model(self) -> str:
+        return self.reference
+
+    def with_reference(self, path: str) -> Objective:
+        return dataclasses.replace(self, reference=path)
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        if x.reference_BT is None:
+            raise ValueError("anchored needs the log-probabilities of the reference model (reference_BT)")
+        good_BT, bad_BT = self._good(x)
+        held_BT = bad_BT & ~x.reference_BT.isnan()
+        nll_BT = torch.where(good_BT | (bad_BT & ~held_BT), -x.logp_BT, 0.0)
+        # at most the largest float32 below 1: log(1 - r) stays finite
+        log_r_BT = x.reference_BT.nan_to_num(nan=-1.0).to(x.logp_BT.dtype).clamp(max=-(2.0**-24))
+        r_BT = log_r_BT.exp()
+        not_r_BT = -torch.expm1(log_r_BT)
+        kl_BT = r_BT * (log_r_BT - x.logp_BT) + not_r_BT * (not_r_BT.log() - x.log1mp_BT)
+        kl_BT = torch.where(held_BT, kl_BT, 0.0)
+        metrics = {"nll_good": nll_BT.detach().sum(), "kl_bad": kl_BT.detach().sum(), "bad_targets": bad_BT.sum()}
+        return LossOutputs(nll_BT.sum() + self.beta * kl_BT.sum(), metrics)
 
 
 @dataclass(frozen=True, config=STRICT)

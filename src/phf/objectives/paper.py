@@ -25,6 +25,10 @@ Threshold = float | Literal["median", "auto"]
 """A score; the scorer's own threshold (auto: 0 for scorers that count, 0.5 for probabilities); or the median over the
 training part of the store: of documents' means for filtering, else of segments."""
 
+FEW = 0.05
+"""A threshold that keeps a smaller share of the documents, or more than all but this share, is suspicious."""
+RARE = 1e-4
+"""So is one above which there is a smaller share of the tokens."""
 MAX_WEIGHT = 1000.0
 """AWR clips its weights at this value (Korbak et al. 2023, appendix)."""
 
@@ -49,6 +53,12 @@ class AtThreshold(Objective):
     def fit(self, statistics: Statistics) -> Objective:
         return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
 
+    def remarks(self, statistics: Statistics) -> list[str]:
+        limit = np.float32(number(self.threshold))
+        bad = statistics.mean(lambda score: (score.astype(np.float32) > limit).astype(np.float64))
+        said = f"{bad:.2%} of the judged training tokens score above the threshold {number(self.threshold):g}"
+        return [said if RARE < bad < 1 - FEW else f"warning: {said}; does it fit the scorer's scale?"]
+
 
 @dataclass(frozen=True, config=STRICT)
 class Filtering(AtThreshold):
@@ -59,6 +69,11 @@ class Filtering(AtThreshold):
 
     def fit(self, statistics: Statistics) -> Filtering:
         return dataclasses.replace(self, threshold=resolve(self.threshold, statistics, "documents"))
+
+    def remarks(self, statistics: Statistics) -> list[str]:
+        kept = statistics.share_at_most(number(self.threshold), "documents")
+        said = f"filtering keeps {kept:.1%} of the training documents (mean score at most {number(self.threshold):g})"
+        return [said if FEW <= kept <= 1 - FEW else f"warning: {said}; does the threshold fit the scorer's scale?"]
 
     def edit(self, block: Block, seed: int) -> Edit:
         return Edit(times_D=at_most(block.doc_mean_D().astype(np.float32), self.threshold))
@@ -94,7 +109,7 @@ class Conditional(AtThreshold):
 
 
 @dataclass(frozen=True, config=STRICT)
-class _ByThreshold(AtThreshold):
+class ByThreshold(AtThreshold):
     """Objectives whose loss treats good and bad targets differently. Unjudged targets do not count."""
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -108,7 +123,7 @@ class _ByThreshold(AtThreshold):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Unlikelihood(_ByThreshold):
+class Unlikelihood(ByThreshold):
     """sum_{score <= threshold} -log p_t + alpha sum_{score > threshold} -log(1 - p_t) (Welleck et al. 2020).
 
     `by: score` computes both terms for every target, weighted by 1 - score and by score, whatever the threshold. The
@@ -156,7 +171,7 @@ class Unlikelihood(_ByThreshold):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Masking(_ByThreshold):
+class Masking(ByThreshold):
     """MLE in which the targets of bad segments do not count: they are read but not learned (SLUNG, arXiv
     2505.03052)."""
 
@@ -236,6 +251,19 @@ class RWR(_ByReward):
         top = float(log_weight(np.array(statistics.smallest())))
         log_norm = top + math.log(statistics.mean(lambda score: np.exp(log_weight(score) - top)))
         return RWR(**dataclasses.asdict(fitted) | {"log_norm": log_norm})
+
+    def remarks(self, statistics: Statistics) -> list[str]:
+        def log_weight(score: np.ndarray) -> np.ndarray:
+            reward = self.reward(torch.from_numpy(score))
+            return np.asarray((reward / self.beta - self.log_norm).clamp(-300, 300))
+
+        mean = statistics.mean(lambda score: np.exp(log_weight(score)))
+        square = statistics.mean(lambda score: np.exp(2 * log_weight(score)))
+        share = mean**2 / square
+        said = f"the effective sample size of the weights is {share:.2%} of the training tokens"
+        if share < 0.01:
+            return [f"warning: {said}: a few segments decide everything; raise beta"]
+        return [f"warning: {said}: they hardly differ; lower beta" if share > 0.9999 else said]
 
     def weights(self, score_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         counted_BT = self.counted(score_BT, mask_BT)

@@ -240,13 +240,14 @@ class Recipe:
 
     @property
     def _references(self) -> set[str]:
-        """Paths of the references of KL divergences."""
+        """Paths of the references of KL divergences and of objectives."""
         asked = (self.kl, self.monitor.kl if self.monitor is not None else None)
-        return {kl.reference.path for kl in asked if kl is not None and isinstance(kl.reference, LocalModel)}
+        found = {kl.reference.path for kl in asked if kl is not None and isinstance(kl.reference, LocalModel)}
+        return found | {m for name in self.chosen if (m := self.objectives[name].reference_model) is not None}
 
     @property
     def reference_runs(self) -> set[str]:
-        """The runs of this recipe that are references of KL divergences."""
+        """The runs of this recipe that are references of KL divergences or of objectives."""
         return {v.name for v in self.variants} & self._references
 
     # Building the variants
@@ -447,4 +448,9 @@ def _read(name: str, above: tuple[str, ...] = ()) -> Plain:
     else:
         raise ConfigError(f"recipe {name!r} is neither a file nor one of phf's{did_you_mean(name, known)}")
     base = value.pop("base", None)
-    return merge(_read(str(base), (*above, name)), value) if base is not None else value
+    if base is None:
+        return value
+    below = _read(str(base), (*above, name))
+    if "corpus" in value or "scorer" in value:  # what the base says of itself is not true of other data
+        below = {k: v for k, v in below.items() if k not in ("title", "about")}
+    return merge(below, value)

@@ -28,11 +28,13 @@ from phf.core.types import PhfError
 from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
+from phf.evaluation.reference import write_reference
 from phf.evaluation.results import EvalResult
 from phf.generation.scenario import read_prompts, scenario_prompts
 from phf.recipes.recipe import Recipe, Variant
 from phf.redteaming.config import TokenAttacks, task_of
 from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
+from phf.tokens.store import reference_file
 from phf.training.lm import FromWeights
 from phf.training.train import train
 
@@ -93,6 +95,11 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.redteam is not None:
         with _in_setting("redteam"):
             read_prompts(task_of(recipe.redteam, recipe.scorer)[1])
+    for name in recipe.chosen:
+        reference = recipe.objectives[name].reference_model
+        if reference is not None and reference not in recipe.reference_runs:
+            with _in_setting(f"objectives.{name}.reference"):
+                reference_file(reference)
     kl = recipe.kl
     if kl is not None and isinstance(kl.reference, LocalModel) and _resolve_kl(recipe, kl) == kl:
         path = Path(kl.reference.path).expanduser()
@@ -170,7 +177,13 @@ def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
         mixed = [variant.train.mixture for variant in recipe.variants if variant.train.mixture is not None]
         columns = sorted({piece.column for piece in pieces if piece.column is not None} | {m.column for m in mixed})
         tokens = tokenize_corpus(
-            files.scored, recipe.tokenizer, files.tokens, recipe.heldout, token_scores=of_tokens, columns=columns
+            files.scored,
+            recipe.tokenizer,
+            files.tokens,
+            recipe.heldout,
+            token_scores=of_tokens,
+            columns=columns,
+            scorer=recipe.scorer,
         ).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
     return scored
@@ -264,6 +277,11 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
                 f"{variant.name} starts from {checkpoint}, which is missing or incomplete: run {variant.base} first. "
                 "If that run is finished and its checkpoints were deleted, move its folder away to train it again"
             )
+    objective = variant.objective
+    if (reference := objective.reference_model) is not None:
+        path = str(recipe.files.run(reference).path) if reference in recipe.reference_runs else reference
+        write_reference(recipe.files.tokens, path)
+        objective = objective.with_reference(path)
     torch.compiler.reset()  # a compiled graph of an earlier run does not count against this run's limit
     tokens = recipe.files.tokens
     callbacks: tuple[MonitorCallback, ...] = ()
@@ -273,12 +291,12 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
             kl = None  # a run in training is not its own reference
         limit = recipe.threshold if recipe.monitor.threshold is None else recipe.monitor.threshold
         monitor = replace(recipe.monitor, kl=kl, threshold=limit)
-        callbacks = (MonitorCallback(monitor, folder, tokens, variant.train, variant.objective, recipe.scorer),)
+        callbacks = (MonitorCallback(monitor, folder, tokens, variant.train, objective, recipe.scorer),)
     manifest = train(
         tokens_dir=tokens,
         out=folder,
         model=variant.model,
-        objective=variant.objective,
+        objective=objective,
         config=variant.train,
         seed=variant.seed,
         callbacks=callbacks,

@@ -5,6 +5,7 @@ tokens/  <column>.about.bin   ids, one document after the other      <column>.ab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,29 @@ def files_of(folder: Path, column: str) -> tuple[Path, Path]:
     return folder / f"{column}.about.bin", folder / f"{column}.about_ends.bin"
 
 
+def check_columns(corpus: ScoredCorpus, columns: Sequence[str]) -> None:
+    """Raise ConfigError for a column that no document has, before anything takes long."""
+    missing = list(dict.fromkeys(columns))
+    for column in missing:
+        if not store.is_file_name(column):
+            raise ConfigError(f"column {column!r} cannot be the name of a file")
+    seen: set[str] = set()
+    documents = (d for file in corpus.files for d in corpus.read(file) if isinstance(d, ScoredDocument))
+    while missing:
+        document = next(documents, None)
+        if document is None:
+            hint = did_you_mean(missing[0], seen)
+            raise ConfigError(f"no document of {corpus.path} has a column {missing[0]!r}{hint}")
+        missing = [column for column in missing if document.meta.get(column) is None]
+        if len(seen) < 100:
+            seen |= document.meta.keys()
+
+
 def write_column(corpus: ScoredCorpus, column: str, tokenizer: Any, dtype: np.dtype[Any], folder: Path) -> FileMark:
-    """Write a column of a corpus into a store and return the mark of its ids. Raises ConfigError for a column that no
-    document has."""
-    if not store.is_file_name(column):
-        raise ConfigError(f"column {column!r} cannot be the name of a file")
+    """Write a column of a corpus into a store and return the mark of its ids."""
     ids_file, ends_file = files_of(folder, column)
     ends = []
     total = 0
-    found = False
-    seen: set[str] = set()
     with store.written_aside(ids_file) as aside, open(aside, "wb") as out:
         documents = (d for file in corpus.files for d in corpus.read(file) if isinstance(d, ScoredDocument))
         batch: list[str] = []
@@ -49,15 +63,10 @@ def write_column(corpus: ScoredCorpus, column: str, tokenizer: Any, dtype: np.dt
 
         for document in documents:
             value = document.meta.get(column)
-            found |= value is not None
-            if len(seen) < 100:
-                seen |= document.meta.keys()
             batch.append("" if value is None else str(value))
             if len(batch) == BATCH:
                 flush()
         flush()
-        if not found:
-            raise ConfigError(f"no document of {corpus.path} has a column {column!r}{did_you_mean(column, seen)}")
     with store.written_aside(ends_file) as aside:
         aside.write_bytes(np.array(ends, np.int64).tobytes())
     return FileMark(ids_file.stat().st_size, store.file_hash(ids_file))

@@ -38,12 +38,15 @@ class Edited:
     """Number in the block of the token that was there before the edit, int64; -1 for inserted ones. None where places
     are not kept."""
 
+    reference: np.ndarray | None = None
+    """Log-probability of the token under a reference model, float32; NaN: not known. None without one."""
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> Edited:
-        places = (None if a is None else change(a) for a in (self.segment, self.source))
-        return Edited(change(self.ids), change(self.score), change(self.learned), *places)
+        more = (None if a is None else change(a) for a in (self.segment, self.source, self.reference))
+        return Edited(change(self.ids), change(self.score), change(self.learned), *more)
 
     def cut(self, start: int, stop: int) -> Edited:
         return self._each(lambda array: array[start:stop])
@@ -53,7 +56,7 @@ class Edited:
 
     def without_places(self) -> Edited:
         """What training needs, in little memory."""
-        return Edited(self.ids.astype(np.int32), self.score, self.learned)
+        return Edited(self.ids.astype(np.int32), self.score, self.learned, reference=self.reference)
 
     @classmethod
     def joined(cls, parts: Sequence[Edited]) -> Edited:
@@ -61,12 +64,13 @@ class Edited:
             return parts[0]
         segments = [p.segment for p in parts if p.segment is not None]
         sources = [p.source for p in parts if p.source is not None]
-        places = (np.concatenate(arrays) if arrays else None for arrays in (segments, sources))
+        references = [p.reference for p in parts if p.reference is not None]
+        more = (np.concatenate(arrays) if arrays else None for arrays in (segments, sources, references))
         return cls(
             np.concatenate([p.ids for p in parts]),
             np.concatenate([p.score for p in parts]),
             np.concatenate([p.learned for p in parts]),
-            *places,
+            *more,
         )
 
 
@@ -109,7 +113,11 @@ def apply_edit(
         score = _scores(block, segment, text)
     else:
         score = np.stack([_scores(block.of(name), segment, text) for name in preferences], axis=-1)
-    whole = Edited(ids, score, learned, segment + block.first_segment, source)
+    reference = None
+    if block.reference_T is not None:
+        reference = np.full(total, np.nan, np.float32)
+        reference[text] = block.reference_T
+    whole = Edited(ids, score, learned, segment + block.first_segment, source, reference)
     return _repeated(whole, block.doc_S[segment], times(block, edit, train))
 
 
@@ -248,6 +256,12 @@ class Stream:
         self.keep = 1 << 18
         """Edited blocks are kept in memory up to this number of tokens."""
         self.last: tuple[int, Edited] | None = None
+
+    def forget(self) -> None:
+        """Keep no block in memory."""
+        self.kept.clear()
+        self.kept_tokens = 0
+        self.last = None
 
     def length(self, k: int) -> int:
         """Number of tokens of block k after the edit."""

@@ -35,22 +35,26 @@ KEPT_WINDOWS = 4
 @dataclass(frozen=True)
 class Batch:
     """B rows of T targets. `score_BT`: score of the *target* ([B, T, preferences] for several); `mask_BT`: False where
-    there is no target. `phase_BT`: phase of the schedule that each target belongs to; None for a single phase."""
+    there is no target. `phase_BT`: phase of the schedule that each target belongs to; None for a single phase.
+    `reference_BT`: log-probability of the target under a reference model, NaN where it is not known; None without
+    one."""
 
     input_BT: np.ndarray
     target_BT: np.ndarray
     score_BT: np.ndarray
     mask_BT: np.ndarray
     phase_BT: np.ndarray | None = None
+    reference_BT: np.ndarray | None = None
 
     @classmethod
-    def empty(cls, rows: int, context: int, preferences: int | None) -> Batch:
+    def empty(cls, rows: int, context: int, preferences: int | None, reference: bool = False) -> Batch:
         shape = (rows, context)
         return cls(
             np.zeros(shape, np.int64),
             np.zeros(shape, np.int64),
             np.full(shape if preferences is None else (*shape, preferences), np.nan, np.float32),
             np.zeros(shape, bool),
+            reference_BT=np.full(shape, np.nan, np.float32) if reference else None,
         )
 
     def fill(self, b: int, part: Edited) -> None:
@@ -60,6 +64,21 @@ class Batch:
         self.target_BT[b, :count] = part.ids[1:]
         self.score_BT[b, :count] = part.score[1:]
         self.mask_BT[b, :count] = part.learned[1:]
+        if self.reference_BT is not None and part.reference is not None:
+            self.reference_BT[b, :count] = part.reference[1:]
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch], phases: Sequence[int]) -> Batch:
+        """The rows of several batches, with the phase of each."""
+        references = [batch.reference_BT for batch in batches if batch.reference_BT is not None]
+        return cls(
+            np.concatenate([batch.input_BT for batch in batches]),
+            np.concatenate([batch.target_BT for batch in batches]),
+            np.concatenate([batch.score_BT for batch in batches]),
+            np.concatenate([batch.mask_BT for batch in batches]),
+            np.concatenate([np.full(b.mask_BT.shape, n, np.uint8) for n, b in zip(phases, batches, strict=True)]),
+            np.concatenate(references) if references else None,
+        )
 
 
 class Rows:
@@ -274,7 +293,9 @@ class SourceOrder:
     def batch(self, start: int, stop: int) -> Batch:
         """The rows at the places [start, stop) of the training order."""
         names = self.stream.preferences
-        out = Batch.empty(stop - start, self.context, None if names is None else len(names))
+        out = Batch.empty(
+            stop - start, self.context, None if names is None else len(names), self.tokens.reference is not None
+        )
         for b, row in enumerate(self.rows(start, stop)):
             out.fill(b, self.read(int(row) * self.context, (int(row) + 1) * self.context + 1))
         return out
@@ -383,16 +404,11 @@ class TrainingOrder:
     def batch(self, start: int, stop: int) -> Batch:
         """The rows at the places [start, stop)."""
         made = [(n, self.orders[n].batch(low, high)) for n, low, high in self._parts(start, stop)]
+        for order in self.orders[: made[0][0]]:  # phases that are over
+            order.stream.forget()
         if len(self.orders) == 1:
             return made[0][1]
-        batches = [batch for _, batch in made]
-        return Batch(
-            np.concatenate([batch.input_BT for batch in batches]),
-            np.concatenate([batch.target_BT for batch in batches]),
-            np.concatenate([batch.score_BT for batch in batches]),
-            np.concatenate([batch.mask_BT for batch in batches]),
-            np.concatenate([np.full(batch.mask_BT.shape, n, np.uint8) for n, batch in made]),
-        )
+        return Batch.joined([batch for _, batch in made], [n for n, _ in made])
 
     def source_at(self, place: int) -> float:
         """Source tokens before a place."""

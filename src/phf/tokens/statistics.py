@@ -95,6 +95,12 @@ class Statistics:
                 prefixes[n] = prefix << 16 | digit
         return [_from_sortable(key) for key in prefixes]
 
+    def share_at_most(self, limit: float, unit: Unit = "segments") -> float:
+        """The share of values that are at most `limit` in float32, as scores are stored. NaN without any."""
+        counts = [(int((v.astype(np.float32) <= np.float32(limit)).sum()), len(v)) for v in self._values(unit)]
+        total = sum(n for _, n in counts)
+        return sum(k for k, _ in counts) / total if total else math.nan
+
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> float:
         """Mean of a function of the score over the judged training tokens. NaN without any."""
         sums = [(float((function(s) * w).sum()), float(w.sum())) for s, w in self._judged()]

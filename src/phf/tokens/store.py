@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
-from phf.core.runs import from_here
+from phf.core.runs import from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
 from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
-from phf.tokens.columns import files_of, open_column, write_column
+from phf.scorers import Scorer
+from phf.tokens.columns import check_columns, files_of, open_column, write_column
 from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, is_heldout, tokenize_part
 from phf.tokens.statistics import Statistics
 from phf.tokens.token_scores import names_with_places, scorer_with_places, write_token_scores
@@ -116,6 +117,8 @@ class TokensManifest(folders.Manifest):
     """Fingerprint of the files without the scores."""
     columns: dict[str, folders.FileMark] = field(default_factory=dict)
     """Columns of the corpus whose text about each document was tokenized too, and the files with their tokens."""
+    references: dict[str, folders.FileMark] = field(default_factory=dict)
+    """Files with the log-probabilities of all tokens under a reference model."""
     scores: dict[str, StoredScores] = field(default_factory=dict)
     """By name of the preference."""
     scored: str = ""
@@ -156,13 +159,15 @@ def tokenize_corpus(
     heldout: float = 0.05,
     token_scores: bool = False,
     columns: Sequence[str] = (),
+    scorer: Scorer | None = None,
 ) -> TokensManifest:
     """Tokenize a scored corpus into folder `out` and return its manifest. Resumes after any interruption.
 
     `columns`: fields of the corpus that say something about each document, which objectives can put before it.
-    `token_scores`: also score single tokens, for scorers that report the places of faults. `heldout`: share of the
-    documents kept out of training. Where `out` already holds the tokens of these segments, only
-    the missing scores are added. Raises ConfigError if no document is left for training.
+    `token_scores`: also score single tokens, for scorers that report the places of faults. `scorer`: the corpus's, for
+    scores of tokens by one that needs a model. `heldout`: share of the documents kept out of training. Where `out`
+    already holds the tokens of these segments, only the missing scores are added. Raises ConfigError if no document is
+    left for training.
     """
     corpus = ScoredCorpus(scored)
     if not 0 <= heldout < 1:
@@ -175,13 +180,14 @@ def tokenize_corpus(
     key = store.fingerprint([source, given, corpus.text, "tokens/3"])
     keys = [key, *_earlier_keys(source, given, corpus.text)]
     done = next((k for k in keys if folders.is_done(out, k)), None)
+    check_columns(corpus, columns)
     with folders.stage_folder(out, TokensManifest.stage, done or key, keep_manifest=done is not None):
         if done is None:
             _make_store(corpus, tokenizer, heldout, out, key)
         for part in [*out.glob("part-*.npz"), *out.glob("part-*.json")]:  # the store has everything now
             part.unlink()
         _put_columns(corpus, out, columns)
-        return _put_scores(corpus, str(scored), out, token_scores)
+        return _put_scores(corpus, str(scored), out, token_scores, scorer)
 
 
 def _earlier_keys(source: Plain, given: str | None, text: str) -> list[str]:
@@ -226,11 +232,11 @@ def _make_store(
     folders.finish(out, manifest)
 
 
-def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool) -> TokensManifest:
+def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool, scorer: Scorer | None) -> TokensManifest:
     """Put the corpus's preferences next to the tokens, its own first. The manifest is written last. Returns the
     manifest."""
     if of_tokens:
-        scorer_with_places(corpus)  # before anything takes long
+        scorer_with_places(corpus, scorer)  # before anything takes long
     manifest = folders.read_manifest(out, TokensManifest)
     known = dict(manifest.scores)
     segments = manifest.counts.segments
@@ -256,7 +262,7 @@ def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool) -
             hash=store.file_hash(file),
         )
     if of_tokens:
-        known |= _put_token_scores(corpus, out, known, manifest)
+        known |= _put_token_scores(corpus, out, known, manifest, scorer)
     updated = dataclasses.replace(
         manifest, scored=scored, scored_from_here=from_here(scored, out), main=corpus.main, scores=known
     ).with_scores(corpus.main)
@@ -281,15 +287,19 @@ def _put_columns(corpus: ScoredCorpus, out: Path, columns: Sequence[str]) -> Non
 
 
 def _put_token_scores(
-    corpus: ScoredCorpus, out: Path, known: dict[str, StoredScores], manifest: TokensManifest
+    corpus: ScoredCorpus,
+    out: Path,
+    known: dict[str, StoredScores],
+    manifest: TokensManifest,
+    scorer: Scorer | None,
 ) -> dict[str, StoredScores]:
     """Score the tokens for each preference whose scorer reports places. Returns their entries of the manifest."""
     found = {}
-    for name in names_with_places(corpus, list(known)):
+    for name in names_with_places(corpus, list(known), scorer):
         file = token_score_file(out, name)
         if not file.exists() or known[name].token_hash != store.file_hash(file):
             tokenizer = load_tokenizer(out / "tokenizer")
-            write_token_scores(ScoredCorpus(corpus.path, name), tokenizer, file, manifest.counts.tokens)
+            write_token_scores(ScoredCorpus(corpus.path, name), tokenizer, file, manifest.counts.tokens, scorer)
         found[name] = dataclasses.replace(known[name], token_hash=store.file_hash(file))
     return found
 
@@ -330,6 +340,15 @@ def _write_scores(corpus: ScoredCorpus, file: Path, segments: int) -> int:
 def token_score_file(folder: Path, name: str) -> Path:
     """The file of a preference's scores of tokens in a token store."""
     return folder / f"{name}.token.bin"
+
+
+def reference_file(model: str) -> str:
+    """The name of the file with a model's log-probabilities in a token store. Raises ConfigError for a model that is
+    not in a folder of this machine."""
+    mark = weights_mark(model)
+    if mark is None:
+        raise ConfigError(f"reference model {model}: no weights there; give the folder of a model or of a finished run")
+    return f"reference-{mark[:16]}.bin"
 
 
 def score_file(folder: Path, name: str) -> Path:
@@ -393,6 +412,8 @@ class TokenStore:
     """Name of the scores that are read."""
     by_token: bool = False
     """Whether tokens have scores of their own."""
+    reference: str | None = None
+    """The file of log-probabilities under a reference model that blocks come with."""
 
     @classmethod
     def open(cls, path: str | Path, preference: str | None = None, by_token: bool = False) -> TokenStore:
@@ -489,6 +510,7 @@ class TokenStore:
             ids_T=np.asarray(self.tokens[tokens]),
             bad_above=self.bad_above,
             token_score_T=None if token_score is None else token_score[tokens].astype(np.float32),
+            reference_T=None if self.reference is None else self.reference_T[tokens].astype(np.float32),
             words=lambda: self.word_V,
             others=lambda name: self.with_scores(name).block(k, size),
             columns=lambda name: self._about(name, first, last),
@@ -557,6 +579,25 @@ class TokenStore:
     def token_score_T(self) -> np.ndarray | None:
         """Score of each token, float16; None where segments have scores only."""
         return self._map(token_score_file(self.path, self.preference), np.float16) if self.by_token else None
+
+    @cached_property
+    def reference_T(self) -> np.ndarray:
+        """Log-probability of each token under the reference model, float16; NaN: not known."""
+        assert self.reference is not None
+        return self._map(self.path / self.reference, np.float16)
+
+    def with_reference(self, model: str) -> TokenStore:
+        """The store with the log-probabilities of its tokens under a model. Raises ConfigError where they have not been
+        computed."""
+        file = reference_file(model)
+        if file not in self.manifest.references:
+            raise ConfigError(
+                f"{self.path} has no log-probabilities under the reference model {model}: run "
+                f"`phf reference {self.path} {model}` first"
+            )
+        if damaged := folders.damage(self.path, {file: self.manifest.references[file]}, hashes=False):
+            raise store.StoreError(f"{damaged[0]}; run `phf reference` again, which writes it again")
+        return dataclasses.replace(self, reference=file)
 
     @property
     def token_mark(self) -> str | None:

@@ -20,6 +20,8 @@ from phf.core.runs import not_found
 from phf.core.types import Piece, PieceIds
 
 END_OF_TEXT = "<|endoftext|>"
+SAMPLE_TEXT = 'Capitals,  two spaces, 1234 and 5.6, it\'s "quoted", naïve ﬁ Ünï 日本\n\tdef f(x): return x\n'
+"""Two tokenizers that cut it alike are taken for the same."""
 
 
 @dataclass(frozen=True, config=STRICT)

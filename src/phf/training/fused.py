@@ -89,6 +89,7 @@ def fused_loss(
     scale: Tensor | float = 1.0,
     phase_N: Tensor | None = None,
     progress: float = 0.0,
+    reference_N: Tensor | None = None,
 ) -> LossOutputs:
     """Loss (a sum over targets) and metrics of `objective`.
 
@@ -100,8 +101,8 @@ def fused_loss(
     `chunk`: targets at a time (default: `pick_chunk`). `dtype`: type of the matrix products (default: the hidden
     states'); everything else is float32, or float64 for float64. `compiled`: compile the elementwise parts.
     `shape`: what the model does to its logits after the output layer. `scale`: factor of loss and gradients, not of
-    metrics; applying it later would cost a pass over gradients of the size of the embeddings. `phase_N`, `progress`: as
-    in `LossInputs`.
+    metrics; applying it later would cost a pass over gradients of the size of the embeddings. `phase_N`, `progress`,
+    `reference_N`: as in `LossInputs`.
 
     Raises ValueError for a vocabulary of fewer than 2 entries: log(1 - p) needs another token.
     """
@@ -122,6 +123,7 @@ def fused_loss(
         scale=scale,
         phase_N=phase_N,
         progress=progress,
+        reference_N=reference_N,
         metrics={},
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -141,12 +143,13 @@ def unfused_loss(
     shape: LogitShape = PLAIN,
     phase_N: Tensor | None = None,
     progress: float = 0.0,
+    reference_N: Tensor | None = None,
 ) -> LossOutputs:
     """`fused_loss` over full logits by autograd: slow and obvious, for tests and for checking your own code."""
     logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
     logits_NV = shape(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float())
     logp_N, log1mp_N = log_probabilities(logits_NV, target_N)
-    return objective.loss(LossInputs(logp_N, log1mp_N, score_N, mask_N, value_N, progress, phase_N))
+    return objective.loss(LossInputs(logp_N, log1mp_N, score_N, mask_N, value_N, progress, phase_N, reference_N))
 
 
 def log_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,6 +244,7 @@ class _Call:
     scale: Tensor | float
     phase_N: Tensor | None
     progress: float
+    reference_N: Tensor | None
     metrics: dict[str, Tensor]
     """Sums over targets; filled by the call."""
 
@@ -299,8 +303,9 @@ class _ObjectiveOnChunks:
             log1mp_C = log1mp_C.requires_grad_()
             value_C = None if self.value_N is None else self.value_N[part].detach().to(self.wide).requires_grad_()
             phase_C = None if call.phase_N is None else call.phase_N[part]
+            reference_C = None if call.reference_N is None else call.reference_N[part]
             out = call.objective.loss(
-                LossInputs(logp_C, log1mp_C, score_C, call.mask_N[part], value_C, call.progress, phase_C)
+                LossInputs(logp_C, log1mp_C, score_C, call.mask_N[part], value_C, call.progress, phase_C, reference_C)
             )
         self.loss += out.loss_sum.detach()
         for name, metric in out.metrics.items():

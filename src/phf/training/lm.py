@@ -12,9 +12,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
-from phf.core.runs import RunFolder, complete_checkpoints, model_folder, not_found
-from phf.tokens.tokenizer import add_control_tokens, check_model_fits, encode_segments, load_tokenizer, table_size
-from phf.training.probe import check_causal, check_fits, first_line
+from phf.core.runs import RunFolder, complete_checkpoints, looks_local, model_folder, not_found
+from phf.tokens.tokenizer import (
+    SAMPLE_TEXT,
+    add_control_tokens,
+    check_model_fits,
+    encode_segments,
+    load_tokenizer,
+    table_size,
+)
+from phf.training.probe import check_causal, check_fits, first_line, one_line
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 """Set to 0 in a model from scratch unless the config sets them: one epoch needs no dropout, which costs about a
@@ -69,6 +76,11 @@ MODELS: dict[str, Plain] = {
 
 def _named_model(value: Any) -> Any:
     """The settings of a model that is named: model=tiny, or model.name=tiny with further model.config.* settings."""
+    if isinstance(value, str) and value not in MODELS:
+        raise ValueError(
+            f"unknown model {value!r}{did_you_mean(value, MODELS)} (known: {', '.join(MODELS)}; or "
+            "model.name=from_config, model.name=from_weights)"
+        )
     if isinstance(value, str) and value in MODELS:
         return {"name": "from_config", "config": MODELS[value]}
     if isinstance(value, Mapping) and value.get("name") in MODELS:
@@ -96,7 +108,7 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
     from transformers import AutoConfig
 
     source = Path(model_folder(path))
-    if not source.exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
+    if not source.exists() and looks_local(str(path)):
         raise ConfigError(f"model {path}: not a local folder, and not a name on the Hub (owner/name)")
     if source.exists() and not (source / "config.json").exists():
         whole = complete_checkpoints(RunFolder(source).checkpoints)
@@ -114,7 +126,7 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
         for name, value in (changes or {}).items():
             setattr(config, name, value)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {error}") from None
+        raise ConfigError(f"model.config: {one_line(error)}") from None
     _check_sizes(config, f"model {path}")
     return config
 
@@ -224,7 +236,7 @@ def new_config(settings: Mapping[str, Any], **more: Any) -> Any:
     try:
         config = AutoConfig.for_model(kind, **settings | more)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {error}") from None
+        raise ConfigError(f"model.config: {one_line(error)}") from None
     _check_names(config, settings, AutoConfig.for_model(kind))
     _check_sizes(config, "model.config")
     return config
@@ -300,10 +312,6 @@ def _check_same_tokenizer(config: FromWeights, tokenizer: Any, rows: int) -> Non
             f"the token store was made with another tokenizer than {name}'s: the vocabularies are the same, but they "
             f"cut texts differently. Tokenize the corpus with --tokenizer {config.path}"
         )
-
-
-SAMPLE_TEXT = 'Capitals,  two spaces, 1234 and 5.6, it\'s "quoted", naïve ﬁ Ünï 日本\n\tdef f(x): return x\n'
-"""Two tokenizers that cut it alike are taken for the same."""
 
 
 def set_attention(lm: Any, name: str) -> None:

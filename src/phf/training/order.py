@@ -121,7 +121,11 @@ def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
         "targets": torch.from_numpy(batch.target_BT),
         "scores": torch.from_numpy(batch.score_BT),
         "mask": torch.from_numpy(batch.mask_BT),
-    } | ({} if batch.phase_BT is None else {"phase": torch.from_numpy(batch.phase_BT)})
+    } | {
+        name: torch.from_numpy(array)
+        for name, array in (("phase", batch.phase_BT), ("reference", batch.reference_BT))
+        if array is not None
+    }
 
 
 def identity(batch: Any) -> Any:

@@ -42,7 +42,15 @@ from phf.training.folder import Environment, check_environment, common_checkpoin
 from phf.training.fsdp import shard
 from phf.training.fused import check_objective
 from phf.training.lm import FromConfig, FromWeights, add_control_embeddings, build_lm, load_lm_weights, set_attention
-from phf.training.metrics import MetricsCallback, OpenLine, ResumeClock, RunScale, read_metrics, training_seconds
+from phf.training.metrics import (
+    JudgingCallback,
+    MetricsCallback,
+    OpenLine,
+    ResumeClock,
+    RunScale,
+    read_metrics,
+    training_seconds,
+)
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
 from phf.training.order import RowBatches, TrainingRows, exposure, training_order
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
@@ -78,6 +86,9 @@ def train(
     plan = _prepare(tokens_dir, out, model=model, objective=objective, config=config, seed=seed)
     if isinstance(plan, TrainManifest):
         return plan
+    if plan.writer:
+        for remark in plan.objective.remarks(plan.tokens.statistics):
+            print(remark if remark.startswith("warning: ") else f"note: {remark}", file=sys.stderr)
     _check_surroundings(config, judged=bool(callbacks))
     with contextlib.ExitStack() as held:
         built = _build(plan, callbacks, held)
@@ -129,6 +140,8 @@ def _prepare(
     """What decides the run, or the manifest of a run that is finished."""
     tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores)
     objective = objective.fit(tokens.statistics)
+    if objective.reference_model is not None:
+        tokens = tokens.with_reference(objective.reference_model)
     if not is_built_in(objective):
         check_objective(objective)
     head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
@@ -173,6 +186,8 @@ def run_key(
     used_columns += [] if config.mixture is None else [config.mixture.column]
     columns = [tokens.manifest.columns.get(column) for column in used_columns]
     others.append([None if mark is None else mark.hash for mark in columns])
+    if tokens.reference is not None:
+        others.append(["reference", tokens.manifest.references[tokens.reference].hash])
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
     return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
@@ -199,10 +214,11 @@ def _earlier_key(
 
 
 def _decides(model: FromConfig | FromWeights, objective: Objective, config: TrainConfig, seed: int) -> Plain:
+    """The settings, but for the paths of weights."""
     weights = isinstance(model, FromWeights)
     return {
         "model": {k: v for k, v in to_plain(model).items() if v != {} and not (weights and k == "path")},
-        "objective": to_plain(objective),
+        "objective": to_plain(objective.with_reference("its weights")),
         "train": {k: v for k, v in to_plain(config).items() if k not in FREE},
         "seed": seed,
     }
@@ -303,6 +319,7 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...], held: contextlib
         compile=compiled and not config.shard,
         chunk=config.chunk,
         fast_attention=config.attention == "auto",
+        end_of_text=plan.tokens.end_of_text_id if config.document_mask else None,
     )
     if plan.value_head is not None:
         wrapper.load_value_head(plan.value_head.parent)
@@ -350,7 +367,8 @@ def _trainer(
     config = plan.config
     data = TrainingRows(plan.order, config.steps * config.batch_rows, plan.first)
     line = OpenLine()
-    record = _metrics(plan, wrapper, line, parameters)
+    judges = [callback for callback in callbacks if isinstance(callback, JudgingCallback)]
+    record = _metrics(plan, wrapper, line, parameters, judges)
     checkpoints = CheckpointPlan(
         keep=config.keep,
         milestones=frozenset(config.milestone_steps),
@@ -368,6 +386,7 @@ def _trainer(
         tokenizer=tokenizer,
         line=line,
         plan=checkpoints,
+        config=config,
         args=arguments,
         callbacks=[*callbacks, ResumeClock(record)],
     )
@@ -403,7 +422,9 @@ def _shard(wrapper: PHFModel, resume: Path | None, device: torch.device, compile
     wrapper.compiled = compiled  # the loss
 
 
-def _metrics(plan: _Plan, wrapper: PHFModel, line: OpenLine, parameters: int) -> MetricsCallback:
+def _metrics(
+    plan: _Plan, wrapper: PHFModel, line: OpenLine, parameters: int, judges: list[JudgingCallback]
+) -> MetricsCallback:
     """The callback that writes metrics."""
     config = plan.config
     scale = RunScale(
@@ -414,7 +435,8 @@ def _metrics(plan: _Plan, wrapper: PHFModel, line: OpenLine, parameters: int) ->
         flops_per_token=flops_per_token(wrapper.lm, config.context),
         peak_flops=peak_flops(wrapper.autocast_dtype, plan.world) if plan.writer else None,
     )
-    return MetricsCallback(plan.run.metrics, scale, line, plan.writer, timed_checkpoints=config.save_every is None)
+    timed = config.save_every is None
+    return MetricsCallback(plan.run.metrics, scale, line, plan.writer, timed_checkpoints=timed, judges=judges)
 
 
 # Run
