@@ -79,11 +79,13 @@ class ScoredDocument:
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a text in which a scorer found a fault, and the kind of fault."""
+    """Characters [start, end) of a text in which a scorer found a fault, and the kind of fault. `score`: how bad it is,
+    for scorers that say so."""
 
     start: int
     end: int
     label: str
+    score: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Block:
     """Scores above it are bad, by the scorer."""
     token_score_T: np.ndarray | None = None
     """Score of each token, float32, where the store has them."""
+    reference_T: np.ndarray | None = None
+    """Log-probability of each token under a reference model, float32, where they are asked for; NaN: not known."""
     words: Callable[[], np.ndarray] | None = None
     """Gives whether each entry of the vocabulary starts a word, bool."""
     others: Callable[[str], Block] | None = None

@@ -32,6 +32,7 @@ from phf.core.types import Sample
 from phf.generation.decoding import draw, guide
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
 from phf.generation.loaded import LoadedModel, banned_tokens, can_be_asked, check_room, precision_of, prompt_ids
+from phf.generation.safe_beam import WIDTH, safe_beams
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.server import Server
 from phf.training.probe import CACHE_NAMES, cache_name, check_can_be_sampled
@@ -44,6 +45,10 @@ def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> lis
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
     model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
+    if scenario.safe_beam is not None and not model.worst:
+        raise ConfigError(
+            f"{model.path} has no control token that stands for bad text, so safe_beam does not work with it"
+        )
     if not can_be_asked(model, scenario):
         asked = "guidance" if scenario.guidance is not None else f"control={scenario.control}"
         raise ConfigError(f"{model.path} has no control tokens, so {asked} does not work with it")
@@ -70,10 +75,19 @@ def sample_prompts(
     samples: list[Sample] = []
     bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
     check_can_be_sampled(model.lm, model.path)
+    width = scenario.batch if scenario.safe_beam is None else max(scenario.batch // scenario.safe_beam // WIDTH, 1)
     with bar, torch.inference_mode():
         lm = fast_copy(model.lm, torch.bfloat16) if precision_of(model, scenario) == "bf16" else model.lm
-        for start in range(0, len(prompts), scenario.batch):
-            part = slice(start, start + scenario.batch)
+        for start in range(0, len(prompts), width):
+            part = slice(start, start + width)
+            if scenario.safe_beam is not None:
+                name = cache_name(model.lm) or CACHE_NAMES[0]
+                cache = _cache(lm.base_model)
+                samples += safe_beams(
+                    model, lm.base_model, cache, name, scenario, prompts[part], starts[part], banned, start
+                )
+                bar.update(len(prompts[part]))
+                continue
             batch = _Batch(
                 model=model,
                 trunk=lm.base_model,
@@ -283,6 +297,7 @@ def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
     unsupported = {
         "control": scenario.control == "bad",
         "guidance": scenario.guidance is not None,
+        "safe_beam": scenario.safe_beam is not None,
         "top_k": scenario.top_k is not None,
         "control_after_prompt": scenario.control_after_prompt,
     }

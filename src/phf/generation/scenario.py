@@ -18,11 +18,17 @@ class Scenario:
     """How to sample. Lengths are in text tokens."""
 
     num_samples: Annotated[int, Field(gt=0)] = 512
+    """Number of samples."""
     max_tokens: Annotated[int, Field(gt=0)] = 128
+    """Longest sample."""
     min_tokens: Annotated[int, Field(ge=0)] = 10
+    """End-of-text is banned before."""
     temperature: Annotated[float, Field(gt=0)] = 0.7
+    """Divides the logits."""
     top_p: Annotated[float, Field(ge=1e-6, le=1)] = 0.9
+    """Nucleus sampling: only the likeliest tokens with this mass."""
     top_k: Annotated[int, Field(gt=0)] | None = None
+    """Only this number of likeliest tokens; None: no limit."""
     control: str = "good"
     """The control tokens that come first, for models that have control tokens. good: those that the model was trained
     to be asked for good text with. bad: those that ask for bad text. none: none of them. Or the name of one of the
@@ -34,6 +40,9 @@ class Scenario:
     + g (l_control - l_against). 1 is plain sampling."""
     against: Annotated[str, Field(exclude_if=lambda value: value == "bad")] = "bad"
     """The role that guidance leads away from."""
+    safe_beam: Annotated[int | None, Field(gt=0, le=64, exclude_if=lambda value: value is None)] = None
+    """Number of beams of SafeBeam, which drops what leads towards the tokens that ask for bad text
+    (phf.generation.safe_beam). None: plain sampling."""
     prompts: str | None = None
     """JSON lines or Parquet with a string `text` or `prompt` in each row: a file, or one that comes with phf
     (challenging_rtp, cursing_prompts, functions, functions_csnet, pii_prompts, pep8_prompts)."""
@@ -54,6 +63,8 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.guidance is not None and self.safe_beam is not None:
+            raise ValueError("guidance and safe_beam cannot be used together")
         if self.guidance is not None and self.control in ("none", self.against):
             raise ValueError(f"guidance leads from one control token to another, not to control={self.control}")
 

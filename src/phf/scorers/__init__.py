@@ -19,6 +19,7 @@ from phf.scorers.fitted import Fitted
 from phf.scorers.pep8 import PEP8
 from phf.scorers.pii import PII, Presidio
 from phf.scorers.simple import Function, Lexicon, Regex
+from phf.scorers.token_classifier import TokenClassifier
 from phf.scorers.toxicity import Toxicity
 
 AnyScorer = Annotated[SingleScorer | Combination, Field(discriminator="name", title="scorer")]
@@ -37,5 +38,6 @@ __all__ = [
     "Presidio",
     "Regex",
     "Scorer",
+    "TokenClassifier",
     "Toxicity",
 ]

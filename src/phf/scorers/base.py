@@ -52,6 +52,10 @@ class Scorer:
         """The faults in `text`, in order of start. Raises an exception for a text that cannot be judged."""
         raise NotImplementedError
 
+    def token_spans(self, text: str) -> list[Span]:
+        """Spans with the scores of the tokens in them; tokens outside of all have the score 0."""
+        return self.spans(text)
+
     def score_text(self, text: str) -> float:
         """Score of a whole text: spans per character. NaN for an empty text."""
         return len(self.spans(text)) / len(text) if text else math.nan

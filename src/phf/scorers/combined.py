@@ -17,9 +17,10 @@ from phf.scorers.fitted import Fitted
 from phf.scorers.pep8 import PEP8
 from phf.scorers.pii import PII, Presidio
 from phf.scorers.simple import Function, Lexicon, Regex
+from phf.scorers.token_classifier import TokenClassifier
 from phf.scorers.toxicity import Toxicity
 
-SingleScorer = PII | Presidio | PEP8 | Toxicity | Fitted | Lexicon | Regex | Function
+SingleScorer = PII | Presidio | PEP8 | Toxicity | TokenClassifier | Fitted | Lexicon | Regex | Function
 """All scorers but the combination."""
 
 

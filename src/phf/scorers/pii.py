@@ -15,7 +15,7 @@ import datetime
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Annotated, Any, Literal
 
@@ -33,13 +33,16 @@ class PII(Scorer):
     """scrubadub's detectors for US English. Overlapping entities are merged, as scrubadub does.
 
     `detectors`: "default" is scrubadub's own set. "paper" adds Skype names, US addresses and dates of birth, where ages
-    are counted on `reference_date`. `spacy_model` adds people and organizations (the paper: en_core_web_sm).
+    are counted on `reference_date`. `spacy_model` adds people and organizations (the paper: en_core_web_sm). `divide`:
+    "twice" divides the number of entities by the square of the length, as the paper's script does; its thresholds and
+    betas were made for such scores.
     """
 
     name: Literal["pii"] = "pii"
     detectors: Literal["default", "paper"] = "default"
     reference_date: datetime.date = datetime.date(2023, 1, 1)
     spacy_model: str | None = None
+    divide: Annotated[Literal["once", "twice"], Field(exclude_if=lambda value: value == "once")] = "once"
 
     @property
     def names(self) -> dict[str, str]:
@@ -54,7 +57,7 @@ class PII(Scorer):
         scrubber = self._scrubber()
         identity = {
             "name": self.name,
-            "unit": "entities per character",
+            "unit": "entities per character" if self.divide == "once" else "entities per square of characters",
             "locale": "en_US",
             "detectors": sorted(scrubber._detectors),
             "versions": {p: metadata.version(p) for p in packages},
@@ -74,6 +77,20 @@ class PII(Scorer):
 
     def spans(self, text: str) -> list[Span]:
         return [Span(f.beg, f.end, _label(f)) for f in self._scrubber().iter_filth(text)]
+
+    def score_text(self, text: str) -> float:
+        score = super().score_text(text)
+        return score if self.divide == "once" else score / len(text) if text else score
+
+    def judge_segments(self, segments: Sequence[str]) -> tuple[list[float], Counter[str]]:
+        scores, kinds = super().judge_segments(segments)
+        if self.divide == "twice":
+            scores = [score / len(s) if s else score for score, s in zip(scores, segments, strict=True)]
+        return scores, kinds
+
+    @property
+    def judges_by_document(self) -> bool:
+        return False
 
 
 def _label(filth: Any) -> str:
