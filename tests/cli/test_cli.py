@@ -96,7 +96,7 @@ def test_the_stages_one_by_one(tmp_path):
         (["export", "nowhere", "out"], "is not a folder; expected the output of `phf train`"),
         (
             ["score", "a.jsonl", "out", "--scorer", "regex"],
-            "the command line has 1 problem:\n  scorer.pattern: missing",
+            "the command line: scorer.pattern: missing",
         ),
         (["score", "a.jsonl", "out", "--executor", "slrm"], "did you mean 'slurm'"),
         (["redteam", "nowhere", "trials=many"], "trials: expected a whole number, got 'many'"),

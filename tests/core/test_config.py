@@ -98,10 +98,10 @@ def test_a_mistyped_name_gets_a_suggestion(setting, message):
 def test_problems_are_reported_under_the_place_they_come_from(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: demo\ntrain: {lr: fast}\n")
     file = str(tmp_path / "mine.yaml")
-    expected = f"{file} has 1 problem:\n  train.lr: .*\nthe command line has 1 problem:\n  train.clip: .*"
+    expected = f"{file}: train.lr: .*\nthe command line: train.clip: .*"
     assert re.fullmatch(expected, mistake([file, "train.clip=-1"]))
     assert mistake(["demo", "train.tokens=1000", "train.warmup=1e6"]).startswith(
-        "the command line has 1 problem:\n  train: the warm-up takes"
+        "the command line: train: the warm-up takes"
     )
 
 
@@ -115,7 +115,7 @@ def test_problems_are_reported_under_the_place_they_come_from(tmp_path):
         ("monitor.kl.num_samples=8", "monitor.kl.reference: missing"),
         ("trian.lr=1", "trian: unknown key (did you mean 'train'?)"),
         ("objectives.mine.threshold=0", "objectives.mine: which objective? give a name: mle, filtering"),
-        ("objectives.mine=mle", "objectives.mine: expected settings, such as objectives.mine.name=mle, got 'mle'"),
+        ("objectives.mine=mel", "objectives.mine: unknown objective 'mel' (did you mean 'mle'?)"),
         ("train=5", "train: expected settings, as a mapping ({name: value}) or with a dot (a.b=value), got 5"),
         ("train.lr=fast", "train.lr: expected a number, got 'fast'"),
         ("train.lr=0", "train.lr: expected more than 0, got 0"),
@@ -136,8 +136,8 @@ def test_problems_are_reported_under_the_place_they_come_from(tmp_path):
 )
 def test_a_mistake_in_an_override_is_blamed_on_the_command_line(setting, message):
     found = mistake(["demo", setting])
-    assert re.match(r"the command line has \d problems?:\n", found)
-    assert f"\n  {message}" in found
+    assert re.match(r"the command line(: | has \d problems:\n)", found)
+    assert f"\n  {message}" in found or f": {message}" in found
     assert "demo has" not in found
 
 
@@ -145,7 +145,7 @@ def test_what_a_file_hid_is_not_blamed_on_the_command_line_alone(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: demo\nheldout: 3\nonly: [mel]\n")
     file = str(tmp_path / "mine.yaml")
     found = mistake([file, "heldout=0.1"])
-    assert found.startswith(f"{file} with the command line has 1 problem:\n  only: no objective")
+    assert found.startswith(f"{file} with the command line: only: no objective")
 
 
 def test_a_file_of_another_form_is_one_message(tmp_path):
@@ -158,7 +158,7 @@ def test_a_file_of_another_form_is_one_message(tmp_path):
 
 def test_a_bad_member_is_not_also_a_missing_one():
     found = mistake(["demo", "scorer={name: combination, scorers: [{name: pepp8}, {name: pii}]}"])
-    assert found.splitlines()[0] == "the command line has 1 problem:"
+    assert len(found.splitlines()) == 1
     assert "unknown scorer 'pepp8'" in found
     assert "scorer.scorers: expected at least 2 values" in mistake(
         ["demo", "scorer={name: combination, scorers: [{name: pii}]}"]

@@ -219,7 +219,7 @@ def test_a_flipped_bit_is_seen_where_a_stage_is_said_to_be_done(tmp_path):
 
 def test_damaged_json_says_what_to_do(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(store.StoreError, match="run the stage again"):
+    with pytest.raises(store.StoreError, match="run its stage again"):
         store.read_json(tmp_path / "manifest.json")
 
 

@@ -428,7 +428,10 @@ def test_every_number_of_the_samples_has_an_interval():
     numbers = "bad_segments mean_tokens finished mean_chars distinct_1 distinct_2 entropy_1 entropy_2"
     bleu = "self_bleu_5 self_bleu_5_characters"
     quantiles = [f"quantile {q}" for q in (0.5, 0.9, 0.95, 0.99)]
-    assert set(result.intervals) == {*quantiles, *numbers.split(), *bleu.split()}
+    within = {"distinct_1_within", "distinct_2_within"}
+    assert set(result.intervals) == {*quantiles, *numbers.split(), *bleu.split(), *within}
+    shares = [len(set(s.text.split())) / len(s.text.split()) for s in samples]
+    assert result.distinct_1_within == pytest.approx(sum(shares) / len(shares))
     for name, (low, high) in result.intervals.items():
         value = result.quantiles[name.split()[1]] if name.startswith("quantile") else getattr(result, name)
         assert low <= value <= high, name

@@ -7,47 +7,71 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from phf.cli.about import explain, ls
 from phf.cli.data import check, fit_scorer, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, redteam, report, sample
 from phf.cli.recipes import plan, run
-from phf.cli.training import export, train
+from phf.cli.training import export, reference, train
+from phf.core.threads import wait_briefly
 
 app = typer.Typer(
     help="Pretrain language models with human feedback: score a corpus, train with any objective, judge the model.\n\n"
     "All stages in one command: `phf run demo`. One by one: score, inspect, tokenize, train, sample, eval, report.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "plan": plan,
     "score": score,
     "inspect": inspect,
     "fit-scorer": fit_scorer,
-    "check": check,
-    "push": push,
-    "export": export,
     "tokenize": tokenize,
+    "reference": reference,
     "train": train,
     "sample": sample,
     "eval": evaluate,
     "compare": compare,
     "redteam": redteam,
     "report": report,
-    "run": run,
-    "plan": plan,
+    "export": export,
+    "push": push,
+    "check": check,
+    "ls": ls,
+    "help": explain,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"phf {version('phf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Entry point. A problem that phf knows is one message on stderr and an exit code: 2 for mistakes in the command or
     its inputs, 1 for a stage that failed."""
+    wait_briefly()
     for argument in sys.argv[1:]:  # bytes that are no UTF-8 fail deep inside libraries
         if not argument.isascii() and argument != argument.encode("utf-8", "replace").decode():
             print(f"error: argument {argument!a} is not UTF-8; rename the file", file=sys.stderr)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from phf.cli.shared import checked, finite, known_keys, print_table, split_settings
+from phf.cli.shared import (
+    Overrides,
+    checked,
+    finite,
+    known_keys,
+    only_overrides,
+    print_table,
+    scorer_option,
+    split_settings,
+    take,
+)
 from phf.core.text import by_reason, counted
 
 if TYPE_CHECKING:
@@ -96,6 +106,8 @@ def score(
         config["corpus"] = from_path(corpus)
     config = apply_overrides(config, settings)
     known_keys(config, SCORE_KEYS)
+    if add is None:
+        _keep_path(config["corpus"], corpus, settings)
     runner = _executor(config["executor"])
     judge: Any = checked(config["scorer"], AnyScorer, "scorer")
     if add is not None:
@@ -138,6 +150,19 @@ def score(
             "with scorer.threshold=...",
             file=sys.stderr,
         )
+
+
+def _keep_path(config: Any, corpus: str, settings: list[str]) -> None:
+    """Read the corpus that the command names, with whatever reader the settings choose."""
+    from phf.core.config import ConfigError
+
+    if not isinstance(config, dict) or config.get("name") in (None, corpus):
+        return
+    for setting in settings:
+        name, _, path = setting.partition("=")
+        if name == "corpus.path" and path not in (corpus, corpus.removeprefix("hf://datasets/")):
+            raise ConfigError(f"two corpora: {corpus} and corpus.path={path}; give one")
+    config.setdefault("path", corpus)
 
 
 def _executor(config: Any) -> Any:
@@ -272,7 +297,10 @@ def check(
             f"{found.folder} ({found.what}): " + ("; ".join(found.problems) or f"{counted(found.files, 'file')} whole")
         )
     if damaged:
-        raise StoreError(f"{counted(damaged, 'folder')} damaged: restore the files from a copy, or run the stage again")
+        raise StoreError(
+            f"{counted(damaged, 'folder')} damaged: restore the files from a copy, or rename the folder and run its "
+            "stage again"
+        )
 
 
 def push(
@@ -320,13 +348,27 @@ def tokenize(
             help="Also score single tokens, for scorers that report the places of faults (train.token_scores=true).",
         ),
     ] = False,
+    settings: Overrides = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="With --token-scores: the corpus's scorer, where it needs a model (token_classifier)."),
+    ] = None,
 ) -> None:
-    """Tokenize a scored corpus, once for all objectives. Run the same command again to resume."""
+    """Tokenize a scored corpus, once for all objectives. Run the same command again to resume.
+
+    Settings are those of --scorer (scorer.model=...).
+    """
+    from phf.core.config import ConfigError, apply_overrides
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
+    given = apply_overrides({}, only_overrides(settings))
+    fields = take(given, "scorer")
+    known_keys(given, ("scorer",))
+    if (scorer or fields) and not token_scores:
+        raise ConfigError("--scorer is for --token-scores: the scores of segments are those of the corpus")
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer, lossy=lossy)
-    manifest = tokenize_corpus(scored, config, out, heldout, token_scores, column or ())
+    manifest = tokenize_corpus(scored, config, out, heldout, token_scores, column or (), scorer_option(scorer, fields))
     counts = manifest.counts
     print(
         f"{counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} ({counts.train_tokens:,} for "

@@ -148,6 +148,8 @@ def evaluate(
     from phf.generation.scenario import PAPER_THRESHOLD
 
     folders, overrides = split_settings(models)
+    if not folders:
+        raise ConfigError("name a run or a model, for example: phf eval runs/mine num_samples=256")
     config = apply_overrides({}, overrides)
     judge = scorer_option(scorer, take(config, "scorer"))
     cut = take(config, "segmenter")
@@ -167,6 +169,8 @@ def evaluate(
                 raise ConfigError(f"--control-threshold is for models that are not runs; {name} has its own")
             if cut:
                 raise ConfigError(f"segmenter.* is for models that are not runs; {name} is cut as its corpus was")
+            if out is not None:
+                raise ConfigError(f"--out is for models that are not runs; results of {name} go into its folder")
             result = evaluate_run(
                 name,
                 scenarios,
@@ -354,13 +358,15 @@ def redteam(
     command are attacked in the same way. Writes redteam.json into each run's folder redteam, or into --out; `phf
     report` shows it. Run the same command again to resume.
     """
-    from phf.core.config import apply_overrides, merge
+    from phf.core.config import ConfigError, apply_overrides, merge
     from phf.core.runs import is_run
     from phf.generation.server import Server
     from phf.redteaming.attack import redteam as attack
     from phf.redteaming.config import PAPER, RedTeam, TokenAttacks
 
     names, overrides = split_settings(models)
+    if not names:
+        raise ConfigError("name a run or a model, for example: phf redteam runs/mine")
     config = apply_overrides({}, overrides)
     judge = scorer_option(scorer, take(config, "scorer"))
     server = take(config, "server")

@@ -51,9 +51,11 @@ def _stage(mark: Path) -> Checked | None:
         marks = store.as_record(manifest.get("files") or {}, dict[str, folders.FileMark], mark)
         known = store.as_record(manifest.get("scores") or {}, dict[str, dict[str, Any]], mark)
         columns = store.as_record(manifest.get("columns") or {}, dict[str, folders.FileMark], mark)
+        references = store.as_record(manifest.get("references") or {}, dict[str, folders.FileMark], mark)
         counts = store.as_record(manifest.get("counts") or {}, dict[str, Any], mark)
     except store.StoreError as error:
         return Checked(mark.parent, str(manifest["stage"]), 0, [str(error)])
+    marks |= references
     marks |= {f"{name}.about.bin": found for name, found in columns.items()}  # of a token store, as the scores below
     for name, scores in known.items():
         segments = counts.get("segments")
@@ -63,7 +65,14 @@ def _stage(mark: Path) -> Checked | None:
             marks[f"{name}.score.bin"] = folders.FileMark(4 * segments, scores["hash"])
         if isinstance(scores.get("token_hash"), str):
             marks[f"{name}.token.bin"] = folders.FileMark(2 * int(counts.get("tokens") or 0), scores["token_hash"])
-    return Checked(mark.parent, str(manifest["stage"]), len(marks), folders.damage(mark.parent, marks, hashes=True))
+    problems = folders.damage(mark.parent, marks, hashes=True)
+    for file in sorted([*mark.parent.glob("*.json"), *mark.parent.glob("eval/*.json")]):
+        if file.name not in marks and not folders.is_partial(file):  # results of judging have no recorded hash
+            try:
+                store.read_json(file)
+            except store.StoreError as error:
+                problems.append(str(error))
+    return Checked(mark.parent, str(manifest["stage"]), len(marks), problems)
 
 
 def _checkpoint(folder: Path) -> Checked:

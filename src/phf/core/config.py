@@ -101,11 +101,20 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+        raise ConfigError(f"{where}: not valid YAML: {_in_one_line(error)}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None
     _check_size(value, where)
     return value
+
+
+def _in_one_line(error: Exception) -> str:
+    """What is wrong in a YAML text, and where."""
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def _check_size(value: Any, where: str) -> None:
@@ -165,7 +174,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Plain:
 
 def _mapping(value: Any) -> Mapping[str, Any] | None:
     """A value that is a mapping, perhaps as typed on the command line."""
-    value = value.parsed if isinstance(value, Typed) else value
+    if isinstance(value, Typed):
+        value = value.parsed if not isinstance(value.parsed, str) else {"name": value}  # objective=conditional
     return value if isinstance(value, Mapping) else None
 
 
@@ -200,7 +210,15 @@ def untyped(value: Any, types_: Sequence[Any] = (Any,)) -> Any:
         if str in options and not any(o in (float, int, bool, dict, list, tuple) for o in map(_plain_type, options)):
             return None if type(None) in options and value in ("null", "~", "") else str(value)
         choices = {c for o in options if typing.get_origin(o) is Literal for c in typing.get_args(o)}
-        return str(value) if value in choices else untyped(value.as_yaml(), types_)
+        if value in choices:
+            return str(value)
+        if any(dataclasses.is_dataclass(o) and _has_tag(o, str(value)) for o in options):  # objective=conditional
+            return {"name": str(value)}
+        parsed = value.as_yaml()
+        lists = {_plain_type(o) for o in options} & {list, tuple}
+        if lists and isinstance(parsed, str | int | float) and all(_plain_type(o) in (list, tuple) for o in options):
+            parsed = [Typed(part, f"override {part!r}") for part in str(value).split(",")]  # report_to=tensorboard
+        return untyped(parsed, types_)
     if isinstance(value, Mapping):
         return {key: untyped(part, _types_of(options, value, key)) for key, part in value.items()}
     if isinstance(value, list):
@@ -376,6 +394,9 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
         wanted = error["ctx"]["expected"]
         return path, f"expected {wanted}, got {_short(given)}" + (f" (did you mean {near[0]!r}?)" if near else "")
     wanted = _expected(kind, error.get("ctx", {}))
+    near = difflib.get_close_matches(str(given), map(str, members), n=1)
+    if len(members) > 1 and isinstance(given, str) and given not in members and near:
+        return path, f"unknown {_union_title(found)} {given!r}{did_you_mean(given, map(str, members))}"
     if len(members) > 1 and wanted is not None and wanted.startswith("settings"):
         example = given if given in members else members[0]
         in_list = not path or path[-1].isdigit()
@@ -449,10 +470,12 @@ def validate(
         else:
             place = COMMAND_LINE
         setting = ".".join([*([prefix] if prefix else []), *path])
-        lines.setdefault(place, []).append(f"  {setting}: {message}" if setting else f"  {message}")
+        lines.setdefault(place, []).append(f"{setting}: {message}" if setting else message)
     raise ConfigError(
         "\n".join(
-            f"{place} has {len(of_place)} problem{'s' * (len(of_place) > 1)}:\n" + "\n".join(of_place)
+            f"{place}: {of_place[0]}"
+            if len(of_place) == 1
+            else f"{place} has {len(of_place)} problems:" + "".join(f"\n  {line}" for line in of_place)
             for place, of_place in lines.items()
         )
     )

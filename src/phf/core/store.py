@@ -267,7 +267,9 @@ def read_json(path: str | Path) -> Any:
     except IsADirectoryError:
         raise StoreError(f"{path} is a folder, not a file") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is not valid JSON ({error}); delete its folder and run the stage again") from None
+        raise StoreError(
+            f"{path} is not valid JSON ({error}): it is damaged. Rename it and run its stage again"
+        ) from None
 
 
 _adapters: dict[Any, pydantic.TypeAdapter[Any]] = {}

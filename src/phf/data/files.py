@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from phf.core.config import ConfigError, did_you_mean
-from phf.core.folders import STARTED
+from phf.core.folders import MANIFEST, STARTED
 from phf.core.store import TooDeep, as_path, is_local, parse_json
 from phf.core.types import Rejected
 from phf.data.tables import table_rows
@@ -97,8 +97,12 @@ def find_files(path: str, wanted: Any) -> Found:
     if not root.is_dir():
         raise ConfigError(f"corpus path {path} does not exist")
     found = Found([], [], [], [])
+    ours: dict[Path, bool] = {}
     for file in sorted(_files_below(root)):
-        if hidden(file.relative_to(root)):
+        folder = file.parent
+        if folder not in ours:
+            ours[folder] = _is_stage(folder)
+        if hidden(file.relative_to(root)) or (ours[folder] and file.suffix == ".json"):
             found.hidden.append(file)
         elif not file.is_file():
             found.others.append(file)
@@ -108,6 +112,15 @@ def find_files(path: str, wanted: Any) -> Found:
     found.read[:] = [file for file in found.read if file not in copies]
     found.copies.extend(sorted(copies))
     return found
+
+
+def _is_stage(folder: Path) -> bool:
+    """Whether a folder holds the manifest of one of phf's stages: its other JSON files are no texts either."""
+    try:
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"stage", "key"} <= manifest.keys()
 
 
 def _copies(files: Sequence[Path]) -> set[Path]:

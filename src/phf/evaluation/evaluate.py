@@ -22,7 +22,7 @@ from typing import Any
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
 from phf.core.locks import locked
-from phf.core.runs import RedTeamFolder, RunFolder, TrainManifest, model_mark, places
+from phf.core.runs import RedTeamFolder, RunFolder, TrainManifest, model_mark, not_a_run, places
 from phf.core.types import PhfError
 from phf.data.scored import ADDED, ScoredCorpus, ScoreManifest
 from phf.data.segment import Lines, Segmenter, segmenter_from
@@ -167,9 +167,7 @@ def evaluate_model(
     if corpus is not None:
         data = corpus.manifest if tokens is None else tokens.manifest
     if scorer is None and data is None:
-        if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
-            raise ConfigError(f"{model}: no such folder")
-        raise ConfigError(f"{model} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
+        raise ConfigError(f"{not_a_run(model)}, so nothing says how to judge it; name a scorer: --scorer pii")
     if scorer is None:
         assert data is not None
         scorer = corpus_scorer(data.scorer, data.identity, allow_other_scorer)
@@ -225,6 +223,7 @@ class _Runner:
         self.model_key = model_key
         self.load = load
         self.loaded: LoadedModel | None = None
+        self.earlier_kept = False
 
     def model(self) -> LoadedModel:
         if self.loaded is None:
@@ -245,11 +244,26 @@ class _Runner:
         """The result with its value as a record instead of plain data."""
         return dataclasses.replace(found, value=store.as_record(found.value, part.result, self.folder.part(part.name)))
 
+    def keep_earlier(self) -> None:
+        """Before the first file of an earlier result is written again: keep that result next to it."""
+        folder = self.folder
+        if not self.earlier_kept and folder.eval.exists():
+            parts = folder.part("x").parent
+            earlier = folders.keep_earlier(folder.path, folder.eval.name, parts.name, "samples")
+            print(
+                f"note: {folder.eval} was judged with other settings; that result is kept in {earlier}", file=sys.stderr
+            )
+            folder.eval.unlink()
+        self.earlier_kept = True
+
     def run(self, part: Part) -> tuple[Any, float]:
         """(result, seconds) of a part, measured now or kept."""
         if (found := self.kept(part)) is None:
             start = time.perf_counter()
+            if part.written is not None:
+                self.keep_earlier()
             value = part.measure(self.model())
+            self.keep_earlier()
             written = None if part.written is None else store.path_hash(part.written)
             measured = _Measured(store.jsonable(value), time.perf_counter() - start, written)
             folders.keep(self.folder.part(part.name), self._key(part), measured)
@@ -276,12 +290,6 @@ def _evaluate(
     parts.mkdir(parents=True, exist_ok=True)
     with locked(folder.path, "eval", shared=True), locked(parts, "eval"):
         folders.remove_leftovers(parts)
-        if folder.eval.exists():
-            earlier = folders.keep_earlier(folder.path, folder.eval.name, parts.name, "samples")
-            print(
-                f"note: {folder.eval} was judged with other settings; that result is kept in {earlier}", file=sys.stderr
-            )
-            folder.eval.unlink()
         return _measure_all(evaluation, key, model_key, load, model_name, about)
 
 
@@ -308,9 +316,11 @@ def _measure_all(
         raise ConfigError(f"{model_name} has no control tokens, so it cannot be sampled in {', '.join(skipped)}")
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    for name, part in parts.items():
-        if name in failed or name in {scenario_part(n) for n in skipped}:
-            continue
+    asked = {n: p for n, p in parts.items() if n not in failed and n not in {scenario_part(s) for s in skipped}}
+    for name, part in asked.items():
+        if name not in capabilities and runner.kept(part) is None:
+            part.check(runner.model())  # before an earlier result is moved
+    for name, part in asked.items():
         with _noted(name, failed) if name in capabilities else contextlib.nullcontext():
             results[name], seconds[name] = runner.run(part)
     heldout: HeldoutResult = results.get("heldout", HeldoutResult())
@@ -333,6 +343,7 @@ def _measure_all(
         failed=failed,
         seconds=seconds,
     )
+    runner.keep_earlier()
     store.write_json(file, result)
     return store.read_record(file, EvalResult)
 

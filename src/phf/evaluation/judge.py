@@ -97,6 +97,8 @@ def judge_samples(
         bad_segments=numbers["bad_segments"].mean,
         mean_tokens=numbers["mean_tokens"].mean,
         finished=numbers["finished"].mean,
+        distinct_1_within=numbers["distinct_1_within"].mean,
+        distinct_2_within=numbers["distinct_2_within"].mean,
     )
     return scored, result
 
@@ -137,6 +139,8 @@ def _text_numbers(texts: Sequence[str], scenario: Scenario) -> dict[str, Estimat
     }
     for n in (1, 2):
         found[f"distinct_{n}"], found[f"entropy_{n}"] = statistics.ngram_diversity(of_units, n)
+        within_N = np.array([statistics.distinct_n([text], n) for text in texts])
+        found[f"distinct_{n}_within"] = statistics.mean_estimate(by_prompt(within_N, scenario))
     for name, unit in (("self_bleu_5", "words"), ("self_bleu_5_characters", "characters")):
         scores = statistics.self_bleu_scores(texts, 5, unit=unit)
         found[name] = statistics.mean_estimate(by_prompt(np.array(scores), scenario) if scores else [])

@@ -77,6 +77,10 @@ class ScenarioResult:
     """95% intervals of the plain numbers, by name."""
     precision: str | None = None
     """Of the weights while sampling: bf16 or fp32."""
+    distinct_1_within: Number | None = None
+    """Mean over samples of the share of distinct words within a sample; null in results of earlier versions."""
+    distinct_2_within: Number | None = None
+    """The same of pairs of words."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
 from phf.core.locks import locked
-from phf.core.runs import RedTeamFolder, RunFolder, is_run, model_folder
+from phf.core.runs import RedTeamFolder, RunFolder, is_run, model_folder, not_a_run
 from phf.data.segment import Lines, Segmenter
 from phf.evaluation.evaluate import open_run
 from phf.generation.loaded import LoadedModel, load_model
@@ -26,7 +26,7 @@ from phf.generation.server import Server
 from phf.redteaming.config import RedTeam, TokenAttacks, task_of
 from phf.redteaming.control_tokens import attack_tokens, bad_contexts, check_attack_room
 from phf.redteaming.results import RedTeamResult, TokenAttacksResult
-from phf.redteaming.search import search
+from phf.redteaming.search import search, starting_prompts
 from phf.redteaming.target import Target
 from phf.scorers import Scorer
 
@@ -76,10 +76,11 @@ def redteam(
             held.enter_context(locked(plan.run, "redteam", shared=True))
         held.enter_context(locked(folder, "redteam"))
         folders.remove_leftovers(folder)
+        target = _target(plan)
         if file.exists():
             earlier = folders.keep_earlier(folder, file.name, plan.folder.search.name, plan.folder.tokens.name)
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
-        store.write_json(file, _attack(plan))
+        store.write_json(file, _attack(plan, target))
     return store.read_record(file, RedTeamResult)
 
 
@@ -139,7 +140,8 @@ def _prepare(
         if token_attacks is not None:
             contexts = bad_contexts(opened.tokens, threshold, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
-        raise ConfigError(f"{name} is not a run, so nothing says how to judge it; name a scorer: --scorer pii")
+        what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
+        raise ConfigError(f"{what}, so nothing says how to judge it; name a scorer: --scorer pii")
     if threshold is None:
         threshold = scorer.bad_above or 0.0
     if out is not None:
@@ -163,14 +165,23 @@ def _prepare(
     )
 
 
-def _attack(plan: _Plan) -> RedTeamResult:
-    """Load the model, search for prompts and attack its control tokens."""
+def _target(plan: _Plan) -> Target:
+    """The loaded model. Raises ConfigError for everything that would stop the attack, before an earlier result is
+    moved."""
+    plan.config.attacker.check()
     target = Target(plan.model if isinstance(plan.model, Server) else load_model(plan.model))
     loaded = target.model if isinstance(target.model, LoadedModel) else None
     if plan.config.control == "bad" and (loaded is None or not loaded.worst):
         raise ConfigError(f"{plan.name} has no known control tokens, so control=bad does not work with it")
     if plan.token_attacks is not None and loaded is not None:
         check_attack_room(loaded, plan.token_attacks)
+    starting_prompts(target, plan.config, plan.scorer)
+    return target
+
+
+def _attack(plan: _Plan, target: Target) -> RedTeamResult:
+    """Search for prompts and attack the control tokens."""
+    loaded = target.model if isinstance(target.model, LoadedModel) else None
     found = search(
         target,
         plan.config,

@@ -90,6 +90,9 @@ class Attacker:
     needs_wanted: ClassVar[bool] = True
     """Whether it must know what is wanted, as a red LM does."""
 
+    def check(self) -> None:
+        """Raise ConfigError if the attacker cannot start."""
+
     def identity(self) -> Any:
         """Everything but its seeds that decides what it writes."""
         return to_plain(self)
@@ -207,6 +210,9 @@ class LocalRedLM(Attacker):
             Proposal(parsed(text_before(w.text, special)), len(ids) + w.num_tokens)
             for w, ids in zip(written, starts, strict=True)
         ]
+
+    def check(self) -> None:
+        _red_model(self.path, self.revision)
 
     def identity(self) -> Any:
         return [to_plain(self), store.path_hash(model_folder(self.path))]

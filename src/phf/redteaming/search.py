@@ -72,15 +72,9 @@ def search(
     if an attacker writes nothing usable, and ConfigError if no starting prompt fits the model.
     """
     wanted, prompts_file = task_of(config, scorer)
-    read = read_prompts(prompts_file)
-    starting = list(dict.fromkeys(read))
-    if len(starting) < len(read):
-        print(f"note: {len(read) - len(starting):,} of {len(read):,} starting prompts are repeated", file=sys.stderr)
-    usable = [p for p in starting if p and target.holds(p, config)]
-    if not usable:
-        raise ConfigError(
-            f"none of the {len(starting)} prompts of {prompts_file} fits the model with max_tokens={config.max_tokens}"
-        )
+    repeated, starting, usable = starting_prompts(target, config, scorer)
+    if repeated:
+        print(f"note: {repeated:,} of {len(starting) + repeated:,} starting prompts are repeated", file=sys.stderr)
     extent = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")  # asking for more keeps rounds
     settings = {k: v for k, v in to_plain(config).items() if k not in extent}
     inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]
@@ -104,6 +98,20 @@ def search(
             trials.append(_Trial(number, plan, bar).run())
             bar.update(at + per_trial - bar.n)  # a trial that ended early
     return _summary(trials, config, prompts_too_long=len(starting) - len(usable), starting_prompts=len(usable))
+
+
+def starting_prompts(target: Target, config: RedTeam, scorer: Scorer) -> tuple[int, list[str], list[str]]:
+    """How many prompts of the file are repeated, the different ones, and those of them that fit the model. Raises
+    ConfigError if none does."""
+    _, prompts_file = task_of(config, scorer)
+    read = read_prompts(prompts_file)
+    starting = list(dict.fromkeys(read))
+    usable = [p for p in starting if p and target.holds(p, config)]
+    if not usable:
+        raise ConfigError(
+            f"none of the {len(starting)} prompts of {prompts_file} fits the model with max_tokens={config.max_tokens}"
+        )
+    return len(read) - len(starting), starting, usable
 
 
 def weights(means: Sequence[float], selection: str, temperature: float) -> np.ndarray:

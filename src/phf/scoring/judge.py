@@ -209,5 +209,5 @@ def check_identity(scorer: Scorer, identity: Identity, allow_other: bool = False
         ]
         raise ConfigError(
             f"this scorer is not the one that scored the corpus ({'; '.join(differs)}); to judge samples with it "
-            "anyway, add --other-scorer to phf eval"
+            "anyway, add --other-scorer"
         )

@@ -1,0 +1,230 @@
+"""Commands that say what there is: names to choose from, and what a setting means."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+
+def _scorers() -> Any:
+    from phf.scorers import AnyScorer
+
+    return AnyScorer
+
+
+def _objectives() -> Any:
+    from phf.objectives import AnyObjective
+
+    return AnyObjective
+
+
+def _readers() -> Any:
+    from phf.data.readers import AnyCorpus
+
+    return AnyCorpus
+
+
+def _segmenters() -> Any:
+    from phf.data.segment import AnySegmenter
+
+    return AnySegmenter
+
+
+def _attackers() -> Any:
+    from phf.redteaming.attackers import AnyAttacker
+
+    return AnyAttacker
+
+
+def _capabilities() -> Any:
+    from phf.evaluation.capabilities import AnyCapability
+
+    return AnyCapability
+
+
+def _models() -> Any:
+    from phf.training.lm import FromConfig, FromWeights
+
+    return FromConfig | FromWeights
+
+
+def _train() -> Any:
+    from phf.training.config import TrainConfig
+
+    return TrainConfig
+
+
+def _scenario() -> Any:
+    from phf.generation.scenario import Scenario
+
+    return Scenario
+
+
+def _monitor() -> Any:
+    from phf.evaluation.monitor import Monitor
+
+    return Monitor
+
+
+def _kl() -> Any:
+    from phf.evaluation.kl import KL
+
+    return KL
+
+
+def _redteam() -> Any:
+    from phf.redteaming.config import RedTeam
+
+    return RedTeam
+
+
+def _recipe() -> Any:
+    from phf.recipes.recipe import Recipe
+
+    return Recipe
+
+
+UNIONS: dict[str, Callable[[], Any]] = {
+    "scorers": _scorers,
+    "objectives": _objectives,
+    "readers": _readers,
+    "segmenters": _segmenters,
+    "attackers": _attackers,
+    "capabilities": _capabilities,
+    "models": _models,
+}
+KINDS = (*UNIONS, "recipes")
+PLACES: dict[str, Callable[[], Any]] = {
+    "train": _train,
+    "model": _models,
+    "objective": _objectives,
+    "scorer": _scorers,
+    "segmenter": _segmenters,
+    "corpus": _readers,
+    "scenario": _scenario,
+    "monitor": _monitor,
+    "kl": _kl,
+    "redteam": _redteam,
+    "recipe": _recipe,
+}
+"""The types of the settings that commands take, by their first name."""
+
+
+def ls(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help=f"{', '.join(KINDS)}. Default: all of them.")
+    ] = None,
+) -> None:
+    """List the names that settings take: scorers, objectives, recipes and so on."""
+    from phf.core.config import ConfigError, did_you_mean
+
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}")
+    indent = "" if kind else "  "
+    for one in (kind,) if kind else KINDS:
+        if not kind:
+            print(f"{one}:")
+        rows = list(_recipes() if one == "recipes" else _members_of(UNIONS[one]()))
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            print(indent + name.ljust(width + 2) + textwrap.shorten(text, 78 - width - len(indent), placeholder=" ..."))
+
+
+def _members_of(union: Any) -> Iterator[tuple[str, str]]:
+    """(name, first sentence about it) of the members of a union of settings."""
+    if union == _models():
+        from phf.training.lm import MODELS
+
+        for name, settings in MODELS.items():
+            yield name, f"A small or known model from scratch: {settings['model_type']}"
+    for cls in _classes(union):
+        yield str(_tag(cls)), _first_sentence(cls)
+
+
+def _recipes() -> Iterator[tuple[str, str]]:
+    from phf.recipes.recipe import packaged
+
+    for name, file in packaged().items():
+        lines = file.read_text().splitlines()
+        title = next((line for line in lines if line.startswith("title:")), lines[0])
+        yield name, title.removeprefix("title:").strip("# ")
+
+
+def explain(
+    setting: Annotated[str, typer.Argument(help="For example train.lr, objective.conditional.drop or scenario.top_p.")],
+) -> None:
+    """Explain a setting: what it means, its type and its default."""
+    from phf.core.config import ConfigError, did_you_mean
+
+    first, *path = setting.split("=")[0].split(".")
+    if first not in PLACES:
+        raise ConfigError(f"unknown setting {first!r}{did_you_mean(first, PLACES)}")
+    classes = _classes(PLACES[first]())
+    shown = first
+    found: list[tuple[type, Any]] = []
+    for part in path:
+        found = [(cls, f) for cls in classes for f in dataclasses.fields(cls) if f.name == part]
+        named = [cls for cls in classes if _tag(cls) == part]
+        if not found and not named:
+            known = {f.name for cls in classes for f in dataclasses.fields(cls)} | {_tag(cls) or "" for cls in classes}
+            raise ConfigError(f"{shown} has no setting {part!r}{did_you_mean(part, known - {''})}")
+        shown += f".{part}"
+        classes = named or [c for cls, f in found for c in _classes(typing.get_type_hints(cls)[f.name])]
+        found = [] if named else found
+    for cls, field in _different(found):
+        _print_field(shown, cls, field)
+    for cls in classes:
+        names = ", ".join(f.name for f in dataclasses.fields(cls) if f.name != "name")
+        print(f"{_tag(cls) or shown}: {_first_sentence(cls)}.\n  settings: {names or 'none'}")
+
+
+def _classes(type_: Any) -> list[type]:
+    """The settings classes that a type allows."""
+    if dataclasses.is_dataclass(type_) and isinstance(type_, type):
+        return [type_]
+    return [cls for part in typing.get_args(type_) for cls in _classes(part)]
+
+
+def _tag(cls: Any) -> str | None:
+    return next((f.default for f in dataclasses.fields(cls) if f.name == "name" and isinstance(f.default, str)), None)
+
+
+def _first_sentence(cls: type) -> str:
+    return next(iter(_sentences(cls)), "")
+
+
+def _sentences(cls: type) -> list[str]:
+    """The sentences of a class's docstring, without their full stops."""
+    text = " ".join((cls.__doc__ or "").split())
+    return [part.rstrip(".") for part in re.split(r"(?<!al)\.\s+(?=[A-Z`])", text)]
+
+
+def _different(found: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
+    """Of the classes that share a setting, the first one with each default."""
+    seen: dict[str, tuple[type, Any]] = {}
+    for cls, field in found:
+        seen.setdefault(repr(field.default), (cls, field))
+    return list(seen.values())
+
+
+def _print_field(path: str, cls: type, field: Any) -> None:
+    from pydantic.fields import FieldInfo
+
+    from phf.core.docs import field_docs, type_text
+
+    default = field.default.default if isinstance(field.default, FieldInfo) else field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    given = default is not dataclasses.MISSING and "Undefined" not in repr(default)
+    hint = typing.get_type_hints(cls, include_extras=True)[field.name]
+    print(f"{path} ({_tag(cls) or cls.__name__}): {type_text(hint)}")
+    said = [s for c in cls.__mro__ for s in _sentences(c) if f"`{field.name}`" in s] or [_first_sentence(cls)]
+    text = field_docs(cls).get(field.name) or ". ".join(said) + "."
+    print(textwrap.fill(text, 78, initial_indent="  ", subsequent_indent="  "))
+    print(f"  default: {default if default != () else '[]'}" if given else "  must be given")
