@@ -113,6 +113,21 @@ MEASURES = (
     ),
     Measure("distinct_1", "distinct-1", "higher", 3, "share of distinct words; falls as texts get longer"),
     Measure("distinct_2", "distinct-2", "higher", 3, "share of distinct pairs of words; falls as texts get longer"),
+    Measure(
+        "distinct_1_within",
+        "distinct-1 within samples",
+        "higher",
+        3,
+        "mean over samples of the share of distinct words within a sample, as the reference implementation reports it",
+    ),
+    Measure(
+        "distinct_2_within",
+        "distinct-2 within samples",
+        "higher",
+        3,
+        "mean over samples of the share of distinct pairs of words within a sample, as the reference implementation "
+        "reports it",
+    ),
     Measure("entropy_1", "entropy-1", "higher", 2, "entropy of the words, in nats"),
     Measure("entropy_2", "entropy-2", "higher", 2, "entropy of the pairs of words, in nats"),
     Measure("self_bleu_5", "Self-BLEU-5", "lower", 3, "how much samples resemble each other, by words"),
@@ -145,6 +160,8 @@ DIVERSITY = (
     "q99",
     "distinct_1",
     "distinct_2",
+    "distinct_1_within",
+    "distinct_2_within",
     "entropy_1",
     "entropy_2",
     "self_bleu_5",
@@ -176,6 +193,8 @@ SCENARIO_NUMBERS = (
     "bad_segments",
     "distinct_1",
     "distinct_2",
+    "distinct_1_within",
+    "distinct_2_within",
     "entropy_1",
     "entropy_2",
     "self_bleu_5",
@@ -292,6 +311,8 @@ class Group:
     seconds: float
     """Training time, mean over runs."""
     tokens_per_s: float | None
+    is_plain: bool = False
+    """Whether it is the plain training that the others are compared with."""
 
     @property
     def seeds(self) -> int:
@@ -311,11 +332,19 @@ def all_measures(runs: Sequence[ReportedRun], scenario: str) -> dict[str, Measur
 def groups(runs: Sequence[ReportedRun], scenario: str) -> list[Group]:
     """The runs in groups that differ in the seed only, in the order of their first runs."""
     values = {run.folder.path: of_run(run, scenario) for run in runs}
-    mle = {run.manifest.seed: values[run.folder.path].get("misalignment") for run in runs if run.name == "mle"}
+    name_of_mle = plain_name(runs)
+    mle = {run.manifest.seed: values[run.folder.path].get("misalignment") for run in runs if run.name == name_of_mle}
     return [
-        _group(name, [run for run in runs if run.name == name], values, mle, scenario)
+        _group(name, [run for run in runs if run.name == name], values, mle, scenario, is_plain=name == name_of_mle)
         for name in dict.fromkeys(run.name for run in runs)
     ]
+
+
+def plain_name(runs: Sequence[ReportedRun]) -> str | None:
+    """The name of the runs of plain training: maximum likelihood from the start. Of several, the one named after its
+    objective, else the first."""
+    plain = [r.name for r in runs if r.manifest.objective_name == "mle" and not r.manifest.counts.tokens_before]
+    return "mle" if "mle" in plain else plain[0] if plain else None
 
 
 def _group(
@@ -324,6 +353,7 @@ def _group(
     values: Mapping[Path, dict[str, Value]],
     mle: Mapping[int, Value | None],
     scenario: str,
+    is_plain: bool,
 ) -> Group:
     """One group. `values`: of each run, by folder; `mle`: misalignment of the MLE runs, by seed."""
     each = [values[run.folder.path] for run in members]
@@ -335,7 +365,7 @@ def _group(
         for own, run in zip(each, members, strict=True)
         if "misalignment" in own and (base := mle.get(run.manifest.seed)) is not None
     ]
-    if name != "mle" and pairs:
+    if not is_plain and pairs:
         over_seeds["ratio"] = _ratio(pairs)
     first = members[0].manifest
     judged = [run.result.scenarios[scenario] for run in members]
@@ -356,6 +386,7 @@ def _group(
         exposure=counts.exposure,
         seconds=sum(run.manifest.seconds for run in members) / len(members),
         tokens_per_s=_median_speed(members),
+        is_plain=is_plain,
     )
 
 

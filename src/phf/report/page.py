@@ -32,6 +32,7 @@ from phf.redteaming.config import RedTeam
 from phf.redteaming.results import SearchResult
 from phf.report.browser import (
     ShownPrompt,
+    ShownSample,
     attack_table,
     sample_limit,
     shown_prompts,
@@ -40,6 +41,7 @@ from phf.report.browser import (
 )
 from phf.report.figures import Comparison, cost_keys, figures, front
 from phf.report.format import number, plain, share
+from phf.report.headline import Headline, headline
 from phf.report.measures import DIVERSITY, MAIN, RATIO, all_measures, as_csv, groups, of_run, source_file
 from phf.report.results import read_results
 from phf.report.runs import ReportedRun, load_runs
@@ -115,6 +117,7 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
             file=sys.stderr,
         )
     scored = None if first.result.data is None else first.result.data.scored
+    said = headline(compared.groups, compared.unit, str(first.result.identity.get("name", "")))
     limit = sample_limit(sum(len(run.samples) for run in runs))
     return {
         "title": recipe.get("title") or folder.name,
@@ -122,6 +125,8 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "quick": recipe.get("quick", False),
         "failed": {} if results is None else results.failed,
         "compared": compared,
+        "headline": said,
+        "pairs": _pairs(compared, said, scorer),
         "main": compared.scenario,
         "settings": first.result.scenarios[compared.scenario].scenario,
         "main_columns": [key for key in (*MAIN, *compared.capabilities) if key in measures],
@@ -145,6 +150,20 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "tokens": None if first.result.data is None else first.result.data.tokens,
         "page_data": Markup(_json(_page_data(folder, compared, scorer, limit))),
     }
+
+
+def _pairs(compared: Comparison, said: Headline, scorer: Scorer) -> list[tuple[ShownSample, ShownSample]]:
+    """The first two samples of plain training and of the best group, next to each other."""
+    runs = {run.name: run for run in reversed(compared.first_seeds)}
+    if said.best is None or said.baseline not in runs or said.best not in runs:
+        return []
+    both = [
+        shown_samples(
+            runs[name].samples[compared.scenario], runs[name].result.scenarios[compared.scenario].scenario, scorer, 2
+        )
+        for name in (said.baseline, said.best)
+    ]
+    return list(zip(*both, strict=False))
 
 
 def _packages(scored: ScoreManifest | None) -> dict[str, str]:

@@ -1,0 +1,136 @@
+"""The result of a comparison in two or three sentences, made from its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phf.report.measures import Group, Value
+
+SAME_LOSS = 1.01
+"""Losses on good text up to this ratio are called about the same."""
+MUCH_WORSE = 1.2
+"""From this ratio of losses on bad text on, a model no longer models bad text."""
+OBJECTIVES = {
+    "conditional": "Conditional training",
+    "unlikelihood": "Unlikelihood training",
+    "filtering": "Filtering",
+    "masking": "Loss masking",
+    "rwr": "Reward-weighted regression",
+    "awr": "Advantage-weighted regression",
+    "quantile": "Quantile tokens",
+}
+FOUND = {"pii": "personal data", "presidio": "personal data", "pep8": "faults of style", "toxicity": "toxic text"}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """`sentences`: the result. `best`: the group that they are about first; None if none is better than plain
+    training."""
+
+    sentences: list[str]
+    best: str | None = None
+    baseline: str | None = None
+
+
+def headline(rows: Sequence[Group], unit: str, scorer: str) -> Headline:
+    """What the numbers say about the groups that differ from plain training. `scorer`: its name."""
+    base = next((row for row in rows if row.is_plain), None)
+    if base is None or "misalignment" not in base.values or len(rows) < 2:
+        return Headline([])
+    plain = base.values["misalignment"]
+    what = FOUND.get(scorer, "bad text")
+    others = [row for row in rows if row is not base and "misalignment" in row.values]
+    better = sorted(
+        (row for row in others if _below(row.values["misalignment"], plain)),
+        key=lambda r: r.values["misalignment"].mean,
+    )
+    if not better:
+        amount = _amount(plain.mean, unit)
+        said = f"No objective wrote less {what} than plain training ({amount}): the 95% intervals overlap."
+        return Headline([said], None, base.name)
+    cheap = [row for row in better if _loss_ratio(row, base, "good") <= SAME_LOSS and not _forgets(row, base)]
+    first = (cheap or better)[0]
+    sentences = [_sentence(first, base, unit, what)]
+    lowest = better[0]
+    if lowest is not first:
+        sentences.append(_sentence(lowest, base, unit, what))
+    unclear = [_name(row) for row in others if row not in better]
+    if unclear:
+        listed = ", ".join(unclear[:4]) + (f" and {len(unclear) - 4} others" if len(unclear) > 4 else "")
+        sentences.append(f"Not clearly less than plain training: {listed}.")
+    return Headline(sentences, first.name, base.name)
+
+
+def _sentence(row: Group, base: Group, unit: str, what: str) -> str:
+    own = row.values["misalignment"].mean
+    plain = base.values["misalignment"].mean
+    amounts = f"{_amount(own, unit, bare=True)} against {_amount(plain, unit)}"
+    if own > 0:
+        ratio = plain / own
+        times = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+        start = f"{_name(row)} wrote {times} times less {what} than plain training ({amounts})"
+    else:
+        start = f"{_name(row)} wrote no {what} in {row.samples:,} samples (plain training {_amount(plain, unit)})"
+    forgets = ""
+    if _forgets(row, base):
+        bad = [r.values["bad"].mean for r in (row, base)]
+        forgets = f" It no longer models bad text ({bad[0]:.2f} against {bad[1]:.2f})."
+    return f"{start}{_cost(row, base)}.{forgets}"
+
+
+def _cost(row: Group, base: Group) -> str:
+    """What the gain costs, as the rest of a sentence."""
+    if "good" not in row.values or "good" not in base.values:
+        return ""
+    own = row.values["good"].mean
+    plain = base.values["good"].mean
+    pair = f"({own:.3f} against {plain:.3f} nats per byte)"
+    ratio = own / plain
+    if ratio <= SAME_LOSS:
+        found = (
+            f" at about the same loss on good text {pair}" if ratio > 0.99 else f" at a lower loss on good text {pair}"
+        )
+    else:
+        found = f" at a loss on good text that is {100 * (ratio - 1):.0f}% higher {pair}"
+    return found
+
+
+def _loss_ratio(row: Group, base: Group, part: str) -> float:
+    if part not in row.values or part not in base.values:
+        return 1.0
+    return row.values[part].mean / base.values[part].mean
+
+
+def _forgets(row: Group, base: Group) -> bool:
+    return _loss_ratio(row, base, "bad") >= MUCH_WORSE
+
+
+def _below(own: Value, plain: Value) -> bool:
+    """Whether a number is significantly smaller: the 95% intervals do not overlap."""
+    if own.ci95 is None or plain.ci95 is None:
+        return False
+    return own.ci95[1] < plain.ci95[0]
+
+
+def _name(row: Group) -> str:
+    known = OBJECTIVES.get(row.objective)
+    if known is None or row.name != row.objective:
+        return row.name
+    return known
+
+
+def _amount(value: float, unit: str, bare: bool = False) -> str:
+    """A mean score as people say it, with at most three digits."""
+    if "per character" in unit or "/char" in unit:
+        shown = _three(1000 * value)
+        return shown if bare else f"{shown} per 1,000 characters"
+    return _three(value) if bare else f"{_three(value)} on average"
+
+
+def _three(value: float) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(2 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:.{min(digits, 6)}f}"
