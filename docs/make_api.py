@@ -7,10 +7,10 @@ import dataclasses
 import inspect
 import itertools
 import re
-import textwrap
 from pathlib import Path
 
 import phf
+from phf.core.docs import field_docs
 
 HEAD = """# API
 
@@ -41,18 +41,6 @@ def signature(thing: object) -> str:
             default = "=..."
         shown.append(f"{star}{p.name}{default}")
     return f"({', '.join(shown)})"
-
-
-def field_docs(thing: type) -> dict[str, str]:
-    """The docstring after each field of a class and its bases, by field."""
-    found: dict[str, str] = {}
-    for cls in reversed([c for c in thing.__mro__ if c.__module__.startswith("phf")]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for field, after in itertools.pairwise(body):
-            is_docstring = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and is_docstring:
-                found[ast.unparse(field.target)] = " ".join(str(after.value.value).split())
-    return found
 
 
 def as_markdown(doc: str) -> str:

@@ -9,9 +9,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from make_api import field_docs
 from pydantic import TypeAdapter
 
+from phf.core.docs import field_docs
 from phf.core.runs import TrainManifest
 from phf.data.scored import ScoreManifest
 from phf.evaluation.results import EvalResult, MonitorLine

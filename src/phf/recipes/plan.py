@@ -329,12 +329,12 @@ def _scoring(recipe: Recipe) -> ScoringPlan | str:
     if (recipe.files.scored / folders.MANIFEST).exists():
         return "done"
     corpus, size_known = _first_documents(recipe.corpus)
+    shards = corpus.plan()
     try:
-        shards = corpus.plan()
         chars, documents, speed = _time_scorer(recipe, corpus, shards[0])
     except (ConfigError, OSError, RuntimeError, ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else ""
-        return f"not known ({type(error).__name__}: {reason})"
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return f"not known ({reason})"
     if not size_known:
         return ScoringPlan(speed, recipe.score_workers)
     return ScoringPlan(
