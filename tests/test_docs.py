@@ -80,6 +80,8 @@ def workplace(tmp_path_factory) -> Path:
             rows.append((text_of.replace("\n", " ").replace(",", ""), kind))
         (folder / f"{name}.csv").write_text(f"{text},{label}\n" + "".join(f"{t},{n}\n" for t, n in rows))
     (folder / "mine.py").write_text("def score(text):\n    return text.count('e') / len(text)\n")
+    own = next(code for kind, code in BLOCKS.findall((ROOT / "docs" / "objective.md").read_text()) if kind == "python")
+    (folder / "focal.py").write_text(own)
     (folder / "lambada_test.jsonl").write_text(
         "".join(json.dumps({"text": "the model reads a line"}) + "\n" for _ in range(4))
     )

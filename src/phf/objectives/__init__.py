@@ -1,7 +1,8 @@
 """Objectives: what is done to the token stream (`edit`) and to the loss (`loss`).
 
 `base` is the interface. `paper` has the six objectives of the paper and loss masking, `family` those of later papers,
-`compose` those that are made of others. A user's own objective is a subclass of `Objective`, given in Python.
+`compose` those that are made of others. A user's own objective is a subclass of `Objective`, given in Python or by name
+(`own`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import typing
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, count_targets
 from phf.objectives.compose import Each, Schedule, Single
 from phf.objectives.family import Anchored, Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
+from phf.objectives.own import Own, spelled_out
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
-AnyObjective = Annotated[Single | Metadata | Each | Schedule, Field(discriminator="name", title="objective")]
+AnyObjective = Annotated[
+    Single | Metadata | Each | Schedule | Own,
+    Field(discriminator="name", title="objective"),
+    BeforeValidator(spelled_out),
+]
 
 
 def is_built_in(objective: Objective) -> bool:
@@ -43,6 +49,7 @@ __all__ = [
     "Masking",
     "Metadata",
     "Objective",
+    "Own",
     "Quantile",
     "Schedule",
     "Tag",

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +15,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
-from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.code import load_named
+from phf.core.config import STRICT, ConfigError
 from phf.core.types import Identity, Span
 from phf.data.files import read_text
 from phf.scorers.base import Scorer, TextScorer
@@ -133,7 +129,7 @@ class Function(TextScorer):
         return self.threshold
 
     def identity(self) -> Identity:
-        function = _function(self.function)
+        function = load_named(self.function, "function")
         source = _source_file(function)
         return {
             "name": self.name,
@@ -144,7 +140,7 @@ class Function(TextScorer):
         }
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
-        function = _function(self.function)
+        function = load_named(self.function, "function")
         if not self.batched:
             return [float(function(text)) for text in texts]
         scores = [float(score) for score in function(list(texts))]
@@ -166,49 +162,3 @@ def _source_file(function: Any) -> str | None:
         raise
     except Exception:  # TypeError for builtins; anything from an object's own __getattr__; a circle of wrappers
         return None
-
-
-@contextlib.contextmanager
-def _importing(spec: str, where: str) -> Iterator[None]:
-    """Whatever the user's code raises while it is imported, as one message."""
-    try:
-        yield
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:  # SystemExit too: a script that was not meant to be imported
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"function {spec!r}: cannot import {where}: {type(error).__name__}: {error} "
-            f"({Path(line.filename).name}, line {line.lineno})"
-        ) from None
-
-
-def _function(spec: str) -> Callable[..., Any]:
-    """The function. Its file is read again after a change."""
-    return _loaded(spec, store.signature(spec.rpartition(":")[0]))
-
-
-@functools.cache
-def _loaded(spec: str, files: Any) -> Callable[..., Any]:
-    where, _, name = spec.rpartition(":")
-    if not where or not name.isidentifier():
-        raise ConfigError(f"function {spec!r}: expected module:name or path/to/file.py:name")
-    if where.endswith(".py"):
-        path = Path(where).expanduser().resolve()
-        if not path.is_file():
-            raise ConfigError(f"function {spec!r}: there is no file {path}")
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules.setdefault(path.stem, module)
-        with _importing(spec, where):
-            found.loader.exec_module(module)
-    else:
-        with _importing(spec, where):
-            module = importlib.import_module(where)
-    if not callable(getattr(module, name, None)):
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ConfigError(f"function {spec!r}: {where} has no function {name!r}{did_you_mean(name, known)}")
-    function: Callable[..., Any] = getattr(module, name)
-    return function

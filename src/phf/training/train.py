@@ -30,7 +30,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.device import peak_flops, pick_precision, tune_allocator
 from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, source_read, tokens_seen, weights_mark
-from phf.objectives import Objective, is_built_in
+from phf.objectives import Objective, Own, is_built_in
 from phf.tokens.mixture import Mixture
 from phf.tokens.rows import TrainingOrder
 from phf.tokens.start import try_start
@@ -142,7 +142,7 @@ def _prepare(
     objective = objective.fit(tokens.statistics)
     if objective.reference_model is not None:
         tokens = tokens.with_reference(objective.reference_model)
-    if not is_built_in(objective):
+    if isinstance(objective, Own) or not is_built_in(objective):
         check_objective(objective)
     head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
     skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
@@ -248,6 +248,8 @@ def _ordered(
 
 def _code_of(objective: Objective) -> str:
     """What an objective does beyond its settings: its class and, for a user's own, its source."""
+    if isinstance(objective, Own):
+        return _code_of(objective.inner)
     cls = type(objective)
     if is_built_in(objective):
         return cls.__name__
