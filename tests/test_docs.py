@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from helpers import ROOT, TINY_LLAMA, tiny_texts
-from phf.core.config import dump_yaml
-from phf.objectives import MLE, Conditional
+from phf.core.config import dump_yaml, parse_yaml, validate
+from phf.objectives import MLE, AnyObjective, Conditional
 from phf.training.lm import FromConfig
 from phf.training.order import to_tensors
 
@@ -185,7 +185,7 @@ def run_command(command: str) -> None:
     [
         pytest.param(p, marks=[pytest.mark.slow] * (p.name == "recipes.md"), id=p.name)  # whole recipes take minutes
         for p in PAGES
-        if re.search(r"```(python|sh)\n", p.read_text())
+        if re.search(r"```(python|sh|yaml)\n", p.read_text())
     ],
 )
 def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
@@ -207,6 +207,10 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
         elif language == "sh":
             for command in commands_of(block):
                 run_command(command)
+                ran += 1
+        elif language == "yaml" and block.startswith("objectives:"):
+            for settings in parse_yaml(block, page.name)["objectives"].values():
+                validate(settings, AnyObjective, page.name)
                 ran += 1
         else:
             assert language == "", f"{page.name}: a block of {language!r} is neither code nor output"
