@@ -24,6 +24,7 @@ PACKAGES = [
     "tokens",
     "objectives",
     "training",
+    "engines",
     "generation",
     "evaluation",
     "redteaming",

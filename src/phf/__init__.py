@@ -23,6 +23,7 @@ The packages in reading order; imports only go to an earlier one:
     tokens       tokenizers, the token store, the edited stream, rows and the order of training
     objectives   what an objective is, the paper's, those of later papers, and those made of others
     training     the fused loss, the model, the trainer, a run from start to finish
+    engines      the edited token stream in the formats of other training engines
     generation   scenarios, loading a model, sampling
     evaluation   judging: misalignment, held-out loss, KL, capabilities; also during training
     redteaming   searching for prompts, attacking control tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,6 +68,45 @@ def reference(
     from phf.evaluation.reference import write_reference
 
     print(f"log-probabilities: {Path(tokens) / write_reference(tokens, model, context)}")
+
+
+def export_tokens(
+    tokens: Annotated[str, typer.Argument(help="The output of `phf tokenize`.")],
+    out: Annotated[str, typer.Argument(help="Folder for the exported tokens.")],
+    settings: Settings = None,
+    format: Annotated[
+        str, typer.Option("--format", help="flat, megatron, neox, olmo or datatrove (docs/engines.md).")
+    ] = "flat",
+    split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
+    scores: Annotated[str | None, typer.Option(help="The preference, where the store holds several.")] = None,
+    token_scores: Annotated[bool, typer.Option("--token-scores", help="Scores of tokens instead of segments.")] = False,
+    shard_tokens: Annotated[float, typer.Option(min=1, help="Tokens in a shard, about.")] = 1e8,
+) -> None:
+    """Write what an objective trains on in the format of another engine.
+
+    Each token comes with its score, whether it is learned, and its weight in the loss.
+
+    Settings are the objective (objective=conditional objective.threshold=0 ...) and seed. Run the same command again to
+    resume.
+    """
+    from typing import get_args
+
+    from phf.core.config import ConfigError, did_you_mean, load
+    from phf.engines.export import export_tokens as write
+    from phf.engines.formats import Format
+    from phf.recipes.recipe import TrainStage
+
+    for value, known in ((format, get_args(Format)), (split, ("train", "heldout"))):
+        if value not in known:
+            raise ConfigError(f"unknown value {value!r}{did_you_mean(value, known)}")
+    files, overrides = split_settings(settings)
+    stage = load(files, ["model=tiny", "train.tokens=1e6", *overrides], TrainStage)
+    kind: Any = format
+    manifest = write(tokens, out, stage.objective, kind, split, scores, token_scores, int(shard_tokens), stage.seed)
+    print(
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.learned:,} learned, {manifest.bad:,} "
+        f"bad) in {manifest.shards:,} shards of {manifest.format}: {out}"
+    )
 
 
 def export(
