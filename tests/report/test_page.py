@@ -19,13 +19,14 @@ from helpers import BROWSER, ROOT, TINY_LLAMA
 from phf.core import folders, store
 from phf.core.config import dump_yaml
 from phf.core.runs import TrainManifest
+from phf.core.text import visible
 from phf.core.types import Sample, Span
 from phf.generation.sample import read_samples, write_samples
 from phf.generation.scenario import Scenario
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
 from phf.release import export
-from phf.report.browser import is_masked, mask, shown_samples, visible
+from phf.report.browser import is_masked, mask, shown_samples
 from phf.report.format import number
 from phf.report.inspect import write_inspection
 from phf.report.measures import Group, Measure, Value, dominated, groups

@@ -15,7 +15,7 @@ from phf.cli.about import explain, ls
 from phf.cli.data import check, fit_scorer, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, redteam, report, sample
 from phf.cli.recipes import plan, run
-from phf.cli.training import export, export_tokens, reference, train
+from phf.cli.training import export, export_tokens, reference, rows, train
 from phf.core.threads import wait_briefly
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "fit-scorer": fit_scorer,
     "tokenize": tokenize,
+    "rows": rows,
     "reference": reference,
     "export-tokens": export_tokens,
     "train": train,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,49 @@ def reference(
     from phf.evaluation.reference import write_reference
 
     print(f"log-probabilities: {Path(tokens) / write_reference(tokens, model, context)}")
+
+
+COLOURS = {"control": "cyan", "end": "blue", "bad": "red", "good": None, "unjudged": "yellow"}
+
+
+def rows(
+    tokens: Annotated[str, typer.Argument(help="The output of `phf tokenize`.")],
+    settings: Settings = None,
+    number: Annotated[int, typer.Option("--rows", min=1, help="Number of rows.")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="Place of the first row in the training order.")] = 0,
+) -> None:
+    """Show rows as the model reads them in training.
+
+    Control tokens, end-of-text, bad and unjudged text have a colour each, and what the objective does not learn is
+    underlined. Without a terminal every kind is a line of its own.
+
+    Settings are those of `phf train`: the objective, train.context, train.token_scores and seed.
+    """
+    from phf.core.config import load
+    from phf.core.text import visible
+    from phf.recipes.recipe import TrainStage
+    from phf.tokens.store import TokenStore
+    from phf.tokens.tokenizer import add_control_tokens
+    from phf.training.order import training_order
+    from phf.training.show import pieces_of
+
+    files, overrides = split_settings(settings)
+    stage = load(files, ["model=tiny", "train.tokens=1e6", "train.context=256", *overrides], TrainStage)
+    store = TokenStore.open(tokens, stage.train.scores, stage.train.token_scores)
+    objective = stage.objective.fit(store.statistics)
+    tokenizer = store.tokenizer
+    add_control_tokens(tokenizer, list(objective.control_tokens))
+    order = training_order(store, objective, tokenizer, stage.train.context, stage.seed)
+    coloured = sys.stdout.isatty()
+    for n, row in enumerate(pieces_of(order.batch(start, start + number), store, objective, tokenizer), start):
+        print(f"row {n}: {sum(p.tokens for p in row)} targets, {sum(p.tokens for p in row if p.learned)} learned")
+        for piece in row:
+            text = visible(piece.text)
+            if coloured:
+                typer.secho(text, fg=COLOURS[piece.kind], underline=not piece.learned, nl=False)
+            else:
+                print(f"  {piece.kind}{'' if piece.learned else ', not learned'}: {text!r}")
+        print()
 
 
 def export_tokens(

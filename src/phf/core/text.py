@@ -45,3 +45,12 @@ def by_reason(counts: Mapping[str, int], examples: Mapping[str, str] = MappingPr
         f"{number:,} {reason}" + (f" (first: {examples[reason]})" if reason in examples else "")
         for reason, number in counts.items()
     )
+
+
+def visible(text: str) -> str:
+    """`text` with control characters and lone surrogates replaced, which could hide text, break a page or command a
+    terminal."""
+    return "".join(
+        c if c in "\n\t" or (ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0 and not 0xD800 <= ord(c) < 0xE000) else "\ufffd"
+        for c in text
+    )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from phf.core.config import ConfigError
+from phf.core.text import visible
 from phf.core.types import Sample, Span
 from phf.evaluation.judge import scored_text
 from phf.generation.scenario import Scenario
@@ -118,14 +119,6 @@ def is_masked(label: str) -> bool:
     """Whether finds of this kind are masked: everything personal, links too. Coding style is shown."""
     is_code = len(label) == 4 and label[0] in "EWCN" and label[1:].isdigit()
     return not is_code and label not in UNMASKED
-
-
-def visible(text: str) -> str:
-    """`text` with control characters and lone surrogates replaced, which could hide text or break the page."""
-    return "".join(
-        c if c in "\n\t" or (ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0 and not 0xD800 <= ord(c) < 0xE000) else "\ufffd"
-        for c in text
-    )
 
 
 # Attacks

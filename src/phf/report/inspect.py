@@ -12,9 +12,10 @@ from markupsafe import Markup
 
 from phf.core import folders, store
 from phf.core.config import ConfigError
+from phf.core.text import visible
 from phf.data.scored import ScoredCorpus
 from phf.report import plots
-from phf.report.browser import mask, mask_links, visible
+from phf.report.browser import mask, mask_links
 from phf.report.page import environment
 from phf.scorers import Scorer
 from phf.scoring.inspect import inspect_scores

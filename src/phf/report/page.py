@@ -25,6 +25,7 @@ from markupsafe import Markup
 from phf.core import folders, store
 from phf.core.config import Plain, read_yaml, to_plain
 from phf.core.runs import RecipeFolder
+from phf.core.text import visible
 from phf.data.scored import ScoreManifest
 from phf.evaluation.results import ScenarioResult
 from phf.generation.scenario import Scenario
@@ -37,7 +38,6 @@ from phf.report.browser import (
     sample_limit,
     shown_prompts,
     shown_samples,
-    visible,
 )
 from phf.report.figures import Comparison, cost_keys, figures, front
 from phf.report.format import number, plain, share
