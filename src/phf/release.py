@@ -64,6 +64,7 @@ def export(run: str | Path, out: str | Path, name: str | None = None, licence: s
     found = [store.read_json(f) if f.exists() else None for f in (folder.eval, folder.redteam.result)]
     key = store.fingerprint([manifest.key, store.path_hash(folder.model), *found, name, licence, "export/1"])
     if folders.is_done(out, key):
+        folders.done_before(out)
         return out
     with folders.stage_folder(out, ExportManifest.stage, key):
         _write_release(folder, out, key, manifest, result, attacked, name, licence)

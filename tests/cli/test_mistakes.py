@@ -165,3 +165,19 @@ def test_a_mistake_in_yaml_is_one_line(tmp_path):
     with pytest.raises(Exception, match=r"m.yaml: not valid YAML: .* \(line 2, column \d+\)$"):
         read_yaml(tmp_path / "m.yaml")
     assert parse_yaml("a: 1", "x") == {"a": 1}
+
+
+def test_a_stage_that_is_done_says_so(own_run, phf, tmp_path):
+    scored = tmp_path / "s"
+    texts = write_jsonl(tmp_path / "t.jsonl", tiny_texts(30))
+    commands = (
+        ["score", texts, scored, "--scorer", "regex", "scorer.pattern=http"],
+        ["tokenize", scored, tmp_path / "t", "--vocab-size", 300, "--heldout", 0.2],
+        ["eval", own_run, *SMALL, "seed=7"],
+        ["export-tokens", tmp_path / "t", tmp_path / "e"],
+    )
+    for command in commands:
+        code, first = phf(*command)
+        assert code == 0
+        assert "is done: it was finished before" not in first
+        assert "is done: it was finished before" in phf(*command)[1]

@@ -195,6 +195,11 @@ def has_manifest(directory: str | Path, type_: type[Manifest]) -> bool:
     return isinstance(found, dict) and found.get("stage") == type_.stage
 
 
+def done_before(what: str | Path) -> None:
+    """Say that a result was there already."""
+    print(f"note: {what} is done: it was finished before with the same settings", file=sys.stderr)
+
+
 def is_done(directory: str | Path, key: str) -> bool:
     """Whether a folder was finished from exactly these inputs and settings. Raises StoreError if it was, and its files
     are damaged."""

@@ -104,6 +104,7 @@ def export_tokens(
     key = store.fingerprint([content, to_plain(objective), format, split, shard_tokens, seed, "export-tokens/1"])
     out = Path(out)
     if folders.is_done(out, key):
+        folders.done_before(out)
         return folders.read_manifest(out, ExportTokensManifest)
     tokenizer = tokens.tokenizer
     ids = dict(zip(objective.roles, add_control_tokens(tokenizer, list(objective.control_tokens)), strict=True))

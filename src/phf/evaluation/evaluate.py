@@ -283,6 +283,7 @@ def _evaluate(
     parts = folder.part("x").parent
     if (done := folders.kept(folder.eval, key, EvalResult)) is not None:
         folders.tidy(folder.path, parts)
+        folders.done_before(folder.eval)
         return done
     known = (folder.eval, parts, folder.path / folders.MANIFEST, RedTeamFolder(folder.path).result)
     if folder.path.is_dir() and any(folder.path.iterdir()) and not any(place.exists() for place in known):

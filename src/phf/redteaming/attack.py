@@ -69,6 +69,7 @@ def redteam(
     folder = plan.folder.path
     if (done := folders.kept(file, plan.key, RedTeamResult)) is not None:
         folders.tidy(folder, *([] if plan.run is None else [plan.run]))
+        folders.done_before(file)
         return done
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:

@@ -134,6 +134,7 @@ def score_corpus(
     key = store.fingerprint([earlier, cut_by]) if cut_by else earlier
     out = store.as_path(out)
     if folders.is_done(out, key) or folders.is_done(out, earlier):  # of a version that did not note its libraries
+        folders.done_before(out)
         return folders.read_manifest(out, ScoreManifest)
     segmenter.split("One. Two.")  # a language that cannot be cut here is an error before anything starts
     shards = corpus.plan()
@@ -189,6 +190,7 @@ def add_scores(
     plain = to_plain(scorer)
     key = store.fingerprint([plain, base.text, scorer.identity(), "scores/1"])
     if folders.is_done(out, key):
+        folders.done_before(out)
         return folders.read_manifest(out, ScoreManifest)
     stage = ScoreManifest.stage
     with folders.stage_folder(out, stage, key, shared=executor is not None, overwrite=overwrite):

@@ -187,7 +187,7 @@ def tokenize_corpus(
         for part in [*out.glob("part-*.npz"), *out.glob("part-*.json")]:  # the store has everything now
             part.unlink()
         _put_columns(corpus, out, columns)
-        return _put_scores(corpus, str(scored), out, token_scores, scorer)
+        return _put_scores(corpus, str(scored), out, token_scores, scorer, done=done is not None)
 
 
 def _earlier_keys(source: Plain, given: str | None, text: str) -> list[str]:
@@ -232,9 +232,11 @@ def _make_store(
     folders.finish(out, manifest)
 
 
-def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool, scorer: Scorer | None) -> TokensManifest:
+def _put_scores(
+    corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool, scorer: Scorer | None, done: bool
+) -> TokensManifest:
     """Put the corpus's preferences next to the tokens, its own first. The manifest is written last. Returns the
-    manifest."""
+    manifest. `done`: whether the tokens were there."""
     if of_tokens:
         scorer_with_places(corpus, scorer)  # before anything takes long
     manifest = folders.read_manifest(out, TokensManifest)
@@ -268,6 +270,8 @@ def _put_scores(corpus: ScoredCorpus, scored: str, out: Path, of_tokens: bool, s
     ).with_scores(corpus.main)
     if dataclasses.replace(updated, scored_from_here=manifest.scored_from_here) != manifest:
         store.write_json(out / folders.MANIFEST, updated)
+    elif done:
+        folders.done_before(out)
     return updated
 
 

@@ -85,6 +85,8 @@ def train(
     """
     plan = _prepare(tokens_dir, out, model=model, objective=objective, config=config, seed=seed)
     if isinstance(plan, TrainManifest):
+        if int(os.environ.get("RANK", 0)) == 0:
+            folders.done_before(out)
         return plan
     if plan.writer:
         for remark in plan.objective.remarks(plan.tokens.statistics):
