@@ -46,7 +46,17 @@ Without changing phf: scorers by `--scorer callable`, objectives as a subclass o
 The public names are in `phf/__init__.pyi`.
 """
 
+from typing import Any
+
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_named, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 """The names in `__init__.pyi`, each imported when it is first used: torch and transformers take seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("phf")
+    return _named(name)

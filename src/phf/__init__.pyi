@@ -1,10 +1,18 @@
 """The public names, and where they are defined."""
 
 from .data.scored import ScoredCorpus as ScoredCorpus
+from .data.segment import Documents as Documents
+from .data.segment import Given as Given
 from .data.segment import Lines as Lines
+from .data.segment import Paragraphs as Paragraphs
 from .data.segment import Sentences as Sentences
+from .data.segment import Windows as Windows
+from .data.hub import HFDataset as HFDataset
+from .data.hub import DatasetList as DatasetList
+from .data.readers import Folder as Folder
 from .data.readers import Jsonl as Jsonl
 from .data.readers import Parquet as Parquet
+from .data.readers import Rows as Rows
 from .scorers import PEP8 as PEP8
 from .scorers import PII as PII
 from .scorers import Combination as Combination
@@ -14,6 +22,7 @@ from .scorers import Lexicon as Lexicon
 from .scorers import Presidio as Presidio
 from .scorers import Regex as Regex
 from .scorers import Scorer as Scorer
+from .scorers import TokenClassifier as TokenClassifier
 from .scorers import Toxicity as Toxicity
 from .scorers.fitting import fit_scorer as fit_scorer
 from .scorers.fitting import read_labels as read_labels
@@ -28,13 +37,23 @@ from .tokens.store import tokenize_corpus as tokenize_corpus
 from .objectives import AWR as AWR
 from .objectives import MLE as MLE
 from .objectives import RWR as RWR
+from .objectives import Anchored as Anchored
+from .objectives import Annotate as Annotate
+from .objectives import Attributes as Attributes
 from .objectives import Conditional as Conditional
+from .objectives import Each as Each
 from .objectives import Filtering as Filtering
+from .objectives import Hide as Hide
 from .objectives import LossInputs as LossInputs
 from .objectives import LossOutputs as LossOutputs
 from .objectives import Masking as Masking
+from .objectives import Metadata as Metadata
 from .objectives import Objective as Objective
+from .objectives import Quantile as Quantile
+from .objectives import Schedule as Schedule
+from .objectives import Tag as Tag
 from .objectives import Unlikelihood as Unlikelihood
+from .objectives import Weights as Weights
 from .training.fused import fused_loss as fused_loss
 from .training.lm import FromConfig as FromConfig
 from .training.lm import FromWeights as FromWeights
@@ -42,6 +61,7 @@ from .training.model import PHFModel as PHFModel
 from .training.config import TrainConfig as TrainConfig
 from .training.order import training_order as training_order
 from .training.train import train as train
+from .engines.export import export_tokens as export_tokens
 from .generation.scenario import Scenario as Scenario
 from .generation.loaded import load_model as load_model
 from .generation.sample import sample as sample
@@ -50,6 +70,7 @@ from .evaluation.evaluate import evaluate_model as evaluate_model
 from .evaluation.evaluate import evaluate_run as evaluate_run
 from .evaluation.heldout import heldout_loss as heldout_loss
 from .evaluation.heldout import understanding as understanding
+from .evaluation.reference import write_reference as write_reference
 from .evaluation.monitor import Monitor as Monitor
 from .evaluation.monitor import MonitorCallback as MonitorCallback
 from .redteaming.config import RedTeam as RedTeam
@@ -64,3 +85,5 @@ from .recipes.plan import make_plan as make_plan
 from .recipes.run import run_recipe as run_recipe
 from .release import export as export
 from .release import push_release as push_release
+
+__version__: str
