@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import ROOT, STEP, TINY_LLAMA, metrics_of
+from helpers import ROOT, STEP, TINY_LLAMA, metrics_of, train_tiny
 from phf.core import device
 from phf.core.config import STRICT
 from phf.core.runs import complete_checkpoints
@@ -240,3 +241,13 @@ def test_lines_are_plain_json_and_documented(tokens_dir, tmp_path, objective):
         values = json.loads(line)
         assert all(v is None or isinstance(v, int | float) for v in values.values())
         assert [name for name in values if f"`{name}`" not in table] == []
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(tokens_dir, tmp_path, capfd, monkeypatch):
+    train_tiny(tokens_dir, tmp_path / "short", steps=4)
+    assert "training: loss" not in capfd.readouterr().err
+    monkeypatch.setattr(metrics, "TELL_SECONDS", 0.0)
+    train_tiny(tokens_dir, tmp_path / "told", steps=4)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "training: loss" in line]
+    assert len(lines) == 4
+    assert re.fullmatch(r"    training: loss \d\.\d{3}, 0\.0 of 0\.0 million tokens; about \d+ s left", lines[1])

@@ -56,9 +56,10 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
     if only is not None and only not in ("data", *names):
         raise ConfigError(f"no run {only!r} in this recipe{did_you_mean(only, ['data', *names])}")
     check_inputs(recipe)
-    seconds: dict[str, float] = {}
+    asked = [v for v in recipe.variants if only in (None, v.name)]
+    seconds = Stages.of(recipe, only, len(asked))
     scored = _data(recipe, only, seconds)
-    runs, failed = _runs(recipe, [v for v in recipe.variants if only in (None, v.name)], seconds)
+    runs, failed = _runs(recipe, asked, seconds)
     results = RecipeResults(
         recipe=recipe.title or recipe.folder.name,
         quick=recipe.quick,
@@ -66,7 +67,7 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
         runs=runs,
         best=best_settings(runs),
         failed=failed,
-        seconds=seconds,
+        seconds=dict(seconds),
     )
     if only is None and runs:
         from phf.report.page import write_report
@@ -119,7 +120,7 @@ def _in_setting(name: str) -> Iterator[None]:
 # Data
 
 
-def _data(recipe: Recipe, only: str | None, seconds: dict[str, float]) -> ScoreManifest:
+def _data(recipe: Recipe, only: str | None, seconds: Stages) -> ScoreManifest:
     """What all runs share: the scored corpus and its tokens. One run alone never makes them again, because other
     runs may be reading them. Raises ConfigError if they are not those of the recipe."""
     files = recipe.files
@@ -152,7 +153,7 @@ def _check_data(recipe: Recipe) -> None:
             )
 
 
-def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
+def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
     from phf.scoring.score import score_corpus
     from phf.tokens.store import tokenize_corpus
 
@@ -189,7 +190,7 @@ def _make_data(recipe: Recipe, seconds: dict[str, float]) -> ScoreManifest:
     return scored
 
 
-def _draw_reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
+def _draw_reference_texts(recipe: Recipe, seconds: Stages) -> None:
     """Draw the texts of the KL's reference once, so that runs that start together do not each draw them. Texts of a
     run of the recipe are drawn when that run is trained."""
     from phf.evaluation.kl import reference_texts
@@ -203,9 +204,7 @@ def _draw_reference_texts(recipe: Recipe, seconds: dict[str, float]) -> None:
 # Runs
 
 
-def _runs(
-    recipe: Recipe, variants: Sequence[Variant], seconds: dict[str, float]
-) -> tuple[list[RunSummary], dict[str, str]]:
+def _runs(recipe: Recipe, variants: Sequence[Variant], seconds: Stages) -> tuple[list[RunSummary], dict[str, str]]:
     """(results, why runs failed by name) of some of the recipe's runs."""
     runs: list[RunSummary] = []
     failed: dict[str, str] = {}
@@ -227,7 +226,7 @@ def _runs(
     return runs, failed
 
 
-def _run(recipe: Recipe, variant: Variant, seconds: dict[str, float]) -> tuple[RunSummary, list[str]]:
+def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary, list[str]]:
     """Train, judge and attack one run. Returns its results, and why a capability or the attack failed: what has been
     judged is on the page all the same."""
     from phf.evaluation.evaluate import evaluate_run
@@ -379,11 +378,25 @@ def commands(recipe: Recipe, arguments: Sequence[str]) -> list[list[str]]:
 # Progress
 
 
+class Stages(dict[str, float]):
+    """Seconds of the stages that are done, by name. `total`: number of stages of this call."""
+
+    total = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, only: str | None, runs: int) -> Stages:
+        """Those of a call: two for the data, and training, judging and perhaps an attack for each run."""
+        made = cls()
+        data = 0 if only not in (None, "data") else 2
+        made.total = data + (0 if only == "data" else runs * (3 if recipe.redteam is not None else 2))
+        return made
+
+
 @contextlib.contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def _stage(name: str, seconds: Stages) -> Iterator[None]:
     """Print that a stage runs and, when it is done, how long it took."""
     start = time.perf_counter()
-    print(f"==> {name}", file=sys.stderr, flush=True)
+    print(f"==> [{len(seconds) + 1}/{seconds.total}] {name}", file=sys.stderr, flush=True)
     try:
         yield
     finally:

@@ -20,6 +20,8 @@ from phf.core import store
 from phf.core.runs import CheckpointMark, SinceLine, add_line, keep_lines, read_lines
 from phf.core.types import Number
 
+TELL_SECONDS = 60.0
+"""Seconds between lines of progress where there is no terminal."""
 SAVE_SECONDS = 600
 """Seconds between checkpoints where `save_every` is not set."""
 
@@ -191,6 +193,7 @@ class MetricsCallback(TrainerCallback):
         self.bar: Any = None
         self.saved_at = 0.0
         self.resumed_at = 0.0
+        self.told_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.writer:
@@ -233,6 +236,8 @@ class MetricsCallback(TrainerCallback):
         self.line.close(state.global_step)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{line.loss:.3f}", refresh=False)
+            if self.bar.disable:
+                self._tell(line)
         # for the trackers, which come later
         logs.update({k: v for k, v in line.as_json().items() if isinstance(v, int | float)})
         for judge in self.judges:
@@ -240,6 +245,19 @@ class MetricsCallback(TrainerCallback):
             judge.judged = {}
         if self.writer:
             add_line(self.path, line)
+
+    def _tell(self, line: MetricsLine) -> None:
+        """A line a minute where there is no terminal for the bar."""
+        now = time.perf_counter()
+        self.told_at = self.told_at or now
+        if now - self.told_at < TELL_SECONDS:
+            return
+        self.told_at = now
+        total = self.scale.steps * self.scale.step_tokens
+        left = (total - line.tokens) / line.tokens_per_s if line.tokens_per_s else math.nan
+        time_left = f"; about {left:,.0f} s left" if math.isfinite(left) else ""
+        done = f"{line.tokens / 1e6:,.1f} of {total / 1e6:,.1f} million tokens"
+        print(f"    training: loss {line.loss:.3f}, {done}{time_left}", file=sys.stderr, flush=True)
 
     def _line(self, step: int, sums: dict[str, float], logs: Mapping[str, float]) -> MetricsLine:
         """The line of metrics at `step`, from sums over all processes since the last one."""
