@@ -15,10 +15,10 @@ quick: $(READY)  ## The demo with a tiny budget: checks every step, too small fo
 pep8: $(READY)  ## PEP8 on the Python standard library
 	$(BIN)/phf run pep8
 
-grid: $(READY)  ## The demo with six objectives and three seeds (about 40 minutes on 2 cores)
+grid: $(READY)  ## The demo with six objectives and three seeds (about 25 minutes on 2 cores)
 	$(BIN)/phf run grid
 
-field: $(READY)  ## Every objective on equal source text, three seeds (about three hours on 2 cores)
+field: $(READY)  ## Every objective on equal source text, three seeds (about 50 minutes on 2 cores)
 	$(BIN)/phf run field
 
 finetuning: $(READY)  ## Feedback from the first token, or for the last half or tenth (about 13 minutes on 2 cores)
