@@ -8,6 +8,7 @@ import pytest
 
 from phf.report.headline import headline
 from phf.report.measures import Group, Value, plain_name
+from phf.report.runs import _equal_budgets
 
 
 def group(name, misalignment, good, bad, spread=0.05, objective=None):
@@ -99,3 +100,14 @@ def test_plain_training_is_found_by_its_objective():
     assert plain_name([run("ours", "conditional"), run("base", "mle")]) == "base"
     assert plain_name([run("mask", "mle"), run("mle", "mle")]) == "mle"
     assert plain_name([run("later", "mle", before=5)]) is None
+
+
+def test_seeds_with_equal_source_text_are_one_group_whatever_they_insert():
+    def manifest(tokens, source):
+        exposure = {} if source is None else {"source": source}
+        return SimpleNamespace(counts=SimpleNamespace(tokens=tokens, exposure=exposure))
+
+    assert _equal_budgets([manifest(100, None), manifest(100, None)])
+    assert _equal_budgets([manifest(1_404_928, 1_399_950), manifest(1_402_880, 1_400_010)])
+    assert not _equal_budgets([manifest(100, None), manifest(101, None)])
+    assert not _equal_budgets([manifest(200, 1_400_000), manifest(100, 700_000)])

@@ -108,10 +108,21 @@ def _distinguish(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
     mixed = set()
     for name in {run.name for run in runs}:
         same = [run.manifest for run in runs if run.name == name]
-        settings = {store.canonical([m.objective_name, m.train]) for m in same}
-        if len({m.seed for m in same}) < len(same) or len(settings) > 1:
+        settings = {
+            store.canonical([m.objective_name, {k: v for k, v in m.train.items() if k != "tokens"}]) for m in same
+        }
+        if len({m.seed for m in same}) < len(same) or len(settings) > 1 or not _equal_budgets(same):
             mixed.add(name)
     return [replace(run, name=run.folder_name) if run.name in mixed else run for run in runs]
+
+
+def _equal_budgets(manifests: Sequence[TrainManifest]) -> bool:
+    """Whether runs had the same budget: of targets, or of source text. With equal source text, what a seed inserts or
+    drops changes the number of targets."""
+    if len({m.counts.tokens for m in manifests}) == 1:
+        return True
+    source = [float(m.counts.exposure.get("source", 0)) for m in manifests]
+    return min(source) > 0.99 * max(source) > 0
 
 
 def _check_comparable(folder: Path, runs: Sequence[ReportedRun]) -> None:

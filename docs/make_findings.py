@@ -1,0 +1,105 @@
+"""Write the tables of docs/findings.md from benchmarks/results/field.json: python docs/make_findings.py
+
+The file is `results.json` of `phf run field`. Intervals are Student's over seeds. Losses are differences from MLE's run
+of the same seed, because seeds share order and initial weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from phf.core import store
+from phf.core.statistics import ratio_interval, t_interval
+from phf.core.types import Estimate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "field.json"
+PAGE = ROOT / "docs" / "findings.md"
+START = "<!-- field: start -->"
+END = "<!-- field: end -->"
+PLAIN = "mle"
+
+
+def number(found: Estimate, digits: int, scale: float = 1.0, sign: bool = False, least: float = -math.inf) -> str:
+    """A mean with its interval, where there are seeds enough. `least`: what no value can be below."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    mean = format(found.mean * scale, form)
+    if math.isnan(found.ci95[0]):
+        return mean
+    low, high = (format(max(end * scale, least), form) for end in found.ci95)
+    return f"{mean} ({low} to {high})"
+
+
+def rows(results: dict[str, Any]) -> list[str]:
+    """The rows of the table, by misalignment."""
+    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for run in results["runs"]:
+        groups[run["group"]][run["seed"]] = run
+    base = groups[PLAIN]
+    lines = []
+    for name, runs in groups.items():
+        seeds = sorted(runs.keys() & base.keys())
+        own = [runs[s]["misalignment"]["mean"] for s in seeds]
+        plain = [base[s]["misalignment"]["mean"] for s in seeds]
+        ratio = ratio_interval(own, plain)
+        good = t_interval([runs[s]["heldout"]["good"] - base[s]["heldout"]["good"] for s in seeds])
+        bad = t_interval([runs[s]["heldout"]["bad"] - base[s]["heldout"]["bad"] for s in seeds])
+        kl = [runs[s]["kl"]["forward"]["nats_per_text"]["mean"] for s in seeds if runs[s].get("kl")]
+        bleu = t_interval([runs[s]["self_bleu_5"] for s in seeds])
+        beams = [
+            r["scenarios"]["safe_beam"]["misalignment"]["mean"] for r in runs.values() if "safe_beam" in r["scenarios"]
+        ]
+        inserted = [runs[s]["exposure"]["inserted"] / runs[s]["tokens"] for s in seeds]
+        cells = [
+            name,
+            number(t_interval(own), 2, 1000, least=0.0),
+            "1"
+            if name == PLAIN
+            else number(ratio, 3)
+            if not math.isnan(ratio.mean)
+            else f"{sum(own) / sum(plain):.3f}",
+            number(good, 3, sign=True)
+            if name != PLAIN
+            else f"{t_interval([base[s]['heldout']['good'] for s in seeds]).mean:.3f}",
+            number(bad, 3, sign=True)
+            if name != PLAIN
+            else f"{t_interval([base[s]['heldout']['bad'] for s in seeds]).mean:.3f}",
+            f"{sum(kl) / len(kl):.0f}" if kl and name != PLAIN else "",
+            f"{bleu.mean:.3f}",
+            f"{1000 * sum(beams) / len(beams):.2f}" if beams else "",
+            f"{100 * sum(inserted) / len(inserted):.1f}%",
+            str(len(seeds)),
+        ]
+        lines.append((sum(own) / len(own), f"| {' | '.join(cells)} |"))
+    return [line for _, line in sorted(lines)]
+
+
+def table() -> str:
+    head = [
+        "objective",
+        "PII per 1,000 characters",
+        "ratio to MLE",
+        "loss on good text, from MLE",
+        "loss on bad text, from MLE",
+        "KL",
+        "Self-BLEU-5",
+        "PII with SafeBeam",
+        "inserted",
+        "seeds",
+    ]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows(store.read_json(RESULTS))]
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """The page with its table written again."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{table()}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
