@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo quick pep8 grid field finetuning test lint golden-exact newest clean
 
-demo: $(READY)  ## PII in READMEs, four objectives, a page (about 12 minutes on 2 cores, with the installation)
+demo: $(READY)  ## PII in READMEs, four objectives, a page (about 8 minutes on 2 cores, with the installation)
 	$(BIN)/phf run demo
 
 quick: $(READY)  ## The demo with a tiny budget: checks every step, too small for conclusions

@@ -10,6 +10,8 @@ from phf.report.measures import Group, Value
 
 SAME_LOSS = 1.01
 """Losses on good text up to this ratio are called about the same."""
+NEAR_LOSS = 1.05
+"""The first sentence is about a group with a ratio up to this, if there is one."""
 MUCH_WORSE = 1.2
 """From this ratio of losses on bad text on, a model no longer models bad text."""
 OBJECTIVES = {
@@ -50,7 +52,7 @@ def headline(rows: Sequence[Group], unit: str, scorer: str) -> Headline:
         amount = _amount(plain.mean, unit)
         said = f"No objective wrote less {what} than plain training ({amount}): the 95% intervals overlap."
         return Headline([said], None, base.name)
-    cheap = [row for row in better if _loss_ratio(row, base, "good") <= SAME_LOSS and not _forgets(row, base)]
+    cheap = [row for row in better if _loss_ratio(row, base, "good") <= NEAR_LOSS and not _forgets(row, base)]
     first = (cheap or better)[0]
     sentences = [_sentence(first, base, unit, what)]
     lowest = better[0]
@@ -93,7 +95,7 @@ def _cost(row: Group, base: Group) -> str:
             f" at about the same loss on good text {pair}" if ratio > 0.99 else f" at a lower loss on good text {pair}"
         )
     else:
-        found = f" at a loss on good text that is {100 * (ratio - 1):.0f}% higher {pair}"
+        found = f" at a loss on good text that is {100 * (ratio - 1):.1f}% higher {pair}"
     return found
 
 
