@@ -46,8 +46,8 @@ def test_the_best_at_the_same_loss_comes_first_and_the_lowest_second():
         "Conditional training wrote 21 times less personal data than plain training (0.630 against 13.4 per 1,000 "
         "characters) at about the same loss on good text (1.451 against 1.450 nats per byte).",
         "Unlikelihood training wrote 447 times less personal data than plain training (0.0300 against 13.4 per 1,000 "
-        "characters) at a loss on good text that is 2.1% higher (1.480 against 1.450 nats per byte). It no longer models "
-        "bad text (2.50 against 1.30).",
+        "characters) at a loss on good text that is 2.1% higher (1.480 against 1.450 nats per byte). It no longer "
+        "models bad text (2.50 against 1.30).",
     ]
     assert (found.best, found.baseline) == ("conditional", "mle")
 

@@ -145,7 +145,9 @@ def test_a_finished_run_is_not_run_again_and_other_settings_move_it_aside(tokens
     stamp = (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns
     assert train_tiny(tokens_dir, tmp_path / "r", steps=3) == first
     assert (tmp_path / "r" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
-    assert capsys.readouterr().err.strip() == "model: llama, 10,000 parameters"  # of the first call
+    model, note = capsys.readouterr().err.splitlines()
+    assert model == "model: llama, 10,000 parameters"  # of the first call
+    assert note.endswith("r is done: it was finished before with the same settings")
     train_tiny(tokens_dir, tmp_path / "r", Unlikelihood(), steps=4, seed=1, keep=7)
     assert (tmp_path / "r.old-1" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     note = capsys.readouterr().err

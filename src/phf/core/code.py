@@ -45,11 +45,13 @@ def _loaded(spec: str, what: str, files: Any) -> Callable[..., Any]:
         path = Path(where).expanduser().resolve()
         if not path.is_file():
             raise ConfigError(f"{what} {spec!r}: there is no file {path}")
-        found = importlib.util.spec_from_file_location(path.stem, path)
+        # a name of its own: another file of this name, or this file before a change, may be loaded too
+        own = f"{path.stem}_{store.fingerprint([str(path), files])[:8]}"
+        found = importlib.util.spec_from_file_location(own, path)
         assert found is not None
         assert found.loader is not None
         module = importlib.util.module_from_spec(found)
-        sys.modules.setdefault(path.stem, module)
+        sys.modules[own] = module
         with _importing(spec, what, where):
             found.loader.exec_module(module)
     else:

@@ -251,7 +251,7 @@ def _ordered(
 def _code_of(objective: Objective) -> str:
     """What an objective does beyond its settings: its class and, for a user's own, its source."""
     if isinstance(objective, Own):
-        return _code_of(objective.inner)
+        return inspect.getsource(type(objective.inner))
     cls = type(objective)
     if is_built_in(objective):
         return cls.__name__
