@@ -3,9 +3,9 @@
     python benchmarks/busy_machine.py --out benchmarks/results/busy_machine.json
 
 Between two pieces of parallel work OpenMP's threads spin, and on cores that others use too they keep away the very
-thread they wait for. On a busy machine `phf` lets them spin briefly (phf.core.threads). Each measurement is a process of
-its own; the two settings take turns. Neighbours are processes that only count. The ratio is the baseline's time divided
-by ours; `of free` is our time divided by ours on free cores.
+thread they wait for. On a busy machine `phf` lets them spin briefly (phf.core.threads). Each measurement is a process
+of its own; the two settings take turns. Neighbours are processes that only count. The ratio is the baseline's time
+divided by ours; `of free` is our time divided by ours on free cores.
 """
 
 from __future__ import annotations
