@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from helpers import TINY_LLAMA
 from phf.core.config import ConfigError
-from phf.generation.decoding import draw, guide
+from phf.generation.decoding import draw, guide, uniform
 from phf.generation.fast_copy import CACHE_STEP, TESTED_FAMILIES, WHOLE_CACHE, GrowingLayer, fast_copy
-from phf.generation.sample import uniform
 
 
 def expected_distribution(logits, temperature, top_p, top_k):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -103,6 +105,23 @@ def test_it_is_the_search_written_out_and_does_not_depend_on_the_batch(tagged):
     ]
 
 
+def test_beams_that_end_early_wait_unchanged_for_others(tagged):
+    """End-of-text is as likely as a frequent token here: samples of one batch end at different steps."""
+    model = dataclasses.replace(tagged, lm=copy.deepcopy(tagged.lm))
+    scenario = Scenario(**SETTINGS | {"num_samples": 10, "max_tokens": 24, "temperature": 1.0})
+    table = model.lm.get_output_embeddings().weight
+    with torch.no_grad():
+        hidden = model.lm.base_model(input_ids=torch.tensor([model.encode("import os")])).last_hidden_state[0]
+        table[model.tokenizer.eos_token_id] += 4 * hidden.mean(0) / hidden.mean(0).norm() ** 2
+    found = sample(model, scenario, progress=False)
+    lengths = {s.num_tokens for s in found if s.finished}
+    assert len(lengths) > 1
+    for s in found:
+        text, logp, count = written_out(model, scenario, s.id)
+        assert (s.text, s.num_tokens) == (text, count)
+        assert s.logp == pytest.approx(logp, abs=1e-3)
+
+
 def test_it_avoids_what_the_tag_stands_for(tagged):
     """The model's own risk of the texts is lower than that of plain samples."""
 
@@ -137,7 +156,7 @@ def test_prompts_of_different_lengths(tagged, tmp_path):
 
 def test_what_it_does_not_work_with_is_an_error(tagged, tokens_dir, tmp_path):
     train_tiny(tokens_dir, tmp_path / "mle", MLE(), steps=2)
-    with pytest.raises(ConfigError, match="no control token that stands for bad text"):
+    with pytest.raises(ConfigError, match="no control tokens, so safe_beam does not work with it"):
         sample(load_model(tmp_path / "mle"), Scenario(**SETTINGS), progress=False)
     with pytest.raises(ValidationError, match="guidance and safe_beam"):
         Scenario(safe_beam=2, guidance=1.5)

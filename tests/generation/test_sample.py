@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers import TINY_LLAMA
 from phf.core.config import ConfigError
 from phf.generation import sample as sample_module
-from phf.generation.decoding import GuidedDecoding, draw
+from phf.generation.decoding import GuidedDecoding, draw, uniform
 from phf.generation.loaded import LoadedModel, load_model, prompt_ids
-from phf.generation.sample import read_samples, sample, uniform, write_samples
+from phf.generation.sample import read_samples, sample, write_samples
 from phf.generation.scenario import Scenario, paper_scenarios, read_prompts, scenario_prompts
 from phf.objectives import MLE, Conditional
 from phf.tokens.tokenizer import load_tokenizer

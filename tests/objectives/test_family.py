@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,7 @@ import torch
 from helpers import NAN, make_store, train_tiny, whole_block
 from phf.core import store
 from phf.core.check import check_below
-from phf.core.config import ConfigError, validate
+from phf.core.config import ConfigError, to_plain, validate
 from phf.core.types import PieceIds
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
@@ -322,6 +323,38 @@ def test_a_schedule_is_its_phases():
     for wrong in ([{"until": 0.2}, {"until": 0.5}], [{}, {}], [{"until": 0.6}, {"until": 0.4}, {}]):
         with pytest.raises(ConfigError, match="until"):
             validate({"name": "schedule", "phases": [{"objective": {"name": "mle"}, **w} for w in wrong]}, AnyObjective)
+
+
+def test_a_ramp_of_rwr_s_beta_keeps_the_mean_weight_at_one(tokens_dir):
+    ramped = {"objective": {"name": "rwr"}, "ramp": {"beta": [2.0, 0.2]}}
+    tokens = TokenStore.open(tokens_dir)
+    schedule = validate({"name": "schedule", "phases": [ramped]}, AnyObjective).fit(tokens.statistics)
+    stairs = [o for o, _ in schedule.timeline]
+    assert [o.beta for o in stairs] == pytest.approx(np.linspace(2.0, 0.2, 10))
+    judged = torch.from_numpy(np.repeat(tokens.score_S, tokens.tokens_S))[
+        torch.from_numpy(np.repeat(~tokens.heldout_D, np.diff(tokens.seg_ends[tokens.doc_ends - 1], prepend=0)))
+    ].double()
+    for stair in stairs:
+        weights, _ = stair.weights(judged, torch.ones(len(judged), dtype=torch.bool))
+        assert weights[~judged.isnan()].mean().item() == pytest.approx(1)
+    phase = torch.arange(40, dtype=torch.uint8) % 10
+    x = inputs(np.random.default_rng(4).choice([0.0, 0.5, 1.0, NAN], 40), phase=phase)
+    expected = sum(
+        stair.loss(dataclasses.replace(x, mask_BT=x.mask_BT & (phase == n))).loss_sum.item()
+        for n, stair in enumerate(stairs)
+    )
+    assert schedule.loss(x).loss_sum.item() == pytest.approx(expected, rel=1e-12)
+    assert validate(to_plain(schedule), AnyObjective) == schedule
+    raw = ramped | {"objective": {"name": "rwr", "rewards": "raw"}}
+    assert len(validate({"name": "schedule", "phases": [raw]}, AnyObjective).fit(tokens.statistics).timeline) == 1
+
+
+def test_a_schedule_names_the_columns_of_all_its_phases():
+    noted = {"name": "annotate", "text": "[{}]", "column": "why"}
+    phases = [{"objective": {"name": "mle"}, "until": 0.5}, {"objective": noted}]
+    assert validate({"name": "schedule", "phases": phases}, AnyObjective).columns == ("why",)
+    assert validate(noted, AnyObjective).columns == ("why",)
+    assert Each({"a": validate(noted, AnyObjective), "b": MLE()}).columns == ("why",)
 
 
 def test_a_number_of_an_edit_changes_in_ten_steps(tokens_dir, tmp_path):

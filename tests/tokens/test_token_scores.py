@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import LINK, tiny_texts, train_tiny, write_jsonl
 from phf.core import store
@@ -14,7 +15,7 @@ from phf.core.config import ConfigError
 from phf.data.readers import Jsonl
 from phf.data.scored import ScoredCorpus
 from phf.data.segment import Lines
-from phf.objectives import Masking
+from phf.objectives import RWR, Conditional, Masking, Weights
 from phf.scorers import PEP8, Function
 from phf.scoring.score import score_corpus
 from phf.tokens.store import TokenStore, token_score_file, tokenize_corpus
@@ -70,6 +71,31 @@ def test_masking_by_tokens_learns_more_than_by_segments(tmp_path):
     assert learned[True] > learned[False]
     assert runs[True].counts.exposure["read_bad"] < runs[False].counts.exposure["read_bad"]
     assert runs[True].key != runs[False].key
+
+
+def test_what_weights_rest_on_is_computed_from_the_scores_that_the_loss_reads(tmp_path):
+    tokens = made(tmp_path, tiny_texts(60), LINK)
+    use = np.repeat(~tokens.heldout_D, np.diff(tokens.seg_ends[tokens.doc_ends - 1], prepend=0))
+    score = np.asarray(tokens.token_score_T, float)[use]
+    bad = np.repeat(tokens.score_S > 0, tokens.tokens_S)[use]
+    assert 0 < score.mean() < bad.mean()  # 1 where a token is bad
+    rwr = RWR(beta=2.0).fit(tokens.statistics)
+    assert (-rwr.reward_mean, rwr.reward_std) == (pytest.approx(score.mean()), pytest.approx(score.std()))
+    weights, _ = rwr.weights(torch.from_numpy(score), torch.ones(len(score), dtype=torch.bool))
+    assert weights.mean().item() == pytest.approx(1)
+    weights, _ = (
+        Weights(points=((0, 1), (1, 0.5)))
+        .fit(tokens.statistics)
+        .weights(torch.from_numpy(score), torch.ones(len(score), dtype=torch.bool))
+    )
+    assert weights.mean().item() == pytest.approx(1)
+    assert Masking("median").fit(tokens.statistics).threshold == np.median(score)
+    (said,) = Masking(0).remarks(tokens.statistics)
+    assert said.startswith(f"{score.mean():.2%} of the judged training tokens")
+    # what an edit decides for whole segments rests on the scores of segments
+    (by_segment,) = Conditional(0).remarks(tokens.statistics)
+    assert by_segment.startswith(f"{bad.mean():.2%} of the judged training tokens")
+    assert Masking(0).remarks(TokenStore.open(tokens.path).statistics) == [by_segment]
 
 
 def test_scores_of_tokens_are_added_checked_and_refused(tmp_path):

@@ -117,6 +117,21 @@ def test_in_bfloat16_the_blocks_are_used_and_close(tokens, family, compiled, mon
     assert losses["bf16"] == pytest.approx(losses["exact"], rel=5e-3)
 
 
+def test_blocks_that_are_computed_again_have_the_same_gradients(tokens):
+    """With gradient checkpointing, layers run a second time in the backward pass."""
+    ids = rows_of([5, 50, 131], 140)
+    scores, mask = torch.zeros(2, 139), torch.ones(2, 139, dtype=torch.bool)
+    gradients = []
+    for again in (False, True):
+        lm = build_lm(FromConfig({**FAMILIES["llama"], "max_position_embeddings": 256}), tokens.tokenizer, seed=1)
+        if again:
+            lm.activation_checkpointing_enable()
+        model = PHFModel(lm.train(), MLE(), torch.bfloat16, end_of_text=END)
+        model(ids[:, :-1], ids[:, 1:], scores, mask)["loss"].backward()
+        gradients.append([p.grad for p in lm.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_models_that_cannot_keep_documents_apart_are_refused():
     """BLOOM's attention depends on the distance alone and takes no positions."""
     lm = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2))

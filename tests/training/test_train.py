@@ -28,10 +28,10 @@ from helpers import (
     weights_of,
 )
 from phf.core import folders, store
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, validate
 from phf.core.device import pick_precision
 from phf.core.runs import COMPLETE, TrainManifest, complete_checkpoints
-from phf.objectives import AWR, MLE, Conditional, Masking, Unlikelihood
+from phf.objectives import AWR, MLE, AnyObjective, Conditional, Masking, Unlikelihood
 from phf.tokens.store import tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 from phf.training.config import TrainConfig, micro_batch, pick_compile
@@ -310,6 +310,27 @@ def test_micro_batches_multiply_to_the_batch(rows, world, expected):
 def test_budgets_round_up_to_whole_steps():
     assert TrainConfig(tokens=100, context=16, batch_rows=4).steps == 2
     assert TrainConfig(tokens=128, context=16, batch_rows=4).total_tokens == 128
+
+
+def test_a_budget_of_source_text_is_that_of_all_phases(tokens_dir, tmp_path):
+    """Filtering reads much less of the source text in a row than MLE: a row passes over what is dropped."""
+    half = {"objective": {"name": "filtering", "threshold": "median"}, "until": 0.5}
+    phases = [half, {"objective": {"name": "mle"}}]
+    read = {}
+    for name, plain in {
+        "mle": {"name": "mle"},
+        "filtering": half["objective"],
+        "both": {"name": "schedule", "phases": phases},
+        "both the other way round": {
+            "name": "schedule",
+            "phases": [{"objective": {"name": "mle"}, "until": 0.5}, {"objective": half["objective"]}],
+        },
+    }.items():
+        objective = validate(plain, AnyObjective)
+        done = train_tiny(tokens_dir, tmp_path / name, objective, budget="source", tokens=20_000)
+        read[name] = (done.counts.exposure["source"], done.counts.steps)
+    assert all(abs(source - 20_000) < 1_500 for source, _ in read.values()), read  # a step of filtering: about 1,000
+    assert read["filtering"][1] < read["both"][1] < read["mle"][1]
 
 
 def test_a_corpus_shorter_than_a_row_is_an_error(tokens_dir, tmp_path):

@@ -103,7 +103,7 @@ class MonitorCallback(JudgingCallback):
         self.conditions_on = fitted.conditions_on
         self.worst = fitted.worst
         for name, scenario in config.scenarios.items():
-            if (scenario.control == "bad" or scenario.guidance is not None) and not fitted.worst:
+            if scenario.needs_bad_token and not fitted.worst:
                 raise ConfigError(
                     f"monitor.scenarios.{name} needs control tokens, which {objective.name} does not have"
                 )

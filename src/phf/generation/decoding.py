@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from phf.core.config import ConfigError
+from phf.core.random import mix64
 
 MAX_REJECTIONS = 25
 """Draws before the exact sort is used. With top_p 0.9 a token is rejected at most one time in ten."""
@@ -26,6 +28,39 @@ BELOW_ONE = 1 - 2.0**-52
 """Its product with any positive float64 is smaller than that number."""
 TOKENS_PER_BLOCK = 64
 """Tokens whose probabilities are summed before one of them is searched."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Texts that a batch starts with, padded on the left to one length: [N, T]."""
+
+    ids_NT: Tensor
+    attend_NT: Tensor
+    """1 for a token, 0 for padding."""
+    position_NT: Tensor
+
+    @property
+    def any_padding(self) -> bool:
+        return bool((self.attend_NT == 0).any())
+
+
+def pad_left(starts: Sequence[Sequence[int]], fill: int, device: torch.device) -> Padded:
+    """Token ids of several texts as one batch."""
+    longest = max(map(len, starts))
+    ids_NT = torch.full((len(starts), longest), fill, device=device)
+    attend_NT = torch.zeros((len(starts), longest), dtype=torch.long, device=device)
+    for n, start in enumerate(starts):
+        ids_NT[n, longest - len(start) :] = torch.tensor(start, device=device)
+        attend_NT[n, longest - len(start) :] = 1
+    return Padded(ids_NT, attend_NT, (attend_NT.cumsum(1) - 1).clamp(min=0))
+
+
+def uniform(seed_key: int, id_N: np.ndarray, step: int, attempts: Sequence[int]) -> np.ndarray:
+    """Uniforms in [0, 1), [N, attempts], that depend on (seed, id, step, attempt) only."""
+    stream_N = mix64(id_N.astype(np.uint64), seed_key)
+    count_K = np.asarray(attempts, np.uint64) + np.uint64((step << 16) + 1)
+    bits_NK = mix64(stream_N[:, None] + count_K, 0)
+    return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None, uniforms: Any) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +119,17 @@ class LoadedModel:
         used = torch.zeros(rows, dtype=torch.bool)
         used[list(self.tokenizer.get_vocab().values())] = True
         return torch.nonzero(~used).squeeze(1).to(self.lm.device)
+
+    def never_written(self, banned: Sequence[int]) -> Tensor:
+        """Ids that sampling never draws: `banned`, and those that belong to no token."""
+        return torch.tensor([*banned, *self.unused_ids.tolist()], dtype=torch.long, device=self.lm.device)
+
+    @cached_property
+    def silent_V(self) -> np.ndarray:
+        """Whether each row of the model's table is a control token, which no reader of a sample sees."""
+        found = np.zeros(len(self.lm.get_output_embeddings().weight), bool)
+        found[list(self.control_ids.values())] = True
+        return found
 
     @property
     def start_id(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from phf.core.random import key64, mix64
 from phf.core.types import Sample
-from phf.generation.decoding import draw
+from phf.generation.decoding import draw, pad_left, uniform
 from phf.generation.loaded import LoadedModel
 from phf.generation.scenario import Scenario
 
@@ -29,26 +29,11 @@ WIDTH = 4
 """Tokens that a beam draws."""
 
 
-def safe_beams(
-    model: LoadedModel,
-    trunk: Any,
-    cache: Any,
-    cache_name: str,
-    scenario: Scenario,
-    prompts: Sequence[str],
-    starts: Sequence[Sequence[int]],
-    banned: Sequence[int],
-    first_id: int,
-) -> list[Sample]:
-    """One sample for each start. `cache`: an empty key-value cache for `trunk`."""
-    search = _Search(model, trunk, cache, cache_name, scenario, starts, banned, first_id)
-    while search.step():
-        pass
-    return search.samples(prompts)
+class SafeBeams:
+    """The beams of some samples, a token each per step. Arrays hold one entry per beam, those of a sample together.
 
-
-class _Search:
-    """The beams of some samples, a token each per step. Arrays hold one entry per beam, those of a sample together."""
+    `cache`: an empty key-value cache for `trunk`.
+    """
 
     def __init__(
         self,
@@ -57,6 +42,7 @@ class _Search:
         cache: Any,
         cache_name: str,
         scenario: Scenario,
+        prompts: Sequence[str],
         starts: Sequence[Sequence[int]],
         banned: Sequence[int],
         first_id: int,
@@ -67,6 +53,7 @@ class _Search:
         self.cache = cache
         self.cache_name = cache_name
         self.scenario = scenario
+        self.prompts = prompts
         self.starts = starts
         self.first_id = first_id
         self.beams = scenario.safe_beam
@@ -74,9 +61,7 @@ class _Search:
         self.device = model.lm.device
         self.eos = model.tokenizer.eos_token_id
         self.bad_ids = model.ids_of("bad")
-        self.banned_T = torch.tensor([*banned, *model.unused_ids.tolist()], dtype=torch.long, device=self.device)
-        self.silent_V = np.zeros(len(model.lm.get_output_embeddings().weight), bool)
-        self.silent_V[list(model.control_ids.values())] = True
+        self.banned_T = model.never_written(banned)
         self.seed_key = key64(scenario.seed, "safe beam")
         rows = self.count * self.beams
         self.texts: list[list[int]] = [[] for _ in range(rows)]
@@ -94,17 +79,12 @@ class _Search:
         self._read_starts()
 
     def _read_starts(self) -> None:
-        longest = max(map(len, self.starts))
-        ids = torch.full((self.count, longest), self.eos, device=self.device)
-        attend = torch.zeros((self.count, longest), dtype=torch.long, device=self.device)
-        for n, start in enumerate(self.starts):
-            ids[n, longest - len(start) :] = torch.tensor(start, device=self.device)
-            attend[n, longest - len(start) :] = 1
-        self.longest = longest
-        self.attend = attend
-        self.position = (attend.cumsum(1) - 1).clamp(min=0)
-        self.padded = bool((attend == 0).any())
-        logits = self._forward(ids)
+        inputs = pad_left(self.starts, self.eos, self.device)
+        self.longest = inputs.ids_NT.shape[1]
+        self.attend = inputs.attend_NT
+        self.position = inputs.position_NT
+        self.padded = inputs.any_padding
+        logits = self._forward(inputs.ids_NT)
         self._select(torch.arange(self.count, device=self.device).repeat_interleave(self.beams))
         self.logits_BV = logits.repeat_interleave(self.beams, 0)
 
@@ -136,7 +116,7 @@ class _Search:
         # a beam that is done stays as it is, once
         again_C = self.done_B[parent_C]
         first_C = np.tile(np.arange(WIDTH) == 0, len(self.texts))
-        silent_C = self.silent_V[token_C]
+        silent_C = self.model.silent_V[token_C]
         ended_C = token_C == self.eos
         counted_C = ~again_C & ~silent_C
         logp_C = self.logp_B[parent_C] + np.where(counted_C, gained_C, 0.0)
@@ -164,17 +144,14 @@ class _Search:
         short_B = torch.from_numpy(self.tokens_B < scenario.min_tokens).to(self.device)
         logits_BV[short_B, self.eos] = float("-inf")
         parent = torch.from_numpy(parent_C).to(self.device)
-        stream_C = mix64(
-            np.uint64(self.first_id * self.beams * WIDTH) + np.arange(len(parent_C), dtype=np.uint64), self.seed_key
+        ids = self.first_id * self.beams * WIDTH + np.arange(len(parent_C))
+        token_C = draw(
+            logits_BV[parent],
+            scenario.temperature,
+            scenario.top_p,
+            scenario.top_k,
+            lambda attempts: uniform(self.seed_key, ids, self.steps, attempts),
         )
-
-        def uniforms(attempts: Sequence[int]) -> np.ndarray:
-            count_K = np.asarray(attempts, np.uint64) + np.uint64((self.steps << 16) + 1)
-            bits = mix64(stream_C[:, None] + count_K, 0)
-            found: np.ndarray = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-            return found
-
-        token_C = draw(logits_BV[parent], scenario.temperature, scenario.top_p, scenario.top_k, uniforms)
         gained_C = logp_BV[parent].gather(1, token_C.unsqueeze(1)).squeeze(1)
         return token_C.cpu().numpy(), gained_C.double().cpu().numpy()
 
@@ -196,9 +173,13 @@ class _Search:
         return found
 
     def _best(self, risk_C: np.ndarray, likelihood_C: np.ndarray, new_C: np.ndarray) -> np.ndarray:
-        """The next beams: of each sample's candidates, without the half of highest risk, the likeliest."""
+        """The next beams: of each sample's candidates, without the half of highest risk, the likeliest. Beams that are
+        all done stay, however long other samples of the batch take."""
         kept = []
-        for part in np.split(np.arange(len(risk_C)), self.count):
+        for n, part in enumerate(np.split(np.arange(len(risk_C)), self.count)):
+            if self.done_B[n * self.beams : (n + 1) * self.beams].all():
+                kept.append(part[::WIDTH])
+                continue
             fresh = part[new_C[part]]
             safe = fresh[np.argsort(risk_C[fresh], kind="stable")][: max(math.ceil(len(fresh) / 2), 1)]
             best = safe[np.argsort(-likelihood_C[safe], kind="stable")][: self.beams]
@@ -216,11 +197,11 @@ class _Search:
         self.finished_B = self.finished_B[parent_B] | ended_B
         self.done_B = self.done_B[parent_B] | ended_B | (self.tokens_B >= self.scenario.max_tokens)
 
-    def samples(self, prompts: Sequence[str]) -> list[Sample]:
+    def samples(self) -> list[Sample]:
         """The likeliest beam of each sample."""
         mean_B = self.logp_B / np.maximum(self.drawn_B, 1)
         found = []
-        for n, prompt in enumerate(prompts):
+        for n, prompt in enumerate(self.prompts):
             b = n * self.beams + int(np.argmax(mean_B[n * self.beams : (n + 1) * self.beams]))
             found.append(
                 Sample(

@@ -27,12 +27,12 @@ from transformers.cache_utils import DynamicLayer
 from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.device import tune_allocator
-from phf.core.random import key64, mix64
+from phf.core.random import key64
 from phf.core.types import Sample
-from phf.generation.decoding import draw, guide
+from phf.generation.decoding import draw, guide, pad_left, uniform
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
 from phf.generation.loaded import LoadedModel, banned_tokens, can_be_asked, check_room, precision_of, prompt_ids
-from phf.generation.safe_beam import WIDTH, safe_beams
+from phf.generation.safe_beam import WIDTH, SafeBeams
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.server import Server
 from phf.training.probe import CACHE_NAMES, cache_name, check_can_be_sampled
@@ -45,13 +45,10 @@ def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> lis
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
     model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
-    if scenario.safe_beam is not None and not model.worst:
-        raise ConfigError(
-            f"{model.path} has no control token that stands for bad text, so safe_beam does not work with it"
-        )
     if not can_be_asked(model, scenario):
-        asked = "guidance" if scenario.guidance is not None else f"control={scenario.control}"
-        raise ConfigError(f"{model.path} has no control tokens, so {asked} does not work with it")
+        asked = scenario.needs_bad_token or f"control={scenario.control}"
+        lacking = "no control token that stands for bad text" if model.control_ids else "no control tokens"
+        raise ConfigError(f"{model.path} has {lacking}, so {asked} does not work with it")
     return sample_prompts(model, scenario, scenario_prompts(scenario), progress)
 
 
@@ -78,24 +75,18 @@ def sample_prompts(
     width = scenario.batch if scenario.safe_beam is None else max(scenario.batch // scenario.safe_beam // WIDTH, 1)
     with bar, torch.inference_mode():
         lm = fast_copy(model.lm, torch.bfloat16) if precision_of(model, scenario) == "bf16" else model.lm
-        for start in range(0, len(prompts), width):
-            part = slice(start, start + width)
-            if scenario.safe_beam is not None:
-                name = cache_name(model.lm) or CACHE_NAMES[0]
-                cache = _cache(lm.base_model)
-                samples += safe_beams(
-                    model, lm.base_model, cache, name, scenario, prompts[part], starts[part], banned, start
-                )
-                bar.update(len(prompts[part]))
-                continue
-            batch = _Batch(
+        for first in range(0, len(prompts), width):
+            part = slice(first, first + width)
+            batch = (_Batch if scenario.safe_beam is None else SafeBeams)(
                 model=model,
                 trunk=lm.base_model,
+                cache=_cache(lm.base_model),
+                cache_name=cache_name(model.lm) or CACHE_NAMES[0],
                 scenario=scenario,
                 prompts=prompts[part],
                 starts=starts[part],
                 banned=banned,
-                first_id=start,
+                first_id=first,
             )
             while batch.step():
                 pass
@@ -115,6 +106,8 @@ class _Batch:
         self,
         model: LoadedModel,
         trunk: Any,
+        cache: Any,
+        cache_name: str,
         scenario: Scenario,
         prompts: Sequence[str],
         starts: Sequence[Sequence[int]],
@@ -129,11 +122,8 @@ class _Batch:
         self.first_id = first_id
         self.guided = scenario.guidance is not None
         self.device = model.lm.device
-        vocab_size = len(model.lm.get_output_embeddings().weight)
         self.eos = model.tokenizer.eos_token_id
-        self.banned_T = torch.tensor([*banned, *model.unused_ids.tolist()], dtype=torch.long, device=self.device)
-        self.silent_V = np.zeros(vocab_size, bool)
-        self.silent_V[list(model.control_ids.values())] = True
+        self.banned_T = model.never_written(banned)
         self.seed_key = key64(scenario.seed, "sample")
         self.most_steps = 2 * scenario.max_tokens + 8  # at most a control token before every text token
 
@@ -147,8 +137,8 @@ class _Batch:
         self.written: list[tuple[np.ndarray, np.ndarray]] = []
         """Of each step: the samples that got a text token, and the tokens."""
         self.steps = 0
-        self.cache = _cache(trunk)
-        self.cache_name = cache_name(model.lm) or CACHE_NAMES[0]
+        self.cache = cache
+        self.cache_name = cache_name
         self._set_inputs()
 
     def _set_inputs(self) -> None:
@@ -159,13 +149,11 @@ class _Batch:
             (self.good_id,) = self.model.ids_of(self.scenario.control)
             (self.bad_id,) = self.model.ids_of(self.scenario.against)
             starts += [[self.bad_id if i == self.good_id else i for i in start] for start in starts]
-        self.ids_NT = torch.full((len(starts), self.longest), self.eos, device=self.device)
-        self.attend_NT = torch.zeros((len(starts), self.longest), dtype=torch.long, device=self.device)
-        for n, start in enumerate(starts):
-            self.ids_NT[n, self.longest - len(start) :] = torch.tensor(start, device=self.device)
-            self.attend_NT[n, self.longest - len(start) :] = 1
-        self.position_NT = (self.attend_NT.cumsum(1) - 1).clamp(min=0)
-        self.padded = bool((self.attend_NT == 0).any())
+        inputs = pad_left(starts, self.eos, self.device)
+        self.ids_NT = inputs.ids_NT
+        self.attend_NT = inputs.attend_NT
+        self.position_NT = inputs.position_NT
+        self.padded = inputs.any_padding
 
     def step(self) -> bool:
         """Write one token for every sample in the batch. False when there is nothing left to write."""
@@ -221,7 +209,7 @@ class _Batch:
         """Record the tokens of a step. Control tokens and the tokens of samples that are done do not count."""
         alive = self.alive
         live_N = ~self.done_N[alive]
-        counted_N = live_N & ~self.silent_V[tokens]
+        counted_N = live_N & ~self.model.silent_V[tokens]
         ended_N = tokens == self.eos
         text_N = counted_N & ~ended_N
         self.logp_N[alive] += np.where(counted_N, gained_N, 0.0)
@@ -269,14 +257,6 @@ def _cache(trunk: Any) -> Any:
     in_float32 = FLOAT32_CACHE_BYTES if trunk.config._attn_implementation == WHOLE_CACHE else 0
     cache.layers = [GrowingLayer(in_float32) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def uniform(seed_key: int, id_N: np.ndarray, step: int, attempts: Sequence[int]) -> np.ndarray:
-    """Uniforms in [0, 1), [N, attempts], that depend on (seed, sample, step, attempt) only."""
-    stream_N = mix64(id_N.astype(np.uint64), seed_key)
-    count_K = np.asarray(attempts, np.uint64) + np.uint64((step << 16) + 1)
-    bits_NK = mix64(stream_N[:, None] + count_K, 0)
-    return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _by_sample(written: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> list[list[int]]:

@@ -60,6 +60,15 @@ class Scenario:
     """Precision of the weights while sampling, and of a sample's `logp`. auto: bfloat16 where the processor is fast at
     it and the model's family has been tested with it. Losses and KL are always computed in float32."""
 
+    @property
+    def needs_bad_token(self) -> str | None:
+        """The setting that works only with a model that has a control token for bad text; None: there is none."""
+        if self.safe_beam is not None:
+            return "safe_beam"
+        if self.guidance is not None:
+            return "guidance"
+        return "control=bad" if self.control == "bad" else None
+
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")

@@ -107,6 +107,12 @@ class Objective:
         return tuple(Piece(name, control=True) for name in self.control_tokens)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the corpus that `edit` inserts, in any phase."""
+        pieces = [piece for member, _ in self.timeline for piece in member.pieces]
+        return tuple(dict.fromkeys(piece.column for piece in pieces if piece.column is not None))
+
+    @property
     def hidden_token(self) -> str | None:
         """The control token that replaces what `edit` hides."""
         return self.roles.get("hidden")

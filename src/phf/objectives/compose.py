@@ -156,11 +156,13 @@ STAIRS = 10
 class PhaseOf:
     """A part of a schedule. `until`: share of the training at which it ends; None: the end. `ramp`: numbers of the
     objective that change linearly over the phase, as [first, last]; those of the loss (alpha, beta) in every step,
-    those of the edit (drop, p) in ten equal steps."""
+    those of the edit (drop, p), and beta where weights are normalized for it (RWR), in ten equal steps. `fitted`: the
+    objective of each of these steps, once they are fitted to a corpus."""
 
     objective: Annotated[Single, Field(discriminator="name", title="objective")]
     until: Annotated[float, Field(gt=0, le=1)] | None = None
     ramp: dict[Literal["alpha", "beta", "drop", "p"], tuple[float, float]] = Field(default_factory=dict)
+    fitted: Annotated[tuple[RWR, ...], Field(exclude_if=lambda fitted: not fitted)] = ()
 
     def __post_init__(self) -> None:
         for name, ends in self.ramp.items():
@@ -176,7 +178,11 @@ class PhaseOf:
     @property
     def stairs(self) -> list[Any]:
         """The objective of each of the phase's equal parts, which differ in numbers of the edit."""
-        ends = {name: pair for name, pair in self.ramp.items() if name in ("drop", "p")}
+        if self.fitted:
+            return list(self.fitted)
+        normalized = isinstance(self.objective, RWR) and self.objective.rewards == "standardised"
+        names = ("drop", "p", *(["beta"] if normalized else []))
+        ends = {name: pair for name, pair in self.ramp.items() if name in names}
         if not ends:
             return [self.objective]
         changes: list[dict[Any, Any]] = [
@@ -259,9 +265,14 @@ class Schedule(Objective):
         return next((part.objective.value for part in self.phases if part.objective.value is not None), None)
 
     def fit(self, statistics: Statistics) -> Objective:
-        fitted: list[Any] = [part.objective.fit(statistics) for part in self.phases]
-        parts = tuple(dataclasses.replace(p, objective=o) for p, o in zip(self.phases, fitted, strict=True))
-        return dataclasses.replace(self, phases=parts)
+        parts = []
+        for part in self.phases:
+            fitted: Any = part.objective.fit(statistics)
+            stairs: Any = ()
+            if isinstance(fitted, RWR) and len(part.stairs) > 1:
+                stairs = tuple(stair.fit(statistics) for stair in part.stairs)
+            parts.append(dataclasses.replace(part, objective=fitted, fitted=stairs))
+        return dataclasses.replace(self, phases=tuple(parts))
 
     def remarks(self, statistics: Statistics) -> list[str]:
         found = [(p.objective.name, remark) for p in self.phases for remark in p.objective.remarks(statistics)]
@@ -279,13 +290,18 @@ class Schedule(Objective):
         for number, part in enumerate(self.phases):
             end = 1.0 if part.until is None else part.until
             share = min(max((x.progress - start) / max(end - start, 1e-9), 0.0), 1.0)
-            changed: dict[Any, Any] = {name: a + share * (b - a) for name, (a, b) in part.ramp.items()}
-            member = dataclasses.replace(part.objective, **changed) if changed else part.objective
             first = sum(counts[:number])
-            here_BT = (phase_BT >= first) & (phase_BT < first + counts[number])
-            out = member.loss(dataclasses.replace(x, mask_BT=x.mask_BT & here_BT))
-            total = total + out.loss_sum
-            for name, value in out.metrics.items():
-                metrics[name] = metrics[name] + value if name in metrics else value
+            members: list[tuple[Objective, Tensor]] = [
+                (stair, phase_BT == first + n) for n, stair in enumerate(part.fitted)
+            ]
+            if not members:
+                changed: dict[Any, Any] = {name: a + share * (b - a) for name, (a, b) in part.ramp.items()}
+                member = dataclasses.replace(part.objective, **changed) if changed else part.objective
+                members = [(member, (phase_BT >= first) & (phase_BT < first + counts[number]))]
+            for member, here_BT in members:
+                out = member.loss(dataclasses.replace(x, mask_BT=x.mask_BT & here_BT))
+                total = total + out.loss_sum
+                for name, value in out.metrics.items():
+                    metrics[name] = metrics[name] + value if name in metrics else value
             start = end
         return LossOutputs(total, metrics)

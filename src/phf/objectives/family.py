@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective
 from phf.objectives.paper import MLE, AtThreshold, ByThreshold, at_most, weight_metrics
-from phf.tokens.statistics import Statistics
+from phf.tokens.statistics import Statistics, Unit
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -245,6 +245,7 @@ class Hide(_Marked):
     arXiv 2601.21571). Where the store has scores of tokens, single tokens are hidden, otherwise whole segments."""
 
     token: str = HIDDEN
+    unit: ClassVar[Unit] = "tokens"
     name: Literal["hide"] = "hide"
 
     @property

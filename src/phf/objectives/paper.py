@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from phf.tokens.statistics import Statistics, Unit
 
 Threshold = float | Literal["median", "auto"]
 """A score; the scorer's own threshold (auto: 0 for scorers that count, 0.5 for probabilities); or the median over the
-training part of the store: of documents' means for filtering, else of segments."""
+training part of the store: of documents' means for filtering, of tokens' scores for a loss that reads such, else of segments."""
 
 FEW = 0.05
 """A threshold that keeps a smaller share of the documents, or more than all but this share, is suspicious."""
@@ -45,17 +45,19 @@ class AtThreshold(Objective):
     """What objectives share that call segments with a score above `threshold` bad."""
 
     threshold: Threshold = "auto"
+    unit: ClassVar[Unit] = "segments"
+    """Whose scores are compared with the threshold."""
 
     @property
     def bad_above(self) -> float | None:
         return resolved(self.threshold)
 
     def fit(self, statistics: Statistics) -> Objective:
-        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics))
+        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics, self.unit))
 
     def remarks(self, statistics: Statistics) -> list[str]:
         limit = np.float32(number(self.threshold))
-        bad = statistics.mean(lambda score: (score.astype(np.float32) > limit).astype(np.float64))
+        bad = statistics.mean(lambda score: (score.astype(np.float32) > limit).astype(np.float64), self.unit)
         said = f"{bad:.2%} of the judged training tokens score above the threshold {number(self.threshold):g}"
         return [said if RARE < bad < 1 - FEW else f"warning: {said}; does it fit the scorer's scale?"]
 
@@ -65,13 +67,11 @@ class Filtering(AtThreshold):
     """MLE on the documents whose mean score is at most `threshold`. A document without a judged segment is left out."""
 
     threshold: Threshold = "median"
+    unit: ClassVar[Unit] = "documents"
     name: Literal["filtering"] = "filtering"
 
-    def fit(self, statistics: Statistics) -> Filtering:
-        return dataclasses.replace(self, threshold=resolve(self.threshold, statistics, "documents"))
-
     def remarks(self, statistics: Statistics) -> list[str]:
-        kept = statistics.share_at_most(number(self.threshold), "documents")
+        kept = statistics.share_at_most(number(self.threshold), self.unit)
         said = f"filtering keeps {kept:.1%} of the training documents (mean score at most {number(self.threshold):g})"
         return [said if FEW <= kept <= 1 - FEW else f"warning: {said}; does the threshold fit the scorer's scale?"]
 
@@ -111,6 +111,8 @@ class Conditional(AtThreshold):
 @dataclass(frozen=True, config=STRICT)
 class ByThreshold(AtThreshold):
     """Objectives whose loss treats good and bad targets differently. Unjudged targets do not count."""
+
+    unit: ClassVar[Unit] = "tokens"
 
     def counted(self, score_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return mask_BT & ~score_BT.isnan()

@@ -186,7 +186,7 @@ class Recipe:
 
     def _check_first_scenario(self) -> None:
         first, scenario = next(iter(self.scenarios.items()))
-        if scenario.control == "bad" or scenario.guidance is not None:
+        if scenario.needs_bad_token:
             lacking = [name for name in self.chosen if not self.objectives[name].worst]
             if lacking:
                 raise ValueError(

@@ -174,16 +174,15 @@ def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
     )
     with _stage("tokenize", seconds):
         of_tokens = any(variant.train.token_scores for variant in recipe.variants)
-        pieces = (piece for variant in recipe.variants for piece in variant.objective.pieces)
-        mixed = [variant.train.mixture for variant in recipe.variants if variant.train.mixture is not None]
-        columns = sorted({piece.column for piece in pieces if piece.column is not None} | {m.column for m in mixed})
+        columns = {column for variant in recipe.variants for column in variant.objective.columns}
+        columns |= {v.train.mixture.column for v in recipe.variants if v.train.mixture is not None}
         tokens = tokenize_corpus(
             files.scored,
             recipe.tokenizer,
             files.tokens,
             recipe.heldout,
             token_scores=of_tokens,
-            columns=columns,
+            columns=sorted(columns),
             scorer=recipe.scorer,
         ).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")

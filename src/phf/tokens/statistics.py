@@ -14,8 +14,9 @@ import numpy as np
 
 from phf.core.types import Block
 
-Unit = Literal["segments", "documents"]
-"""What a quantile is over: scores of segments, or documents' means over their judged segments."""
+Unit = Literal["segments", "documents", "tokens"]
+"""Whose scores count: those of segments, documents' means over their judged segments, or what a loss reads: scores of
+tokens where the store has them, otherwise those of segments."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,19 @@ class Statistics:
             raise ValueError(f"statistics without the scores named {preference!r}")
         return self.others(preference)
 
-    def _judged(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Scores (float64) of the judged training segments of each block, and their numbers of tokens."""
+    def _judged(self, unit: Unit) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Scores (float64) of the judged training text of each block, and for how many tokens each stands."""
         for block in self.blocks():
-            use_S = block.train_S & ~np.isnan(block.score_S)
-            yield block.score_S[use_S].astype(np.float64), block.tokens_S[use_S].astype(np.float64)
+            if unit == "tokens" and block.token_score_T is not None:
+                score = block.token_score_T[block.train_S[block.segment_T] & ~np.isnan(block.token_score_T)]
+                yield score.astype(np.float64), np.ones(len(score))
+            else:
+                use_S = block.train_S & ~np.isnan(block.score_S)
+                yield block.score_S[use_S].astype(np.float64), block.tokens_S[use_S].astype(np.float64)
 
     def _values(self, unit: Unit) -> Iterator[np.ndarray]:
-        if unit == "segments":
-            for score, _ in self._judged():
+        if unit != "documents":
+            for score, _ in self._judged(unit):
                 yield score
             return
         for block in self.blocks():
@@ -101,9 +106,9 @@ class Statistics:
         total = sum(n for _, n in counts)
         return sum(k for k, _ in counts) / total if total else math.nan
 
-    def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> float:
+    def mean(self, function: Callable[[np.ndarray], np.ndarray], unit: Unit = "tokens") -> float:
         """Mean of a function of the score over the judged training tokens. NaN without any."""
-        sums = [(float((function(s) * w).sum()), float(w.sum())) for s, w in self._judged()]
+        sums = [(float((function(s) * w).sum()), float(w.sum())) for s, w in self._judged(unit)]
         weight = math.fsum(w for _, w in sums)
         return math.fsum(s for s, _ in sums) / weight if weight else math.nan
 
@@ -113,8 +118,8 @@ class Statistics:
         return mean, math.sqrt(self.mean(lambda score: (score - mean) ** 2)) if not math.isnan(mean) else math.nan
 
     def smallest(self) -> float:
-        """The smallest score; NaN without a judged segment."""
-        return min((float(s.min()) for s, _ in self._judged() if len(s)), default=math.nan)
+        """The smallest score that a loss reads; NaN without judged text."""
+        return min((float(s.min()) for s, _ in self._judged("tokens") if len(s)), default=math.nan)
 
 
 def _sortable(values: np.ndarray) -> np.ndarray:

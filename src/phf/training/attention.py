@@ -8,8 +8,8 @@ So phf registers its own attention function with transformers, as `NAME`. Within
 bfloat16 on a CPU it processes blocks of queries: two matrix products and one softmax over the keys that a block may
 see. Half of the square is never computed. Above `KEPT_POSITIONS` the backward pass computes probabilities again
 instead of keeping them. Scores are rounded to bfloat16 before the softmax, as in transformers' eager attention.
-Within `separate_documents()` the mask that transformers makes where positions start again is applied to the blocks.
-Everything else (GPUs, float32, masks, caches, dropout) is transformers' "sdpa".
+In training the masks that transformers makes, such as that for positions that start again, are applied to the blocks.
+Everything else (GPUs, float32, other masks, caches, dropout) is transformers' "sdpa".
 
 Legend: B rows, H heads, T positions, D width of a head; N = B x H.
 """
@@ -34,7 +34,6 @@ NAME = "phf"
 _TESTS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
 
 _whole_rows = 0
-_separate = 0
 
 
 @contextlib.contextmanager
@@ -46,18 +45,6 @@ def whole_rows() -> Iterator[None]:
         yield
     finally:
         _whole_rows -= 1
-
-
-@contextlib.contextmanager
-def separate_documents() -> Iterator[None]:
-    """Inside this block rows hold several documents, and positions that start again tell transformers where. No token
-    attends to a later one."""
-    global _separate
-    _separate += 1
-    try:
-        yield
-    finally:
-        _separate -= 1
 
 
 def document_positions(ids_BT: Tensor, end_of_text: int) -> Tensor:
@@ -73,7 +60,7 @@ def keeps_documents_apart(lm: Any, end_of_text: int) -> bool:
     other = 1 if end_of_text == 0 else 0
     words = [i for i in range(2, 12) if i != end_of_text]
     alone = [end_of_text, *words[:6]]
-    behind = [other, *words[::-1], *alone]
+    after_another = [other, *words[::-1], *alone]
 
     def last_hidden(ids: list[int]) -> Tensor:
         ids_BT = torch.tensor([ids], device=lm.get_input_embeddings().weight.device)
@@ -81,10 +68,10 @@ def keeps_documents_apart(lm: Any, end_of_text: int) -> bool:
         out: Tensor = lm.base_model(input_ids=ids_BT, position_ids=positions, use_cache=False).last_hidden_state
         return out[0, -len(alone) :].float()
 
-    with evaluating(lm), torch.no_grad(), separate_documents():
+    with evaluating(lm), torch.no_grad():
         try:
             first = last_hidden(alone)
-            second = last_hidden(behind)
+            second = last_hidden(after_another)
         except TypeError:  # the model takes no positions
             return False
     return bool((first - second).norm() <= 1e-3 * first.norm())
@@ -153,8 +140,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    # of a training mode's mask it is known that no row is padding, and none of its queries sees a later key
     masked = (
-        _separate > 0
+        module.training
         and attention_mask is not None
         and attention_mask.dtype == torch.bool
         and attention_mask.shape[-2:] == (query.shape[2], key.shape[2])

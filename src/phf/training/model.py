@@ -165,8 +165,7 @@ class PHFModel(nn.Module):
                 found: Tensor = self.lm.base_model(**given).last_hidden_state
         else:
             given["position_ids"] = attention.document_positions(input_ids, self.end_of_text)
-            with attention.separate_documents():
-                found = self.lm.base_model(**given).last_hidden_state
+            found = self.lm.base_model(**given).last_hidden_state
         return found
 
     def save_value_head(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,13 +32,44 @@ def training_order(
     """The training order of a fitted objective. `tokenizer` has its control tokens. `first`, `places`: the run's first
     place and number of places, which a schedule divides; None: all of it belongs to the schedule's first phase.
     `mixture`: how often documents are read."""
-    members = objective.timeline if places is not None else objective.timeline[:1]
-    orders = [
+    orders = phase_orders(tokens, objective, tokenizer, context, seed, mixture)
+    return TrainingOrder(orders[:1]) if places is None else divided(orders, objective, first, places)
+
+
+def phase_orders(
+    tokens: TokenStore, objective: Objective, tokenizer: Any, context: int, seed: int, mixture: Mixture | None = None
+) -> list[SourceOrder]:
+    """The order of each phase of a fitted objective, over the whole store."""
+    return [
         SourceOrder(objective_stream(tokens, member, tokenizer, seed, objective.preferences, mixture), context, seed)
-        for member, _ in members
+        for member, _ in objective.timeline
     ]
-    shares = [1.0 if until is None else until for _, until in members[:-1]]
-    return TrainingOrder(orders, [first + round(share * (places or 0)) for share in shares])
+
+
+def divided(orders: Sequence[SourceOrder], objective: Objective, first: int, places: int) -> TrainingOrder:
+    """The orders of an objective's phases as one, for a run of that many places from `first` on."""
+    shares = [1.0 if until is None else until for _, until in objective.timeline[:-1]]
+    return TrainingOrder(orders, [first + round(share * places) for share in shares])
+
+
+def places_for(orders: Sequence[SourceOrder], objective: Objective, first: int, source: float) -> int:
+    """The number of places in which a run that starts at the place `first` reads `source` source tokens, or as near to
+    it as places allow; at least 1."""
+
+    def read(places: int) -> float:
+        order = divided(orders, objective, first, places)
+        return order.source_at(first + places) - order.source_at(first)
+
+    low = 1
+    high = max(orders[0].place_at(orders[0].source_at(first) + source) - first, 1)
+    if len(orders) == 1:
+        return high
+    while read(high) < source:
+        low, high = high, math.ceil(1.2 * high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if read(middle) < source else (low, middle)
+    return low if abs(read(low) - source) < abs(read(high) - source) else high
 
 
 def objective_stream(

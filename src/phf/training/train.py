@@ -52,7 +52,7 @@ from phf.training.metrics import (
     training_seconds,
 )
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
-from phf.training.order import RowBatches, TrainingRows, exposure, training_order
+from phf.training.order import RowBatches, TrainingRows, divided, exposure, phase_orders, places_for
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
 from phf.training.trainer import (
     CheckpointPlan,
@@ -184,12 +184,13 @@ def run_key(
     names = objective.preferences
     used = [tokens] if names is None else [tokens.with_scores(name) for name in names]
     others = [[t.manifest.content, t.token_mark] for t in used]
-    used_columns = [p.column for p in objective.pieces if p.column is not None]
-    used_columns += [] if config.mixture is None else [config.mixture.column]
-    columns = [tokens.manifest.columns.get(column) for column in used_columns]
+    mixed = () if config.mixture is None else (config.mixture.column,)
+    columns = [tokens.manifest.columns.get(column) for column in (*objective.columns, *mixed)]
     others.append([None if mark is None else mark.hash for mark in columns])
     if tokens.reference is not None:
         others.append(["reference", tokens.manifest.references[tokens.reference].hash])
+    if config.budget == "source" and len(objective.timeline) > 1:
+        others.append("every phase counts")  # earlier versions counted what the first phase alone would read
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
     return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
@@ -237,15 +238,12 @@ def _ordered(
     if config.mixture is not None:
         mixed = config.mixture
         mixture = Mixture(tokens, mixed.column, mixed.times, mixed.other, tokenizer, seed)
-    order = training_order(tokens, objective, tokenizer, config.context, seed, mixture=mixture)
-    first = order.place_at(start)
+    orders = phase_orders(tokens, objective, tokenizer, config.context, seed, mixture)
+    first = orders[0].place_at(start)
     if config.budget == "source":
-        last = order.place_at(order.source_at(first) + config.tokens)
-        config = dataclasses.replace(config, tokens=max(last - first, 1) * config.context, budget="targets")
-    if len(objective.timeline) > 1:
-        places = config.steps * config.batch_rows
-        order = training_order(tokens, objective, tokenizer, config.context, seed, first, places, mixture)
-    return order, first, config
+        places = places_for(orders, objective, first, config.tokens)
+        config = dataclasses.replace(config, tokens=places * config.context, budget="targets")
+    return divided(orders, objective, first, config.steps * config.batch_rows), first, config
 
 
 def _code_of(objective: Objective) -> str:
