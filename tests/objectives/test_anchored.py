@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from phf.core.check import check_below
 from phf.core.config import ConfigError
 from phf.core.types import Edit
 from phf.evaluation import reference
-from phf.evaluation.reference import write_reference
+from phf.evaluation.reference import prepare_reference, write_reference
 from phf.generation.loaded import load_model
 from phf.objectives import MLE, Anchored, LossInputs, Unlikelihood
 from phf.objectives.compose import PhaseOf, Schedule
@@ -86,8 +89,6 @@ def test_it_is_zero_where_the_model_is_the_reference_and_finite_where_the_refere
 @pytest.fixture(scope="module")
 def own_tokens(tokens_dir, tmp_path_factory):
     """A copy of the store, which gets a reference."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("anchored") / "tokens"
     shutil.copytree(tokens_dir, folder)
     return folder
@@ -170,6 +171,49 @@ def test_an_interrupted_computation_gives_the_same_bytes(own_tokens, mle, monkey
     (own_tokens / name).write_bytes(whole)
     folders.store.write_json(own_tokens / folders.MANIFEST, manifest)
     assert not list(own_tokens.glob("reference*.part*"))
+
+
+def test_another_context_is_refused_once_the_log_probabilities_are_there(tokens_dir, mle, tmp_path):
+    shutil.copytree(tokens_dir, tmp_path / "t", ignore=shutil.ignore_patterns("reference-*"))
+    name = write_reference(tmp_path / "t", str(mle), context=64)
+    assert write_reference(tmp_path / "t", str(mle)) == write_reference(tmp_path / "t", str(mle), context=64) == name
+    for other in (32, 65):
+        with pytest.raises(ConfigError, match="was computed with --context 64"):
+            write_reference(tmp_path / "t", str(mle), context=other)
+    (tmp_path / "t" / name).rename(tmp_path / "kept.bin")
+    write_reference(tmp_path / "t", str(mle), context=10**6)
+    positions = load_model(mle).positions
+    assert write_reference(tmp_path / "t", str(mle), context=positions) == name  # as many as the model has
+    assert not any(c.problems for c in check_below(tmp_path / "t"))
+
+
+def test_computations_at_the_same_time_wait_for_each_other(tokens_dir, mle, tmp_path):
+    shutil.copytree(tokens_dir, tmp_path / "t", ignore=shutil.ignore_patterns("reference-*"))
+    train_tiny(tokens_dir, tmp_path / "other", steps=2)
+    code = "import sys; from phf.evaluation.reference import write_reference; write_reference(sys.argv[1], sys.argv[2])"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "t"), str(model)])
+        for model in (mle, mle, tmp_path / "other")
+    ]
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    known = TokenStore.open(tmp_path / "t").manifest.references
+    assert set(known) == {reference_file(str(model)) for model in (mle, tmp_path / "other")}
+    assert not any(c.problems for c in check_below(tmp_path / "t"))
+
+
+def test_a_finished_run_outlives_its_reference(tokens_dir, mle, tmp_path):
+    shutil.copytree(tokens_dir, tmp_path / "t")
+    shutil.copytree(mle, tmp_path / "mle")
+    objective = Anchored(reference=str(tmp_path / "mle"))
+    prepare_reference(tmp_path / "t", str(tmp_path / "mle"), tmp_path / "r")
+    made = train_tiny(tmp_path / "t", tmp_path / "r", objective, steps=2)
+    shutil.rmtree(tmp_path / "mle")
+    prepare_reference(tmp_path / "t", str(tmp_path / "mle"), tmp_path / "r")
+    assert train_tiny(tmp_path / "t", tmp_path / "r", objective, steps=2) == made
+    with pytest.raises(ConfigError, match="no weights there"):
+        train_tiny(tmp_path / "t", tmp_path / "r", objective, steps=3)
+    with pytest.raises(ConfigError, match="no weights there"):
+        prepare_reference(tmp_path / "t", str(tmp_path / "mle"), tmp_path / "new")
 
 
 def test_a_run_is_anchored_to_its_reference(own_tokens, mle, tmp_path):

@@ -195,6 +195,21 @@ def test_finetuning_continues_with_rows_not_seen_yet(tiny):
     )
 
 
+def test_runs_that_a_grid_compares_with_come_first(tiny):
+    recipe = load_recipe(
+        [
+            tiny,
+            "objectives.near={name: anchored, reference: mle-s0}",
+            "only=[near, mle, conditional]",
+            "grid={objectives.near.reference: [mle-s0, conditional-s0, /elsewhere]}",
+            "seeds=[0]",
+        ]
+    )
+    assert recipe.reference_runs == {"mle-s0", "conditional-s0"}
+    assert {v.name for v in recipe.variants[:2]} == recipe.reference_runs
+    assert len(recipe.variants) == 5
+
+
 def test_a_grid_is_every_combination_that_applies(tiny):
     recipe = load_recipe(
         [tiny, "only=[mle, rwr]", "grid={train.lr: [0.01, 0.02], objective.beta: [0.1, 1]}", "seeds=[3]"]

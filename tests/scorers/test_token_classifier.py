@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig
+from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, GPT2Config
 
 from helpers import CLASSIFIER_WORDS, output_of, tiny_classifier, train_tiny, write_jsonl
 from phf.cli import main
@@ -79,6 +79,32 @@ def test_a_long_text_is_read_in_windows(folder):
     for start, end in places:
         covered[start:end] = True
     assert covered[[i for i, c in enumerate(text) if c != " "]].all()
+
+
+def test_a_tokenizer_without_padding_and_special_tokens(tokens_dir, tmp_path):
+    """As GPT-2's: windows of different lengths are read all the same."""
+    tokenizer = AutoTokenizer.from_pretrained(tokens_dir / "tokenizer")
+    assert tokenizer.pad_token is None
+    sizes = {"n_positions": 24, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.6}
+    torch.manual_seed(3)
+    model = AutoModelForTokenClassification.from_config(
+        GPT2Config(vocab_size=len(tokenizer), id2label={0: "O", 1: "NAME"}, **sizes)
+    ).eval()
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    scorer = TokenClassifier(model=str(tmp_path / "m"))
+    text = " ".join(WORDS * 4)
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) % 21 > 3  # the last window is shorter
+    with torch.no_grad():
+        windows = [ids[start : start + 24] for start in range(0, len(ids) - 3, 21)]
+        p = [model(torch.tensor([w])).logits[0].double().softmax(-1)[:, 1].tolist() for w in windows]
+    expected = [0.0] * len(ids)
+    for n, window in enumerate(p):
+        for place, score in enumerate(window, 21 * n):
+            expected[place] = max(expected[place], score)
+    assert [s.score for s in scorer.token_spans(text)] == pytest.approx(expected, abs=1e-6)
+    assert scorer.judge_segments(["", text])[0][1] == pytest.approx(max(expected), abs=1e-6)
 
 
 def test_tokens_of_a_store_get_the_probabilities(folder, tmp_path, monkeypatch, capsys):

@@ -28,14 +28,14 @@ def train(
     from phf.core.config import load
     from phf.core.runs import RunFolder
     from phf.evaluation.monitor import MonitorCallback
-    from phf.evaluation.reference import write_reference
+    from phf.evaluation.reference import prepare_reference
     from phf.recipes.recipe import TrainStage
     from phf.training.train import train as train_run
 
     files, overrides = split_settings(settings)
     stage = load(files, overrides, TrainStage)
     if stage.objective.reference_model is not None and "WORLD_SIZE" not in os.environ:
-        write_reference(tokens, stage.objective.reference_model)
+        prepare_reference(tokens, stage.objective.reference_model, out)
     callbacks: tuple[MonitorCallback, ...] = ()
     if stage.monitor is not None:
         callbacks = (MonitorCallback(stage.monitor, out, tokens, stage.train, stage.objective, stage.scorer),)
@@ -59,7 +59,7 @@ def train(
 def reference(
     tokens: Annotated[str, typer.Argument(help="The output of `phf tokenize`.")],
     model: Annotated[str, typer.Argument(help="Folder of the reference model, or of a finished run.")],
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 1024,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a row, at most (default: 1024).")] = None,
 ) -> None:
     """Compute a model's log-probabilities of a token store.
 

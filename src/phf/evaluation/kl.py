@@ -37,7 +37,7 @@ from phf.generation.sample import sample
 from phf.generation.scenario import Scenario
 from phf.generation.server import Server
 from phf.scorers import Scorer
-from phf.scorers.toxicity import weights_hash
+from phf.scorers.pretrained import weights_hash
 from phf.scoring.judge import judge_documents
 from phf.tokens.tokenizer import encode_segments
 

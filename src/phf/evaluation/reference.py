@@ -10,9 +10,12 @@ run continues after the whole blocks of the file that was being written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +23,49 @@ import torch
 from tqdm import tqdm
 
 from phf.core import folders, store
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, Plain
+from phf.core.locks import Busy
+from phf.core.runs import TrainManifest, weights_mark
 from phf.core.types import Edit
 from phf.evaluation.heldout import token_logp
 from phf.generation.loaded import LoadedModel, load_model
 from phf.tokens.edited import NO_SOURCE, Stream
 from phf.tokens.store import TokensManifest, TokenStore, reference_file
-from phf.tokens.tokenizer import SAMPLE_TEXT, encode_segments
+from phf.tokens.tokenizer import difference
 
 BATCH = 16
 
 
-def write_reference(tokens_dir: str | Path, model: str, context: int = 1024) -> str:
-    """Compute the log-probabilities of a store's training tokens under a model, unless they are there. Returns the name
-    of their file. Resumes after any interruption. `context`: tokens of a row, at most; the model's own context if that
-    is shorter.
+CONTEXT = 1024
+"""Tokens of a row, at most, where the user does not say."""
+WAIT_SECONDS = 1.0
+"""Time between two looks at a store that another process is writing."""
 
-    Raises ConfigError for a model that is not on this machine, or with another tokenizer than the store's.
+
+def write_reference(tokens_dir: str | Path, model: str, context: int | None = None) -> str:
+    """Compute the log-probabilities of a store's training tokens under a model, unless they are there. Returns the name
+    of their file. Resumes after any interruption, and waits while another process writes into the store. `context`:
+    tokens of a row, at most (default: 1,024); the model's own context if that is shorter.
+
+    Raises ConfigError for a model that is not on this machine, or with another tokenizer than the store's, and where
+    the log-probabilities are there and were computed with another `context`.
     """
     tokens = TokenStore.open(tokens_dir)
     name = reference_file(model)
-    known = tokens.manifest.references
-    if name in known and not folders.damage(tokens.path, {name: known[name]}, hashes=False):
+    if _is_there(tokens.path, name, context):
         return name
     loaded = load_model(model)
-    _check_tokenizer(loaded, tokens)
-    aside = tokens.path / f"{name}.part"
-    # the rows of a block depend on the context: another context starts again
-    context = min(context, loaded.positions)
-    with folders.stage_folder(tokens.path, TokensManifest.stage, tokens.manifest.key, keep_manifest=True):
-        _write(loaded, tokens, aside, context)
+    if (found := difference(tokens.tokenizer, loaded.tokenizer)) is not None:
+        raise ConfigError(f"{model} has another tokenizer than {tokens.path}, so it cannot be its reference: {found}")
+    with _turn(tokens):
+        if _is_there(tokens.path, name, context):
+            return name
+        aside = tokens.path / f"{name}.part"
+        made_with = {"context": CONTEXT if context is None else context, "positions": loaded.positions}
+        _write(loaded, tokens, aside, made_with)
+        store.write_json(_settings(tokens.path / name), made_with)
         os.replace(aside, tokens.path / name)
+        _settings(aside).unlink()
         store.sync(tokens.path)
         manifest = folders.read_manifest(tokens.path, TokensManifest)
         mark = folders.file_marks(tokens.path, [name])
@@ -61,13 +76,62 @@ def write_reference(tokens_dir: str | Path, model: str, context: int = 1024) -> 
     return name
 
 
-def _write(model: LoadedModel, tokens: TokenStore, aside: Path, context: int) -> None:
-    """Write the file, after the whole blocks that it holds already."""
-    settings = aside.with_name(f"{aside.name}.json")
-    if not settings.exists() or store.read_json(settings) != {"context": context}:
+def prepare_reference(tokens_dir: str | Path, model: str, run: str | Path) -> None:
+    """`write_reference` for a run in training. A run that is finished needs no reference any more."""
+    if weights_mark(model) is None and folders.has_manifest(run, TrainManifest):
+        return
+    write_reference(tokens_dir, model)
+
+
+def _is_there(folder: Path, name: str, context: int | None) -> bool:
+    """Whether a store holds a whole file of that name. Raises ConfigError if it was computed with another context."""
+    known = folders.read_manifest(folder, TokensManifest).references
+    if name not in known or folders.damage(folder, {name: known[name]}, hashes=False):
+        return False
+    settings = _settings(folder / name)
+    if context is not None and settings.exists():
+        made = store.read_json(settings)
+        if min(context, made["positions"]) != min(made["context"], made["positions"]):
+            raise ConfigError(
+                f"{folder / name} was computed with --context {made['context']}; to compute it with another one, move "
+                "it away first"
+            )
+    return True
+
+
+def _settings(file: Path) -> Path:
+    """What a file was computed with."""
+    return file.with_suffix(".json")
+
+
+@contextlib.contextmanager
+def _turn(tokens: TokenStore) -> Iterator[None]:
+    """Hold the store inside the block; waits for another process that does."""
+    with contextlib.ExitStack() as held:
+        waits = False
+        while True:
+            try:
+                held.enter_context(
+                    folders.stage_folder(tokens.path, TokensManifest.stage, tokens.manifest.key, keep_manifest=True)
+                )
+                break
+            except Busy as error:
+                if not waits:
+                    print(f"note: waiting: {error}", file=sys.stderr)
+                waits = True
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def _write(model: LoadedModel, tokens: TokenStore, aside: Path, made_with: Plain) -> None:
+    """Write the file, after the whole blocks that it holds already. The rows of a block depend on the context: another
+    context starts again."""
+    settings = _settings(aside)
+    context = min(made_with["context"], made_with["positions"])
+    if not settings.exists() or store.read_json(settings) != made_with:
         aside.unlink(missing_ok=True)
-        store.write_json(settings, {"context": context})
-    starts = [int(tokens.seg_ends[s - 1]) if (s := first_segment(tokens, k)) else 0 for k in range(tokens.num_blocks)]
+        store.write_json(settings, made_with)
+    starts = [tokens.first_token(k) for k in range(tokens.num_blocks)]
     have = aside.stat().st_size // 2 if aside.exists() else 0
     first = max((k for k, start in enumerate(starts) if start <= have), default=0)
     stream = Stream(tokens, lambda block: Edit())
@@ -87,13 +151,6 @@ def _write(model: LoadedModel, tokens: TokenStore, aside: Path, context: int) ->
                 out.write(_block(model, stream, k, context).tobytes())
                 out.flush()
         os.fsync(out.fileno())
-    settings.unlink()
-
-
-def first_segment(tokens: TokenStore, k: int) -> int:
-    """Number of the first segment of block k."""
-    document = tokens.block_documents(k)[0]
-    return int(tokens.doc_ends[document - 1]) if document else 0
 
 
 def _block(model: LoadedModel, stream: Stream, k: int, context: int) -> np.ndarray:
@@ -115,13 +172,3 @@ def _block(model: LoadedModel, stream: Stream, k: int, context: int) -> np.ndarr
     text = edited.source != NO_SOURCE
     found[edited.source[text]] = logp[text]
     return found
-
-
-def _check_tokenizer(model: LoadedModel, tokens: TokenStore) -> None:
-    """Raise ConfigError unless the model reads the store's ids as the store means them."""
-    own = {k: v for k, v in model.tokenizer.get_vocab().items() if v < tokens.manifest.vocab_size}
-    same = own == tokens.tokenizer.get_vocab() and encode_segments(model.tokenizer, [SAMPLE_TEXT]) == encode_segments(
-        tokens.tokenizer, [SAMPLE_TEXT]
-    )
-    if not same:
-        raise ConfigError(f"{model.path} has another tokenizer than {tokens.path}, so it cannot be its reference")

@@ -298,8 +298,8 @@ class Schedule(Objective):
                 changed: dict[Any, Any] = {name: a + share * (b - a) for name, (a, b) in part.ramp.items()}
                 member = dataclasses.replace(part.objective, **changed) if changed else part.objective
                 members = [(member, (phase_BT >= first) & (phase_BT < first + counts[number]))]
-            for member, here_BT in members:
-                out = member.loss(dataclasses.replace(x, mask_BT=x.mask_BT & here_BT))
+            for applies, here_BT in members:
+                out = applies.loss(dataclasses.replace(x, mask_BT=x.mask_BT & here_BT))
                 total = total + out.loss_sum
                 for name, value in out.metrics.items():
                     metrics[name] = metrics[name] + value if name in metrics else value

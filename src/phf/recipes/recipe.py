@@ -235,20 +235,20 @@ class Recipe:
             ]
             bases = {v.base for v in wanted if v.base is not None} - {v.name for v in wanted}
             found += [self._base(seed) for _ in bases] + wanted
-        first = self._references | {v.base for v in found if v.name in self._references}
+        references = self._references(found)
+        first = references | {v.base for v in found if v.name in references}
         return sorted(found, key=lambda v: v.name not in first)
 
-    @property
-    def _references(self) -> set[str]:
+    def _references(self, variants: Iterable[Variant]) -> set[str]:
         """Paths of the references of KL divergences and of objectives."""
         asked = (self.kl, self.monitor.kl if self.monitor is not None else None)
         found = {kl.reference.path for kl in asked if kl is not None and isinstance(kl.reference, LocalModel)}
-        return found | {m for name in self.chosen if (m := self.objectives[name].reference_model) is not None}
+        return found | {m for v in variants if (m := v.objective.reference_model) is not None}
 
-    @property
+    @cached_property
     def reference_runs(self) -> set[str]:
         """The runs of this recipe that are references of KL divergences or of objectives."""
-        return {v.name for v in self.variants} & self._references
+        return {v.name for v in self.variants} & self._references(self.variants)
 
     # Building the variants
 

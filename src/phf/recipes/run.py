@@ -28,7 +28,7 @@ from phf.core.types import PhfError
 from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
-from phf.evaluation.reference import write_reference
+from phf.evaluation.reference import prepare_reference
 from phf.evaluation.results import EvalResult
 from phf.generation.scenario import read_prompts, scenario_prompts
 from phf.recipes.recipe import Recipe, Variant
@@ -96,10 +96,11 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.redteam is not None:
         with _in_setting("redteam"):
             read_prompts(task_of(recipe.redteam, recipe.scorer)[1])
-    for name in recipe.chosen:
-        reference = recipe.objectives[name].reference_model
-        if reference is not None and reference not in recipe.reference_runs:
-            with _in_setting(f"objectives.{name}.reference"):
+    for variant in recipe.variants:
+        reference = variant.objective.reference_model
+        finished = folders.has_manifest(recipe.files.run(variant.name).path, TrainManifest)
+        if reference is not None and reference not in recipe.reference_runs and not finished:
+            with _in_setting(f"objectives.{variant.objective_name}.reference"):
                 reference_file(reference)
     kl = recipe.kl
     if kl is not None and isinstance(kl.reference, LocalModel) and _resolve_kl(recipe, kl) == kl:
@@ -278,7 +279,7 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
     objective = variant.objective
     if (reference := objective.reference_model) is not None:
         path = str(recipe.files.run(reference).path) if reference in recipe.reference_runs else reference
-        write_reference(recipe.files.tokens, path)
+        prepare_reference(recipe.files.tokens, path, folder)
         objective = objective.with_reference(path)
     torch.compiler.reset()  # a compiled graph of an earlier run does not count against this run's limit
     tokens = recipe.files.tokens

@@ -18,12 +18,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
-from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.config import STRICT, ConfigError
 from phf.core.device import pick_device
-from phf.core.runs import not_found
 from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer
-from phf.scorers.toxicity import weights_hash
+from phf.scorers.pretrained import (
+    fast_tokenizer,
+    known_labels,
+    label_names,
+    load_pretrained,
+    padding_id,
+    weights_hash,
+    window_size,
+)
 
 OUTSIDE = "O"
 """The usual name of the label for tokens that are nothing special."""
@@ -94,10 +101,8 @@ class _Loaded:
         self.labels = labels
         self.names = names
         self.columns = [names.index(label) for label in labels]
-        positions = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
-        # RoBERTa's positions start after its padding token
-        reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
-        self.max_tokens = min(config.max_tokens, positions - reserved, tokenizer.model_max_length)
+        self.max_tokens = window_size(model, tokenizer, config.max_tokens)
+        self.pad = padding_id(model, tokenizer) or 0
         self.tokenizer = tokenizer
         self.tokenizer_hash = store.bytes_hash(tokenizer.backend_tokenizer.to_str().encode())
         self.weights_hash = weights_hash(model)
@@ -115,18 +120,22 @@ class _Loaded:
             stride=self.max_tokens // 8,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
-            padding=len(text) > 0,
-            return_tensors="pt",
         )
+        windows = read["input_ids"]
+        if not any(windows):
+            return []
+        ids = torch.full((len(windows), max(map(len, windows))), self.pad)
+        attend = torch.zeros_like(ids)
+        for w, window in enumerate(windows):
+            ids[w, : len(window)] = torch.tensor(window)
+            attend[w, : len(window)] = 1
         with torch.inference_mode():
-            out = self.model(
-                input_ids=read["input_ids"].to(self.device), attention_mask=read["attention_mask"].to(self.device)
-            )
+            out = self.model(input_ids=ids.to(self.device), attention_mask=attend.to(self.device))
         p_WTL = torch.softmax(out.logits.double(), -1).cpu().numpy()
         found: dict[tuple[int, int], Span] = {}
-        for p_TL, places in zip(p_WTL, read["offset_mapping"].tolist(), strict=True):
-            for p_L, (start, end) in zip(p_TL, places, strict=True):
-                if start == end:  # special tokens and padding
+        for p_TL, places in zip(p_WTL, read["offset_mapping"], strict=True):
+            for p_L, (start, end) in zip(p_TL, places, strict=False):
+                if start == end:  # special tokens
                     continue
                 bad_L = p_L[self.columns]
                 score = float(min(bad_L.sum(), 1.0))
@@ -144,7 +153,7 @@ def _load(config: TokenClassifier) -> _Loaded:
 @functools.lru_cache(2)
 def _loaded(config: TokenClassifier, *files: Any) -> _Loaded:
     try:
-        from transformers import AutoModelForTokenClassification, AutoTokenizer
+        from transformers import AutoModelForTokenClassification
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ConfigError(f"the scorer 'token_classifier' needs {error.name}: pip install torch transformers") from None
@@ -152,33 +161,13 @@ def _loaded(config: TokenClassifier, *files: Any) -> _Loaded:
         raise ConfigError("scorer.model: name a token classifier on the Hub, or a folder")
     transformers_logging.disable_progress_bar()
     path = config.model
-    try:
-        model, info = AutoModelForTokenClassification.from_pretrained(
-            path, revision=config.revision, output_loading_info=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # every format of weights has exceptions of its own
-        raise ConfigError(not_found(f"token classifier {path}", error)) from None
-    if info["missing_keys"]:
-        raise ConfigError(
-            f"{path} is no token classifier: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}"
-        )
-    if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer of {path} has no fast version (tokenizer.json)")
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    model = load_pretrained(AutoModelForTokenClassification, "token classifier", path, config.revision)
+    tokenizer = fast_tokenizer(path, config.revision)
+    names = label_names(model)
     labels = config.labels
     if labels is None and OUTSIDE in names and len(names) > 1:
         labels = tuple(name for name in names if name != OUTSIDE)
-    if labels is None:
-        raise ConfigError(
-            f"scorer.labels: which of the labels of {path} mean bad? Name them: scorer.labels=[{names[-1]}] (known: "
-            f"{', '.join(names)})"
-        )
-    for label in labels:
-        if label not in names:
-            raise ConfigError(f"scorer.labels: {path} has no label {label!r}{did_you_mean(label, names)}")
+    labels = known_labels(labels, names, path)
     if len(set(labels)) == len(names):
         raise ConfigError(
             f"scorer.labels names all labels of {path}, so every token would be bad; leave a good one out"

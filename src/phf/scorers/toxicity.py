@@ -10,7 +10,6 @@ context is judged in overlapping windows, and its score is the worst window's; D
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
-from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
+from phf.core.config import STRICT, ConfigError, Plain
 from phf.core.device import has_fast_bf16, pick_device
-from phf.core.runs import not_found
 from phf.core.types import Identity
 from phf.scorers.base import TextScorer
+from phf.scorers.pretrained import (
+    fast_tokenizer,
+    known_labels,
+    label_names,
+    load_pretrained,
+    padding_id,
+    weights_hash,
+    window_size,
+)
 
 PRESETS: dict[str, Plain] = {
     "unitary/toxic-bert": {"labels": ("toxic",), "activation": "sigmoid"},
@@ -125,12 +132,8 @@ class Classifier:
         self.dtype = dtype
         self.device = device
         self.tokens_per_batch = config.tokens_per_batch
-        max_tokens = config.max_tokens
         overlap = config.overlap
-        positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        # RoBERTa's positions start after its padding token
-        reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
-        self.max_tokens = min(max_tokens, positions - reserved, tokenizer.model_max_length)
+        self.max_tokens = window_size(model, tokenizer, config.max_tokens)
         self.tokenizer = tokenizer
         parts = tokenizer.backend_tokenizer.to_str() + str(
             sorted((k, str(v)) for k, v in model.config.to_dict().items())
@@ -142,7 +145,7 @@ class Classifier:
         if room <= self.overlap:
             raise ConfigError(f"scorer.overlap={overlap}: {path} reads {room} tokens at a time; give a smaller overlap")
         self.weights_hash = weights_hash(model)
-        self.pad = _padding_id(model, tokenizer)
+        self.pad = padding_id(model, tokenizer)
         self.model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
     def windows(self, texts: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
@@ -208,18 +211,6 @@ class Classifier:
         return worst
 
 
-def _padding_id(model: Any, tokenizer: Any) -> int | None:
-    """The padding token that a model expects, by its config, else by its tokenizer; None if neither knows one. A
-    classifier with a decoder finds the last token of a text by it, so a wrong one gives a wrong score."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    of_model = model.config.get_text_config().pad_token_id
-    for id in (of_model, tokenizer.pad_token_id):
-        if isinstance(id, int) and 0 <= id < rows:
-            model.config.get_text_config().pad_token_id = id
-            return id
-    return None
-
-
 BAD_NAMES = {
     "abusive", "bad", "hate", "hateful", "harmful", "insult", "negative", "nsfw", "obscene", "offensive", "profane",
     "profanity", "spam", "threat", "toxic", "toxicity", "unsafe",
@@ -256,17 +247,6 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
 
 
-def weights_hash(model: Any) -> str:
-    """Hash of the names and values of all weights (hex, 128 bits)."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_classifier(config: Toxicity) -> Classifier:
     """The classifier of a scorer, kept in memory until its files change."""
     return _loaded(config, store.signature(config.model or ""), store.signature(config.checkpoint or ""))
@@ -275,7 +255,7 @@ def load_classifier(config: Toxicity) -> Classifier:
 @functools.lru_cache(4)
 def _loaded(config: Toxicity, *files: Any) -> Classifier:
     try:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ConfigError(f"the scorer 'toxicity' needs {error.name}: pip install torch transformers") from None
@@ -290,41 +270,16 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
     else:
         assert config.model is not None
         path = config.model
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, revision=config.revision, output_loading_info=True, trust_remote_code=False
-            )
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as error:  # every format of weights has exceptions of its own
-            raise ConfigError(not_found(f"classifier {path}", error)) from None
-        if info["missing_keys"]:
-            raise ConfigError(
-                f"{path} is no sequence classifier: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}"
-            )
-        names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # of the file's format: the library raises plain Exception
-        raise ConfigError(not_found(f"tokenizer {path}", error)) from None
-    if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer of {path} has no fast version (tokenizer.json)")
+        model = load_pretrained(AutoModelForSequenceClassification, "sequence classifier", path, config.revision)
+        names = label_names(model)
+    tokenizer = fast_tokenizer(path, config.revision)
     known: Plain = (
         PRESETS.get(path, {}) if config.checkpoint is None else {"labels": ("toxicity",), "activation": "sigmoid"}
     )
     labels = config.labels or known.get("labels")
     if labels is None and (found := bad_label(names)) is not None:
         labels = (found,)
-    if labels is None:
-        raise ConfigError(
-            f"scorer.labels: which of the labels of {path} mean bad? Name them: scorer.labels=[{names[-1]}] (known: "
-            f"{', '.join(names)})"
-        )
-    for label in labels:
-        if label not in names:
-            raise ConfigError(f"scorer.labels: {path} has no label {label!r}{did_you_mean(label, names)}")
+    labels = known_labels(labels, names, path)
     kind = {"multi_label_classification": "sigmoid", "single_label_classification": "softmax"}
     usual = kind.get(model.config.problem_type, {1: "sigmoid", 2: "softmax"}.get(len(names)))
     activation: str | None = config.activation or known.get("activation") or usual

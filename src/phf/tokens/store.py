@@ -488,6 +488,10 @@ class TokenStore:
         size = self.block_segments if size is None else size
         return self._document_from(k * size), self._document_from((k + 1) * size)
 
+    def first_token(self, k: int) -> int:
+        """Number of the first token of block k."""
+        return self._end(self.seg_ends, self._end(self.doc_ends, self.block_documents(k)[0]))
+
     def _document_from(self, segment: int) -> int:
         """The first document that starts at this segment or after it."""
         if segment <= 0:

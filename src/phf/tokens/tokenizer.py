@@ -24,6 +24,19 @@ SAMPLE_TEXT = 'Capitals,  two spaces, 1234 and 5.6, it\'s "quoted", naïve ﬁ �
 """Two tokenizers that cut it alike are taken for the same."""
 
 
+def difference(tokenizer: Any, other: Any) -> str | None:
+    """What differs if `other` reads the ids of `tokenizer` otherwise, or cuts a text otherwise; None: nothing. It may
+    have more tokens."""
+    theirs = other.get_vocab()
+    for token, id in tokenizer.get_vocab().items():
+        if theirs.get(token) != id:
+            what = f"is {theirs[token]} there" if token in theirs else "does not exist there"
+            return f"token {token!r} has id {id} in the store and {what}"
+    if encode_segments(tokenizer, [SAMPLE_TEXT]) != encode_segments(other, [SAMPLE_TEXT]):
+        return "the vocabularies are the same, but they cut texts differently"
+    return None
+
+
 @dataclass(frozen=True, config=STRICT)
 class TrainBPE:
     """A byte-level BPE with GPT-2's pre-tokenization, trained on the corpus's own training documents."""

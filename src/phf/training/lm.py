@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 from phf.core.runs import RunFolder, complete_checkpoints, looks_local, model_folder, not_found
 from phf.tokens.tokenizer import (
-    SAMPLE_TEXT,
     add_control_tokens,
     check_model_fits,
-    encode_segments,
+    difference,
     load_tokenizer,
     table_size,
 )
@@ -76,12 +75,12 @@ MODELS: dict[str, Plain] = {
 
 def _named_model(value: Any) -> Any:
     """The settings of a model that is named: model=tiny, or model.name=tiny with further model.config.* settings."""
-    if isinstance(value, str) and value not in MODELS:
-        raise ValueError(
-            f"unknown model {value!r}{did_you_mean(value, MODELS)} (known: {', '.join(MODELS)}; or "
-            "model.name=from_config, model.name=from_weights)"
-        )
-    if isinstance(value, str) and value in MODELS:
+    if isinstance(value, str):
+        if value not in MODELS:
+            raise ValueError(
+                f"unknown model {value!r}{did_you_mean(value, MODELS)} (known: {', '.join(MODELS)}; or "
+                "model.name=from_config, model.name=from_weights)"
+            )
         return {"name": "from_config", "config": MODELS[value]}
     if isinstance(value, Mapping) and value.get("name") in MODELS:
         own = value.get("config")
@@ -299,18 +298,10 @@ def _check_same_tokenizer(config: FromWeights, tokenizer: Any, rows: int) -> Non
         own = load_tokenizer(model_folder(config.path), config.revision)
     except ConfigError:  # one that phf cannot use
         return
-    theirs = own.get_vocab()
-    for token, id in tokenizer.get_vocab().items():
-        if theirs.get(token) != id:
-            what = f"is {theirs[token]} there" if token in theirs else "does not exist there"
-            raise ConfigError(
-                f"the token store was made with another tokenizer than {name}'s: token {token!r} has id {id} in the "
-                f"store and {what}. Tokenize the corpus with --tokenizer {config.path}"
-            )
-    if encode_segments(tokenizer, [SAMPLE_TEXT]) != encode_segments(own, [SAMPLE_TEXT]):
+    if (found := difference(tokenizer, own)) is not None:
         raise ConfigError(
-            f"the token store was made with another tokenizer than {name}'s: the vocabularies are the same, but they "
-            f"cut texts differently. Tokenize the corpus with --tokenizer {config.path}"
+            f"the token store was made with another tokenizer than {name}'s: {found}. Tokenize the corpus with "
+            f"--tokenizer {config.path}"
         )
 
 

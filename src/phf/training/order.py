@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def places_for(orders: Sequence[SourceOrder], objective: Objective, first: int, 
         return order.source_at(first + places) - order.source_at(first)
 
     low = 1
-    high = max(orders[0].place_at(orders[0].source_at(first) + source) - first, 1)
+    high: int = max(orders[0].place_at(orders[0].source_at(first) + source) - first, 1)
     if len(orders) == 1:
         return high
     while read(high) < source:

@@ -142,18 +142,20 @@ def _prepare(
     """What decides the run, or the manifest of a run that is finished."""
     tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores)
     objective = objective.fit(tokens.statistics)
-    if objective.reference_model is not None:
-        tokens = tokens.with_reference(objective.reference_model)
+    stores = [tokens] if objective.reference_model is None else _with_reference(tokens, objective.reference_model)
     if isinstance(objective, Own) or not is_built_in(objective):
         check_objective(objective)
     head = trained_value_head(model.path, objective) if isinstance(model, FromWeights) else None
     skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
     start = skipped if config.skip_tokens == "auto" else config.skip_tokens
-    settled = run_key(tokens, model, objective=objective, config=config, seed=seed)
-    key = store.fingerprint([settled, start, head and store.file_hash(head)])
     run = RunFolder(Path(out))
-    if any(folders.is_done(run.path, k) for k in (key, _earlier_key(tokens, model, objective, config, seed, head))):
+    settled = [run_key(known, model, objective=objective, config=config, seed=seed) for known in stores]
+    keys = [store.fingerprint([key, start, head and store.file_hash(head)]) for key in settled]
+    earlier = _earlier_key(tokens, model, objective, config, seed, head)
+    if any(folders.is_done(run.path, key) for key in (*keys, earlier)):
         return folders.read_manifest(run.path, TrainManifest)
+    if objective.reference_model is not None:
+        tokens = tokens.with_reference(objective.reference_model)
     order, first, config = _ordered(tokens, objective, config, seed, start)
     return _Plan(
         tokens=tokens,
@@ -167,10 +169,18 @@ def _prepare(
         tokens_before=tokens_seen(model.path) if isinstance(model, FromWeights) else 0,
         order=order,
         first=first,
-        key=key,
+        key=keys[0],
         rank=int(os.environ.get("RANK", 0)),
         world=int(os.environ.get("WORLD_SIZE", 1)),
     )
+
+
+def _with_reference(tokens: TokenStore, model: str) -> list[TokenStore]:
+    """The store with its log-probabilities under a reference model. Where that model is gone, with each one's that it
+    has: a run that is finished is known by them."""
+    if weights_mark(model) is not None:
+        return [tokens.with_reference(model)]
+    return [dataclasses.replace(tokens, reference=name) for name in tokens.manifest.references]
 
 
 def run_key(
@@ -190,7 +200,7 @@ def run_key(
     if tokens.reference is not None:
         others.append(["reference", tokens.manifest.references[tokens.reference].hash])
     if config.budget == "source" and len(objective.timeline) > 1:
-        others.append("every phase counts")  # earlier versions counted what the first phase alone would read
+        others.append(["every phase counts"])  # earlier versions counted what the first phase alone would read
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
     return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
