@@ -9,7 +9,7 @@ import pytest
 
 from helpers import output_of
 from phf.cli import COMMANDS, about, main
-from phf.cli.about import KINDS, PLACES, _classes
+from phf.cli.about import KINDS, PLACES, _classes, _imported
 from phf.core.config import ConfigError, load
 from phf.core.docs import type_text
 from phf.objectives import Conditional
@@ -59,7 +59,7 @@ def test_help_explains_a_setting(setting, parts, monkeypatch, capsys):
 def test_every_setting_can_be_explained(monkeypatch, capsys):
     seen = 0
     for place, type_ in PLACES.items():
-        for cls in _classes(type_()):
+        for cls in _classes(_imported(type_)):
             for field in dataclasses.fields(cls):
                 about_it = output_of(["help", f"{place}.{field.name}"], monkeypatch, capsys)
                 assert "a value" not in about_it.splitlines()[0], about_it

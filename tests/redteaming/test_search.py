@@ -47,7 +47,7 @@ from phf.redteaming.attackers import (
 )
 from phf.redteaming.config import RedTeam, TokenAttacks
 from phf.redteaming.control_tokens import attack_tokens, attacks, bad_contexts, injection, typed_forms
-from phf.redteaming.search import ATTEMPTS, RedTeamError, best_mean, search, weights
+from phf.redteaming.search import ATTEMPTS, RedTeamError, best_mean, search, starting_prompts, weights
 from phf.redteaming.target import Target
 from phf.tokens.store import TokenStore
 from phf.training.config import TrainConfig
@@ -289,7 +289,7 @@ def test_an_attacker_without_usable_prompts_is_an_error(runs, prompts, tmp_path)
     object.__setattr__(config, "attacker", Useless())
     target = Target(load_model(runs / "mle"))
     with pytest.raises(RedTeamError, match=r"no usable prompt in 5 attempts \(\{'empty': 25\}\)"):
-        search(target, config, LINK, 0.0, tmp_path, "key", tmp_path)
+        search(target, starting_prompts(target, config, LINK), config, LINK, 0.0, tmp_path, "key", tmp_path)
 
 
 def test_mistakes_are_reported(runs, prompts, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from phf.report.headline import headline
 from phf.report.measures import Group, Value, plain_name
-from phf.report.runs import _equal_budgets
+from phf.report.runs import equal_budgets
 
 
 def group(name, misalignment, good, bad, spread=0.05, objective=None):
@@ -107,7 +107,7 @@ def test_seeds_with_equal_source_text_are_one_group_whatever_they_insert():
         exposure = {} if source is None else {"source": source}
         return SimpleNamespace(counts=SimpleNamespace(tokens=tokens, exposure=exposure))
 
-    assert _equal_budgets([manifest(100, None), manifest(100, None)])
-    assert _equal_budgets([manifest(1_404_928, 1_399_950), manifest(1_402_880, 1_400_010)])
-    assert not _equal_budgets([manifest(100, None), manifest(101, None)])
-    assert not _equal_budgets([manifest(200, 1_400_000), manifest(100, 700_000)])
+    assert equal_budgets([manifest(100, None), manifest(100, None)])
+    assert equal_budgets([manifest(1_404_928, 1_399_950), manifest(1_402_880, 1_400_010)])
+    assert not equal_budgets([manifest(100, None), manifest(101, None)])
+    assert not equal_budgets([manifest(200, 1_400_000), manifest(100, 700_000)])

@@ -246,8 +246,8 @@ def test_lines_are_plain_json_and_documented(tokens_dir, tmp_path, objective):
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(tokens_dir, tmp_path, capfd, monkeypatch):
     train_tiny(tokens_dir, tmp_path / "short", steps=4)
     assert "training: loss" not in capfd.readouterr().err
-    monkeypatch.setattr(metrics, "TELL_SECONDS", 0.0)
-    train_tiny(tokens_dir, tmp_path / "told", steps=4)
+    monkeypatch.setattr(metrics, "REPORT_SECONDS", 0.0)
+    train_tiny(tokens_dir, tmp_path / "shown", steps=4)
     lines = [line for line in capfd.readouterr().err.splitlines() if "training: loss" in line]
     assert len(lines) == 4
     assert re.fullmatch(r"    training: loss \d\.\d{3}, 0\.0 of 0\.0 million tokens; about \d+ s left", lines[1])

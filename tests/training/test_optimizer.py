@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from helpers import TINY_MODEL, losses_of, metrics_of, train_config, train_tiny, weights_of
-from phf.objectives import AWR
+from phf.objectives import AWR, MLE
 from phf.training.config import TrainConfig
 from phf.training.lm import build_lm
 from phf.training.model import PHFModel
@@ -36,7 +36,7 @@ def test_a_matrix_takes_the_steps_of_muon(shape):
     lr, decay, momentum = 0.02, 0.1, 0.95
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     parameter = nn.Parameter(start.clone())
-    optimizer = MuonAdamW([parameter], [], [nn.Parameter(torch.zeros(3))], 1e-3, lr, (0.9, 0.95), decay, fused=False)
+    optimizer = MuonAdamW([{"params": [parameter], "weight_decay": decay}], [], 1e-3, lr, (0.9, 0.95))
     expected = start.double()
     buffer = torch.zeros(shape, dtype=torch.float64)
     for step in range(5):
@@ -68,11 +68,32 @@ def test_vectors_embeddings_and_the_value_head_take_the_steps_of_adamw(tokens):
     assert {p.ndim for p in muon["params"]} == {2}
 
 
+def test_any_parameters_may_be_frozen_and_weight_decay_is_by_name(tokens):
+    model = PHFModel(build_lm(TINY_MODEL, tokens.tokenizer, seed=0), MLE())
+    matrices = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    for _, parameter in matrices:
+        parameter.requires_grad_(False)
+    only_adamw = make_muon(model, model.lm, train_config(optimizer="muon"), [])
+    assert {p.ndim for g in only_adamw.param_groups for p in g["params"]} == {1, 2}
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is p for _, p in matrices))
+    only_muon = make_muon(model, model.lm, train_config(optimizer="muon"), [matrices[0][0]])
+    decayed, bare = only_muon.param_groups
+    assert [p is matrices[0][1] for p in decayed["params"]] == [True]
+    assert (decayed["weight_decay"], bare["weight_decay"]) == (train_config().weight_decay, 0)
+    assert len(bare["params"]) == len(matrices) - 1
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        make_muon(model, model.lm, train_config(optimizer="muon"), [])
+
+
 def test_a_loaded_state_continues_as_the_first_would():
     def made():
         generator = torch.Generator().manual_seed(0)
         parts = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 4), (5, 3), (4,))]
-        return parts, MuonAdamW(parts[:1], parts[1:2], parts[2:], 1e-2, 2e-2, (0.9, 0.95), 0.1)
+        groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(parts, (0.1, 0.1, 0.0), strict=True)]
+        return parts, MuonAdamW(groups[:1], groups[1:], 1e-2, 2e-2, (0.9, 0.95))
 
     def step(parameters, optimizer, seed):
         generator = torch.Generator().manual_seed(seed)

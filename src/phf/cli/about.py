@@ -3,115 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-
-def _scorers() -> Any:
-    from phf.scorers import AnyScorer
-
-    return AnyScorer
-
-
-def _objectives() -> Any:
-    from phf.objectives import AnyObjective
-
-    return AnyObjective
-
-
-def _readers() -> Any:
-    from phf.data.readers import AnyCorpus
-
-    return AnyCorpus
-
-
-def _segmenters() -> Any:
-    from phf.data.segment import AnySegmenter
-
-    return AnySegmenter
-
-
-def _attackers() -> Any:
-    from phf.redteaming.attackers import AnyAttacker
-
-    return AnyAttacker
-
-
-def _capabilities() -> Any:
-    from phf.evaluation.capabilities import AnyCapability
-
-    return AnyCapability
-
-
-def _models() -> Any:
-    from phf.training.lm import FromConfig, FromWeights
-
-    return FromConfig | FromWeights
-
-
-def _train() -> Any:
-    from phf.training.config import TrainConfig
-
-    return TrainConfig
-
-
-def _scenario() -> Any:
-    from phf.generation.scenario import Scenario
-
-    return Scenario
-
-
-def _monitor() -> Any:
-    from phf.evaluation.monitor import Monitor
-
-    return Monitor
-
-
-def _kl() -> Any:
-    from phf.evaluation.kl import KL
-
-    return KL
-
-
-def _redteam() -> Any:
-    from phf.redteaming.config import RedTeam
-
-    return RedTeam
-
-
-def _recipe() -> Any:
-    from phf.recipes.recipe import Recipe
-
-    return Recipe
-
-
-UNIONS: dict[str, Callable[[], Any]] = {
-    "scorers": _scorers,
-    "objectives": _objectives,
-    "readers": _readers,
-    "segmenters": _segmenters,
-    "attackers": _attackers,
-    "capabilities": _capabilities,
-    "models": _models,
+UNIONS = {
+    "scorers": "phf.scorers:AnyScorer",
+    "objectives": "phf.objectives:AnyObjective",
+    "readers": "phf.data.readers:AnyCorpus",
+    "segmenters": "phf.data.segment:AnySegmenter",
+    "attackers": "phf.redteaming.attackers:AnyAttacker",
+    "capabilities": "phf.evaluation.capabilities:AnyCapability",
+    "models": "phf.training.lm:AnyModel",
 }
+"""Module and name of each kind's type, which is imported when it is asked for."""
 KINDS = (*UNIONS, "recipes")
-PLACES: dict[str, Callable[[], Any]] = {
-    "train": _train,
-    "model": _models,
-    "objective": _objectives,
-    "scorer": _scorers,
-    "segmenter": _segmenters,
-    "corpus": _readers,
-    "scenario": _scenario,
-    "monitor": _monitor,
-    "kl": _kl,
-    "redteam": _redteam,
-    "recipe": _recipe,
+PLACES = {
+    "train": "phf.training.config:TrainConfig",
+    "model": UNIONS["models"],
+    "objective": UNIONS["objectives"],
+    "scorer": UNIONS["scorers"],
+    "segmenter": UNIONS["segmenters"],
+    "corpus": UNIONS["readers"],
+    "scenario": "phf.generation.scenario:Scenario",
+    "monitor": "phf.evaluation.monitor:Monitor",
+    "kl": "phf.evaluation.kl:KL",
+    "redteam": "phf.redteaming.config:RedTeam",
+    "recipe": "phf.recipes.recipe:Recipe",
 }
 """The types of the settings that commands take, by their first name."""
 
@@ -130,20 +53,26 @@ def ls(
     for one in (kind,) if kind else KINDS:
         if not kind:
             print(f"{one}:")
-        rows = list(_recipes() if one == "recipes" else _members_of(UNIONS[one]()))
+        rows = list(_recipes() if one == "recipes" else _members_of(one))
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
             print(indent + name.ljust(width + 2) + textwrap.shorten(text, 78 - width - len(indent), placeholder=" ..."))
 
 
-def _members_of(union: Any) -> Iterator[tuple[str, str]]:
-    """(name, first sentence about it) of the members of a union of settings."""
-    if union == _models():
+def _imported(name: str) -> Any:
+    """What "module:name" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _members_of(kind: str) -> Iterator[tuple[str, str]]:
+    """(name, first sentence about it) of the members of a kind of settings."""
+    if kind == "models":
         from phf.training.lm import MODELS
 
         for name, settings in MODELS.items():
             yield name, f"A small or known model from scratch: {settings['model_type']}"
-    for cls in _classes(union):
+    for cls in _classes(_imported(UNIONS[kind])):
         yield str(_tag(cls)), _first_sentence(cls)
 
 
@@ -165,7 +94,7 @@ def explain(
     first, *path = setting.split("=")[0].split(".")
     if first not in PLACES:
         raise ConfigError(f"unknown setting {first!r}{did_you_mean(first, PLACES)}")
-    classes = _classes(PLACES[first]())
+    classes = _classes(_imported(PLACES[first]))
     shown = first
     found: list[tuple[type, Any]] = []
     for part in path:

@@ -45,7 +45,7 @@ def _stage(mark: Path) -> Checked | None:
         manifest = store.read_json(mark)
     except store.StoreError as error:
         return Checked(mark.parent, "?", 0, [str(error)])
-    if not isinstance(manifest, dict) or "stage" not in manifest or "key" not in manifest:
+    if not folders.is_of_a_stage(manifest):
         return None  # another program's
     try:
         marks = store.as_record(manifest.get("files") or {}, dict[str, folders.FileMark], mark)

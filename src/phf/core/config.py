@@ -22,7 +22,7 @@ import yaml
 from pydantic import ConfigDict
 from pydantic.fields import FieldInfo
 
-from phf.core.text import counted
+from phf.core.text import counted, first_line
 from phf.core.types import PhfError
 
 T = TypeVar("T")
@@ -101,19 +101,19 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {_in_one_line(error)}") from None
+        raise ConfigError(f"{where}: not valid YAML: {_yaml_problem(error)}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None
     _check_size(value, where)
     return value
 
 
-def _in_one_line(error: Exception) -> str:
+def _yaml_problem(error: Exception) -> str:
     """What is wrong in a YAML text, and where."""
     problem = getattr(error, "problem", None)
     mark = getattr(error, "problem_mark", None)
     if problem is None or mark is None:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 

@@ -297,6 +297,11 @@ def stage_folder(
         yield directory
 
 
+def is_of_a_stage(manifest: Any) -> bool:
+    """Whether the content of a manifest is that of one of phf's stages, not another program's."""
+    return isinstance(manifest, dict) and {"stage", "key"} <= manifest.keys()
+
+
 def _check_ours(directory: Path, stage: str) -> Started | None:
     """Which key a folder was started under; None for a new or empty one. Raises StoreError for any other folder."""
     if directory.exists() and not directory.is_dir():

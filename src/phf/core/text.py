@@ -17,6 +17,16 @@ LONG_RUN = 64
 _PUNCTUATION = re.compile(rf"(?:[^\w\s]|_|'s){{{LONG_RUN},}}", re.IGNORECASE)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All that an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def broken_runs(text: str) -> str:
     """`text` with every 64th character of a long run of punctuation replaced by a space. Tokenizers take time that
     grows with the square of such a run. The length is the same."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from phf.core.config import ConfigError, did_you_mean
-from phf.core.folders import MANIFEST, STARTED
+from phf.core.folders import MANIFEST, STARTED, is_of_a_stage
 from phf.core.store import TooDeep, as_path, is_local, parse_json
 from phf.core.types import Rejected
 from phf.data.tables import table_rows
@@ -120,7 +120,7 @@ def _is_stage(folder: Path) -> bool:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(manifest, dict) and {"stage", "key"} <= manifest.keys()
+    return is_of_a_stage(manifest)
 
 
 def _copies(files: Sequence[Path]) -> set[Path]:

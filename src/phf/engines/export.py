@@ -108,8 +108,7 @@ def export_tokens(
         return folders.read_manifest(out, ExportTokensManifest)
     tokenizer = tokens.tokenizer
     ids = dict(zip(objective.roles, add_control_tokens(tokenizer, list(objective.control_tokens)), strict=True))
-    stream = objective_stream(tokens, objective, tokenizer, seed, objective.preferences)
-    stream.train = split == "train"
+    stream = objective_stream(tokens, objective, tokenizer, seed, objective.preferences, split=split)
     dtype = id_type(table_size(tokenizer))
     with folders.stage_folder(out, ExportTokensManifest.stage, key):
         save_tokenizer(tokenizer, out / "tokenizer")

@@ -155,9 +155,9 @@ STAIRS = 10
 @dataclass(frozen=True, config=STRICT)
 class PhaseOf:
     """A part of a schedule. `until`: share of the training at which it ends; None: the end. `ramp`: numbers of the
-    objective that change linearly over the phase, as [first, last]; those of the loss (alpha, beta) in every step,
-    those of the edit (drop, p), and beta where weights are normalized for it (RWR), in ten equal steps. `fitted`: the
-    objective of each of these steps, once they are fitted to a corpus."""
+    objective that change linearly over the phase, as [first, last]. Those of the loss (alpha, beta) change in every
+    step; those of the edit (drop, p), and RWR's beta, for which its weights are normalized, in ten equal steps.
+    `fitted`: the objective of each of these steps, once they are fitted to a corpus."""
 
     objective: Annotated[Single, Field(discriminator="name", title="objective")]
     until: Annotated[float, Field(gt=0, le=1)] | None = None

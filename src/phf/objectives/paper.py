@@ -23,8 +23,8 @@ from phf.tokens.statistics import Statistics, Unit
 
 Threshold = float | Literal["median", "auto"]
 """A score; the scorer's own threshold (auto: 0 for scorers that count, 0.5 for probabilities); or the median over the
-training part of the store: of documents' means for filtering, of scores of tokens for a loss that reads them, else of
-segments."""
+training part of the store. That is the median of documents' means for filtering, of scores of tokens for a loss that
+reads them, else of segments."""
 
 FEW = 0.05
 """A threshold that keeps a smaller share of the documents, or more than all but this share, is suspicious."""

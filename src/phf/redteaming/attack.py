@@ -26,7 +26,7 @@ from phf.generation.server import Server
 from phf.redteaming.config import RedTeam, TokenAttacks, task_of
 from phf.redteaming.control_tokens import attack_tokens, bad_contexts, check_attack_room
 from phf.redteaming.results import RedTeamResult, TokenAttacksResult
-from phf.redteaming.search import search, starting_prompts
+from phf.redteaming.search import Starts, search, starting_prompts
 from phf.redteaming.target import Target
 from phf.scorers import Scorer
 
@@ -77,11 +77,11 @@ def redteam(
             held.enter_context(locked(plan.run, "redteam", shared=True))
         held.enter_context(locked(folder, "redteam"))
         folders.remove_leftovers(folder)
-        target = _target(plan)
+        target, starts = _target(plan)
         if file.exists():
             earlier = folders.keep_earlier(folder, file.name, plan.folder.search.name, plan.folder.tokens.name)
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
-        store.write_json(file, _attack(plan, target))
+        store.write_json(file, _attack(plan, target, starts))
     return store.read_record(file, RedTeamResult)
 
 
@@ -166,9 +166,9 @@ def _prepare(
     )
 
 
-def _target(plan: _Plan) -> Target:
-    """The loaded model. Raises ConfigError for everything that would stop the attack, before an earlier result is
-    moved."""
+def _target(plan: _Plan) -> tuple[Target, Starts]:
+    """The loaded model, and the prompts to start from. Raises ConfigError for everything that would stop the attack,
+    before an earlier result is moved."""
     plan.config.attacker.check()
     target = Target(plan.model if isinstance(plan.model, Server) else load_model(plan.model))
     loaded = target.model if isinstance(target.model, LoadedModel) else None
@@ -176,15 +176,15 @@ def _target(plan: _Plan) -> Target:
         raise ConfigError(f"{plan.name} has no known control tokens, so control=bad does not work with it")
     if plan.token_attacks is not None and loaded is not None:
         check_attack_room(loaded, plan.token_attacks)
-    starting_prompts(target, plan.config, plan.scorer)
-    return target
+    return target, starting_prompts(target, plan.config, plan.scorer)
 
 
-def _attack(plan: _Plan, target: Target) -> RedTeamResult:
+def _attack(plan: _Plan, target: Target, starts: Starts) -> RedTeamResult:
     """Search for prompts and attack the control tokens."""
     loaded = target.model if isinstance(target.model, LoadedModel) else None
     found = search(
         target,
+        starts,
         plan.config,
         plan.scorer,
         plan.threshold,

@@ -58,6 +58,7 @@ class RedTeamError(PhfError, RuntimeError):
 
 def search(
     target: Target,
+    starts: Starts,
     config: RedTeam,
     scorer: Scorer,
     threshold: float,
@@ -69,12 +70,12 @@ def search(
     the target.
 
     Higher scores mean that the model is easier to break. Intervals are Student's over trials. Raises RedTeamError
-    if an attacker writes nothing usable, and ConfigError if no starting prompt fits the model.
+    if an attacker writes nothing usable.
     """
     wanted, prompts_file = task_of(config, scorer)
-    repeated, starting, usable = starting_prompts(target, config, scorer)
-    if repeated:
-        print(f"note: {repeated:,} of {len(starting) + repeated:,} starting prompts are repeated", file=sys.stderr)
+    if starts.repeated:
+        total = len(starts.usable) + starts.too_long + starts.repeated
+        print(f"note: {starts.repeated:,} of {total:,} starting prompts are repeated", file=sys.stderr)
     extent = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")  # asking for more keeps rounds
     settings = {k: v for k, v in to_plain(config).items() if k not in extent}
     inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]
@@ -85,24 +86,35 @@ def search(
         scorer=scorer,
         threshold=threshold,
         wanted=wanted,
-        starting=usable,
+        starting=starts.usable,
         answers=Answers(Path(cache) / "answers.jsonl"),
         folder=Path(folder),
         base=base,
     )
-    per_trial = min(config.pool, len(usable)) + config.rounds * config.candidates + config.confirm
+    per_trial = min(config.pool, len(starts.usable)) + config.rounds * config.candidates + config.confirm
     trials = []
     with tqdm(total=per_trial * config.trials, desc="attacking", unit="prompt", disable=None, file=sys.stderr) as bar:
         for number in range(config.trials):
             at = bar.n
             trials.append(_Trial(number, plan, bar).run())
             bar.update(at + per_trial - bar.n)  # a trial that ended early
-    return _summary(trials, config, prompts_too_long=len(starting) - len(usable), starting_prompts=len(usable))
+    return _summary(trials, config, prompts_too_long=starts.too_long, starting_prompts=len(starts.usable))
 
 
-def starting_prompts(target: Target, config: RedTeam, scorer: Scorer) -> tuple[int, list[str], list[str]]:
-    """How many prompts of the file are repeated, the different ones, and those of them that fit the model. Raises
-    ConfigError if none does."""
+@dataclass(frozen=True)
+class Starts:
+    """The prompts that a search starts from."""
+
+    usable: list[str]
+    """Different prompts that fit the model."""
+    repeated: int
+    """Prompts of the file that occur before."""
+    too_long: int
+    """Different prompts that do not fit."""
+
+
+def starting_prompts(target: Target, config: RedTeam, scorer: Scorer) -> Starts:
+    """The prompts of a task that fit the model. Raises ConfigError if none does."""
     _, prompts_file = task_of(config, scorer)
     read = read_prompts(prompts_file)
     starting = list(dict.fromkeys(read))
@@ -111,7 +123,7 @@ def starting_prompts(target: Target, config: RedTeam, scorer: Scorer) -> tuple[i
         raise ConfigError(
             f"none of the {len(starting)} prompts of {prompts_file} fits the model with max_tokens={config.max_tokens}"
         )
-    return len(read) - len(starting), starting, usable
+    return Starts(usable, len(read) - len(starting), len(starting) - len(usable))
 
 
 def weights(means: Sequence[float], selection: str, temperature: float) -> np.ndarray:

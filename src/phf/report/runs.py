@@ -111,12 +111,12 @@ def _distinguish(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
         settings = {
             store.canonical([m.objective_name, {k: v for k, v in m.train.items() if k != "tokens"}]) for m in same
         }
-        if len({m.seed for m in same}) < len(same) or len(settings) > 1 or not _equal_budgets(same):
+        if len({m.seed for m in same}) < len(same) or len(settings) > 1 or not equal_budgets(same):
             mixed.add(name)
     return [replace(run, name=run.folder_name) if run.name in mixed else run for run in runs]
 
 
-def _equal_budgets(manifests: Sequence[TrainManifest]) -> bool:
+def equal_budgets(manifests: Sequence[TrainManifest]) -> bool:
     """Whether runs had the same budget: of targets, or of source text. With equal source text, what a seed inserts or
     drops changes the number of targets."""
     if len({m.counts.tokens for m in manifests}) == 1:

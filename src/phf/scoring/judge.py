@@ -82,7 +82,7 @@ def judge(scorer: Scorer, segments: Sequence[str]) -> Judged:
         raise
     except BaseException as error:  # SystemExit too: a function must not end the command as if all were well
         if len(segments) == 1 or scorer.judges_by_document:
-            failure = Failure(0, type(error).__name__, _told(error), len(segments))
+            failure = Failure(0, type(error).__name__, _message(error), len(segments))
             return Judged([math.nan] * len(segments), (failure,))
         return _joined([judge(scorer, [segment]) for segment in segments])
     return _checked(scores, labels, len(segments))
@@ -94,7 +94,7 @@ def _joined(parts: Sequence[Judged]) -> Judged:
     return Judged([part.scores[0] for part in parts], failures, sum((p.labels for p in parts), Counter[str]()))
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """The message of an exception and the line of code that raised it."""
     try:
         message = " ".join(str(error).split())[: 2 * SHOWN_CHARS]

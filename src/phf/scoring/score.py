@@ -139,7 +139,7 @@ def score_corpus(
     segmenter.split("One. Two.")  # a language that cannot be cut here is an error before anything starts
     shards = corpus.plan()
     left_out = corpus.left_out()
-    _tell_left_out(left_out)
+    _print_left_out(left_out)
     stage = ScoreManifest.stage
     with folders.stage_folder(out, stage, key, shared=executor is not None, overwrite=overwrite):
         jobs = [Job(**source, shard=shard, stem=_stem(out, n), key=key) for n, shard in enumerate(shards)]
@@ -161,7 +161,7 @@ MAX_LEFT_OUT = 100
 """Files that a manifest names as not read."""
 
 
-def _tell_left_out(files: Sequence[str]) -> None:
+def _print_left_out(files: Sequence[str]) -> None:
     if files:
         more = f", and {len(files) - 3:,} more" if len(files) > 3 else ""
         print(f"note: {counted(len(files), 'file')} not read: {', '.join(files[:3])}{more}", file=sys.stderr)

@@ -180,7 +180,8 @@ def tokenize_corpus(
     key = store.fingerprint([source, given, corpus.text, "tokens/3"])
     keys = [key, *_earlier_keys(source, given, corpus.text)]
     done = next((k for k in keys if folders.is_done(out, k)), None)
-    check_columns(corpus, columns)
+    known = folders.read_manifest(out, TokensManifest).columns if done is not None else {}
+    check_columns(corpus, [column for column in columns if column not in known])
     with folders.stage_folder(out, TokensManifest.stage, done or key, keep_manifest=done is not None):
         if done is None:
             _make_store(corpus, tokenizer, heldout, out, key)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
 from phf.core.runs import RunFolder, complete_checkpoints, looks_local, model_folder, not_found
+from phf.core.text import first_line, one_line
 from phf.tokens.tokenizer import (
     add_control_tokens,
     check_model_fits,
@@ -20,7 +21,7 @@ from phf.tokens.tokenizer import (
     load_tokenizer,
     table_size,
 )
-from phf.training.probe import check_causal, check_fits, first_line, one_line
+from phf.training.probe import check_causal, check_fits
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 """Set to 0 in a model from scratch unless the config sets them: one epoch needs no dropout, which costs about a

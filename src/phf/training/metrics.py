@@ -20,7 +20,7 @@ from phf.core import store
 from phf.core.runs import CheckpointMark, SinceLine, add_line, keep_lines, read_lines
 from phf.core.types import Number
 
-TELL_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 """Seconds between lines of progress where there is no terminal."""
 SAVE_SECONDS = 600
 """Seconds between checkpoints where `save_every` is not set."""
@@ -193,7 +193,7 @@ class MetricsCallback(TrainerCallback):
         self.bar: Any = None
         self.saved_at = 0.0
         self.resumed_at = 0.0
-        self.told_at = 0.0
+        self.reported_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.writer:
@@ -237,7 +237,7 @@ class MetricsCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{line.loss:.3f}", refresh=False)
             if self.bar.disable:
-                self._tell(line)
+                self._report(line)
         # for the trackers, which come later
         logs.update({k: v for k, v in line.as_json().items() if isinstance(v, int | float)})
         for judge in self.judges:
@@ -246,13 +246,13 @@ class MetricsCallback(TrainerCallback):
         if self.writer:
             add_line(self.path, line)
 
-    def _tell(self, line: MetricsLine) -> None:
+    def _report(self, line: MetricsLine) -> None:
         """A line a minute where there is no terminal for the bar."""
         now = time.perf_counter()
-        self.told_at = self.told_at or now
-        if now - self.told_at < TELL_SECONDS:
+        self.reported_at = self.reported_at or now
+        if now - self.reported_at < REPORT_SECONDS:
             return
-        self.told_at = now
+        self.reported_at = now
         total = self.scale.steps * self.scale.step_tokens
         left = (total - line.tokens) / line.tokens_per_s if line.tokens_per_s else math.nan
         time_left = f"; about {left:,.0f} s left" if math.isfinite(left) else ""

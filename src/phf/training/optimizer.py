@@ -22,23 +22,23 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
-        decayed: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        matrices: Iterable[dict[str, Any]],
+        others: Iterable[dict[str, Any]],
         lr: float,
         muon_lr: float,
         betas: tuple[float, float],
-        weight_decay: float,
         fused: bool = True,
     ) -> None:
-        muon = torch.optim.Muon(list(matrices), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        groups: list[dict[str, Any]] = [
-            {"params": list(decayed), "weight_decay": weight_decay},
-            {"params": list(others), "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
-        self._parts: tuple[torch.optim.Optimizer, ...] = (adamw, muon)  # the first group's learning rate is logged
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        """`matrices`, `others`: groups of parameters with their `weight_decay`; those without a parameter do not
+        count. Raises ValueError if there is none."""
+        adamw, muon = ([group for group in groups if group["params"]] for groups in (others, matrices))
+        parts: list[torch.optim.Optimizer] = []
+        if adamw:  # first, because the first group's learning rate is logged
+            parts.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, fused=fused))
+        if muon:
+            parts.append(torch.optim.Muon(muon, lr=muon_lr, adjust_lr_fn="match_rms_adamw"))
+        self._parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
@@ -62,29 +62,27 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_muon(model: nn.Module, lm: Any, config: TrainConfig, decays: Iterable[str]) -> MuonAdamW:
-    """Muon for the matrices of the LM's trunk, AdamW for embeddings, the output layer, vectors and the value head.
-    `decays`: names of the parameters with weight decay."""
+    """Muon for the matrices of the LM's trunk, AdamW for embeddings, the output layer, vectors, the value head, and
+    experts that are kept in one tensor of three dimensions. `decays`: names of the parameters with weight decay."""
     apart = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     apart |= {id(p) for p in lm.get_output_embeddings().parameters()}
     decays = set(decays)
-    matrices = []
-    decayed = []
-    others = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim == 2 and id(parameter) not in apart:
-            matrices.append(parameter)
-        elif name in decays:
-            decayed.append(parameter)
-        else:
-            others.append(parameter)
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 and id(parameter) not in apart
+            groups.setdefault((is_matrix, name in decays), []).append(parameter)
+
+    def of(is_matrix: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": groups.get((is_matrix, decayed), []), "weight_decay": config.weight_decay if decayed else 0.0}
+            for decayed in (True, False)
+        ]
+
     return MuonAdamW(
-        matrices,
-        decayed,
-        others,
+        of(True),
+        of(False),
         lr=config.lr,
         muon_lr=config.lr if config.muon_lr is None else config.muon_lr,
         betas=config.betas,
-        weight_decay=config.weight_decay,
     )

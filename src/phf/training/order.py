@@ -79,8 +79,9 @@ def objective_stream(
     seed: int,
     preferences: tuple[str, ...] | None = None,
     mixture: Mixture | None = None,
+    split: str = "train",
 ) -> Stream:
-    """The stream of a store after a fitted objective's edit."""
+    """The stream of a part of a store after a fitted objective's edit."""
     hidden = objective.hidden_token
 
     def edit(block: Block) -> Edit:
@@ -92,6 +93,7 @@ def objective_stream(
         edit,
         piece_ids(objective.pieces, tokenizer),
         None if hidden is None else tokenizer.convert_tokens_to_ids(hidden),
+        split=split,
         preferences=preferences,
     )
 

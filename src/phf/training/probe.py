@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from phf.core.config import ConfigError
+from phf.core.text import first_line
 from phf.training import attention
 from phf.training.fused import LogitShape
 
@@ -80,15 +81,6 @@ def own_errors(lm: Any) -> Iterator[None]:
         raise ConfigError(
             f"{type(lm).__name__} cannot run with its config: {type(error).__name__}: {first_line(error)}"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 CHECKED_TOKENS = 24
