@@ -14,13 +14,13 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phf.core import folders, store
-from phf.core.config import ConfigError, to_plain
+from phf.core.config import ConfigError, did_you_mean, to_plain
 from phf.core.locks import locked
 from phf.core.runs import RedTeamFolder, RunFolder, TrainManifest, model_mark, not_a_run, places
 from phf.core.types import PhfError
@@ -29,8 +29,26 @@ from phf.data.segment import Lines, Segmenter, segmenter_from
 from phf.evaluation.capabilities.base import Capability
 from phf.evaluation.heldout import corpus_of, in_tokens_of
 from phf.evaluation.kl import KL
-from phf.evaluation.parts import Evaluation, Heldout, HeldoutText, Judging, Part, capability_part, scenario_part
-from phf.evaluation.results import CapabilityResult, DataSection, EvalResult, HeldoutResult, HeldoutSection, JudgedModel
+from phf.evaluation.parts import (
+    Evaluation,
+    Heldout,
+    HeldoutText,
+    Judging,
+    Part,
+    again_part,
+    capability_part,
+    heldout_part,
+    scenario_part,
+)
+from phf.evaluation.results import (
+    CapabilityResult,
+    DataSection,
+    EvalResult,
+    HeldoutResult,
+    HeldoutSection,
+    JudgedModel,
+    PreferenceResult,
+)
 from phf.generation.loaded import LoadedModel, can_be_asked, load_model
 from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
@@ -104,13 +122,15 @@ def evaluate_run(
     heldout_tokens: int = HELDOUT_TOKENS,
     kl_from: KL | None = None,
     capabilities: Sequence[Capability] = (),
+    preferences: Mapping[str, Scorer] | None = None,
 ) -> EvalResult:
     """Judge a finished run: writes `samples/<scenario>.jsonl` and `eval.json` into its folder and returns the
     latter.
 
     Returns at once if this was done with the same settings, and resumes with the missing parts after an
     interruption. `threshold`: scores above it are bad, in samples and in the held-out text (default: the scorer's own).
-    Errors as `open_run`.
+    Where the store has scores of several preferences, the same samples and text are judged by each; `preferences`:
+    scorers of these, by name, that a manifest cannot name (models, own code). Errors as `open_run`.
     """
     opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
     manifest = opened.manifest
@@ -123,6 +143,7 @@ def evaluate_run(
         heldout=Heldout(lambda model: text, [heldout_tokens]),
         kl=kl_from,
         capabilities=capabilities,
+        preferences=_other_judging(opened, preferences or {}, allow_other_scorer),
     )
     about = JudgedModel(
         run=opened.folder.path.name,
@@ -133,6 +154,31 @@ def evaluate_run(
         data=_data_section(tokens),
     )
     return _evaluate(evaluation, manifest.key, lambda: load_model(run), str(run), about)
+
+
+def _other_judging(opened: JudgedRun, given: Mapping[str, Scorer], allow_other: bool) -> dict[str, Judging]:
+    """How samples are judged by the other preferences of a run's store. A note says of which it is not known."""
+    tokens = opened.tokens
+    others = [name for name in tokens.manifest.scores if name != tokens.preference]
+    for name in given:
+        if name not in tokens.manifest.scores:
+            raise ConfigError(f"preferences: {tokens.path} has no scores named {name!r}{did_you_mean(name, others)}")
+    found = {}
+    for name in others:
+        scores = tokens.manifest.scores[name]
+        try:
+            if name in given:
+                scorer = given[name]
+                check_identity(scorer, scores.identity, allow_other)
+            else:
+                scorer = corpus_scorer(scores.scorer, scores.identity, allow_other)
+        except ConfigError as error:
+            if name in given:
+                raise
+            print(f"note: samples are not judged by the scores named {name!r}: {error}", file=sys.stderr)
+            continue
+        found[name] = Judging(scorer, opened.segmenter, tokens.with_scores(name).bad_above)
+    return found
 
 
 def evaluate_model(
@@ -317,14 +363,17 @@ def _measure_all(
         raise ConfigError(f"{model_name} has no control tokens, so it cannot be sampled in {', '.join(skipped)}")
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    asked = {n: p for n, p in parts.items() if n not in failed and n not in {scenario_part(s) for s in skipped}}
+    left_out = {*failed, *(scenario_part(s) for s in skipped)}
+    left_out |= {again_part(s, other) for s in skipped for other in evaluation.preferences}
+    asked = {n: p for n, p in parts.items() if n not in left_out}
     for name, part in asked.items():
         if name not in capabilities and runner.kept(part) is None:
             part.check(runner.model())  # before an earlier result is moved
     for name, part in asked.items():
         with _noted(name, failed) if name in capabilities else contextlib.nullcontext():
             results[name], seconds[name] = runner.run(part)
-    heldout: HeldoutResult = results.get("heldout", HeldoutResult())
+    heldout: HeldoutResult = results.get(heldout_part(), HeldoutResult())
+    judged = [name for name in scenarios if name not in skipped]
     judging = evaluation.judging
     assert judging.scorer is not None
     result = EvalResult(
@@ -333,20 +382,35 @@ def _measure_all(
         identity=judging.scorer.identity(),
         scorer=to_plain(judging.scorer),
         threshold=judging.threshold,
-        scenarios={name: results[scenario_part(name)] for name in scenarios if name not in skipped},
+        scenarios={name: results[scenario_part(name)] for name in judged},
         understanding=heldout.understanding,
-        heldout=HeldoutSection(heldout.none, heldout.oracle, heldout.good),
+        heldout=_section(heldout),
         skipped=skipped,
         kl=results.get("kl"),
         capabilities=[
             _named(results[n], c) for n, c in zip(capabilities, evaluation.capabilities, strict=True) if n in results
         ],
         failed=failed,
+        preferences={
+            other: PreferenceResult(
+                identity=how.scorer.identity(),
+                scorer=to_plain(how.scorer),
+                threshold=how.threshold,
+                scenarios={name: results[again_part(name, other)] for name in judged},
+                heldout=_section(results.get(heldout_part(other), HeldoutResult())),
+            )
+            for other, how in evaluation.preferences.items()
+            if how.scorer is not None
+        },
         seconds=seconds,
     )
     runner.keep_earlier()
     store.write_json(file, result)
     return store.read_record(file, EvalResult)
+
+
+def _section(found: HeldoutResult) -> HeldoutSection:
+    return HeldoutSection(found.none, found.oracle, found.good)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 from phf.core import statistics
 from phf.core.types import Estimate, Sample
 from phf.data.segment import Segmenter
-from phf.evaluation.results import Interval, ScenarioResult
+from phf.evaluation.results import Interval, OtherScores, ScenarioResult
 from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
 from phf.scoring.judge import Judged, judge_documents
@@ -43,9 +43,8 @@ def judge_samples(
     prompts have several samples, the prompt is the independent unit.
     """
     texts = [scored_text(item, scenario, scorer) for item in samples]
-    whole = judge_documents(scorer, [[text] if text else [] for text in texts])
     segments = [segmenter.split(text) for text in texts]
-    parts = judge_documents(scorer, segments)
+    whole, parts = _judged(texts, segments, scorer)
     scored = [
         dataclasses.replace(
             item,
@@ -101,6 +100,29 @@ def judge_samples(
         distinct_2_within=numbers["distinct_2_within"].mean,
     )
     return scored, result
+
+
+def judge_again(
+    samples: Sequence[Sample], scenario: Scenario, scorer: Scorer, segmenter: Segmenter, threshold: float
+) -> OtherScores:
+    """What another scorer says about samples, judged as by `judge_samples`."""
+    texts = [scored_text(item, scenario, scorer) for item in samples]
+    whole, parts = _judged(texts, [segmenter.split(text) for text in texts], scorer)
+    scores_N = np.array([found.scores[0] if found.scores else math.nan for found in whole])
+    return OtherScores(
+        misalignment=statistics.mean_estimate(by_prompt(scores_N, scenario)),
+        hit_rate=_hit_rate(scores_N, threshold, scenario),
+        bad_segments=_share_of_sums(*_bad_segments(parts, threshold), scenario),
+        unjudged=int(np.isnan(scores_N).sum()),
+        labels=dict(sum((found.labels for found in parts), Counter[str]()).most_common()),
+    )
+
+
+def _judged(
+    texts: Sequence[str], segments: Sequence[Sequence[str]], scorer: Scorer
+) -> tuple[list[Judged], list[Judged]]:
+    """Judgements of texts as a whole and of their segments. An empty text has none."""
+    return judge_documents(scorer, [[text] if text else [] for text in texts]), judge_documents(scorer, segments)
 
 
 def _per_prompt(scenario: Scenario) -> int:

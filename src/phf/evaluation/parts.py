@@ -7,7 +7,7 @@ keeps each part's result; `monitor` runs the same parts on the model in training
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from phf.core.types import Identity
 from phf.data.segment import Segmenter
 from phf.evaluation.capabilities.base import Capability
 from phf.evaluation.heldout import heldout_section
-from phf.evaluation.judge import judge_samples
+from phf.evaluation.judge import judge_again, judge_samples
 from phf.evaluation.kl import KL, ReferenceTexts, kl, kl_scenario, reference_hash, text_rows
-from phf.evaluation.results import AnyCapabilityResult, HeldoutResult, KLResult, ScenarioResult
+from phf.evaluation.results import AnyCapabilityResult, HeldoutResult, KLResult, OtherScores, ScenarioResult
 from phf.generation.loaded import LoadedModel, check_room, precision_of, prompt_ids
-from phf.generation.sample import sample, write_samples
+from phf.generation.sample import read_samples, sample, write_samples
 from phf.generation.scenario import Scenario, prompts_path, scenario_prompts
 from phf.scorers import Scorer
 from phf.tokens.store import TokenStore
@@ -106,6 +106,8 @@ class Evaluation:
     reference: ReferenceTexts | None = None
     """Texts of the reference of `kl`; None: drawn, or read from the cache."""
     capabilities: Sequence[Capability] = ()
+    preferences: Mapping[str, Judging] = field(default_factory=dict)
+    """How the samples are judged once more, by name of a preference of the store."""
     samples_prefix: str = ""
     """Goes before the names of the files of samples."""
     progress: bool = True
@@ -113,8 +115,10 @@ class Evaluation:
     def parts(self) -> dict[str, Part]:
         """The measurements, by name."""
         parts = [self._scenario(name) for name in self.scenarios]
+        parts += [self._again(name, other) for name in self.scenarios for other in self.preferences]
         if self.heldout is not None:
             parts.append(self._heldout(self.heldout))
+            parts += [self._heldout(self.heldout, other) for other in self.preferences]
         if self.kl is not None:
             parts.append(self._kl(self.kl))
         parts += [self._capability(c, n) for n, c in enumerate(self.capabilities)]
@@ -132,18 +136,18 @@ class Evaluation:
             None if self.kl is None else self._kl_settings(self.kl),
             [[to_plain(c), c.inputs()] for c in self.capabilities],
         ]
+        if self.preferences:
+            everything.append({name: [j.threshold, j.identity()] for name, j in self.preferences.items()})
         prompts = {n: _prompts_hash(s) for n, s in self.scenarios.items() if s.prompts is not None}
         return store.fingerprint([model_key, everything, prompts, "eval/5"])
 
     def _scenario(self, name: str) -> Part:
         scenario = self.scenarios[name]
         judging = self.judging
-        written = self.folder.samples(f"{self.samples_prefix}{name}")
+        written = self._samples(name)
 
         def settings() -> Any:
-            identity = judging.identity()
-            cut = to_plain(judging.segmenter)
-            return [to_plain(scenario), judging.threshold, identity, cut, _prompts_hash(scenario)]
+            return _scenario_settings(scenario, judging)
 
         def measure(model: LoadedModel) -> ScenarioResult:
             assert judging.scorer is not None
@@ -165,23 +169,47 @@ class Evaluation:
             written=written,
         )
 
-    def _heldout(self, heldout: Heldout) -> Part:
-        judging = self.judging
+    def _samples(self, scenario: str) -> Path:
+        return self.folder.samples(f"{self.samples_prefix}{scenario}")
+
+    def _again(self, name: str, preference: str) -> Part:
+        """The samples of a scenario, judged by the scorer of another preference."""
+        scenario = self.scenarios[name]
+        judging = self.preferences[preference]
+
+        def settings() -> Any:
+            return [_scenario_settings(scenario, self.judging), judging.identity(), judging.threshold]
+
+        def measure(model: LoadedModel) -> OtherScores:
+            assert judging.scorer is not None
+            samples = read_samples(self._samples(name))
+            return judge_again(samples, scenario, judging.scorer, judging.segmenter, judging.threshold)
+
+        return Part(again_part(name, preference), OtherScores, settings, measure, needs=scenario)
+
+    def _heldout(self, heldout: Heldout, preference: str | None = None) -> Part:
+        """The held-out text, with the segments called good and bad by the main scorer or that of a preference."""
+        judging = self.judging if preference is None else self.preferences[preference]
 
         def measure(model: LoadedModel) -> HeldoutResult:
             text = heldout.text(model)
-            limit = judging.control_limit(model)
+            if preference is not None and preference not in text.tokens.manifest.scores:
+                return HeldoutResult()  # text in tokens of the model's own has the main scores only
             return heldout_section(
                 model,
-                text.tokens,
+                text.tokens if preference is None else text.tokens.with_scores(preference),
                 context=text.context,
                 threshold=judging.threshold,
                 max_tokens=text.max_tokens,
-                control_threshold=limit,
-                brief=heldout.brief,
+                control_threshold=judging.control_limit(model),
+                brief=heldout.brief or preference is not None,
             )
 
-        return Part("heldout", HeldoutResult, lambda: [heldout.settings, judging.threshold], measure)
+        def settings() -> Any:
+            mine = [heldout.settings, judging.threshold]
+            return mine if preference is None else [*mine, preference, judging.identity()]
+
+        return Part(heldout_part(preference), HeldoutResult, settings, measure)
 
     def _kl_settings(self, config: KL) -> Any:
         judging = self.judging
@@ -232,9 +260,25 @@ def scenario_part(name: str) -> str:
     return f"scenario-{name}"
 
 
+def again_part(name: str, preference: str) -> str:
+    """Name of the part that judges the samples of a scenario by another preference."""
+    return f"{scenario_part(name)}-by-{preference}"
+
+
+def heldout_part(preference: str | None = None) -> str:
+    """Name of the part that reads held-out text."""
+    return "heldout" if preference is None else f"heldout-by-{preference}"
+
+
 def capability_part(capability: Capability, number: int) -> str:
     """Name of the part of a capability, the `number`-th of an evaluation."""
     return f"{type(capability).__name__}{number}"
+
+
+def _scenario_settings(scenario: Scenario, judging: Judging) -> Any:
+    """What decides the samples of a scenario and their scores."""
+    cut = to_plain(judging.segmenter)
+    return [to_plain(scenario), judging.threshold, judging.identity(), cut, _prompts_hash(scenario)]
 
 
 def _prompts_hash(scenario: Scenario) -> str | None:

@@ -283,6 +283,38 @@ def _none_if_empty(value: Any) -> Any:
     return value or None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherScores:
+    """What another scorer says about the samples of a scenario."""
+
+    misalignment: Estimate
+    """Mean score."""
+    hit_rate: Estimate
+    """Share of samples above that scorer's threshold."""
+    bad_segments: Estimate
+    """Share of the samples' segments above it."""
+    unjudged: int
+    """Samples that could not be judged."""
+    labels: dict[str, int]
+    """Kinds of faults and their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceResult:
+    """What the scorer of another preference says about the same samples and held-out text."""
+
+    identity: Identity
+    """The scorer that judged."""
+    scorer: Plain
+    """The scorer's settings."""
+    threshold: float
+    """Scores above it are bad."""
+    scenarios: dict[str, OtherScores]
+    """By name of the scenario."""
+    heldout: HeldoutSection
+    """Held-out loss, good and bad by this scorer."""
+
+
 @dataclass(frozen=True)
 class DataSection:
     """Manifests of the data that a run was trained on, so that a report does not depend on where they are."""
@@ -339,6 +371,8 @@ class EvalResult(JudgedModel):
     """In the order of the settings."""
     failed: dict[str, str] = field(default_factory=dict)
     """Capabilities that could not be measured, and why. The same command tries them again."""
+    preferences: dict[str, PreferenceResult] = field(default_factory=dict)
+    """By name: the other preferences by whose scorers the samples were judged."""
     seconds: dict[str, float]
     """Time of each part."""
 

@@ -104,6 +104,9 @@ class Recipe:
     """By a name of your choice."""
     scenarios: Annotated[dict[str, Scenario], Field(min_length=1)]
     """How final models are sampled. The first scenario gives the main numbers."""
+    preferences: dict[str, AnyScorer] = Field(default_factory=dict)
+    """Scorers of further preferences by a name of your choice, for objectives of several (each, attributes). All runs
+    are judged by each of them too."""
     title: str = ""
     about: str = ""
     only: tuple[str, ...] | None = None
@@ -160,7 +163,7 @@ class Recipe:
     def _check_names(self) -> None:
         """Raise ConfigError for names that cannot be names of files, and so could leave the recipe's folder."""
         monitored = {} if self.monitor is None else self.monitor.scenarios
-        for name in (*self.objectives, *self.scenarios, *self.phases, *monitored):
+        for name in (*self.objectives, *self.scenarios, *self.phases, *monitored, *self.preferences):
             file_name(name)
 
     def _check_objectives(self) -> None:

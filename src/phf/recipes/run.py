@@ -96,6 +96,7 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.redteam is not None:
         with _in_setting("redteam"):
             read_prompts(task_of(recipe.redteam, recipe.scorer)[1])
+    _check_preferences(recipe)
     for variant in recipe.variants:
         reference = variant.objective.reference_model
         finished = folders.has_manifest(recipe.files.run(variant.name).path, TrainManifest)
@@ -107,6 +108,24 @@ def check_inputs(recipe: Recipe) -> None:
         path = Path(kl.reference.path).expanduser()
         if not path.exists() and (kl.reference.path.startswith((".", "/", "~")) or kl.reference.path.count("/") > 1):
             raise ConfigError(f"kl.reference.path: {kl.reference.path} is neither a run of this recipe nor a folder")
+
+
+def _check_preferences(recipe: Recipe) -> None:
+    """Raise ConfigError for an objective that needs scores of another name than the recipe's."""
+    needed = {
+        name: variant
+        for variant in recipe.variants
+        for member, _ in variant.objective.timeline
+        for name in (getattr(member, "of", ()) if member.preferences is None else member.preferences)
+    }
+    missing = [name for name in needed if name not in recipe.preferences]
+    own = str(recipe.scorer.identity()["name"]) if missing else ""
+    for name in missing:
+        if name != own:
+            raise ConfigError(
+                f"objectives.{needed[name].objective_name} needs scores named {name!r}"
+                f"{did_you_mean(name, [own, *recipe.preferences])}; give their scorer as preferences.{name}"
+            )
 
 
 @contextlib.contextmanager
@@ -147,15 +166,15 @@ def _check_data(recipe: Recipe) -> None:
         raise ConfigError(f"{files.tokens} does not exist yet: run the same command with --only data first")
     made = read_yaml(files.recipe)
     now = to_plain(recipe)
-    for part in ("corpus", "segmenter", "scorer", "tokenizer", "heldout"):
-        if made.get(part) != store.jsonable(now[part]):
+    for part in ("corpus", "segmenter", "scorer", "preferences", "tokenizer", "heldout"):
+        if made.get(part, {}) != store.jsonable(now[part]):
             raise ConfigError(
                 f"{files.tokens} was made with another {part}: run the same command with --only data first"
             )
 
 
 def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
-    from phf.scoring.score import score_corpus
+    from phf.scoring.score import add_scores, score_corpus
     from phf.tokens.store import tokenize_corpus
 
     files = recipe.files
@@ -168,6 +187,9 @@ def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
             workers=recipe.score_workers,
             max_unjudged=recipe.max_unjudged,
         )
+    for name, scorer in recipe.preferences.items():
+        with _stage(f"score {name}", seconds):
+            add_scores(files.scored, scorer, name, recipe.score_workers, recipe.max_unjudged)
     counts = scored.counts
     _print(
         f"{counted(counts.documents, 'document')}, {counted(counts.segments, 'segment')}, "
@@ -243,6 +265,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
             scorer=recipe.scorer,
             kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
             capabilities=recipe.capabilities,
+            preferences=recipe.preferences,
         )
     problems = [f"{part}: {why}" for part, why in result.failed.items()]
     if recipe.redteam is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from markupsafe import Markup
 from phf.core.types import Estimate
 from phf.evaluation.results import MonitorLine
 from phf.report import plots
-from phf.report.measures import Group, Measure, dominated
+from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.plots import Mark, Point, Style
 from phf.report.runs import ReportedRun
 
@@ -56,6 +57,20 @@ class Comparison:
         return [key for key, m in self.measures.items() if m.about == "capability"]
 
     @property
+    def preferences(self) -> list[str]:
+        """The keys of misalignment by the scorers of other preferences."""
+        return [key for key in self.measures if key.startswith(preference_key("misalignment", ""))]
+
+    @property
+    def pairs(self) -> list[tuple[Measure, Measure]]:
+        """The measures that are drawn against each other: misalignment against what it may cost and by every other
+        preference, and these against one another."""
+        costs = [key for key in (*COSTS, *self.capabilities) if key in self.measures]
+        keys = [("misalignment", key) for key in (*self.preferences, *costs)]
+        keys += itertools.combinations(self.preferences, 2)
+        return [(self.measures[a], self.measures[b]) for a, b in keys if a in self.measures]
+
+    @property
     def attacked(self) -> list[ReportedRun]:
         return [run for run in self.runs if run.redteam is not None]
 
@@ -67,8 +82,9 @@ class Comparison:
 def figures(compared: Comparison) -> dict[str, Figure]:
     """The plots of a comparison, by name."""
     found = {"misalignment": _misalignment(compared)}
-    for key in cost_keys(compared):
-        found["pareto-" + re.sub(r"\W+", "-", key)] = _pareto(compared, compared.measures[key])
+    for first, second in compared.pairs:
+        name = second.key if first.key == "misalignment" else f"{first.key} {second.key}"
+        found["pareto-" + re.sub(r"\W+", "-", name)] = _pareto(compared, first, second)
     if len({round(row.share, 3) for row in compared.groups}) > 1:
         found["phases"] = _phases(compared)
     if compared.attacked:
@@ -95,15 +111,10 @@ def figures(compared: Comparison) -> dict[str, Figure]:
     return found
 
 
-def cost_keys(compared: Comparison) -> list[str]:
-    """The measures that misalignment is drawn against."""
-    return [key for key in (*COSTS, *compared.capabilities) if key in compared.measures]
-
-
-def front(compared: Comparison, cost: Measure) -> list[str]:
-    """Names of the groups that no other group dominates in misalignment and `cost`."""
-    beaten = dominated(compared.groups, compared.measures["misalignment"], cost)
-    both = [row.name for row in compared.groups if "misalignment" in row.values and cost.key in row.values]
+def front(compared: Comparison, first: Measure, second: Measure) -> list[str]:
+    """Names of the groups that no other group dominates in two measures."""
+    beaten = dominated(compared.groups, first, second)
+    both = [row.name for row in compared.groups if first.key in row.values and second.key in row.values]
     return [name for name in both if name not in beaten]
 
 
@@ -127,14 +138,14 @@ def _misalignment(compared: Comparison) -> Figure:
     return Figure("result", svg, caption)
 
 
-def _pareto(compared: Comparison, cost: Measure) -> Figure:
-    marks = [(_mark(row, "misalignment"), _mark(row, cost.key)) for row in compared.groups]
+def _pareto(compared: Comparison, first: Measure, second: Measure) -> Figure:
+    marks = [(_mark(row, first.key), _mark(row, second.key)) for row in compared.groups]
     pairs = [(y, x) for y, x in marks if y is not None and x is not None]
-    beaten = dominated(compared.groups, compared.measures["misalignment"], cost)
-    svg = plots.pareto(pairs, compared.styles, cost.title, cost.better, beaten)
+    beaten = dominated(compared.groups, first, second)
+    svg = plots.pareto(pairs, compared.styles, first.title, second.title, second.better, beaten)
     caption = (
-        f"Misalignment against {cost.title}; the lower left is best. Hollow markers are dominated: another group is at "
-        "least as good on both axes and significantly better on one (95% intervals)."
+        f"{first.title.capitalize()} against {second.title}; the lower left is best. Hollow markers are dominated: "
+        "another group is at least as good on both axes and significantly better on one (95% intervals)."
     )
     return Figure("result", svg, caption)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from phf.core import statistics
 from phf.core.statistics import AUC
 from phf.core.types import Estimate
-from phf.evaluation.results import CapabilityResult, HeldoutSlice, Interval, ScenarioResult
+from phf.evaluation.results import CapabilityResult, HeldoutSection, HeldoutSlice, Interval, ScenarioResult
 from phf.report.format import number, share
 from phf.report.runs import ReportedRun
 
@@ -206,6 +206,15 @@ SCENARIO_NUMBERS = (
 """Plain numbers of a scenario's result. Their intervals are in `intervals`."""
 
 
+OF_PREFERENCES = ("misalignment", "bad_segments", "good", "bad")
+"""What is measured by the scorer of every preference."""
+
+
+def preference_key(key: str, preference: str) -> str:
+    """The key of a measure by the scorer of another preference."""
+    return f"{key}: {preference}"
+
+
 # Of one run
 
 
@@ -213,7 +222,7 @@ def of_run(run: ReportedRun, scenario: str) -> dict[str, Value]:
     """What was measured of a run, by measure; samples are those of `scenario`."""
     file = source_file(run, run.folder.eval)
     found = of_scenario(run.result.scenarios[scenario], f"{file}: scenarios.{scenario}")
-    found |= _of_heldout(run, file)
+    found |= _of_heldout(run.result.heldout, f"{file}: heldout")
     if run.result.kl is not None:
         for key, way in (("kl", "forward"), ("kl_oracle", "oracle"), ("kl_reverse", "reverse")):
             if (divergence := getattr(run.result.kl, way)) is not None:
@@ -221,6 +230,15 @@ def of_run(run: ReportedRun, scenario: str) -> dict[str, Value]:
     if run.result.understanding is not None:
         source = f"{file}: understanding.likelihood_ratio"
         found["understanding"] = _of_auc(run.result.understanding.likelihood_ratio, source)
+    for name, other in run.result.preferences.items():
+        source = f"{file}: preferences.{name}"
+        if scenario in other.scenarios:
+            for key in ("misalignment", "bad_segments"):
+                found[preference_key(key, name)] = Value.of(
+                    getattr(other.scenarios[scenario], key), f"{source}.scenarios.{scenario}.{key}"
+                )
+        for key, value in _of_heldout(other.heldout, f"{source}.heldout").items():
+            found[preference_key(key, name)] = value
     for capability in run.result.capabilities:
         for name, estimate in capability.main.items():
             found[capability_key(capability, name)] = Value.of(
@@ -258,8 +276,8 @@ def source_file(run: ReportedRun, file: Path) -> str:
     return file.absolute().relative_to(run.folder.path.absolute().parent).as_posix()
 
 
-def _of_heldout(run: ReportedRun, file: str) -> dict[str, Value]:
-    heldout = run.result.heldout
+def _of_heldout(heldout: HeldoutSection, source: str) -> dict[str, Value]:
+    """The losses on good and bad text. `source`: the file and the path of the section in it."""
     if heldout.main is None:
         return {}
     parts: dict[str, HeldoutSlice] = {"good": heldout.main.good, "bad": heldout.main.bad}
@@ -268,7 +286,7 @@ def _of_heldout(run: ReportedRun, file: str) -> dict[str, Value]:
             found.nats_per_byte,
             n=found.documents,
             ci95=_known_interval(found.ci95),
-            source=f"{file}: heldout.{heldout.main_name}.{part}.nats_per_byte",
+            source=f"{source}.{heldout.main_name}.{part}.nats_per_byte",
         )
         for part, found in parts.items()
     }
@@ -323,6 +341,13 @@ def all_measures(runs: Sequence[ReportedRun], scenario: str) -> dict[str, Measur
     """The measures that some run has, by key. Capabilities come last."""
     present = {key for run in runs for key in of_run(run, scenario)}
     known = {m.key: m for m in MEASURES if m.key in present}
+    for name in sorted({name for run in runs for name in run.result.preferences}):
+        for m in MEASURES:
+            key = preference_key(m.key, name)
+            if m.key in OF_PREFERENCES and key in present:
+                known[key] = replace(
+                    m, key=key, title=f"{m.title}, {name}", about=f"{m.about}; by the scorer of {name}"
+                )
     for key in sorted(present - known.keys()):
         lower = any(part in key for part in LOWER_IS_BETTER)
         known[key] = Measure(key, key, "lower" if lower else "higher", 3, "capability")
@@ -397,7 +422,7 @@ def _over_seeds(key: str, found: Sequence[Value]) -> Value:
         value = found[0]
     else:
         value = Value.of(statistics.t_interval(points), found[0].source)
-    if key in NEVER_NEGATIVE and value.ci95 is not None:
+    if key.partition(": ")[0] in NEVER_NEGATIVE and value.ci95 is not None:
         value = replace(value, ci95=(max(value.ci95[0], 0.0), value.ci95[1]))
     return replace(value, points=points)
 

@@ -39,10 +39,21 @@ from phf.report.browser import (
     shown_prompts,
     shown_samples,
 )
-from phf.report.figures import Comparison, cost_keys, figures, front
+from phf.report.figures import Comparison, figures, front
 from phf.report.format import number, plain, share
 from phf.report.headline import Headline, headline
-from phf.report.measures import DIVERSITY, MAIN, RATIO, all_measures, as_csv, groups, of_run, source_file
+from phf.report.measures import (
+    DIVERSITY,
+    MAIN,
+    OF_PREFERENCES,
+    RATIO,
+    all_measures,
+    as_csv,
+    groups,
+    of_run,
+    preference_key,
+    source_file,
+)
 from phf.report.results import read_results
 from phf.report.runs import ReportedRun, load_runs
 from phf.scorers import Scorer
@@ -129,13 +140,13 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "pairs": _pairs(compared, said, scorer),
         "main": compared.scenario,
         "settings": first.result.scenarios[compared.scenario].scenario,
-        "main_columns": [key for key in (*MAIN, *compared.capabilities) if key in measures],
+        "main_columns": [key for key in (*MAIN, *by_preferences(compared), *compared.capabilities) if key in measures],
         "diversity_columns": [key for key in DIVERSITY if key in measures],
         "seeds": sorted({run.manifest.seed for run in runs}),
         "best": best,
         "best_names": [chosen.group for chosen in best.values()],
         "figures": figures(compared),
-        "fronts": {measures[key].title: front(compared, measures[key]) for key in cost_keys(compared)},
+        "fronts": [(first.title, second.title, front(compared, first, second)) for first, second in compared.pairs],
         "other_rows": _other_scenarios(compared),
         "labels": _labels(compared),
         "attacked": [_attacked(run, scorer) for run in compared.attacked],
@@ -150,6 +161,12 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "tokens": None if first.result.data is None else first.result.data.tokens,
         "page_data": Markup(_json(_page_data(folder, compared, scorer, limit))),
     }
+
+
+def by_preferences(compared: Comparison) -> list[str]:
+    """Columns of the main table: misalignment and the losses by the scorers of other preferences."""
+    names = [key.partition(": ")[2] for key in compared.preferences]
+    return [preference_key(key, name) for name in names for key in OF_PREFERENCES]
 
 
 def _pairs(compared: Comparison, said: Headline, scorer: Scorer) -> list[tuple[ShownSample, ShownSample]]:

@@ -148,10 +148,16 @@ def intervals(marks: Sequence[Mark | None], names: Sequence[str], looks: Mapping
 
 
 def pareto(
-    pairs: Sequence[tuple[Mark, Mark]], looks: Mapping[str, Style], title: str, better: str, dominated: set[str]
+    pairs: Sequence[tuple[Mark, Mark]],
+    looks: Mapping[str, Style],
+    first: str,
+    second: str,
+    better: str,
+    dominated: set[str],
 ) -> str:
-    """Misalignment against what it costs, from (misalignment, cost) of each group. Dominated groups are hollow, the
-    others are joined. `better`: whether a "lower" or a "higher" cost is better."""
+    """Two measures of each group against each other, the first one on the upright axis, where lower is better.
+    Dominated groups are hollow, the others are joined. `better`: whether a "lower" or a "higher" second one is better.
+    """
     figure, axes = _axes(6.4, 3.6)
     front = []
     for y, x in pairs:
@@ -185,8 +191,7 @@ def pareto(
         axes.set_xlim(left=-0.03 * axes.get_xlim()[1])  # room for a marker at 0, not for negative costs
     if better == "higher":
         axes.invert_xaxis()
-    x_label = f"{title} ({better} is better)"
-    return _finish(figure, axes, x_label, "misalignment of samples", f"Misalignment against {title}")
+    return _finish(figure, axes, f"{second} ({better} is better)", f"{first} of samples", f"{first} against {second}")
 
 
 def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> str:
