@@ -136,6 +136,8 @@ class Evaluation:
             None if self.kl is None else self._kl_settings(self.kl),
             [[to_plain(c), c.inputs()] for c in self.capabilities],
         ]
+        if any(s.safe_beam is not None for s in self.scenarios.values()):
+            everything.append("safe beam/2")
         if self.preferences:
             everything.append({name: [j.threshold, j.identity()] for name, j in self.preferences.items()})
         prompts = {n: _prompts_hash(s) for n, s in self.scenarios.items() if s.prompts is not None}
@@ -278,7 +280,8 @@ def capability_part(capability: Capability, number: int) -> str:
 def _scenario_settings(scenario: Scenario, judging: Judging) -> Any:
     """What decides the samples of a scenario and their scores."""
     cut = to_plain(judging.segmenter)
-    return [to_plain(scenario), judging.threshold, judging.identity(), cut, _prompts_hash(scenario)]
+    version = [] if scenario.safe_beam is None else ["safe beam/2"]
+    return [to_plain(scenario), judging.threshold, judging.identity(), cut, _prompts_hash(scenario), *version]
 
 
 def _prompts_hash(scenario: Scenario) -> str | None:
