@@ -26,6 +26,7 @@ import torch
 from helpers import ROOT, TINY_LLAMA, tiny_texts
 from phf.core.config import dump_yaml, parse_yaml, validate
 from phf.objectives import MLE, AnyObjective, Conditional
+from phf.scorers import AnyScorer
 from phf.training.lm import FromConfig
 from phf.training.order import to_tensors
 
@@ -208,10 +209,14 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
             for command in commands_of(block):
                 run_command(command)
                 ran += 1
-        elif language == "yaml" and block.startswith("objectives:"):
-            for settings in parse_yaml(block, page.name)["objectives"].values():
+        elif language == "yaml":
+            parts = parse_yaml(block, page.name)
+            assert parts.keys() <= {"objectives", "scorer", "preferences"}
+            for settings in parts.get("objectives", {}).values():
                 validate(settings, AnyObjective, page.name)
-                ran += 1
+            for settings in (*parts.get("preferences", {}).values(), *([parts["scorer"]] if "scorer" in parts else [])):
+                validate(settings, AnyScorer, page.name)
+            ran += 1
         else:
             assert language == "", f"{page.name}: a block of {language!r} is neither code nor output"
     assert ran
