@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -12,12 +13,15 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, BertCon
 from helpers import CLASSIFIER_WORDS, output_of, tiny_classifier, train_tiny, write_jsonl
 from phf.cli import main
 from phf.core.config import ConfigError
+from phf.core.store import StoreError
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.objectives import Masking
+from phf.scorers import GivenScores
 from phf.scorers.token_classifier import TokenClassifier
-from phf.scoring.score import score_corpus
-from phf.tokens.store import TokenStore
+from phf.scoring.score import add_scores, score_corpus
+from phf.tokens.store import TokenStore, tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
 
 WORDS = [w for w in CLASSIFIER_WORDS if w.isalpha()]
 
@@ -126,6 +130,20 @@ def test_tokens_of_a_store_get_the_probabilities(folder, tmp_path, monkeypatch, 
     assert tokens.bad_above == 0.5
     run = train_tiny(tmp_path / "tokens", tmp_path / "run", Masking(), steps=3, token_scores=True)
     assert run.counts.exposure["learned_bad"] == 0 < run.counts.exposure["read_bad"]
+
+
+def test_it_may_score_the_tokens_of_a_second_preference(folder, tmp_path):
+    texts = [" ".join(np.random.default_rng(n).choice(WORDS, 7)) + "\n" for n in range(30)]
+    scorer = TokenClassifier(model=folder)
+    rows = [json.dumps({"text": text, "score": n / 30}) + "\n" for n, text in enumerate(texts)]
+    (tmp_path / "t.jsonl").write_text("".join(rows))
+    score_corpus(Jsonl(str(tmp_path / "t.jsonl")), Lines(), GivenScores("n"), tmp_path / "s")
+    add_scores(tmp_path / "s", scorer, "names")
+    tokenize_corpus(tmp_path / "s", TrainBPE(300), tmp_path / "t", heldout=0.2, token_scores=True, scorer=scorer)
+    tokens = TokenStore.open(tmp_path / "t", "names", by_token=True)
+    assert len(np.unique(tokens.token_score_T)) > 20
+    with pytest.raises(StoreError, match="no scores of tokens"):
+        TokenStore.open(tmp_path / "t", by_token=True)
 
 
 def test_what_cannot_be_used_is_an_error(folder, tmp_path):

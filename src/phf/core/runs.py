@@ -132,9 +132,10 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RecipeFolder:
-    """Where the files of a recipe are."""
+    """Where the files of a recipe are. `data`: the folder of the scored corpus and the tokens, where it is another."""
 
     path: Path
+    data: Path | None = None
 
     @property
     def recipe(self) -> Path:
@@ -143,11 +144,11 @@ class RecipeFolder:
 
     @property
     def scored(self) -> Path:
-        return self.path / "scored"
+        return (self.data or self.path) / "scored"
 
     @property
     def tokens(self) -> Path:
-        return self.path / "tokens"
+        return (self.data or self.path) / "tokens"
 
     @property
     def cache(self) -> Path:

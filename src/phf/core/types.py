@@ -47,12 +47,14 @@ Identity = dict[str, Any]
 @dataclass(frozen=True)
 class Document:
     """One text of the corpus. `meta` is what the source says about the text; JSON must be able to hold it. `segments`
-    is how the source cut the text, or None."""
+    is how the source cut the text, or None. `scores` are those that the source gives: one per segment, a single number
+    for the whole text, or None."""
 
     id: str
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
     segments: tuple[str, ...] | None = None
+    scores: tuple[float, ...] | float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,11 +109,34 @@ def row_item(row: Row, field: str, id: str, max_chars: int) -> Item:
     """A document from a row of a table. A list of strings is joined and kept as the segments; other lists in the row
     describe the segments, so they are not metadata of the document."""
     text = row.get(field)
+    scores = _given_scores(row)
     rest = {k: v for k, v in row.items() if k != field}
     if not isinstance(text, list) or not all(isinstance(t, str) for t in text):
-        return admit(id, text, _plain_meta(rest), max_chars)
+        item = admit(id, text, _plain_meta(rest), max_chars)
+        return item if isinstance(item, Rejected) else dataclasses.replace(item, scores=scores)
     item = admit(id, "".join(text), _plain_meta({k: v for k, v in rest.items() if not isinstance(v, list)}), max_chars)
-    return item if isinstance(item, Rejected) else dataclasses.replace(item, segments=tuple(t for t in text if t))
+    if isinstance(item, Rejected):
+        return item
+    if isinstance(scores, tuple) and len(scores) == len(text):
+        scores = tuple(s for s, t in zip(scores, text, strict=True) if t)
+    return dataclasses.replace(item, segments=tuple(t for t in text if t), scores=scores)
+
+
+def _given_scores(row: Row) -> tuple[float, ...] | float | None:
+    """The scores that a row comes with, if any: `scores`, a list of numbers, or `score`, a number. NaN: not judged."""
+
+    def number(value: Any) -> float:
+        return float(value) if value is not None and math.isfinite(value) else math.nan
+
+    many = row.get("scores")
+    if isinstance(many, list) and all(_is_number(s) or s is None for s in many):
+        return tuple(number(s) for s in many)
+    one = row.get("score")
+    return number(one) if _is_number(one) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain_meta(row: Row) -> Row:

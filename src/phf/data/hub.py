@@ -15,7 +15,7 @@ from phf.core.store import fingerprint
 from phf.core.types import Rejected
 from phf.data.corpus import DOCS_PER_SHARD, Corpus, Item, Shard, chunks, file_mark, own_id_or_place, row_item
 from phf.data.files import find_files
-from phf.data.tables import ROWS_AT_ONCE, is_metadata, table_rows
+from phf.data.tables import ROWS_AT_ONCE, columns_to_read, table_rows
 
 
 def _part(total: int, number: int, of: int) -> int:
@@ -109,7 +109,7 @@ def _metadata_only(data: Any, field: str) -> Any:
     if data.features is None:
         return data
     schema = data.features.arrow_schema
-    kept = [f.name for f in schema if f.name in (field, "id") or is_metadata(f.type)]
+    kept = columns_to_read(schema, field, "id")
     return data if len(kept) == len(schema) else data.select_columns(kept)
 
 

@@ -44,7 +44,7 @@ from phf.data.files import (
 )
 from phf.data.hub import DatasetList, HFDataset
 from phf.data.installed import InstalledPackages, StandardLibrary
-from phf.data.tables import ROWS_AT_ONCE, is_metadata, table_rows
+from phf.data.tables import ROWS_AT_ONCE, columns_to_read, table_rows
 
 JSON_FORMS = ("jsonl", "json")
 ALL_FORMS = ("jsonl", "json", "csv", "tsv", "parquet")
@@ -200,7 +200,7 @@ class _RowCorpus(_FileCorpus):
             try:
                 parquet = pq.ParquetFile(opened)
                 schema = parquet.schema_arrow
-                columns = [f.name for f in schema if f.name in (self.field, own_id) or is_metadata(f.type)]
+                columns = columns_to_read(schema, self.field, own_id)
                 number = 0
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
                     for row in table_rows(batch, self.field):

@@ -125,29 +125,34 @@ class Windows(Segmenter):
         return [*range(self.chars, len(text), self.chars), len(text)] if text else []
 
 
+Cut = Lines | Sentences | Paragraphs | Documents | Windows
+
+
 @dataclass(frozen=True, config=STRICT)
 class Given(Segmenter):
     """The segments that the corpus comes with: a list of strings per document, as in the published scored datasets. A
-    document that comes as one string is one segment."""
+    document that comes as one string is one segment. `cut`: how they were cut, if that is known; samples and other
+    texts are then cut in the same way."""
 
+    cut: Annotated[
+        Cut | None, Field(discriminator="name", title="segmenter", exclude_if=lambda value: value is None)
+    ] = None
     name: Literal["given"] = "given"
 
     def ends(self, text: str) -> list[int]:
         return [len(text)] if text else []
 
 
-AnySegmenter = Annotated[
-    Lines | Sentences | Paragraphs | Documents | Windows | Given, Field(discriminator="name", title="segmenter")
-]
+AnySegmenter = Annotated[Cut | Given, Field(discriminator="name", title="segmenter")]
 
 
 def known_segmenter(config: Plain | None) -> Segmenter | None:
     """The segmenter that a manifest names. None if the corpus came in segments and nothing says how they were
     cut."""
-    if config is None or config.get("name") == "given":
+    if config is None:
         return None
     found: Segmenter = validate(config, AnySegmenter, "the manifest", prefix="segmenter")
-    return found
+    return found.cut if isinstance(found, Given) else found
 
 
 def segmenter_from(config: Plain | None) -> Segmenter:

@@ -26,6 +26,17 @@ def is_metadata(type_: Any) -> bool:
     return any(test(type_) for test in (*plain, t.is_temporal, t.is_null))
 
 
+def columns_to_read(schema: Any, text: str, *others: str) -> list[str]:
+    """The columns of a table with the text in `text` that are read: that one, `others`, metadata, and the scores that
+    go with texts that are cut."""
+    import pyarrow.types as t
+
+    kept = {text, *others}
+    if text in schema.names and (t.is_list(schema.field(text).type) or t.is_large_list(schema.field(text).type)):
+        kept.add("scores")
+    return [f.name for f in schema if f.name in kept or is_metadata(f.type)]
+
+
 def _values(column: Any) -> list[Any]:
     """A column of an Arrow table as Python values: UTF-8 bytes as strings, times as text. `_BROKEN` for bytes that are
     not UTF-8 and for values that Python cannot hold."""

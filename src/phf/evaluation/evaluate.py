@@ -52,7 +52,7 @@ from phf.evaluation.results import (
 from phf.generation.loaded import LoadedModel, can_be_asked, load_model
 from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
-from phf.scoring.judge import check_identity, corpus_scorer
+from phf.scoring.judge import check_identity, corpus_scorer, is_same_scorer
 from phf.tokens.store import TokensManifest, TokenStore
 
 HELDOUT_TOKENS = 1_000_000
@@ -74,6 +74,12 @@ class JudgedRun:
     def segmenter(self) -> Segmenter:
         """How the corpus was cut; lines if the corpus came in segments of its own."""
         return segmenter_from(self.tokens.manifest.segmenter)
+
+    @property
+    def corpus_threshold(self) -> float | None:
+        """Scores of the corpus above it are bad, where another scorer scored the corpus than judges; else None."""
+        same = is_same_scorer(self.scorer, self.tokens.manifest.identity)
+        return None if same else self.tokens.bad_above
 
     def threshold(self, given: float | None) -> float:
         """Scores above it are bad: what is given, else the scorer's own threshold."""
@@ -138,7 +144,12 @@ def evaluate_run(
     text = HeldoutText(tokens, manifest.train["context"], heldout_tokens)
     evaluation = Evaluation(
         folder=opened.folder,
-        judging=Judging(opened.scorer, opened.segmenter, opened.threshold(threshold)),
+        judging=Judging(
+            opened.scorer,
+            opened.segmenter,
+            opened.threshold(threshold),
+            corpus_threshold=opened.corpus_threshold,
+        ),
         scenarios=scenarios,
         heldout=Heldout(lambda model: text, [heldout_tokens]),
         kl=kl_from,

@@ -36,7 +36,7 @@ from phf.generation.loaded import LoadedModel
 from phf.generation.scenario import Scenario
 from phf.objectives import Objective
 from phf.scorers import Scorer
-from phf.scoring.judge import check_identity, corpus_scorer
+from phf.scoring.judge import check_identity, corpus_scorer, is_same_scorer
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens
 from phf.training import attention
@@ -90,10 +90,12 @@ class MonitorCallback(JudgingCallback):
         train: TrainConfig,
         objective: Objective,
         scorer: Scorer | None = None,
+        allow_other_scorer: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.scorer = scorer
+        self.allow_other_scorer = allow_other_scorer
         self.run = RunFolder(Path(run))
         self.tokens = TokenStore.open(tokens_dir, train.scores)
         self.tokenizer = self.tokens.tokenizer
@@ -129,14 +131,17 @@ class MonitorCallback(JudgingCallback):
         manifest = self.tokens.manifest
         text = HeldoutText(self.tokens, self.context, config.heldout_tokens)
         reads = bool(config.heldout_tokens) and bool(self.tokens.heldout_D.any())
+        judging = Judging(None, segmenter_from(manifest.segmenter), self.threshold, self.control_threshold)
+        if self._needs_scorer():
+            scorer = self._scorer()
+            judging = dataclasses.replace(judging, scorer=scorer)
+            if not is_same_scorer(scorer, manifest.identity):
+                own = scorer.bad_above or 0.0
+                limit = own if config.threshold is None else config.threshold
+                judging = dataclasses.replace(judging, threshold=limit, corpus_threshold=self.tokens.bad_above)
         evaluation = Evaluation(
             folder=self.run,
-            judging=Judging(
-                self._scorer() if self._needs_scorer() else None,
-                segmenter_from(manifest.segmenter),
-                self.threshold,
-                self.control_threshold,
-            ),
+            judging=judging,
             scenarios=config.scenarios,
             heldout=Heldout(lambda model: text, None, brief=True) if reads else None,
             kl=config.kl,
@@ -157,7 +162,7 @@ class MonitorCallback(JudgingCallback):
         manifest = self.tokens.manifest
         if self.scorer is None:
             return corpus_scorer(manifest.scorer, manifest.identity)
-        check_identity(self.scorer, manifest.identity)
+        check_identity(self.scorer, manifest.identity, self.allow_other_scorer)
         return self.scorer
 
     def _needs_scorer(self) -> bool:

@@ -40,17 +40,28 @@ class Judging:
     threshold: float = 0.0
     """Scores above it are bad."""
     control_threshold: float | None = None
-    """Segments with a score above it had the bad token in training; None: what the model's record says, else
-    `threshold`."""
+    """Segments with a score above it had the bad token in training; None: what the model's record says, else that of
+    the corpus."""
+    corpus_threshold: float | None = None
+    """Where another scorer scored the corpus: scores of the corpus above it are bad; None: `threshold`."""
 
     def identity(self) -> Identity | None:
         """The scorer's identity."""
         return None if self.scorer is None else self.scorer.identity()
 
+    @property
+    def of_corpus(self) -> float:
+        """Scores of the corpus above it are bad."""
+        return self.threshold if self.corpus_threshold is None else self.corpus_threshold
+
     def control_limit(self, model: LoadedModel) -> float:
-        """The threshold of the control tokens of a model."""
-        known = (self.control_threshold, model.threshold, self.threshold)
+        """Segments of the corpus with a score above it had the bad token in training."""
+        known = (self.control_threshold, model.threshold, self.of_corpus)
         return next(limit for limit in known if limit is not None)
+
+    def control_limit_here(self, model: LoadedModel) -> float:
+        """The same for scores of `scorer`."""
+        return self.control_limit(model) if self.corpus_threshold is None else self.threshold
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,8 @@ class Evaluation:
         ]
         if any(s.safe_beam is not None for s in self.scenarios.values()):
             everything.append("safe beam/2")
+        if judging.corpus_threshold is not None:
+            everything.append(judging.corpus_threshold)
         if self.preferences:
             everything.append({name: [j.threshold, j.identity()] for name, j in self.preferences.items()})
         prompts = {n: _prompts_hash(s) for n, s in self.scenarios.items() if s.prompts is not None}
@@ -201,14 +214,14 @@ class Evaluation:
                 model,
                 text.tokens if preference is None else text.tokens.with_scores(preference),
                 context=text.context,
-                threshold=judging.threshold,
+                threshold=judging.of_corpus,
                 max_tokens=text.max_tokens,
                 control_threshold=judging.control_limit(model),
                 brief=heldout.brief or preference is not None,
             )
 
         def settings() -> Any:
-            mine = [heldout.settings, judging.threshold]
+            mine = [heldout.settings, judging.of_corpus]
             return mine if preference is None else [*mine, preference, judging.identity()]
 
         return Part(heldout_part(preference), HeldoutResult, settings, measure)
@@ -229,7 +242,7 @@ class Evaluation:
         reference = self.reference
 
         def measure(model: LoadedModel) -> KLResult:
-            limit = judging.control_limit(model)
+            limit = judging.control_limit_here(model)
             return kl(
                 model,
                 config,

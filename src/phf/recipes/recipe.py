@@ -47,7 +47,7 @@ from phf.evaluation.monitor import Monitor
 from phf.generation.scenario import Scenario
 from phf.objectives import MLE, AnyObjective, Objective
 from phf.redteaming.config import RedTeam, TokenAttacks
-from phf.scorers import AnyScorer
+from phf.scorers import AnyScorer, GivenScores, Scorer
 from phf.tokens.store import AnyTokenizer
 from phf.training.config import TrainConfig
 from phf.training.lm import AnyModel, FromConfig, FromWeights
@@ -104,6 +104,10 @@ class Recipe:
     """By a name of your choice."""
     scenarios: Annotated[dict[str, Scenario], Field(min_length=1)]
     """How final models are sampled. The first scenario gives the main numbers."""
+    judge: AnyScorer | None = None
+    """Scorer of samples, where another one scored the corpus or the scores came with it; None: `scorer`."""
+    data: str | None = None
+    """Folder of the scored corpus and the tokens, which recipes of the same data may share; None: `out`."""
     preferences: dict[str, AnyScorer] = Field(default_factory=dict)
     """Scorers of further preferences by a name of your choice, for objectives of several (each, attributes). All runs
     are judged by each of them too."""
@@ -150,6 +154,8 @@ class Recipe:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise ValueError(f"seeds: {seed} is not in [0, 2**32)")
+        if isinstance(self.scorer, GivenScores) and self.judge is None:
+            raise ValueError("judge: the scorer 'given' judges no samples; name the scorer that does")
         self._check_names()
         self._check_objectives()
         self._check_training()
@@ -217,8 +223,14 @@ class Recipe:
 
     @property
     def files(self) -> RecipeFolder:
-        """The files in `folder`."""
-        return RecipeFolder(self.folder)
+        """The files in `folder`, and those of the data."""
+        data = None if self.data is None else Path(f"{self.data}-quick" if self.quick else self.data)
+        return RecipeFolder(self.folder, data)
+
+    @property
+    def samples_by(self) -> Scorer:
+        """The scorer of samples."""
+        return self.scorer if self.judge is None else self.judge
 
     @property
     def chosen(self) -> list[str]:

@@ -63,7 +63,7 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
     results = RecipeResults(
         recipe=recipe.title or recipe.folder.name,
         quick=recipe.quick,
-        unit=scored.identity["unit"],
+        unit=(scored.identity if recipe.judge is None else recipe.judge.identity())["unit"],
         runs=runs,
         best=best_settings(runs),
         failed=failed,
@@ -73,7 +73,7 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
         from phf.report.page import write_report
 
         store.write_json(recipe.files.results, results)
-        write_report(recipe.folder, scorer=recipe.scorer)
+        write_report(recipe.folder, scorer=recipe.samples_by)
     if failed:
         reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
         error = RecipeError(f"{len(failed)} of {len(names)} runs failed; the same command tries them again:{reasons}")
@@ -95,7 +95,7 @@ def check_inputs(recipe: Recipe) -> None:
             capability.check_inputs()
     if recipe.redteam is not None:
         with _in_setting("redteam"):
-            read_prompts(task_of(recipe.redteam, recipe.scorer)[1])
+            read_prompts(task_of(recipe.redteam, recipe.samples_by)[1])
     _check_preferences(recipe)
     for variant in recipe.variants:
         reference = variant.objective.reference_model
@@ -262,7 +262,8 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
             folder,
             dict(recipe.scenarios),
             threshold=recipe.threshold,
-            scorer=recipe.scorer,
+            scorer=recipe.samples_by,
+            allow_other_scorer=recipe.judge is not None,
             kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
             capabilities=recipe.capabilities,
             preferences=recipe.preferences,
@@ -276,8 +277,9 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
                     None,
                     recipe.redteam,
                     recipe.token_attacks or TokenAttacks(),
-                    scorer=recipe.scorer,
+                    scorer=recipe.samples_by,
                     threshold=recipe.threshold,
+                    allow_other_scorer=recipe.judge is not None,
                 )
         except (KeyboardInterrupt, MemoryError):
             raise
@@ -313,7 +315,11 @@ def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
             kl = None  # a run in training is not its own reference
         limit = recipe.threshold if recipe.monitor.threshold is None else recipe.monitor.threshold
         monitor = replace(recipe.monitor, kl=kl, threshold=limit)
-        callbacks = (MonitorCallback(monitor, folder, tokens, variant.train, objective, recipe.scorer),)
+        callbacks = (
+            MonitorCallback(
+                monitor, folder, tokens, variant.train, objective, recipe.samples_by, recipe.judge is not None
+            ),
+        )
     manifest = train(
         tokens_dir=tokens,
         out=folder,

@@ -139,7 +139,8 @@ def _prepare(
         segmenter = opened.segmenter
         threshold = opened.threshold(threshold)
         if token_attacks is not None:
-            contexts = bad_contexts(opened.tokens, threshold, token_attacks.num_samples, token_attacks.seed)
+            limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
+            contexts = bad_contexts(opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
         what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
         raise ConfigError(f"{what}, so nothing says how to judge it; name a scorer: --scorer pii")

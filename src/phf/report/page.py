@@ -26,8 +26,9 @@ from phf.core import folders, store
 from phf.core.config import Plain, read_yaml, to_plain
 from phf.core.runs import RecipeFolder
 from phf.core.text import visible
+from phf.core.types import Identity
 from phf.data.scored import ScoreManifest
-from phf.evaluation.results import ScenarioResult
+from phf.evaluation.results import EvalResult, ScenarioResult
 from phf.generation.scenario import Scenario
 from phf.redteaming.config import RedTeam
 from phf.redteaming.results import SearchResult
@@ -156,6 +157,7 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "limit": limit,
         "masked": scorer.finds_personal_data,
         "scorer": first.result.identity,
+        "corpus_scorer": _other_scorer(first.result),
         "scored": scored,
         "packages": _packages(scored),
         "tokens": None if first.result.data is None else first.result.data.tokens,
@@ -181,6 +183,14 @@ def _pairs(compared: Comparison, said: Headline, scorer: Scorer) -> list[tuple[S
         for name in (said.baseline, said.best)
     ]
     return list(zip(*both, strict=False))
+
+
+def _other_scorer(result: EvalResult) -> Identity | None:
+    """What scored the corpus, where another scorer judged the samples."""
+    data = result.data
+    if data is None or data.tokens.identity == store.jsonable(result.identity):
+        return None
+    return data.tokens.identity
 
 
 def _packages(scored: ScoreManifest | None) -> dict[str, str]:

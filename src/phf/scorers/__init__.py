@@ -16,14 +16,15 @@ from pydantic import Field
 from phf.scorers.base import Scorer
 from phf.scorers.combined import Combination, SingleScorer
 from phf.scorers.fitted import Fitted
+from phf.scorers.given import GivenScores
 from phf.scorers.pep8 import PEP8
 from phf.scorers.pii import PII, Presidio
 from phf.scorers.simple import Function, Lexicon, Regex
 from phf.scorers.token_classifier import TokenClassifier
 from phf.scorers.toxicity import Toxicity
 
-AnyScorer = Annotated[SingleScorer | Combination, Field(discriminator="name", title="scorer")]
-SCORER_NAMES = tuple(cls.name for cls in get_args(SingleScorer | Combination))
+AnyScorer = Annotated[SingleScorer | Combination | GivenScores, Field(discriminator="name", title="scorer")]
+SCORER_NAMES = tuple(cls.name for cls in get_args(SingleScorer | Combination | GivenScores))
 """Names of phf's scorers, as recipes know them."""
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Combination",
     "Fitted",
     "Function",
+    "GivenScores",
     "Lexicon",
     "Presidio",
     "Regex",

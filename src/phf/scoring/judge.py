@@ -13,7 +13,7 @@ from phf.core import store
 from phf.core.config import ConfigError, Plain, validate
 from phf.core.types import Identity, PhfError, Span
 from phf.data.scored import UNKNOWN_SCORER
-from phf.scorers import AnyScorer, Combination, Presidio, Scorer
+from phf.scorers import AnyScorer, Combination, GivenScores, Presidio, Scorer
 
 
 class ScoringError(PhfError, RuntimeError):
@@ -145,6 +145,11 @@ def corpus_scorer(settings: Plain | None, identity: Identity, allow_other: bool 
             "the corpus came with scores but without its scorer; name one to judge samples with: phf eval --scorer pii"
         )
     scorer = scorer_of_data(settings)
+    if isinstance(scorer, GivenScores):
+        raise ConfigError(
+            f"the corpus came with its scores ({scorer.source}), so nothing says how to judge samples; name a scorer "
+            "with --scorer NAME --other-scorer"
+        )
     if scorer.names:
         named = " ".join(f"scorer.{key}={value}" for key, value in scorer.names.items())
         raise ConfigError(
@@ -193,6 +198,12 @@ class Unavailable(Scorer):
 
     def spans(self, text: str) -> list[Span]:
         return []
+
+
+def is_same_scorer(scorer: Scorer, identity: Identity) -> bool:
+    """Whether a scorer gives the scores of a corpus whose manifest has this identity."""
+    same: bool = store.jsonable(scorer.identity()) == identity
+    return same
 
 
 def check_identity(scorer: Scorer, identity: Identity, allow_other: bool = False) -> None:

@@ -30,7 +30,7 @@ from phf.core import folders, store
 from phf.core.config import Plain, to_plain
 from phf.core.device import num_cpus
 from phf.core.text import by_reason, counted
-from phf.core.types import PhfError, Rejected, ScoredDocument
+from phf.core.types import Document, PhfError, Rejected, ScoredDocument
 from phf.data.corpus import Corpus, Shard
 from phf.data.readers import AnyCorpus
 from phf.data.scored import (
@@ -43,8 +43,8 @@ from phf.data.scored import (
     part_file,
 )
 from phf.data.segment import AnySegmenter, Given, Segmenter
-from phf.scorers import AnyScorer, Scorer
-from phf.scoring.judge import ScoringError, judge_documents, shown
+from phf.scorers import AnyScorer, GivenScores, Scorer
+from phf.scoring.judge import Judged, ScoringError, judge_documents, shown
 
 BATCH_CHARS = 1_000_000
 """Characters given to a scorer at a time."""
@@ -351,16 +351,30 @@ def score_shard(job: Job) -> ShardCounts:
             corpus: Corpus = TypeAdapter(AnyCorpus).validate_python(job.corpus)
             segmenter: Segmenter = TypeAdapter(AnySegmenter).validate_python(job.segmenter)
             for item in corpus.read(job.shard):
-                if isinstance(item, Rejected):
-                    tally.reject(item)
+                found = item if isinstance(item, Rejected) else _unscored(item, segmenter, scorer)
+                if isinstance(found, Rejected):
+                    tally.reject(found)
                 else:
-                    texts = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
-                    tally.add(ScoredDocument(item.id, tuple(texts or (item.text,)), (), item.meta))
+                    tally.add(found)
         tally.finish()
         counts = tally.counts(hash=store.file_hash(aside))
         _check_wanted(job)
     store.write_json(job.mark, counts)
     return counts
+
+
+def _unscored(item: Document, segmenter: Segmenter, scorer: Scorer) -> ScoredDocument | Rejected:
+    """A document for the scorer, cut into segments. Scores that the corpus comes with are there already."""
+    cut = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
+    texts = tuple(cut or (item.text,))
+    if not isinstance(scorer, GivenScores):
+        return ScoredDocument(item.id, texts, (), item.meta)
+    if item.scores is None:
+        return Rejected(item.id, "no scores")
+    scores = item.scores if isinstance(item.scores, tuple) else (item.scores,) * len(texts)
+    if len(scores) != len(texts):
+        return Rejected(item.id, "texts and scores differ in length")
+    return ScoredDocument(item.id, texts, scores, item.meta)
 
 
 def _check_wanted(job: Job) -> None:
@@ -398,7 +412,10 @@ class _Tally:
             self._flush()
 
     def _flush(self) -> None:
-        judged = judge_documents(self.scorer, [d.texts for d in self.waiting])
+        if isinstance(self.scorer, GivenScores):
+            judged = [Judged(list(d.scores)) for d in self.waiting]
+        else:
+            judged = judge_documents(self.scorer, [d.texts for d in self.waiting])
         for document, found in zip(self.waiting, judged, strict=True):
             self.labels.update(found.labels)
             for failure in found.failures:

@@ -238,8 +238,8 @@ def _put_scores(
 ) -> TokensManifest:
     """Put the corpus's preferences next to the tokens, its own first. The manifest is written last. Returns the
     manifest. `done`: whether the tokens were there."""
-    if of_tokens:
-        scorer_with_places(corpus, scorer)  # before anything takes long
+    if of_tokens and not names_with_places(corpus, corpus.preferences(), scorer):  # before anything takes long
+        scorer_with_places(corpus, scorer)
     manifest = folders.read_manifest(out, TokensManifest)
     known = dict(manifest.scores)
     segments = manifest.counts.segments

@@ -15,7 +15,7 @@ from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.types import ScoredDocument, Span
 from phf.data.scored import ScoredCorpus
-from phf.scorers import Scorer
+from phf.scorers import GivenScores, Scorer
 from phf.scorers.base import TextScorer
 from phf.scoring.judge import scorer_of_data
 from phf.tokens.tokenizer import encode_segments, segment_offsets
@@ -30,7 +30,7 @@ def scorer_with_places(corpus: ScoredCorpus, given: Scorer | None = None) -> Sco
     if corpus.manifest.scorer is None:
         raise ConfigError(f"the scores {name!r} came without their scorer, so there are no scores of tokens")
     scorer = scorer_of_data(corpus.manifest.scorer)
-    if scorer.names or isinstance(scorer, TextScorer):
+    if scorer.names or isinstance(scorer, TextScorer | GivenScores):
         raise ConfigError(
             f"the scorer of {name!r} ({corpus.manifest.identity['name']}) reports no places of faults; scores of "
             "tokens work with pii, pep8, regex, lexicon with words in its settings, and with token_classifier where "
