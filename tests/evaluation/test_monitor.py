@@ -113,7 +113,7 @@ def test_a_whole_evaluation_during_training_changes_nothing(tmp_path, tokens_dir
     [
         (
             {"scenarios": {"x": Scenario(control="bad")}},
-            "monitor.scenarios.x needs control tokens, which mle does not have",
+            "monitor.scenarios.x: mle has no control tokens, so control=bad does not work",
         ),
         ({"scenarios": {"x": Scenario(prompts="nowhere.jsonl")}}, "nowhere.jsonl"),
         ({"capabilities": (Lambada("nowhere.jsonl"),)}, "nowhere.jsonl"),

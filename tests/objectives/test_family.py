@@ -223,8 +223,9 @@ def test_weights_are_a_line_through_points_with_mean_one(tmp_path):
     for logp, score, counts in zip(x.logp_BT.tolist(), np.float32(scores), x.mask_BT, strict=True):
         expected += float(np.interp(score, *zip(*points, strict=True))) / norm * -logp * bool(counts)
     assert fitted.loss(x).loss_sum.item() == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ConfigError, match="must not rise"):
-        validate({"points": [[0, 1], [1, 2]]}, Weights)
+    with pytest.raises(ConfigError, match="must rise or fall"):
+        validate({"points": [[0, 1], [1, 2], [2, 0]]}, Weights)
+    assert validate({"points": [[0, 0.5], [1, 2]]}, Weights).points == ((0, 0.5), (1, 2))  # rising with the score
 
 
 def inputs(score, seed=0, progress=0.0, phase=None):
@@ -417,7 +418,8 @@ def trained(tokens_dir, tmp_path_factory):
 def test_each_of_the_family_trains_and_can_be_sampled_by_its_roles(trained, name):
     run, manifest = trained[name]
     read = manifest.counts.exposure
-    assert read["read_good"] + read["read_bad"] + read["inserted"] + read["end_of_text"] == manifest.counts.tokens
+    kinds = ("read_good", "read_bad", "inserted", "end_of_text", "hidden")
+    assert sum(read[kind] for kind in kinds) == manifest.counts.tokens
     model = load_model(run)
     assert set(model.control_ids) == set(model.conditions_on) | (set(model.control_ids) - set(model.conditions_on))
     for control in ("good", "none", *model.control_ids):
@@ -433,7 +435,7 @@ def test_each_of_the_family_trains_and_can_be_sampled_by_its_roles(trained, name
 
 def test_hidden_and_unlearned_tokens_are_counted(trained):
     read = trained["hide"][1].counts.exposure
-    assert read["learned_bad"] == 0 < read["read_bad"]
+    assert read["learned_bad"] == read["read_bad"] == 0 < read["hidden"]
     assert trained["annotate"][1].counts.exposure["inserted"] > 0
 
 
@@ -470,6 +472,7 @@ def test_control_tokens_of_any_roles_are_attacked(trained, name):
     found = attack_tokens(
         load_model(run), TokenAttacks(num_samples=2, max_tokens=4, min_tokens=1), Regex("x"), Lines(), 0.0, []
     )
-    attacks = {attack.attack for attack in found.attacks}
-    assert "no token" in attacks
-    assert ("bad token forced" in attacks) == (name != "tag")
+    attacks = {attack.attack: attack for attack in found.attacks}
+    assert {"no token", "ban lifted", "bad token forced", "bad token typed, as it is"} <= attacks.keys()
+    assert attacks["no token"].intended == (name == "tag")
+    assert not found.skipped[1:]

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from helpers import TINY_LLAMA, tiny_texts, train_tiny, write_jsonl
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, dump_yaml
-from phf.core.runs import RunFolder
+from phf.core.runs import RunFolder, TrainManifest
 from phf.evaluation.evaluate import evaluate_run
+from phf.evaluation.heldout import understanding
 from phf.evaluation.results import read_eval
+from phf.generation.loaded import load_model
 from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
 from phf.recipes.recipe import load_recipe
@@ -25,7 +27,7 @@ from phf.scoring.score import add_scores
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 
-LETTER = {"name": "regex", "pattern": r"(?m)^ "}
+INDENTED = {"name": "regex", "pattern": r"(?m)^ "}
 CAPITAL = {"name": "regex", "pattern": "[A-Z]"}
 
 
@@ -38,7 +40,7 @@ def made(tmp_path_factory):
         "corpus": {"name": "jsonl", "path": str(write_jsonl(folder / "t.jsonl", tiny_texts(80)))},
         "segmenter": {"name": "lines"},
         "scorer": {"name": "regex", "pattern": "https?://\\S+"},
-        "preferences": {"indented": LETTER, "capitals": CAPITAL},
+        "preferences": {"indented": INDENTED, "capitals": CAPITAL},
         "tokenizer": {"name": "bpe", "vocab_size": 300},
         "heldout": 0.2,
         "model": {"name": "from_config", "config": TINY_LLAMA},
@@ -69,7 +71,7 @@ def test_the_same_samples_are_judged_by_each_preference(made):
         run = RunFolder(recipe.folder / name)
         result = read_eval(run)
         assert set(result.preferences) == {"indented", "capitals"}
-        for preference, settings in (("indented", LETTER), ("capitals", CAPITAL)):
+        for preference, settings in (("indented", INDENTED), ("capitals", CAPITAL)):
             found = result.preferences[preference]
             assert set(found.scenarios) == scenarios
             scorer = Regex(settings["pattern"])
@@ -86,6 +88,54 @@ def test_the_same_samples_are_judged_by_each_preference(made):
             assert loss.all.documents == main.all.documents
             assert loss.good.bytes + loss.bad.bytes == main.good.bytes + main.bad.bytes
             assert loss.bad.bytes != main.bad.bytes
+
+
+def test_control_tokens_are_understood_by_the_scores_that_chose_them(tmp_path):
+    """A run of `each` whose control tokens follow the second preference, and one trained on it alone."""
+    texts = tiny_texts(80)
+    recipe = {
+        "out": str(tmp_path / "run"),
+        "corpus": {"name": "jsonl", "path": str(write_jsonl(tmp_path / "t.jsonl", texts))},
+        "segmenter": {"name": "lines"},
+        "scorer": {"name": "regex", "pattern": "https?://\\S+"},
+        "preferences": {"indented": INDENTED},
+        "tokenizer": {"name": "bpe", "vocab_size": 300},
+        "heldout": 0.2,
+        "model": {"name": "from_config", "config": TINY_LLAMA},
+        "train": {"tokens": 10 * 512, "context": 32, "batch_rows": 16, "lr": 0.02},
+        "train_for": {"alone": {"scores": "indented"}},
+        "objectives": {
+            "each": {"name": "each", "members": {"indented": {"name": "conditional"}, "regex": {"name": "mle"}}},
+            "alone": {"name": "conditional"},
+            "main": {"name": "conditional"},
+        },
+        "scenarios": {"unconditional": {"num_samples": 4, "max_tokens": 12}},
+    }
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+    made = load_recipe([str(tmp_path / "recipe.yaml")])
+    run_recipe(made)
+    tokens = TokenStore.open(made.folder / "tokens")
+    for name, by_indented in (("each", True), ("alone", True), ("main", False)):
+        run = made.folder / f"{name}-s0"
+        result = read_eval(RunFolder(run))
+        assert result.identity["name"] == "regex"
+        other = result.preferences["indented"]
+        found, empty = (other, result) if by_indented else (result, other)
+        assert (empty.understanding, empty.heldout.oracle) == (None, None)
+        assert found.heldout.oracle is not None
+        own = tokens.with_scores("indented") if by_indented else tokens
+        expected = understanding(load_model(run), own, context=32, threshold=0.0)
+        assert found.understanding.likelihood_ratio.auc == pytest.approx(expected.likelihood_ratio.auc)
+        # good and bad text in the exposure are those of the scores that the run chose
+        exposure = folders.read_manifest(run, TrainManifest).counts.exposure
+        share = exposure["read_bad"] / (exposure["read_bad"] + exposure["read_good"])
+        train = ~tokens.heldout_D[tokens.doc_S]
+        score_S = own.score_S if name == "alone" else tokens.score_S
+        bad = tokens.tokens_S[train & (score_S > 0)].sum() / tokens.tokens_S[train].sum()
+        assert share == pytest.approx(bad, abs=0.05)
+    (tmp_path / "bad.yaml").write_text(dump_yaml(recipe | {"preferences": {}}))
+    with pytest.raises(ConfigError, match="needs scores named 'indented'"):
+        check_inputs(load_recipe([str(tmp_path / "bad.yaml")]))
 
 
 def test_the_page_has_a_column_and_a_front_for_each(made):

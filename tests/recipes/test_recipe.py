@@ -399,7 +399,9 @@ def test_late_budgets_and_pretraining_settings_are_kept(tiny):
     assert [v.name for v in own.variants] == ["mle-s0", "mle-finetune50-s0"]
     assert own.variants[0].train.lr == 0.5
     assert own.variants[0].train.milestones == (5120.0,)
-    with pytest.raises(ConfigError, match="needs control tokens, which mle does not have"):
+    with pytest.raises(
+        ConfigError, match="the first, must suit all: mle has no control tokens, so control=bad does not work"
+    ):
         load_recipe([tiny, "scenarios={a: {control: bad}}", "scenarios.unconditional.control=bad"])
 
 

@@ -129,7 +129,7 @@ def test_tokens_of_a_store_get_the_probabilities(folder, tmp_path, monkeypatch, 
     assert worst == pytest.approx(np.asarray(tokens.score_S), abs=2e-3)  # float16
     assert tokens.bad_above == 0.5
     run = train_tiny(tmp_path / "tokens", tmp_path / "run", Masking(), steps=3, token_scores=True)
-    assert run.counts.exposure["learned_bad"] == 0 < run.counts.exposure["read_bad"]
+    assert 0 < run.counts.exposure["learned_bad"] < run.counts.exposure["read_bad"]  # good tokens of bad segments
 
 
 def test_it_may_score_the_tokens_of_a_second_preference(folder, tmp_path):

@@ -270,11 +270,12 @@ def test_exposure_counts_every_target(corpus, context, seed, start, length):
             return
         found = order.exposure(start, start + length, lambda score: score <= 0.25)
         batch = order.batch(start, start + length)
-        count = {"good": 0, "bad": 0, "unjudged": 0, "learned_good": 0, "other": 0}
+        count = dict.fromkeys(("good", "bad", "unjudged", "learned_good", "other", "hidden"), 0)
         for row in order.rows(start, start + length):
             part = order.read(int(row) * context + 1, (int(row) + 1) * context + 1, places=True)
-            for source, score, learned in zip(part.source, part.score, part.learned, strict=True):
+            for token, source, score, learned in zip(part.ids, part.source, part.score, part.learned, strict=True):
                 kind = "unjudged" if np.isnan(score) else "bad" if score > 0 else "good"
+                kind = "hidden" if token == HIDDEN else kind
                 count[kind if source != NO_SOURCE else "other"] += 1
                 count["learned_good"] += bool(learned and source != NO_SOURCE and score <= 0)
         assert (found.read_good, found.read_bad, found.read_unjudged) == (
@@ -284,6 +285,7 @@ def test_exposure_counts_every_target(corpus, context, seed, start, length):
         )
         assert found.learned_good == count["learned_good"]
         assert found.inserted + found.end_of_text == count["other"]
+        assert found.hidden == count["hidden"]
         assert batch.target_BT.size == length * context
 
 
@@ -321,7 +323,7 @@ def test_a_phase_continues_where_the_one_before_stopped(corpus, context, seed, l
             assert batch.phase_BT is None if not lengths else (batch.phase_BT[place] == n).all()
         read = order.exposure(0, length)
         texts = read.read_good + read.read_bad + read.read_unjudged
-        assert texts + read.inserted + read.end_of_text == length * context
+        assert texts + read.inserted + read.end_of_text + read.hidden == length * context
 
 
 def test_the_rows_of_the_seven_objectives_in_the_order_of_the_store_are_those_of_the_first_version(

@@ -93,16 +93,20 @@ def open_run(
     tokens_dir: str | Path | None = None,
     scorer: Scorer | None = None,
     allow_other_scorer: bool = False,
+    main: bool = False,
 ) -> JudgedRun:
     """A finished run, its token store and its scorer. `tokens_dir` and `scorer` replace those of the run's manifest.
+    `main`: judge by the corpus's own scores, whichever the run was trained on.
 
     Raises StoreError if the run is not finished. Raises ConfigError if the token store is not the one that the run was
     trained on, or the scorer not the one that scored the corpus.
     """
     folder = RunFolder(Path(run))
     manifest = folders.read_manifest(run, TrainManifest)
-    tokens = TokenStore.open(tokens_dir or _tokens_of(folder.path, manifest), manifest.scores)
-    if tokens.manifest.content != manifest.tokens_content:
+    place = tokens_dir or _tokens_of(folder.path, manifest)
+    tokens = TokenStore.open(place, None if main else manifest.scores)
+    trained_on = tokens if manifest.scores is None else tokens.with_scores(manifest.scores)
+    if trained_on.manifest.content != manifest.tokens_content:
         raise ConfigError(f"{tokens.path} is not the token store that {run} was trained on (its content differs)")
     if scorer is None:
         scorer = corpus_scorer(tokens.manifest.scorer, tokens.manifest.identity, allow_other_scorer)
@@ -129,6 +133,7 @@ def evaluate_run(
     kl_from: KL | None = None,
     capabilities: Sequence[Capability] = (),
     preferences: Mapping[str, Scorer] | None = None,
+    main: bool = False,
 ) -> EvalResult:
     """Judge a finished run: writes `samples/<scenario>.jsonl` and `eval.json` into its folder and returns the
     latter.
@@ -136,9 +141,10 @@ def evaluate_run(
     Returns at once if this was done with the same settings, and resumes with the missing parts after an
     interruption. `threshold`: scores above it are bad, in samples and in the held-out text (default: the scorer's own).
     Where the store has scores of several preferences, the same samples and text are judged by each; `preferences`:
-    scorers of these, by name, that a manifest cannot name (models, own code). Errors as `open_run`.
+    scorers of these, by name, that a manifest cannot name (models, own code). `main`: as in `open_run`. Errors as
+    `open_run`.
     """
-    opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
+    opened = open_run(run, tokens_dir, scorer, allow_other_scorer, main)
     manifest = opened.manifest
     tokens = opened.tokens
     text = HeldoutText(tokens, manifest.train["context"], heldout_tokens)
@@ -154,6 +160,7 @@ def evaluate_run(
         heldout=Heldout(lambda model: text, [heldout_tokens]),
         kl=kl_from,
         capabilities=capabilities,
+        trained_on=None if manifest.scores in (None, tokens.preference) else manifest.scores,
         preferences=_other_judging(opened, preferences or {}, allow_other_scorer),
     )
     about = JudgedModel(
@@ -409,6 +416,7 @@ def _measure_all(
                 threshold=how.threshold,
                 scenarios={name: results[again_part(name, other)] for name in judged},
                 heldout=_section(results.get(heldout_part(other), HeldoutResult())),
+                understanding=results.get(heldout_part(other), HeldoutResult()).understanding,
             )
             for other, how in evaluation.preferences.items()
             if how.scorer is not None

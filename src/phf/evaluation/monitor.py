@@ -105,10 +105,8 @@ class MonitorCallback(JudgingCallback):
         self.conditions_on = fitted.conditions_on
         self.worst = fitted.worst
         for name, scenario in config.scenarios.items():
-            if scenario.needs_bad_token and not fitted.worst:
-                raise ConfigError(
-                    f"monitor.scenarios.{name} needs control tokens, which {objective.name} does not have"
-                )
+            if (why := scenario.lacks(fitted.control)) is not None:
+                raise ConfigError(f"monitor.scenarios.{name}: {objective.name} {why}")
         if config.kl is not None and config.kl.reverse and self.control_ids:
             raise ConfigError("monitor.kl.reverse is not defined for a model with control tokens")
         self.threshold = self.tokens.bad_above if config.threshold is None else config.threshold

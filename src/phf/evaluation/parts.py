@@ -117,6 +117,8 @@ class Evaluation:
     reference: ReferenceTexts | None = None
     """Texts of the reference of `kl`; None: drawn, or read from the cache."""
     capabilities: Sequence[Capability] = ()
+    trained_on: str | None = None
+    """The preference that the model was trained on, where it is not the main one."""
     preferences: Mapping[str, Judging] = field(default_factory=dict)
     """How the samples are judged once more, by name of a preference of the store."""
     samples_prefix: str = ""
@@ -210,6 +212,8 @@ class Evaluation:
             text = heldout.text(model)
             if preference is not None and preference not in text.tokens.manifest.scores:
                 return HeldoutResult()  # text in tokens of the model's own has the main scores only
+            # what the control tokens tell apart are the good and the bad segments of one preference
+            own = model.of_preference or self.trained_on or text.tokens.preference
             return heldout_section(
                 model,
                 text.tokens if preference is None else text.tokens.with_scores(preference),
@@ -217,17 +221,20 @@ class Evaluation:
                 threshold=judging.of_corpus,
                 max_tokens=text.max_tokens,
                 control_threshold=judging.control_limit(model),
-                brief=heldout.brief or preference is not None,
+                brief=heldout.brief or own != (preference or text.tokens.preference),
             )
 
         def settings() -> Any:
             mine = [heldout.settings, judging.of_corpus]
+            if self.trained_on is not None:
+                mine.append(self.trained_on)
             return mine if preference is None else [*mine, preference, judging.identity()]
 
         return Part(heldout_part(preference), HeldoutResult, settings, measure)
 
     def _kl_settings(self, config: KL) -> Any:
         judging = self.judging
+        others = {name: [how.identity(), how.threshold] for name, how in self.preferences.items()}
         return [
             to_plain(config),
             to_plain(judging.segmenter),
@@ -235,6 +242,7 @@ class Evaluation:
             judging.identity(),
             judging.control_threshold,
             judging.threshold,
+            *([self.trained_on, others] if others else []),
         ]
 
     def _kl(self, config: KL) -> Part:
@@ -242,13 +250,14 @@ class Evaluation:
         reference = self.reference
 
         def measure(model: LoadedModel) -> KLResult:
-            limit = judging.control_limit_here(model)
+            own = self.preferences.get(model.of_preference or self.trained_on or "", judging)
+            limit = own.control_limit_here(model)
             return kl(
                 model,
                 config,
                 judging.segmenter,
                 self.folder.cache,
-                scorer=judging.scorer,
+                scorer=own.scorer,
                 threshold=limit,
                 reference=reference,
             )

@@ -313,6 +313,8 @@ class PreferenceResult:
     """By name of the scenario."""
     heldout: HeldoutSection
     """Held-out loss, good and bad by this scorer."""
+    understanding: Understanding | None = None
+    """null unless this scorer's scores chose the control tokens."""
 
 
 @dataclass(frozen=True)

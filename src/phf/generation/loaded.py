@@ -17,6 +17,7 @@ from phf.core.config import ConfigError, did_you_mean
 from phf.core.device import has_fast_bf16
 from phf.core.runs import MODEL_RECORD, ModelRecord, model_folder, model_record
 from phf.core.text import counted
+from phf.core.types import Roles
 from phf.data.segment import Documents, Segmenter, known_segmenter
 from phf.generation.fast_copy import TESTED_FAMILIES
 from phf.generation.scenario import Scenario
@@ -68,6 +69,18 @@ class LoadedModel:
             hint = did_you_mean(control, [*known, *self.control_ids])
             raise ConfigError(f"{self.path} has no control token for control={control}{hint}")
         return known[control]
+
+    @property
+    def of_preference(self) -> str | None:
+        """The preference whose scores chose the control tokens, where their roles name one (each)."""
+        named = {role.rpartition(":")[0] for role in self.conditions_on}
+        return named.pop() or None if len(named) == 1 else None
+
+    @property
+    def control(self) -> Roles:
+        """The control tokens with their roles."""
+        names = {role: str(self.tokenizer.convert_ids_to_tokens(id)) for role, id in self.control_ids.items()}
+        return Roles(names, self.conditions_on, self.worst)
 
     @property
     def is_pair(self) -> bool:
@@ -232,15 +245,8 @@ def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]
 
 
 def can_be_asked(model: LoadedModel, scenario: Scenario) -> bool:
-    """Whether the model has the control tokens that a scenario needs. Any model can be asked with "good" and "none"."""
-    known = {"good", "bad", "none", *model.control_ids}
-    if scenario.safe_beam is not None and not model.worst:
-        return False
-    if scenario.control not in known or scenario.against not in known:
-        return False
-    if scenario.guidance is not None:
-        return len(model.roles_of(scenario.control)) == len(model.roles_of(scenario.against)) == 1
-    return scenario.control in ("good", "none") or bool(model.roles_of(scenario.control))
+    """Whether the model has the control tokens that a scenario needs."""
+    return scenario.lacks(model.control) is None
 
 
 def banned_tokens(model: LoadedModel, control: str) -> list[int]:

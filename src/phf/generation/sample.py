@@ -31,7 +31,7 @@ from phf.core.random import key64
 from phf.core.types import Sample
 from phf.generation.decoding import draw, guide, pad_left, uniform
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
-from phf.generation.loaded import LoadedModel, banned_tokens, can_be_asked, check_room, precision_of, prompt_ids
+from phf.generation.loaded import LoadedModel, banned_tokens, check_room, precision_of, prompt_ids
 from phf.generation.safe_beam import WIDTH, SafeBeams
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.server import Server
@@ -45,10 +45,8 @@ def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> lis
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
     model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
-    if not can_be_asked(model, scenario):
-        asked = scenario.needs_bad_token or f"control={scenario.control}"
-        lacking = "no control token that stands for bad text" if model.control_ids else "no control tokens"
-        raise ConfigError(f"{model.path} has {lacking}, so {asked} does not work with it")
+    if (why := scenario.lacks(model.control)) is not None:
+        raise ConfigError(f"{model.path} {why}")
     return sample_prompts(model, scenario, scenario_prompts(scenario), progress)
 
 

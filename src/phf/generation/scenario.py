@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
+from phf.core.types import Roles
 from phf.data.files import read_rows
 
 
@@ -60,14 +61,23 @@ class Scenario:
     """Precision of the weights while sampling, and of a sample's `logp`. auto: bfloat16 where the processor is fast at
     it and the model's family has been tested with it. Losses and KL are always computed in float32."""
 
-    @property
-    def needs_bad_token(self) -> str | None:
-        """The setting that works only with a model that has a control token for bad text; None: there is none."""
-        if self.safe_beam is not None:
-            return "safe_beam"
-        if self.guidance is not None:
-            return "guidance"
-        return "control=bad" if self.control == "bad" else None
+    def lacks(self, control: Roles) -> str | None:
+        """Why a model with these control tokens cannot be sampled in this way; None: it can. Any model can be asked
+        with "good" and "none"."""
+        known = {"good": control.conditions_on, "bad": control.worst, "none": ()}
+        known |= {role: (role,) for role in control.tokens}
+        guided = self.guidance is not None
+        asked = (self.control, self.against) if guided else (self.control,)
+        if self.safe_beam is not None and not control.worst:
+            what = "safe_beam"
+        elif any(not known.get(name) and (guided or name not in known or name == "bad") for name in asked):
+            what = "guidance" if guided else f"control={self.control}"
+        elif guided and any(len(known[name]) > 1 for name in asked):
+            return f"has several control tokens for one side of guidance; name control and against: {', '.join(known)}"
+        else:
+            return None
+        has = f"only the control tokens {', '.join(control.tokens)}" if control.tokens else "no control tokens"
+        return f"has {has}, so {what} does not work with it"
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:

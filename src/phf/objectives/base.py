@@ -128,6 +128,11 @@ class Objective:
         return None
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """All preferences of the store that `edit` or `loss` read by name."""
+        return self.preferences or ()
+
+    @property
     def reference_model(self) -> str | None:
         """The reference model whose log-probabilities `loss` gets, as a path."""
         return None

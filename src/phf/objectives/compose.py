@@ -59,6 +59,12 @@ class Each(Objective):
         return found
 
     @property
+    def bad_above(self) -> float | None:
+        """Of the member with control tokens, if there is one."""
+        found = [member.bad_above for member in self.members.values() if member.conditions_on]
+        return found[0] if len(found) == 1 else None
+
+    @property
     def conditions_on(self) -> tuple[str, ...]:
         return tuple(f"{p}:{role}" for p, member in self.members.items() for role in member.conditions_on)
 

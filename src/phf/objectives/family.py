@@ -223,6 +223,10 @@ class Attributes(Objective):
     def worst(self) -> tuple[str, ...]:
         return tuple(f"{name}=high" for name in self.of)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.of
+
     def fit(self, statistics: Statistics) -> Objective:
         if self.thresholds is not None:
             return self
@@ -310,7 +314,7 @@ class Anchored(ByThreshold):
 
 @dataclass(frozen=True, config=STRICT)
 class Weights(Objective):
-    """sum_t w(score) -log p_t for any w that does not rise with the score.
+    """sum_t w(score) -log p_t for any w that rises or falls with the score.
 
     `points`: pairs of score and weight; between them w is linear, beyond them constant. The weights are divided by
     their mean over the training tokens of the store, `norm`, so that they do not change the step size. The effective
@@ -326,8 +330,8 @@ class Weights(Objective):
         weights = [weight for _, weight in self.points]
         if scores != sorted(set(scores)):
             raise ValueError("points must have rising scores")
-        if weights != sorted(weights, reverse=True) or weights[-1] < 0 or weights[0] <= 0:
-            raise ValueError("weights must not rise with the score, must not be negative, and the first is more than 0")
+        if weights not in (sorted(weights), sorted(weights, reverse=True)) or min(weights) < 0 or max(weights) <= 0:
+            raise ValueError("weights must rise or fall with the score, not be negative, and not all be 0")
 
     def fit(self, statistics: Statistics) -> Objective:
         if self.norm is not None:

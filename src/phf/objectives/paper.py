@@ -336,11 +336,11 @@ def at_most(score: np.ndarray, threshold: Threshold) -> np.ndarray:
 
 
 def resolve(threshold: Threshold, statistics: Statistics, unit: Unit = "segments") -> float:
-    """A threshold as a number. `unit`: what the median is over."""
-    if threshold == "auto":
-        return statistics.bad_above
+    """A threshold as a number. `unit`: what the median is over. Scores of tokens are stored in float16: a threshold for
+    them is not below what it would be as such a score."""
     if threshold != "median":
-        return float(threshold)
+        limit = statistics.bad_above if threshold == "auto" else float(threshold)
+        return max(limit, float(np.float16(limit))) if unit == "tokens" and statistics.of_tokens else limit
     median = statistics.median(unit)
     if math.isnan(median):
         raise ConfigError("threshold: median needs judged segments, and no training segment was judged")

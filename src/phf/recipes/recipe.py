@@ -188,6 +188,11 @@ class Recipe:
         layers["finetune"] = self.finetune
         for field in ("train_for", "finetune_for"):
             layers |= {f"{field}.{name}": layer for name, layer in getattr(self, field).items()}
+        if self.train.budget == "source" and any(phase.share < 1 for phase in self.phases.values()):
+            raise ValueError(
+                "train.budget: with source text, where a phase with a share below 1 starts is not known before its "
+                "starting run has ended; use train.budget=targets"
+            )
         for where, layer in layers.items():
             for path, message in check(merge(to_plain(self.train), layer), TrainConfig)[1] if layer else ():
                 if path and path[0] in layer:
@@ -195,13 +200,9 @@ class Recipe:
 
     def _check_first_scenario(self) -> None:
         first, scenario = next(iter(self.scenarios.items()))
-        if scenario.needs_bad_token:
-            lacking = [name for name in self.chosen if not self.objectives[name].worst]
-            if lacking:
-                raise ValueError(
-                    f"scenarios: the first, {first!r}, needs control tokens, which {lacking[0]} does not have; put "
-                    "another scenario first"
-                )
+        for name in self.chosen:
+            if (why := scenario.lacks(self.objectives[name].control)) is not None:
+                raise ValueError(f"scenarios: {first!r}, the first, must suit all: {name} {why}")
 
     def _check_grid(self) -> None:
         for path, values in self.grid.items():

@@ -116,7 +116,7 @@ def _check_preferences(recipe: Recipe) -> None:
         name: variant
         for variant in recipe.variants
         for member, _ in variant.objective.timeline
-        for name in (getattr(member, "of", ()) if member.preferences is None else member.preferences)
+        for name in (*member.reads, *([] if variant.train.scores is None else [variant.train.scores]))
     }
     missing = [name for name in needed if name not in recipe.preferences]
     own = str(recipe.scorer.identity()["name"]) if missing else ""
@@ -267,6 +267,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
             kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
             capabilities=recipe.capabilities,
             preferences=recipe.preferences,
+            main=True,
         )
     problems = [f"{part}: {why}" for part, why in result.failed.items()]
     if recipe.redteam is not None:
@@ -280,6 +281,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
                     scorer=recipe.samples_by,
                     threshold=recipe.threshold,
                     allow_other_scorer=recipe.judge is not None,
+                    main=True,
                 )
         except (KeyboardInterrupt, MemoryError):
             raise
@@ -414,9 +416,10 @@ class Stages(dict[str, float]):
 
     @classmethod
     def of(cls, recipe: Recipe, only: str | None, runs: int) -> Stages:
-        """Those of a call: two for the data, and training, judging and perhaps an attack for each run."""
+        """Those of a call: two for the data and one for each further preference, and training, judging and perhaps an
+        attack for each run."""
         made = cls()
-        data = 0 if only not in (None, "data") else 2
+        data = 0 if only not in (None, "data") else 2 + len(recipe.preferences)
         made.total = data + (0 if only == "data" else runs * (3 if recipe.redteam is not None else 2))
         return made
 

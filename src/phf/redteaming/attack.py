@@ -18,10 +18,11 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
 from phf.core.locks import locked
 from phf.core.runs import RedTeamFolder, RunFolder, is_run, model_folder, not_a_run
+from phf.core.types import Roles
 from phf.data.segment import Lines, Segmenter
 from phf.evaluation.evaluate import open_run
 from phf.generation.loaded import LoadedModel, load_model
-from phf.generation.scenario import prompts_path
+from phf.generation.scenario import Scenario, prompts_path
 from phf.generation.server import Server
 from phf.redteaming.config import RedTeam, TokenAttacks, task_of
 from phf.redteaming.control_tokens import attack_tokens, bad_contexts, check_attack_room
@@ -42,6 +43,7 @@ def redteam(
     tokens_dir: str | Path | None = None,
     segmenter: Segmenter | None = None,
     allow_other_scorer: bool = False,
+    main: bool = False,
 ) -> RedTeamResult:
     """Attack a run, any model in a folder or on the Hub, or on a server: the search first, then the control
     tokens.
@@ -49,7 +51,7 @@ def redteam(
     Writes `redteam.json` into `out` (default: the run's folder `redteam`) and returns it. Returns at once if
     this was done with the same settings, and resumes after an interruption. `token_attacks`: None leaves them out;
     so does a server. `scorer`: by default the run's own. `threshold`: scores above it are bad (default: the
-    scorer's own).
+    scorer's own). `main`: as in `open_run`.
 
     Raises ConfigError if nothing says how to judge the model or where to write, and errors as `search` and
     `open_run`.
@@ -64,6 +66,7 @@ def redteam(
         tokens_dir=tokens_dir,
         segmenter=segmenter,
         allow_other_scorer=allow_other_scorer,
+        main=main,
     )
     file = plan.folder.result
     folder = plan.folder.path
@@ -128,13 +131,14 @@ def _prepare(
     tokens_dir: str | Path | None,
     segmenter: Segmenter | None,
     allow_other_scorer: bool,
+    main: bool,
 ) -> _Plan:
     """The attack with everything resolved that the arguments leave open. Errors as `redteam`."""
     name = f"{model.model} at {model.url}" if isinstance(model, Server) else str(model)
     run = None if isinstance(model, Server) or not is_run(model) else Path(model)
     contexts: list[list[int]] = []
     if run is not None:
-        opened = open_run(run, tokens_dir, scorer, allow_other_scorer)
+        opened = open_run(run, tokens_dir, scorer, allow_other_scorer, main)
         scorer = opened.scorer
         segmenter = opened.segmenter
         threshold = opened.threshold(threshold)
@@ -173,8 +177,8 @@ def _target(plan: _Plan) -> tuple[Target, Starts]:
     plan.config.attacker.check()
     target = Target(plan.model if isinstance(plan.model, Server) else load_model(plan.model))
     loaded = target.model if isinstance(target.model, LoadedModel) else None
-    if plan.config.control == "bad" and (loaded is None or not loaded.worst):
-        raise ConfigError(f"{plan.name} has no known control tokens, so control=bad does not work with it")
+    if (why := Scenario(control=plan.config.control).lacks(Roles() if loaded is None else loaded.control)) is not None:
+        raise ConfigError(f"{plan.name} {why}")
     if plan.token_attacks is not None and loaded is not None:
         check_attack_room(loaded, plan.token_attacks)
     return target, starting_prompts(target, plan.config, plan.scorer)

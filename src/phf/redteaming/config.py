@@ -50,7 +50,7 @@ class RedTeam:
     max_tokens: Annotated[int, Field(gt=0)] = 64
     temperature: Annotated[float, Field(gt=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    control: Literal["good", "bad", "none"] = "good"
+    control: str = "good"
     control_after_prompt: bool | None = None
     score_prompt: bool | None = None
     complete_lines: bool | None = None

@@ -136,7 +136,8 @@ def _check_comparable(folder: Path, runs: Sequence[ReportedRun]) -> None:
 
     results = [run.result for run in runs]
     apart = "write one page for each group"
-    same("their tokens", [r.tokens_content for r in results], apart)
+    judged_on = [r.tokens_content if r.data is None else r.data.tokens.content for r in results]
+    same("their tokens", judged_on, apart)
     same("their scorer", [r.identity for r in results], apart)
     same("their threshold", [r.threshold for r in results], apart)
     alike = "judge them in the same way, or write one page for each"

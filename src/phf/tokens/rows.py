@@ -159,6 +159,8 @@ class Exposure:
     """Tokens that the objective inserted."""
     end_of_text: int = 0
     """Documents whose start was read."""
+    hidden: int = 0
+    """Tokens that the hidden token stands for: not read."""
     epochs: float = 0.0
     """Source tokens passed, divided by those of the training part."""
 
@@ -327,7 +329,7 @@ class SourceOrder:
     def exposure(self, start: int, stop: int, learned: Learned | None = None) -> Exposure:
         """What the rows at the places [start, stop) read. `learned`: which of some targets the objective counts, by
         their scores; None: all."""
-        totals = np.zeros(7, np.int64)
+        totals = np.zeros(8, np.int64)
         place = start
         while place < stop:
             g = self._window_at(place)
@@ -340,7 +342,7 @@ class SourceOrder:
                     totals += self._count(int(row) * self.context + 1, (int(row) + 1) * self.context + 1, learned)
             place = end
         source = self.source_at(stop) - self.source_at(start)
-        good, bad, unjudged, learned_good, learned_bad, inserted, ends = (int(n) for n in totals)
+        good, bad, unjudged, learned_good, learned_bad, inserted, ends, hidden = (int(n) for n in totals)
         return Exposure(
             source=round(source),
             read_good=good,
@@ -350,6 +352,7 @@ class SourceOrder:
             learned_bad=learned_bad,
             inserted=inserted,
             end_of_text=ends,
+            hidden=hidden,
             epochs=source / self.epoch_source,
         )
 
@@ -363,14 +366,16 @@ class SourceOrder:
     def _count(self, low: int, high: int, learned: Learned | None) -> np.ndarray:
         part = self.read(low, high, places=True)
         assert part.source is not None
-        score = part.score if part.score.ndim == 1 else part.score[:, 0]
-        text = part.source != NO_SOURCE
+        score = np.asarray(self.tokens.score_S[part.segment])
+        inserted = part.source == NO_SOURCE
+        hidden = np.zeros(len(part.ids), bool) if self.stream.hidden_id is None else part.ids == self.stream.hidden_id
+        text = ~inserted & ~hidden
         unjudged = text & np.isnan(score)
         bad = text & (score > np.float32(self.tokens.bad_above))
         good = text & ~unjudged & ~bad
         counted = part.learned if learned is None else part.learned & learned(part.score)
-        ends = ~text & (part.ids == self.tokens.end_of_text_id)
-        masks = (good, bad, unjudged, good & counted, bad & counted, ~text & ~ends, ends)
+        ends = inserted & (part.ids == self.tokens.end_of_text_id)
+        masks = (good, bad, unjudged, good & counted, bad & counted, inserted & ~ends, ends, hidden)
         return np.array([mask.sum() for mask in masks])
 
 

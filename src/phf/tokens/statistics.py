@@ -24,12 +24,13 @@ class Statistics:
     """Statistics of the training part of a store, for one preference. Segments that were not judged do not count.
 
     `blocks`: goes through the store. `bad_above`: scores above it are bad, by the scorer. `others`: the statistics of
-    another preference of the store.
+    another preference of the store. `of_tokens`: whether tokens have scores of their own, which are float16.
     """
 
     blocks: Callable[[], Iterator[Block]]
     bad_above: float = 0.0
     others: Callable[[str], Statistics] | None = None
+    of_tokens: bool = False
 
     def of(self, preference: str | None) -> Statistics:
         """The statistics of another preference."""

@@ -347,6 +347,12 @@ def token_score_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.token.bin"
 
 
+def _has_token_scores(path: Path, manifest: TokensManifest, name: str) -> bool:
+    file = token_score_file(path, name)
+    known = manifest.scores[name].token_hash is not None
+    return known and file.exists() and file.stat().st_size == 2 * manifest.counts.tokens
+
+
 def reference_file(model: str) -> str:
     """The name of the file with a model's log-probabilities in a token store. Raises ConfigError for a model that is
     not in a folder of this machine."""
@@ -416,14 +422,17 @@ class TokenStore:
     preference: str
     """Name of the scores that are read."""
     by_token: bool = False
-    """Whether tokens have scores of their own."""
+    """Whether scores of tokens are read where the preference has them."""
     reference: str | None = None
     """The file of log-probabilities under a reference model that blocks come with."""
 
     @classmethod
-    def open(cls, path: str | Path, preference: str | None = None, by_token: bool = False) -> TokenStore:
+    def open(
+        cls, path: str | Path, preference: str | None = None, by_token: bool = False, several: bool = False
+    ) -> TokenStore:
         """Open a store with the scores named `preference`, or with the corpus's own. The manifest is then as if
-        these were the only scores. `by_token`: with the scores of tokens. Raises StoreError for an unfinished store, an
+        these were the only scores. `by_token`: with the scores of tokens; `several`: of those preferences that have
+        them, of which there must be one. Raises StoreError for an unfinished store, an
         unknown name, or where there are no scores of tokens."""
         manifest = folders.read_manifest(path, TokensManifest)
         if manifest.main is None or manifest.main not in manifest.scores:
@@ -436,13 +445,11 @@ class TokenStore:
         segments = manifest.counts.segments
         if not file.exists() or (segments and file.stat().st_size != 4 * segments):
             raise store.StoreError(f"{file} is missing or damaged; run `phf tokenize` again, which writes it again")
-        if by_token:
-            of_tokens = token_score_file(Path(path), name)
-            size = 2 * manifest.counts.tokens
-            if manifest.scores[name].token_hash is None or not of_tokens.exists() or of_tokens.stat().st_size != size:
-                raise store.StoreError(
-                    f"{path} has no scores of tokens for {name!r}: run `phf tokenize` again with --token-scores"
-                )
+        needed = manifest.scores if several else (name,)
+        if by_token and not any(_has_token_scores(Path(path), manifest, other) for other in needed):
+            raise store.StoreError(
+                f"{path} has no scores of tokens for {name!r}: run `phf tokenize` again with --token-scores"
+            )
         return cls(Path(path), manifest if name == manifest.main else manifest.with_scores(name), name, by_token)
 
     def _map(self, path: Path, dtype: Any) -> np.ndarray:
@@ -560,6 +567,7 @@ class TokenStore:
             lambda: (self.block(k, STATISTICS_SEGMENTS) for k in range(count)),
             self.bad_above,
             lambda name: self.with_scores(name).statistics,
+            of_tokens=self.token_score_T is not None,
         )
 
     @cached_property
@@ -577,7 +585,7 @@ class TokenStore:
         if name == self.preference:
             return self
         if name not in self._others:
-            self._others[name] = TokenStore.open(self.path, name, self.by_token)
+            self._others[name] = TokenStore.open(self.path, name, self.by_token, several=True)
         return self._others[name]
 
     @cached_property
@@ -586,8 +594,9 @@ class TokenStore:
 
     @cached_property
     def token_score_T(self) -> np.ndarray | None:
-        """Score of each token, float16; None where segments have scores only."""
-        return self._map(token_score_file(self.path, self.preference), np.float16) if self.by_token else None
+        """Score of each token, float16; None where they are not asked for, or segments have scores only."""
+        file = token_score_file(self.path, self.preference)
+        return self._map(file, np.float16) if self.by_token and file.exists() else None
 
     @cached_property
     def reference_T(self) -> np.ndarray:
@@ -611,7 +620,7 @@ class TokenStore:
     @property
     def token_mark(self) -> str | None:
         """Hash of the scores of tokens; None where segments have scores only."""
-        return self.manifest.scores[self.preference].token_hash if self.by_token else None
+        return None if self.token_score_T is None else self.manifest.scores[self.preference].token_hash
 
     @cached_property
     def word_V(self) -> np.ndarray:

@@ -32,9 +32,14 @@ def pieces_of(batch: Batch, tokens: TokenStore, objective: Objective, tokenizer:
     score = torch.from_numpy(batch.score_BT)
     phase = None if batch.phase_BT is None else torch.from_numpy(batch.phase_BT)
     counted_BT = count_targets(objective, score, torch.from_numpy(batch.mask_BT), phase).numpy()
-    score_BT = batch.score_BT if batch.score_BT.ndim == 2 else batch.score_BT[..., 0]
+    score_BT = batch.score_BT
+    limit = tokens.bad_above
+    if score_BT.ndim == 3:  # by the store's preference, if the objective has it
+        names = list(objective.preferences or ())
+        n = names.index(tokens.preference) if tokens.preference in names else 0
+        score_BT, limit = score_BT[..., n], tokens.with_scores(names[n]).bad_above
     control = np.array(tokenizer.convert_tokens_to_ids(list(objective.control_tokens)), np.int64)
-    kinds_BT = np.where(np.isnan(score_BT), "unjudged", np.where(score_BT > tokens.bad_above, "bad", "good"))
+    kinds_BT = np.where(np.isnan(score_BT), "unjudged", np.where(score_BT > limit, "bad", "good"))
     kinds_BT[batch.target_BT == tokens.end_of_text_id] = "end"
     kinds_BT[np.isin(batch.target_BT, control)] = "control"
     return [

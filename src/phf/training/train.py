@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import ValidationError
 from transformers import TrainerCallback, TrainingArguments
 
 from phf.core import folders, store
@@ -113,6 +114,8 @@ class _Plan:
     objective: Objective
     """With what depends on the corpus resolved."""
     config: TrainConfig
+    """With the budget in targets."""
+    asked: TrainConfig
     seed: int
     order: TrainingOrder
     first: int
@@ -140,7 +143,8 @@ def _prepare(
     seed: int,
 ) -> _Plan | TrainManifest:
     """What decides the run, or the manifest of a run that is finished."""
-    tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores)
+    several = any(member.reads for member, _ in objective.timeline)
+    tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores, several=several)
     objective = objective.fit(tokens.statistics)
     stores = [tokens] if objective.reference_model is None else _with_reference(tokens, objective.reference_model)
     if isinstance(objective, Own) or not is_built_in(objective):
@@ -151,11 +155,13 @@ def _prepare(
     run = RunFolder(Path(out))
     settled = [run_key(known, model, objective=objective, config=config, seed=seed) for known in stores]
     keys = [store.fingerprint([key, start, head and store.file_hash(head)]) for key in settled]
-    earlier = _earlier_key(tokens, model, objective, config, seed, head)
-    if any(folders.is_done(run.path, key) for key in (*keys, earlier)):
+    if (config.budget, config.token_scores, config.mixture) == ("targets", False, None):
+        keys.append(_earlier_key(tokens, model, objective, config, seed, head))
+    if any(folders.is_done(run.path, key) for key in keys):
         return folders.read_manifest(run.path, TrainManifest)
     if objective.reference_model is not None:
         tokens = tokens.with_reference(objective.reference_model)
+    asked = config
     order, first, config = _ordered(tokens, objective, config, seed, start)
     return _Plan(
         tokens=tokens,
@@ -164,6 +170,7 @@ def _prepare(
         model=model,
         objective=objective,
         config=config,
+        asked=asked,
         seed=seed,
         value_head=head,
         tokens_before=tokens_seen(model.path) if isinstance(model, FromWeights) else 0,
@@ -191,8 +198,10 @@ def run_key(
     seed: int,
 ) -> str:
     """Fingerprint of the settings that the bytes of a run depend on, wherever its weights and its data are."""
-    names = objective.preferences
-    used = [tokens] if names is None else [tokens.with_scores(name) for name in names]
+    members = [member for member, _ in objective.timeline]
+    used = [tokens.with_scores(name) for name in dict.fromkeys(name for member in members for name in member.reads)]
+    if not all(member.reads for member in members):
+        used.insert(0, tokens)
     others = [[t.manifest.content, t.token_mark] for t in used]
     mixed = () if config.mixture is None else (config.mixture.column,)
     columns = [tokens.manifest.columns.get(column) for column in (*objective.columns, *mixed)]
@@ -252,7 +261,12 @@ def _ordered(
     first = orders[0].place_at(start)
     if config.budget == "source":
         places = places_for(orders, objective, first, config.tokens)
-        config = dataclasses.replace(config, tokens=places * config.context, budget="targets")
+        try:
+            config = dataclasses.replace(config, tokens=places * config.context, budget="targets")
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].removeprefix("Value error, ")
+            asked = f"{config.tokens:,.0f} source tokens are {places * config.context:,} targets"
+            raise ConfigError(f"train: {asked}: {why}") from None
     return divided(orders, objective, first, config.steps * config.batch_rows), first, config
 
 
@@ -340,7 +354,7 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...], held: contextlib
         settings = {
             "model": to_plain(plan.model),
             "objective": to_plain(plan.objective),
-            "train": to_plain(config),
+            "train": to_plain(plan.asked),
             "seed": plan.seed,
             "tokens": plan.tokens_dir,
         }
