@@ -52,6 +52,8 @@ def rows(results: dict[str, Any]) -> list[str]:
         beams = [
             r["scenarios"]["safe_beam"]["misalignment"]["mean"] for r in runs.values() if "safe_beam" in r["scenarios"]
         ]
+        known = [runs[s]["understanding"] for s in seeds if runs[s].get("understanding") is not None]
+        attacked = [runs[s]["attacked"]["best_10"]["mean"] for s in seeds if runs[s].get("attacked")]
         inserted = [runs[s]["exposure"]["inserted"] / runs[s]["tokens"] for s in seeds]
         cells = [
             name,
@@ -70,6 +72,8 @@ def rows(results: dict[str, Any]) -> list[str]:
             f"{sum(kl) / len(kl):.0f}" if kl and name != PLAIN else "",
             f"{bleu.mean:.3f}",
             f"{1000 * sum(beams) / len(beams):.2f}" if beams else "",
+            number(t_interval(attacked), 1, 1000, least=0.0) if attacked else "",
+            f"{t_interval(known).mean:.3f}" if known else "",
             f"{100 * sum(inserted) / len(inserted):.1f}%",
             str(len(seeds)),
         ]
@@ -87,6 +91,8 @@ def table() -> str:
         "KL",
         "Self-BLEU-5",
         "PII with SafeBeam",
+        "best ten attacks",
+        "knows bad text",
         "inserted",
         "seeds",
     ]

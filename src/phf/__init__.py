@@ -38,7 +38,8 @@ docs/architecture.md says where to add a scorer, an objective, a metric, a reade
     an objective   phf/objectives/family.py: a class with `edit`, `loss` or both, and its name in `AnyObjective`
     a metric       of samples: evaluation/results.py and judge.py, on the page report/measures.py; of training: the
                    objective's `LossOutputs.metrics`
-    a reader       phf/data/readers.py: a class with `plan`, `read` and `fingerprint`, and its name in `AnyCorpus`
+    a reader       phf/data/readers.py: a class with `plan`, `read` and `fingerprint`, and its name in `SingleCorpus`
+                   (several.py)
     a capability   phf/evaluation/capabilities/: a class with `measure` and `inputs`, and its name in `AnyCapability`
     an attack      on prompts: an attacker in redteaming/attackers.py; on control tokens: redteaming/control_tokens.py
 

@@ -13,11 +13,14 @@ from .data.readers import Folder as Folder
 from .data.readers import Jsonl as Jsonl
 from .data.readers import Parquet as Parquet
 from .data.readers import Rows as Rows
+from .data.several import RandomDocuments as RandomDocuments
+from .data.several import Several as Several
 from .scorers import PEP8 as PEP8
 from .scorers import PII as PII
 from .scorers import Combination as Combination
 from .scorers import Fitted as Fitted
 from .scorers import Function as Function
+from .scorers import GivenScores as GivenScores
 from .scorers import Lexicon as Lexicon
 from .scorers import Presidio as Presidio
 from .scorers import Regex as Regex

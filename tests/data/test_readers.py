@@ -9,8 +9,9 @@ import pytest
 from phf.core.config import ConfigError
 from phf.core.types import Document, Rejected
 from phf.data import readers as corpus
+from phf.data.hub import HFDataset
 from phf.data.installed import InstalledPackages, StandardLibrary
-from phf.data.readers import Folder, HFDataset, Jsonl, Parquet
+from phf.data.readers import Folder, Jsonl, Parquet
 
 
 def read_all(reader):

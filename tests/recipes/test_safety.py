@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -139,7 +140,11 @@ def test_the_recipes_threshold_reaches_every_stage(tmp_path, settings, monkeypat
     monkeypatch.setattr(run_module, "redteam", None, raising=False)
     import phf.redteaming.attack
 
-    monkeypatch.setattr(phf.redteaming.attack, "redteam", lambda *a, **named: seen.update(redteam=named["threshold"]))
+    def attacked(*_, **named):
+        seen["redteam"] = named["threshold"]
+        return SimpleNamespace(search=SimpleNamespace(confirmed={}))
+
+    monkeypatch.setattr(phf.redteaming.attack, "redteam", attacked)
     real = run_module.MonitorCallback
 
     def callback(config, *args, **named):

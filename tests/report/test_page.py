@@ -461,7 +461,7 @@ def test_a_run_of_the_recipe_can_be_the_reference(folder):
     found = {run["run"]: run["kl"] for run in store.read_json(folder / "results.json")["runs"]}
     assert found["mle-s0"]["forward"]["nats_per_text"]["mean"] == pytest.approx(0, abs=1e-9)
     for name in found.keys() - {"mle-s0"}:
-        assert found[name]["forward"]["nats_per_text"]["mean"] > 0.05, name
+        assert found[name]["forward"]["nats_per_text"]["mean"] > 0.01, name
         assert found[name]["reference"] == found["mle-s0"]["reference"]
     assert (folder / "report" / "pareto-kl.svg").exists()
 
@@ -676,7 +676,8 @@ def test_runs_of_other_recipes_are_not_on_the_page(folder, tmp_path):
     (copy / "results.json").unlink()
     assert "stranger" in write_report(copy).read_text()
     judged = store.read_json(copy / "stranger-s0" / "eval.json")
-    store.write_json(copy / "stranger-s0" / "eval.json", judged | {"tokens_content": "other"})
+    judged["data"]["tokens"]["content"] = "other"
+    store.write_json(copy / "stranger-s0" / "eval.json", judged)
     with pytest.raises(store.StoreError, match="differ in their tokens"):
         write_report(copy)
 

@@ -14,7 +14,7 @@ import typer
 from phf.cli.about import explain, ls
 from phf.cli.data import check, fit_scorer, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, redteam, report, sample
-from phf.cli.recipes import plan, run
+from phf.cli.recipes import plan, price, run
 from phf.cli.training import export, export_tokens, reference, rows, train
 from phf.core.threads import wait_briefly
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "plan": plan,
+    "price": price,
     "score": score,
     "inspect": inspect,
     "fit-scorer": fit_scorer,

@@ -115,6 +115,30 @@ def plan(
         raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {p}" for p in found.problems))
 
 
+def price(
+    recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.")],
+) -> None:
+    """Measure what the defects of the paper's code cost.
+
+    Runs a recipe with preset=corrected and with preset=paper on the same data and seeds, and compares each objective.
+    Run the same command again to resume.
+    """
+    from phf.recipes.price import price as measure
+    from phf.report.format import number, with_interval
+
+    found, file = measure(recipe)
+    print(f"\n{found.recipe}   (misalignment: {found.unit}; lower is better)\n")
+    head = ["objective", "seeds", "corrected", "as in the paper's code", "ratio", "loss on good text", "on bad text"]
+    rows = []
+    for p in found.prices:
+        rest = ["the same"] if p.same else [with_interval(p.paper, 5), with_interval(p.ratio, 2)]
+        losses = [] if p.same else [f"{number(p.good.mean, 3)}", f"{number(p.bad.mean, 3)}"]
+        cells = [p.group, str(p.seeds), with_interval(p.corrected, 5), *rest, *losses]
+        rows.append(cells + [""] * (len(head) - len(cells)))
+    print_table(head, rows)
+    print(f"\nnumbers: {file}")
+
+
 def print_commands(blocks: list[list[str]]) -> None:
     """Print commands in blocks, with when each block may start."""
     for number, block in enumerate(blocks):

@@ -42,8 +42,6 @@ from phf.data.files import (
     row_form,
     rows,
 )
-from phf.data.hub import DatasetList, HFDataset
-from phf.data.installed import InstalledPackages, StandardLibrary
 from phf.data.tables import ROWS_AT_ONCE, columns_to_read, table_rows
 
 JSON_FORMS = ("jsonl", "json")
@@ -279,12 +277,6 @@ class Rows(_RowCorpus):
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
 
     forms: ClassVar[tuple[str, ...]] = ALL_FORMS
-
-
-AnyCorpus = Annotated[
-    Folder | Jsonl | Parquet | Rows | HFDataset | DatasetList | InstalledPackages | StandardLibrary,
-    Field(discriminator="name", title="reader"),
-]
 
 
 def from_path(text: str) -> Plain:

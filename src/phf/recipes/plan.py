@@ -22,7 +22,9 @@ from phf.core import folders
 from phf.core.config import ConfigError
 from phf.data.corpus import Corpus, Shard
 from phf.data.hub import DatasetList, HFDataset
+from phf.data.several import RandomDocuments, Several
 from phf.recipes.recipe import Recipe, Variant
+from phf.scorers import GivenScores
 
 SCORED_SECONDS = 3.0
 SCORED_AT_LEAST = 20
@@ -328,6 +330,8 @@ def _scoring(recipe: Recipe) -> ScoringPlan | str:
     corpus or scorer cannot be used here."""
     if (recipe.files.scored / folders.MANIFEST).exists():
         return "done"
+    if isinstance(recipe.scorer, GivenScores):
+        return "none: the scores come with the corpus"
     corpus, size_known = _first_documents(recipe.corpus)
     shards = corpus.plan()
     try:
@@ -345,7 +349,13 @@ def _scoring(recipe: Recipe) -> ScoringPlan | str:
 def _first_documents(corpus: Corpus) -> tuple[Corpus, bool]:
     """The part of a corpus that the scorer is timed on, and whether its size says how large the corpus is. Nothing is
     downloaded as a whole."""
-    first = corpus.first() if isinstance(corpus, DatasetList) else corpus
+    first = corpus
+    if isinstance(first, RandomDocuments):
+        first = first.corpus
+    if isinstance(first, Several):
+        first = next(iter(first.corpora.values()))
+    if isinstance(first, DatasetList):
+        first = first.first()
     if isinstance(first, HFDataset) and not Path(first.path).expanduser().exists():
         return replace(first, streaming=True, max_docs=HUB_DOCUMENTS), False
     return first, first is corpus

@@ -39,8 +39,8 @@ from phf.core.config import (
     validate,
 )
 from phf.core.runs import RecipeFolder, checkpoint_folder, file_name
-from phf.data.readers import AnyCorpus
 from phf.data.segment import AnySegmenter
+from phf.data.several import AnyCorpus
 from phf.evaluation.capabilities import AnyCapability
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import Monitor

@@ -24,7 +24,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.core.runs import TrainManifest, is_complete
 from phf.core.text import counted
-from phf.core.types import PhfError
+from phf.core.types import Estimate, PhfError
 from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
@@ -270,10 +270,11 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
             main=True,
         )
     problems = [f"{part}: {why}" for part, why in result.failed.items()]
+    attacked: dict[str, Estimate] = {}
     if recipe.redteam is not None:
         try:
             with _stage(f"attack {variant.name}", seconds):
-                redteam(
+                found = redteam(
                     folder,
                     None,
                     recipe.redteam,
@@ -283,6 +284,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
                     allow_other_scorer=recipe.judge is not None,
                     main=True,
                 )
+            attacked = dict(found.search.confirmed)
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:
@@ -290,7 +292,8 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
                 traceback.print_exc()
             problems.append(f"red-teaming: {type(error).__name__}: {error}")
             _print(f"failed: attack {variant.name}: {error}")
-    return _summary(variant, manifest, result, next(iter(recipe.scenarios))), problems
+    summary = _summary(variant, manifest, result, next(iter(recipe.scenarios)))
+    return replace(summary, attacked=attacked), problems
 
 
 def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
@@ -380,6 +383,7 @@ def _summary(variant: Variant, manifest: TrainManifest, result: EvalResult, scen
         kl=result.kl,
         capabilities=result.capabilities,
         heldout={part: nats.get(part, math.nan) for part in ("good", "bad", "all")},
+        understanding=None if result.understanding is None else result.understanding.likelihood_ratio.auc,
         heldout_good_ci95=None if heldout is None else heldout.good.ci95,
         train_seconds=manifest.seconds,
         parameters=manifest.parameters,

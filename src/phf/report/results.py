@@ -81,6 +81,11 @@ class RunSummary:
     """Parameters of the LM."""
     scenarios: dict[str, ScenarioSummary]
     """Main numbers by name of the scenario."""
+    understanding: Number | None = None
+    """AUC of bad against good held-out segments, by the control token that makes them more likely; null without
+    control tokens of good and bad."""
+    attacked: dict[str, Estimate] = field(default_factory=dict)
+    """Mean score of new continuations of the best prompts that red-teaming found: best_1, best_10."""
 
 
 BEST_RULE = (

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from phf.core.config import ConfigError
-from phf.core.random import key64, permute
+from phf.core.random import key64, permute, uniforms_at
 from phf.core.types import PieceIds
 from phf.tokens.edited import NO_SOURCE, Edited, Editor, Stream
 from phf.tokens.store import TokenStore
 
 WHOLE_TOKENS = 1 << 22
 """A store of up to this number of tokens is one window: few documents in a window cost 0.7% of the loss (LOG.md)."""
+PIECE_ROWS = 4
+"""Rows' worth of source text in a piece of such a window."""
+GROUP_PIECES = 64
+"""Pieces whose rows are mixed."""
 WINDOW_TOKENS = 1 << 20
 """Source tokens in a window of a larger store, about."""
 CACHED_TOKENS = 1 << 18
@@ -169,14 +173,39 @@ class Exposure:
         return Exposure(*(a + b for a, b in pairs))
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """The rows of a window in the order of training."""
+
+    rows: np.ndarray
+    ends: np.ndarray
+    """Place at which each group ends."""
+    sources: np.ndarray
+    """Source tokens before that place."""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Places [first, last) of the training order, and the source tokens before and after them."""
+
+    first: int
+    last: int
+    before: float
+    after: float
+
+
 class SourceOrder:
     """The endless order in which training reads the stream of a store, defined over the source text.
 
     Each epoch permutes the blocks of the store and groups them into windows, which are the same text for every
     objective: all of a store of up to `WHOLE_TOKENS` source tokens, else about `WINDOW_TOKENS`. The streams of its
-    blocks are joined, windows follow one another, and rows are cut from all of it; the rows that start in a window are
+    blocks are joined, windows follow one another, and rows are cut from all of it. The rows that start in a window are
     permuted. So after each window, all objectives have read the same text, and the rows of a batch come from many
     documents.
+
+    A window that is the whole store is permuted in pieces of `PIECE_ROWS` rows' worth of source text, the same for
+    every objective, and the rows that start in `GROUP_PIECES` successive pieces are mixed. So after each group, all
+    objectives have read the same text, but for the rows at the edges of pieces.
 
     A position is reached by the lengths of the windows before it, which are computed where they are needed.
     """
@@ -193,7 +222,9 @@ class SourceOrder:
         self.windows = -(-blocks // self.window_blocks) if blocks else 0
         """Windows of an epoch."""
         stream.keep = WHOLE_TOKENS if whole else CACHED_TOKENS
+        self.whole = whole
         self._layouts: dict[int, tuple[list[int], list[int]]] = {}
+        self._groups: dict[int, _Groups] = {}
         self.source_K = np.full(blocks, -1, np.int64)
         self.ends: list[int] = []
         """End in the stream of each window so far."""
@@ -268,10 +299,63 @@ class SourceOrder:
         while start < stop:
             g = self._window_at(start)
             first, last = self._rows_of(g)
-            here = np.arange(start, min(stop, last))
-            parts.append(first + permute(here - first, last - first, key64(self.seed, "rows", g)))
-            start += len(here)
+            end = min(stop, last)
+            if self.whole:
+                parts.append(self._grouped(g).rows[start - first : end - first])
+            else:
+                here = np.arange(start, end)
+                parts.append(first + permute(here - first, last - first, key64(self.seed, "rows", g)))
+            start = end
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _grouped(self, g: int) -> _Groups:
+        """The rows of window g, a whole store, in groups of pieces of its source text. The last windows are kept."""
+        if g not in self._groups:
+            piece_R = self._places(g) // (PIECE_ROWS * self.context)
+            pieces = -(-len(self.tokens.tokens) // (PIECE_ROWS * self.context))
+            rank_P = np.argsort(permute(np.arange(pieces), pieces, key64(self.seed, "pieces", g)))
+            group_R = rank_P[piece_R] // GROUP_PIECES
+            mixed_R = uniforms_at(0, len(piece_R), self.seed, "rows", g)
+            first, _ = self._rows_of(g)
+            source_G = np.bincount(rank_P // GROUP_PIECES, self._source_of_pieces(pieces))
+            before = self.sources[g - 1] if g else 0
+            if len(self._groups) >= KEPT_WINDOWS:
+                self._groups.pop(next(iter(self._groups)))
+            self._groups[g] = _Groups(
+                rows=first + np.lexsort((mixed_R, group_R)),
+                ends=first + np.bincount(group_R, minlength=len(source_G)).cumsum(),
+                sources=before + source_G.cumsum(),
+            )
+        return self._groups[g]
+
+    def _places(self, g: int) -> np.ndarray:
+        """Number in the store of the source token at which each row of window g starts; what is inserted starts with
+        its segment."""
+        first, last = self._rows_of(g)
+        blocks, ends = self._layout(g)
+        starts_R = np.arange(first, last) * self.context
+        found_R = np.empty(last - first, np.int64)
+        start = self.ends[g - 1] if g else 0
+        for k, end in zip(blocks, ends, strict=True):
+            here = slice(*np.searchsorted(starts_R, [start, end]))
+            if here.start < here.stop:
+                edited = self.stream.with_places(k)
+                assert edited.segment is not None
+                assert edited.source is not None
+                at = starts_R[here] - start
+                segment = edited.segment[at]
+                of_segment = np.where(segment > 0, self.tokens.seg_ends[segment - 1], 0)
+                source = edited.source[at]
+                found_R[here] = np.where(source == NO_SOURCE, of_segment, self.tokens.first_token(k) + source)
+            start = end
+        return np.minimum(found_R, len(self.tokens.tokens) - 1)
+
+    def _source_of_pieces(self, pieces: int) -> np.ndarray:
+        """Source tokens of each piece that are trained on."""
+        ends_D = self.tokens.seg_ends[self.tokens.doc_ends - 1]
+        trained = np.repeat(~self.tokens.heldout_D, np.diff(ends_D, prepend=0)).astype(np.float64)
+        piece_T = np.arange(len(trained)) // (PIECE_ROWS * self.context)
+        return np.bincount(piece_T, trained, pieces)
 
     def read(self, low: int, high: int, places: bool = False) -> Edited:
         """Stream positions [low, high). `places`: with the places of the tokens."""
@@ -305,12 +389,10 @@ class SourceOrder:
     # Source
 
     def source_at(self, place: int) -> float:
-        """Source tokens before a place of the training order: those of the windows before, and of its window the share
-        of the rows before it."""
-        g = self._window_at(place)
-        first, last = self._rows_of(g)
-        before = self.sources[g - 1] if g else 0
-        return before + (place - first) / (last - first) * (self.sources[g] - before)
+        """Source tokens before a place of the training order: those of the windows and groups before, and of its own
+        the share of the rows before it."""
+        part = self._stretch(self._window_at(place), place=place)
+        return part.before + (place - part.first) / (part.last - part.first) * (part.after - part.before)
 
     def place_at(self, source: float) -> int:
         """The place of the training order before which there are `source` source tokens."""
@@ -321,10 +403,28 @@ class SourceOrder:
             if self.sources[-1] == known:
                 raise too_few("train", 0, self.context)
         g = bisect.bisect_left(self.sources, source)  # at the end of a window: there, not at the next one's start
-        before = self.sources[g - 1] if g else 0
-        size = self.sources[g] - before
+        part = self._stretch(g, source=source)
+        size = part.after - part.before
+        return part.first + round((source - part.before) / size * (part.last - part.first)) if size else part.first
+
+    def _stretch(self, g: int, place: int | None = None, source: float | None = None) -> _Stretch:
+        """The group of window g that holds a place, or an amount of source text; without groups the whole window."""
         first, last = self._rows_of(g)
-        return first + round((source - before) / size * (last - first)) if size else first
+        window = _Stretch(first, last, float(self.sources[g - 1]) if g else 0.0, float(self.sources[g]))
+        if not self.whole or (source is not None and source <= window.before):
+            return window
+        groups = self._grouped(g)
+        if source is None:
+            found = np.searchsorted(groups.ends, place or 0, side="right")
+        else:
+            found = np.searchsorted(groups.sources, source)
+        n = min(int(found), len(groups.ends) - 1)
+        return _Stretch(
+            first=int(groups.ends[n - 1]) if n else window.first,
+            last=int(groups.ends[n]),
+            before=float(groups.sources[n - 1]) if n else window.before,
+            after=float(groups.sources[n]),
+        )
 
     def exposure(self, start: int, stop: int, learned: Learned | None = None) -> Exposure:
         """What the rows at the places [start, stop) read. `learned`: which of some targets the objective counts, by

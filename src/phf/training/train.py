@@ -153,8 +153,10 @@ def _prepare(
     skipped = source_read(model.path, tokens.manifest.tokens) if isinstance(model, FromWeights) else 0.0
     start = skipped if config.skip_tokens == "auto" else config.skip_tokens
     run = RunFolder(Path(out))
-    settled = [run_key(known, model, objective=objective, config=config, seed=seed) for known in stores]
-    keys = [store.fingerprint([key, start, head and store.file_hash(head)]) for key in settled]
+    keys = []
+    for version in ("train/5", "train/4"):  # the latter had another order of rows; what it finished stays finished
+        settled = [run_key(known, model, objective, config, seed, version) for known in stores]
+        keys += [store.fingerprint([key, start, head and store.file_hash(head)]) for key in settled]
     if (config.budget, config.token_scores, config.mixture) == ("targets", False, None):
         keys.append(_earlier_key(tokens, model, objective, config, seed, head))
     if any(folders.is_done(run.path, key) for key in keys):
@@ -196,6 +198,7 @@ def run_key(
     objective: Objective,
     config: TrainConfig,
     seed: int,
+    version: str = "train/5",
 ) -> str:
     """Fingerprint of the settings that the bytes of a run depend on, wherever its weights and its data are."""
     members = [member for member, _ in objective.timeline]
@@ -212,7 +215,7 @@ def run_key(
         others.append(["every phase counts"])  # earlier versions counted what the first phase alone would read
     start = weights_mark(model.path) if isinstance(model, FromWeights) else None
     decides = _decides(model, objective, config, seed)
-    return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), "train/4"])
+    return store.fingerprint([decides, tokens.manifest.content, others, start, _code_of(objective), version])
 
 
 def _earlier_key(
