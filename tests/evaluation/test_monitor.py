@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,19 +13,20 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
-from helpers import STEP, TINY_MODEL, metrics_of, train_config, train_tiny, weights_of
+from helpers import LINK, STEP, TINY_MODEL, metrics_of, train_config, train_tiny, weights_of
 from phf.core.config import ConfigError
 from phf.core.runs import read_lines
 from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.evaluate import evaluate_run
 from phf.evaluation.kl import KL, LocalModel
-from phf.evaluation.monitor import Monitor, MonitorCallback
+from phf.evaluation.monitor import Monitor, MonitorCallback, _masked
 from phf.evaluation.results import MonitorLine
 from phf.generation.loaded import load_model
 from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
 from phf.objectives import MLE, Conditional, Objective
+from phf.scorers import Presidio
 from phf.training.train import train
 
 
@@ -225,6 +227,51 @@ def test_the_time_of_judging_does_not_count_as_training(tmp_path, tokens_dir, mo
     assert all(line["tokens_per_s"] > STEP / 3600 for line in lines)
     assert all(line["mfu"] is None or 0 < line["mfu"] < 2 for line in lines)
     assert not any(math.isnan(line["model_tflops"]) for line in lines)
+
+
+def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
+    """TensorBoard, really installed, and what Weights & Biases and trackio are given."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers.integrations import integration_utils
+
+    given = []
+
+    class Table:
+        def __init__(self, columns=None, data=None, dataframe=None):
+            rows = data if dataframe is None else dataframe.values.tolist()
+            self.rows = [tuple(row) for row in rows]
+
+    class Spy(TrainerCallback):
+        def __init__(self):
+            self._wandb = self._trackio = SimpleNamespace(Table=Table, log=given.append)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "spy", Spy)
+    known = integration_utils.get_available_reporting_integrations()
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [*known, "spy"])
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    scenario = Scenario(num_samples=4, max_tokens=24)
+    monitor = Monitor(every=4 * 512, heldout_tokens=0, scenarios={"plain": scenario})
+    to = ("tensorboard", "spy")
+    callback = MonitorCallback(monitor, tmp_path / "r", tokens_dir, train_config(8, report_to=to), MLE())
+    train_tiny(tokens_dir, tmp_path / "r", steps=8, callbacks=(callback,), report_to=to)
+    written = {step: read_samples(tmp_path / "r" / "samples" / f"{step * 512}-plain.jsonl") for step in (4, 8)}
+    for step, samples in written.items():
+        of_step = [g for g in given if g["train/global_step"] == step]
+        assert len(of_step) == 2  # once for each of the spy's two trackers
+        for one in of_step:
+            assert one["monitor/samples/plain"].rows == [(s.text, s.score) for s in samples]
+    board = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0}).Reload()
+    found = board.Tensors("monitor/samples/plain/text_summary")
+    assert [event.step for event in found] == [4, 8]
+    shown = found[0].tensor_proto.string_val[0].decode()
+    assert shown.count("\n") == 5
+    assert written[4][0].text.split("\n")[0].split()[0] in shown
+    assert any("monitor/scenario/plain/misalignment" in tag for tag in board.Tags()["scalars"])
+
+
+def test_personal_data_are_masked_for_trackers():
+    assert _masked("mail a@b.org now", Presidio(entities=("EMAIL_ADDRESS",))) == "mail ███████ now"
+    assert _masked("mail a@b.org now", LINK) == "mail a@b.org now"
 
 
 def test_trackers_get_the_numbers_of_judging(tokens_dir, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ OBJECTIVES = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr")
 TASKS = ("paper-toxicity", "paper-pii", "paper-pep8")
 
 
-@pytest.mark.parametrize("task, preset", itertools.product(TASKS, ("corrected", "paper")))
+@pytest.mark.parametrize("task, preset", itertools.product(TASKS, ("corrected", "paper", "published")))
 def test_every_combination_of_the_papers_recipes_composes(task, preset):
     for objective, phase in itertools.product(OBJECTIVES, ((), ("finetune50",), ("finetune10",))):
         recipe = load_recipe([task, objective, *phase, f"preset={preset}"])

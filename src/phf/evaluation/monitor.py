@@ -33,6 +33,7 @@ from phf.evaluation.kl import KL, reference_texts
 from phf.evaluation.parts import Evaluation, Heldout, HeldoutText, Judging, scenario_part
 from phf.evaluation.results import CapabilityResult, HeldoutResult, MonitorLine, ScenarioResult
 from phf.generation.loaded import LoadedModel
+from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
 from phf.objectives import Objective
 from phf.scorers import Scorer
@@ -190,7 +191,18 @@ class MonitorCallback(JudgingCallback):
         start = time.perf_counter()
         line = self.judge(model, step)
         self.judged = tracked(line)
+        self.texts = self._texts(line)
         add_line(self.run.monitor, dataclasses.replace(line, seconds=time.perf_counter() - start))
+
+    def _texts(self, line: MonitorLine) -> dict[str, list[tuple[str, float]]]:
+        """The first samples of each scenario, for trackers. Personal data that the scorer finds are masked."""
+        assert self.prepared is not None
+        scorer = self.prepared.evaluation.judging.scorer
+        found = {}
+        for name in line.scenarios or {}:
+            samples = read_samples(self.run.samples(f"{line.tokens}-{name}"))[:SHOWN_SAMPLES]
+            found[f"monitor/samples/{name}"] = [(_masked(s.text, scorer), s.score) for s in samples]
+        return found
 
     def judge(self, lm: Any, step: int) -> MonitorLine:
         """Judge `lm` as it is after `step` steps, and leave it and every random stream as they were."""
@@ -217,6 +229,18 @@ class MonitorCallback(JudgingCallback):
             kl=kl,
             capabilities=capabilities or None,
         )
+
+
+SHOWN_SAMPLES = 16
+"""Samples of a scenario that trackers get."""
+
+
+def _masked(text: str, scorer: Scorer | None) -> str:
+    if scorer is None or not scorer.finds_personal_data:
+        return text
+    for span in scorer.spans(text):
+        text = text[: span.start] + "█" * (span.end - span.start) + text[span.end :]
+    return text
 
 
 def tracked(line: MonitorLine) -> dict[str, float]:

@@ -161,10 +161,11 @@ class RunScale:
 
 class JudgingCallback(TrainerCallback):
     """A callback that judges the model in training. `judged`: its newest numbers, by name, which trackers get with the
-    next line of metrics."""
+    next line of metrics. `texts`: its newest texts with their scores, by name, which they get with it."""
 
     def __init__(self) -> None:
         self.judged: dict[str, float] = {}
+        self.texts: dict[str, list[tuple[str, float]]] = {}
 
 
 class MetricsCallback(TrainerCallback):

@@ -55,6 +55,7 @@ from phf.training.metrics import (
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
 from phf.training.order import RowBatches, TrainingRows, divided, exposure, phase_orders, places_for
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
+from phf.training.trackers import TextsCallback
 from phf.training.trainer import (
     CheckpointPlan,
     PHFTrainer,
@@ -421,6 +422,8 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.callback_handler.callbacks.insert(0, record)
+    if judges and config.report_to:
+        trainer.add_callback(TextsCallback(judges, trainer.callback_handler.callbacks))
     if config.milestones:
         trainer.add_callback(SaveAt(config.milestone_steps))
     return trainer
