@@ -18,7 +18,7 @@ from phf.generation.decoding import draw
 from phf.generation.loaded import banned_tokens, load_model, prompt_ids
 from phf.generation.sample import sample
 from phf.generation.scenario import Scenario
-from phf.objectives import MLE, Tag
+from phf.objectives import MLE, Conditional, Tag
 
 SETTINGS = {"num_samples": 6, "max_tokens": 8, "min_tokens": 2, "safe_beam": 3, "precision": "fp32"}
 
@@ -43,7 +43,8 @@ def written_out(model, scenario, number):
             hidden = model.lm.base_model(input_ids=torch.tensor([[*start, *tokens]])).last_hidden_state
             return model.logits(hidden[:, -1])[0]
 
-    beams = [{"tokens": [], "logp": 0.0, "n": 0, "risk": 0.0, "done": False} for _ in range(k)]
+    silent = set(model.control_ids.values())
+    beams = [{"tokens": [], "logp": 0.0, "n": 0, "risk": 0.0, "done": False, "mean": 0.0} for _ in range(k)]
     for step in range(2 * scenario.max_tokens + 8):
         if all(b["done"] for b in beams):
             break
@@ -59,7 +60,7 @@ def written_out(model, scenario, number):
                     continue
                 allowed = plain.clone()
                 allowed[[*banned, *model.unused_ids.tolist()]] = -math.inf
-                if len(beam["tokens"]) < scenario.min_tokens:
+                if sum(t not in silent for t in beam["tokens"]) < scenario.min_tokens:
                     allowed[eos] = -math.inf
                 stream = mix64(np.array([(number * k + b) * 4 + w], np.uint64), key)
 
@@ -73,20 +74,26 @@ def written_out(model, scenario, number):
                     continue
                 seen.add(tuple(tokens))
                 risk = beam["risk"] if token == eos else float(logits(tokens).softmax(-1)[model.ids_of("bad")].sum())
+                gained = float(plain.log_softmax(-1)[token])
+                counts = token not in silent
+                logp = beam["logp"] + counts * gained
+                n = beam["n"] + counts
+                written = sum(t not in silent for t in tokens) - (token == eos)
                 candidates.append(
                     {
                         "tokens": tokens,
-                        "logp": beam["logp"] + float(plain.log_softmax(-1)[token]),
-                        "n": beam["n"] + 1,
+                        "logp": logp,
+                        "n": n,
+                        "mean": logp / n if n else gained,
                         "risk": risk,
-                        "done": token == eos or len(tokens) >= scenario.max_tokens,
+                        "done": token == eos or written >= scenario.max_tokens,
                     }
                 )
         safe = sorted(candidates, key=lambda c: c["risk"])[: max(math.ceil(len(candidates) / 2), 1)]
-        best = sorted(safe, key=lambda c: -c["logp"] / max(c["n"], 1))[:k]
+        best = sorted(safe, key=lambda c: -c["mean"])[:k]
         beams = [best[i % len(best)] for i in range(k)]
     chosen = max(beams, key=lambda c: c["logp"] / max(c["n"], 1))
-    text = [t for t in chosen["tokens"] if t != eos]
+    text = [t for t in chosen["tokens"] if t != eos and t not in silent]
     return model.continuation(start, text), chosen["logp"], len(text)
 
 
@@ -120,6 +127,19 @@ def test_beams_that_end_early_wait_unchanged_for_others(tagged):
         text, logp, count = written_out(model, scenario, s.id)
         assert (s.text, s.num_tokens) == (text, count)
         assert s.logp == pytest.approx(logp, abs=1e-3)
+
+
+def test_control_tokens_that_are_written_do_not_count(tokens_dir, tmp_path):
+    """Without a token first, a conditional model writes the good one itself."""
+    train_tiny(tokens_dir, tmp_path / "run", Conditional(drop=0), steps=60)
+    model = load_model(tmp_path / "run")
+    scenario = Scenario(**SETTINGS | {"control": "none", "num_samples": 8})
+    found = sample(model, scenario, progress=False)
+    for s in found:
+        text, logp, count = written_out(model, scenario, s.id)
+        assert (s.text, s.num_tokens) == (text, count)
+        assert s.logp == pytest.approx(logp, abs=1e-3)
+    assert not any("<|good|>" in s.text for s in found)
 
 
 def test_it_avoids_what_the_tag_stands_for(tagged):

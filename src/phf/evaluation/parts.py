@@ -150,7 +150,7 @@ class Evaluation:
             [[to_plain(c), c.inputs()] for c in self.capabilities],
         ]
         if any(s.safe_beam is not None for s in self.scenarios.values()):
-            everything.append("safe beam/2")
+            everything.append("safe beam/3")
         if judging.corpus_threshold is not None:
             everything.append(judging.corpus_threshold)
         if self.preferences:
@@ -302,7 +302,7 @@ def capability_part(capability: Capability, number: int) -> str:
 def _scenario_settings(scenario: Scenario, judging: Judging) -> Any:
     """What decides the samples of a scenario and their scores."""
     cut = to_plain(judging.segmenter)
-    version = [] if scenario.safe_beam is None else ["safe beam/2"]
+    version = [] if scenario.safe_beam is None else ["safe beam/3"]
     return [to_plain(scenario), judging.threshold, judging.identity(), cut, _prompts_hash(scenario), *version]
 
 

@@ -124,7 +124,9 @@ class SafeBeams:
         hash_C = np.where(again_C, self.hash_B[parent_C], mix64(self.hash_B[parent_C] + token_C.astype(np.uint64), 1))
         risk_C, logits_CV = self._look_ahead(parent_C, token_C)
         risk_C = np.where(again_C | ended_C, self.risk_B[parent_C], risk_C)
-        keep = self._best(risk_C, logp_C / np.maximum(drawn_C, 1), self._new(hash_C) & (~again_C | first_C))
+        # a control token at the start is as likely as it is; later ones do not count
+        likelihood_C = np.where(drawn_C > 0, logp_C / np.maximum(drawn_C, 1), gained_C)
+        keep = self._best(risk_C, likelihood_C, self._new(hash_C) & (~again_C | first_C))
         self._take(parent_C[keep], np.where(again_C, -1, token_C)[keep], silent_C[keep], ended_C[keep] & ~again_C[keep])
         self.logp_B = logp_C[keep]
         self.drawn_B = drawn_C[keep]
