@@ -15,6 +15,7 @@ process does not hold whole rows or the whole head.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,7 @@ class RowLoader(DataLoaderBase):  # type: ignore[misc]
     OLMo-core's loaders: work_dir, dp_world_size, dp_rank, fs_local_rank."""
 
     def __init__(
-        self,
-        order: TrainingOrder,
-        batch_rows: int,
-        context: int,
-        objective: Objective,
-        first: int = 0,
-        **settings: Any,
+        self, order: TrainingOrder, batch_rows: int, context: int, objective: Objective, first: int = 0, **settings: Any
     ) -> None:
         super().__init__(global_batch_size=batch_rows * context, **settings)
         if batch_rows % self.dp_world_size:
@@ -98,10 +93,7 @@ class RowLoader(DataLoaderBase):  # type: ignore[misc]
         return self._batch(0)
 
     def _iter_batches(self) -> Iterable[Batch]:
-        step = self.batches_processed
-        while True:
-            yield self._batch(step)
-            step += 1
+        return map(self._batch, itertools.count(self.batches_processed))
 
     def _batch(self, step: int) -> Batch:
         """This process's rows of a step."""
@@ -126,11 +118,10 @@ class ScoredTrainModule(TransformerTrainModule):  # type: ignore[misc]
             raise ConfigError("z_loss_multiplier: the loss is the objective's alone")
         super().__init__(*args, **settings)
         self.objective = objective
-        self._given: dict[str, torch.Tensor] = {}
+        self._given: Batch = {}
         self._denominator = torch.ones(())
-        head = self.model.lm_head
-        self._plain_head = head.forward
-        head.forward = self._head
+        self._plain_head = self.model.lm_head.forward
+        self.model.lm_head.forward = self._head
 
     def train_batch(self, batch: Batch, dry_run: bool = False) -> None:
         counted = (batch["labels"] != self.label_ignore_index).sum().float().to(self.device)
