@@ -54,12 +54,12 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("a.json", LINES.encode()),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", (MARK + json.dumps(ROWS, indent=2)).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.jsonl.gz", gzip.compress(LINES[:20].encode()) + gzip.compress(LINES[20:].encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.jsonl.gz", gzip.compress(LINES[:20].encode(), mtime=0) + gzip.compress(LINES[20:].encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES.encode())),
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
         ("a.jsonl.zst", zst(LINES.encode())),
-        ("A.Json.GZ", gzip.compress(json.dumps(ROWS).encode())),
+        ("A.Json.GZ", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
     ],
 )
 def test_json_of_every_form_gives_the_same_documents(tmp_path, name, data):
