@@ -9,6 +9,7 @@ import pytest
 from helpers import TINY_LLAMA, output_of, tiny_texts, write_jsonl
 from phf.core import store
 from phf.core.config import ConfigError, dump_yaml, read_yaml
+from phf.recipes import price as price_module
 from phf.recipes.price import Prices, recipes_of
 
 
@@ -56,6 +57,21 @@ def test_both_presets_are_run_and_compared_by_seed(recipe, tmp_path, monkeypatch
     before = (root / "price.json").read_bytes()
     output_of(["price", recipe], monkeypatch, capsys)
     assert (root / "price.json").read_bytes() == before
+
+
+def test_a_corpus_that_changes_between_the_presets_is_noticed(recipe, tmp_path, monkeypatch):
+    plain = price_module.run_recipe
+
+    def changing(loaded):
+        found = plain(loaded)
+        write_jsonl(tmp_path / "t.jsonl", tiny_texts(60, seed=1))
+        return found
+
+    monkeypatch.setattr(price_module, "run_recipe", changing)
+    with pytest.raises(ConfigError, match="the corpus changed between the presets"):
+        price_module.price([recipe])
+    monkeypatch.setattr(price_module, "run_recipe", plain)
+    assert len(price_module.price([recipe])[0].prices) == 2  # the same command again
 
 
 def test_what_cannot_be_compared_is_an_error(recipe, tmp_path):

@@ -42,13 +42,14 @@ def order_of(tokens, objective, places=None, first=0, seed=3):
 def times_read(tokens, order, start, stop):
     """How often each token of the store is a target of the rows at these places."""
     count_T = np.zeros(len(tokens.tokens), int)
+    blocks = np.array([tokens.first_token(k) for k in range(tokens.num_blocks)])
+    seg_starts = np.r_[0, tokens.seg_ends[:-1]]
     for n, low, high in order._parts(start, stop):
         own = order.orders[n]
         for row in own.rows(low, high):
             at = int(row) * CONTEXT + 1
             part = own.read(at, at + CONTEXT, places=True)
-            blocks = np.array([tokens.first_token(k) for k in range(tokens.num_blocks)])
-            starts = np.r_[0, tokens.seg_ends[:-1]][part.segment]
+            starts = seg_starts[part.segment]
             place = blocks[np.searchsorted(blocks, starts, side="right") - 1] + part.source
             count_T[place[part.source != NO_SOURCE]] += 1
     return count_T

@@ -8,12 +8,13 @@ out-price/  corrected/  paper/  data/  price.json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phf.core import statistics, store
+from phf.core import folders, statistics, store
 from phf.core.config import ConfigError, to_plain
+from phf.core.runs import TrainManifest
 from phf.core.types import Estimate
 from phf.recipes.recipe import Recipe, load_recipe
 from phf.recipes.run import run_recipe
@@ -96,6 +97,7 @@ def price(arguments: Sequence[str]) -> tuple[Prices, Path]:
     """Run what is not done of both presets, and compare. Returns the result and its file."""
     recipes = recipes_of(arguments)
     results = {preset: run_recipe(recipe) for preset, recipe in recipes.items()}
+    _check_same_data(recipes)
     corrected = _by_group(results["corrected"].runs)
     paper = _by_group(results["paper"].runs)
     prices = []
@@ -108,6 +110,19 @@ def price(arguments: Sequence[str]) -> tuple[Prices, Path]:
     file = recipes["corrected"].folder.parent / "price.json"
     store.write_json(file, found)
     return found, file
+
+
+def _check_same_data(recipes: Mapping[str, Recipe]) -> None:
+    """Raise ConfigError if the corpus changed between the presets, where both read the same."""
+    if any(recipe.data is None for recipe in recipes.values()):
+        return
+    seen = {
+        folders.read_manifest(recipe.files.run(variant.name).path, TrainManifest).tokens_content
+        for recipe in recipes.values()
+        for variant in recipe.variants
+    }
+    if len(seen) > 1:
+        raise ConfigError("the corpus changed between the presets, so they do not compare: run the same command again")
 
 
 def _by_group(runs: Sequence[RunSummary]) -> dict[str, dict[int, RunSummary]]:
