@@ -78,7 +78,7 @@ def test_an_epoch_is_every_row_once_and_places_are_source_text(tokens, objective
     assert len({order.rows(p, p + 1)[0] for p in range(first, last)}) == last - first
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("objective", [Conditional(), Tag(p=0.3), Masking()], ids=lambda o: o.name)
 def test_after_the_same_source_text_objectives_have_read_the_same_text(tokens, objective, share):
     source = share * trained(tokens).sum()
