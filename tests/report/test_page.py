@@ -26,12 +26,13 @@ from phf.generation.scenario import Scenario
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
 from phf.release import export
-from phf.report.browser import is_masked, mask, shown_samples
+from phf.report.browser import shown_samples
 from phf.report.format import number
 from phf.report.inspect import write_inspection
 from phf.report.measures import Group, Measure, Value, dominated, groups
 from phf.report.page import write_report
 from phf.scorers import Regex
+from phf.scorers.masking import is_masked, mask
 from phf.tokens.tokenizer import train_bpe
 from phf.training.lm import FromConfig, build_lm
 

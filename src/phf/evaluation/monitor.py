@@ -37,6 +37,7 @@ from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
 from phf.objectives import Objective
 from phf.scorers import Scorer
+from phf.scorers.masking import without_personal_data
 from phf.scoring.judge import check_identity, corpus_scorer, is_same_scorer
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens
@@ -191,7 +192,8 @@ class MonitorCallback(JudgingCallback):
         start = time.perf_counter()
         line = self.judge(model, step)
         self.judged = tracked(line)
-        self.texts = self._texts(line)
+        if args.report_to:
+            self.texts = self._texts(line)
         add_line(self.run.monitor, dataclasses.replace(line, seconds=time.perf_counter() - start))
 
     def _texts(self, line: MonitorLine) -> dict[str, list[tuple[str, float]]]:
@@ -201,7 +203,8 @@ class MonitorCallback(JudgingCallback):
         found = {}
         for name in line.scenarios or {}:
             samples = read_samples(self.run.samples(f"{line.tokens}-{name}"))[:SHOWN_SAMPLES]
-            found[f"monitor/samples/{name}"] = [(_masked(s.text, scorer), s.score) for s in samples]
+            assert scorer is not None  # samples have scores
+            found[f"monitor/samples/{name}"] = [(without_personal_data(s.text, scorer), s.score) for s in samples]
         return found
 
     def judge(self, lm: Any, step: int) -> MonitorLine:
@@ -233,14 +236,6 @@ class MonitorCallback(JudgingCallback):
 
 SHOWN_SAMPLES = 16
 """Samples of a scenario that trackers get."""
-
-
-def _masked(text: str, scorer: Scorer | None) -> str:
-    if scorer is None or not scorer.finds_personal_data:
-        return text
-    for span in scorer.spans(text):
-        text = text[: span.start] + "█" * (span.end - span.start) + text[span.end :]
-    return text
 
 
 def tracked(line: MonitorLine) -> dict[str, float]:

@@ -28,6 +28,9 @@ from phf.generation.scenario import Scenario, prompts_path, scenario_prompts
 from phf.scorers import Scorer
 from phf.tokens.store import TokenStore
 
+SAFE_BEAM = "safe beam/3"
+"""Version of the search, which decides its samples."""
+
 
 @dataclass(frozen=True)
 class Judging:
@@ -150,7 +153,7 @@ class Evaluation:
             [[to_plain(c), c.inputs()] for c in self.capabilities],
         ]
         if any(s.safe_beam is not None for s in self.scenarios.values()):
-            everything.append("safe beam/3")
+            everything.append(SAFE_BEAM)
         if judging.corpus_threshold is not None:
             everything.append(judging.corpus_threshold)
         if self.preferences:
@@ -302,7 +305,7 @@ def capability_part(capability: Capability, number: int) -> str:
 def _scenario_settings(scenario: Scenario, judging: Judging) -> Any:
     """What decides the samples of a scenario and their scores."""
     cut = to_plain(judging.segmenter)
-    version = [] if scenario.safe_beam is None else ["safe beam/3"]
+    version = [] if scenario.safe_beam is None else [SAFE_BEAM]
     return [to_plain(scenario), judging.threshold, judging.identity(), cut, _prompts_hash(scenario), *version]
 
 

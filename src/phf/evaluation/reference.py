@@ -34,8 +34,6 @@ from phf.tokens.store import TokensManifest, TokenStore, reference_file
 from phf.tokens.tokenizer import difference
 
 BATCH = 16
-
-
 CONTEXT = 1024
 """Tokens of a row, at most, where the user does not say."""
 WAIT_SECONDS = 1.0

@@ -17,12 +17,10 @@ from phf.core.config import ConfigError, to_plain
 from phf.core.runs import TrainManifest
 from phf.core.types import Estimate
 from phf.recipes.recipe import Recipe, load_recipe
-from phf.recipes.run import run_recipe
+from phf.recipes.run import DATA_PARTS, run_recipe
 from phf.report.results import RunSummary
 
 PRESETS = ("corrected", "paper")
-SHARED = ("corpus", "segmenter", "scorer", "preferences", "tokenizer", "heldout")
-"""What the data of a recipe depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +64,9 @@ def recipes_of(arguments: Sequence[str]) -> dict[str, Recipe]:
     corrected = found["corrected"]
     root = f"{corrected.out}-price"
     plain = {preset: to_plain(recipe) for preset, recipe in found.items()}
-    shares = all(plain["paper"][part] == plain["corrected"][part] for part in SHARED)
-    changed = sorted(
-        {v.objective_name for v in found["paper"].variants} - _unchanged(found["corrected"], found["paper"])
-    )
+    shares = all(plain["paper"][part] == plain["corrected"][part] for part in DATA_PARTS)
+    same = _unchanged(found["corrected"], found["paper"]) if shares else set()
+    changed = sorted({v.objective_name for v in found["paper"].variants} - same)
     if not changed:
         raise ConfigError("the presets 'corrected' and 'paper' are the same for all chosen objectives")
     return {
@@ -84,9 +81,7 @@ def recipes_of(arguments: Sequence[str]) -> dict[str, Recipe]:
 
 
 def _unchanged(corrected: Recipe, paper: Recipe) -> set[str]:
-    """Objectives all of whose runs are the same with both presets."""
-    if any(to_plain(corrected)[part] != to_plain(paper)[part] for part in SHARED):
-        return set()
+    """Objectives all of whose runs are the same with both presets, on the same data."""
     before, after = ({v.name: v for v in recipe.variants} for recipe in (corrected, paper))
     names = {v.objective_name for v in after.values()}
     differ = {v.objective_name for name, v in after.items() if before.get(name) != v}

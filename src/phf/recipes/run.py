@@ -38,6 +38,9 @@ from phf.tokens.store import reference_file
 from phf.training.lm import FromWeights
 from phf.training.train import train
 
+DATA_PARTS = ("corpus", "segmenter", "scorer", "preferences", "tokenizer", "heldout")
+"""Parts of a recipe that its scored and tokenized data depend on."""
+
 
 class RecipeError(PhfError, RuntimeError):
     """Some runs of a recipe failed. `results`: those of the other runs."""
@@ -166,7 +169,7 @@ def _check_data(recipe: Recipe) -> None:
         raise ConfigError(f"{files.tokens} does not exist yet: run the same command with --only data first")
     made = read_yaml(files.recipe)
     now = to_plain(recipe)
-    for part in ("corpus", "segmenter", "scorer", "preferences", "tokenizer", "heldout"):
+    for part in DATA_PARTS:
         if made.get(part, {}) != store.jsonable(now[part]):
             raise ConfigError(
                 f"{files.tokens} was made with another {part}: run the same command with --only data first"

@@ -15,9 +15,9 @@ from phf.core.config import ConfigError
 from phf.core.text import visible
 from phf.data.scored import ScoredCorpus
 from phf.report import plots
-from phf.report.browser import mask, mask_links
 from phf.report.page import environment
 from phf.scorers import Scorer
+from phf.scorers.masking import mask, mask_links
 from phf.scoring.inspect import inspect_scores
 from phf.scoring.inspection import ExampleLevel, Inspection, ShownDocument, ShownSegment
 from phf.scoring.judge import scorer_for_pages

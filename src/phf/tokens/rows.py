@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -312,12 +313,12 @@ class SourceOrder:
         """The rows of window g, a whole store, in groups of pieces of its source text. The last windows are kept."""
         if g not in self._groups:
             piece_R = self._places(g) // (PIECE_ROWS * self.context)
-            pieces = -(-len(self.tokens.tokens) // (PIECE_ROWS * self.context))
+            pieces = len(self._source_P)
             rank_P = np.argsort(permute(np.arange(pieces), pieces, key64(self.seed, "pieces", g)))
             group_R = rank_P[piece_R] // GROUP_PIECES
             mixed_R = uniforms_at(0, len(piece_R), self.seed, "rows", g)
             first, _ = self._rows_of(g)
-            source_G = np.bincount(rank_P // GROUP_PIECES, self._source_of_pieces(pieces))
+            source_G = np.bincount(rank_P // GROUP_PIECES, self._source_P)
             before = self.sources[g - 1] if g else 0
             if len(self._groups) >= KEPT_WINDOWS:
                 self._groups.pop(next(iter(self._groups)))
@@ -350,8 +351,10 @@ class SourceOrder:
             start = end
         return np.minimum(found_R, len(self.tokens.tokens) - 1)
 
-    def _source_of_pieces(self, pieces: int) -> np.ndarray:
-        """Source tokens of each piece that are trained on."""
+    @functools.cached_property
+    def _source_P(self) -> np.ndarray:
+        """Source tokens of each piece of the store that are trained on."""
+        pieces = -(-len(self.tokens.tokens) // (PIECE_ROWS * self.context))
         ends_D = self.tokens.seg_ends[self.tokens.doc_ends - 1]
         trained = np.repeat(~self.tokens.heldout_D, np.diff(ends_D, prepend=0)).astype(np.float64)
         piece_T = np.arange(len(trained)) // (PIECE_ROWS * self.context)
