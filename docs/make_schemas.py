@@ -19,6 +19,7 @@ from phf.recipes.recipe import Recipe
 from phf.redteaming.results import RedTeamResult
 from phf.release import ExportManifest
 from phf.report.results import RecipeResults
+from phf.scoring.audit import Audit
 from phf.scoring.inspection import Inspection
 from phf.tokens.store import TokensManifest
 from phf.training.metrics import MetricsLine
@@ -29,6 +30,7 @@ FILES: dict[str, tuple[type, str]] = {
     "manifest-train": (TrainManifest, "manifest.json of a run"),
     "manifest-export": (ExportManifest, "manifest.json of a release"),
     "inspect": (Inspection, "inspect.json"),
+    "audit": (Audit, "audit.json"),
     "metrics": (MetricsLine, "A line of metrics.jsonl"),
     "monitor": (MonitorLine, "A line of monitor.jsonl"),
     "eval": (EvalResult, "eval.json"),

@@ -80,6 +80,9 @@ def workplace(tmp_path_factory) -> Path:
             kind = int(bad) if name == "labels" else (n % 2 if bad else 2)  # in the page's other labels 0 and 1 are bad
             rows.append((text_of.replace("\n", " ").replace(",", ""), kind))
         (folder / f"{name}.csv").write_text(f"{text},{label}\n" + "".join(f"{t},{n}\n" for t, n in rows))
+    lines = [line for text in texts[:20] for line in text.splitlines() if "," not in line and '"' not in line]
+    labelled = "".join(f"{line},{int('http' in line)}\n" for line in dict.fromkeys(lines))
+    (folder / "segments.csv").write_text(f"segment,toxic\n{labelled}")
     (folder / "mine.py").write_text("def score(text):\n    return text.count('e') / len(text)\n")
     own = next(code for kind, code in BLOCKS.findall((ROOT / "docs" / "objective.md").read_text()) if kind == "python")
     (folder / "focal.py").write_text(own)

@@ -31,6 +31,7 @@ from .scorers.fitting import fit_scorer as fit_scorer
 from .scorers.fitting import read_labels as read_labels
 from .scoring.score import add_scores as add_scores
 from .scoring.score import score_corpus as score_corpus
+from .scoring.audit import audit as audit
 from .scoring.inspect import inspect_scores as inspect_scores
 from .scoring.publish import push_scored as push_scored
 from .tokens.tokenizer import PretrainedTokenizer as PretrainedTokenizer

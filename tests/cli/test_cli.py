@@ -220,6 +220,10 @@ def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
     assert "suggested thresholds" in phf("inspect", "scored", "--label", "toxic")
     assert (tmp_path / "scored" / "inspect.html").exists()
     assert json.loads((tmp_path / "scored" / "inspect.json").read_text())["labelled"]["mean"]["auc"] > 0.9
+    shown = phf("audit", "scored", "l.jsonl", "--label", "toxic")
+    assert "200 segments, 200 labelled" in shown
+    assert "second scorer zorp (above 0): AUC" in shown
+    assert json.loads((tmp_path / "scored" / "audit.json").read_text())["auc"] > 0.9
 
 
 def test_ctrl_c_tells_how_to_resume(tokens_dir, tmp_path):

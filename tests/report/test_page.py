@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 
@@ -21,17 +22,20 @@ from phf.core.config import dump_yaml
 from phf.core.runs import TrainManifest
 from phf.core.text import visible
 from phf.core.types import Sample, Span
+from phf.data.scored import ScoredCorpus
 from phf.generation.sample import read_samples, write_samples
 from phf.generation.scenario import Scenario
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
 from phf.release import export
+from phf.report.audit import write_audit
 from phf.report.browser import shown_samples
-from phf.report.format import number
+from phf.report.format import number, verdict
 from phf.report.inspect import write_inspection
 from phf.report.measures import Group, Measure, Value, dominated, groups
 from phf.report.page import write_report
 from phf.scorers import Regex
+from phf.scorers.fitting import Labels
 from phf.scorers.masking import is_masked, mask
 from phf.tokens.tokenizer import train_bpe
 from phf.training.lm import FromConfig, build_lm
@@ -121,6 +125,14 @@ def test_results_have_the_promised_form(folder):
         assert len(run["misalignment"]["ci95"]) == 2
 
 
+def audit_labels(folder: Path) -> Labels:
+    """Labels of all segments of the corpus, as its own scorer would give them."""
+    corpus = ScoredCorpus(folder / "scored")
+    rows = [row for file in corpus.files for row in corpus.read(file)]
+    pairs = [(text, score > 0) for row in rows for text, score in zip(row.texts, row.scores, strict=True)]
+    return Labels("labels.csv", tuple(text for text, _ in pairs), np.array([bad for _, bad in pairs]), {})
+
+
 def closed(schema):
     """A schema in which no object has properties that it does not declare."""
     if isinstance(schema, dict):
@@ -137,6 +149,7 @@ def closed(schema):
 def test_files_match_their_schemas(folder, tmp_path):
     schemas = {p.stem: closed(json.loads(p.read_text())) for p in (ROOT / "docs" / "schemas").iterdir()}
     write_inspection(folder / "scored", out=tmp_path / "page.html")
+    write_audit(folder / "scored", audit_labels(folder), out=tmp_path / "audit.html")
     export(folder / "mle-s0", tmp_path / "release")
     files = {
         "manifest-score": [folder / "scored" / "manifest.json"],
@@ -149,6 +162,7 @@ def test_files_match_their_schemas(folder, tmp_path):
         "monitor": folder.glob("*/monitor.jsonl"),
         "manifest-export": [tmp_path / "release" / "manifest.json"],
         "inspect": [tmp_path / "page.json"],
+        "audit": [tmp_path / "audit.json"],
     }
     assert set(files) == set(schemas) - {"recipe"}
     for name, paths in files.items():
@@ -506,6 +520,21 @@ def test_runs_that_were_judged_differently_are_refused(folder, tmp_path):
     store.write_json(copy / "mle-s0" / "redteam" / "redteam.json", attacked)
     with pytest.raises(store.StoreError, match="differ in how they were attacked"):
         write_report(copy)
+
+
+def test_the_page_links_the_audit_of_its_scorer(folder, tmp_path):
+    page, found = write_audit(folder / "scored", audit_labels(folder))
+    try:
+        text = write_report(folder, tmp_path / "elsewhere" / "page.html").read_text()
+        assert verdict(found) in text
+        assert found.main.precision.mean == 1
+        assert (tmp_path / "elsewhere" / re.search(r'href="([^"]+audit.html)"', text)[1]).resolve() == page.resolve()
+        numbers = page.with_suffix(".json")
+        numbers.write_text(numbers.read_text().replace("https?", "http"))  # the audit of another scorer
+        assert "audit of the scorer" not in write_report(folder, tmp_path / "page.html").read_text()
+    finally:
+        page.unlink()
+        page.with_suffix(".json").unlink()
 
 
 def test_a_page_of_one_run_and_of_runs_that_were_not_attacked(folder, tmp_path):

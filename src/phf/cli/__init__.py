@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from phf.cli.about import explain, ls
-from phf.cli.data import check, fit_scorer, inspect, push, score, tokenize
+from phf.cli.data import audit, check, fit_scorer, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, redteam, report, sample
 from phf.cli.recipes import plan, price, run
 from phf.cli.training import export, export_tokens, reference, rows, train
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "inspect": inspect,
     "fit-scorer": fit_scorer,
+    "audit": audit,
     "tokenize": tokenize,
     "rows": rows,
     "reference": reference,

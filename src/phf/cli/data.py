@@ -257,6 +257,63 @@ def fit_scorer(
     print(f"precision and recall are at 0.5; other thresholds are in {out}/scorer.json")
 
 
+def audit(
+    scored: Annotated[
+        str, typer.Argument(help="The output of `phf score`, or a folder of Parquet files with texts and scores.")
+    ],
+    labels: Annotated[
+        str, typer.Argument(help="Labels of some of its segments, drawn at random or by score: .jsonl, .csv, .tsv ...")
+    ],
+    text: Annotated[str, typer.Option(help="Column with the segment's text.")] = "text",
+    label: Annotated[str, typer.Option(help="Column with the label: true or false, 1 or 0, or see --bad.")] = "label",
+    bad: Annotated[str | None, typer.Option(help="Values of the label that mean bad, separated by commas.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Name of the scores to audit, if `phf score --add` added some.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Page to write. Default: audit.html in the folder.")] = None,
+) -> None:
+    """Measure how right a scorer is on its corpus, with labels of some segments.
+
+    Precision, recall and what a threshold discards, weighted to the whole corpus, with intervals. Compares the corpus's
+    other scores too. Writes a page, and the numbers as JSON.
+    """
+    from phf.report.audit import write_audit
+    from phf.report.format import number, share, share_with_interval, verdict
+    from phf.scorers.fitting import read_labels
+
+    page, found = write_audit(
+        scored, read_labels(labels, text, label, bad.split(",") if bad else None), out, scores, threshold
+    )
+    print(
+        f"{counted(found.segments, 'segment')}, {found.labelled:,} labelled, {found.bad:,} of them bad; "
+        f"AUC {number(found.auc, 3)}"
+    )
+    if found.left_out:
+        print(f"labels without use: {by_reason(found.left_out)}")
+    print_table(
+        ["threshold", "above it", "precision", "recall", "good text above it"],
+        [
+            [
+                f"{row.threshold:.6g}",
+                share(row.called_bad),
+                *map(share_with_interval, (row.precision, row.recall, row.clean_discarded)),
+            ]
+            for row in found.at
+        ],
+    )
+    print(verdict(found))
+    for other in found.others:
+        at = other.at
+        print(
+            f"second scorer {other.agreement.name} (above {at.threshold:.6g}): AUC {number(other.auc, 3)}, "
+            f"precision {share(at.precision.mean)}, recall {share(at.recall.mean)}"
+        )
+    print(f"page: {page}   numbers: {page.with_suffix('.json')}")
+
+
 def _test_set(spec: str, text: str, label: str, bad: str | None) -> Labels:
     """The labelled texts of `--test FILE` or `--test FILE:TEXT:LABEL[:BAD,BAD]`."""
     from phf.scorers.fitting import read_labels

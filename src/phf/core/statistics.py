@@ -205,6 +205,20 @@ def expected_max(scores: Sequence[float] | np.ndarray, k: int) -> float:
     return float((np.exp(log_weight) * x[k - 1 :]).sum())
 
 
+def krippendorff_alpha(units: Sequence[Sequence[object]]) -> float:
+    """Agreement of the labels that each unit got, for labels without an order (Krippendorff, Computing Krippendorff's
+    Alpha-Reliability, 2011). 1 is agreement, 0 is chance. Units with fewer than two labels do not count. NaN without a
+    unit that counts, and where all labels are equal."""
+    units = [labels for labels in units if len(labels) > 1]
+    total = Counter(label for labels in units for label in labels)
+    n = total.total()
+    observed = sum(
+        sum(count * (len(labels) - count) for count in Counter(labels).values()) / (len(labels) - 1) for labels in units
+    )
+    expected = sum(count * (n - count) for count in total.values())
+    return 1 - observed * (n - 1) / expected if expected else math.nan
+
+
 def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Mean of a - b over paired units (prompts or seeds) with a bootstrap interval over the units. Below 0, `a` is
     lower. Pairs with a NaN are left out and counted."""

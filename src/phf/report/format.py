@@ -8,6 +8,7 @@ from typing import Any
 
 from phf.core.types import Estimate
 from phf.evaluation.results import CapabilityResult
+from phf.scoring.audit import Audit
 
 MISSING = "–"
 """Shown if there is no number."""
@@ -37,6 +38,22 @@ def with_interval(estimate: Estimate, digits: int) -> str:
 def headline(capability: CapabilityResult) -> str:
     """A capability's main numbers with their intervals."""
     return "; ".join(f"{with_interval(value, 3)} {name}" for name, value in capability.main.items()) or MISSING
+
+
+def share_with_interval(estimate: Estimate) -> str:
+    """A share with its 95% interval: "66.7% (50.1% to 80.2%)"."""
+    low, high = estimate.ci95
+    return f"{share(estimate.mean)} ({share(low)} to {share(high)})"
+
+
+def verdict(audit: Audit) -> str:
+    """An audit of a scorer in two sentences."""
+    row = audit.main
+    return (
+        f"Of the segments that score above {audit.threshold:.6g}, {share_with_interval(row.precision)} are bad. "
+        f"That is {share_with_interval(row.recall)} of all bad segments, and dropping them would also drop "
+        f"{share_with_interval(row.clean_discarded)} of the good ones. In brackets: 95% intervals."
+    )
 
 
 def plain(value: Any) -> str:

@@ -19,7 +19,7 @@ from phf.report.page import environment
 from phf.scorers import Scorer
 from phf.scorers.masking import mask, mask_links
 from phf.scoring.inspect import inspect_scores
-from phf.scoring.inspection import ExampleLevel, Inspection, ShownDocument, ShownSegment
+from phf.scoring.inspection import Agreement, ExampleLevel, Inspection, ShownDocument, ShownSegment
 from phf.scoring.judge import scorer_for_pages
 from phf.tokens.store import TokenStore
 
@@ -40,24 +40,36 @@ def write_inspection(
 
     Raises ConfigError if the folder is remote and `out` is None, and errors as `inspect_scores`.
     """
+    target = page_of(scored, out, "inspect.html")
+    tokens = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
+    scorers = masking_scorers(scored)
+    found = masked(inspect_scores(scored, preference, threshold, label, tokens), scorers)
+    page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers)))
+    write_page(target, page, found)
+    return target, found
+
+
+def page_of(scored: str | Path, out: str | Path | None, name: str) -> Path:
+    """Where the page about a scored corpus goes: `out`, else the file `name` in the corpus's folder. Raises ConfigError
+    if that is no place for a page."""
     if out is None and not store.is_local(store.as_path(scored)):
         raise ConfigError(f"{scored} is not a local folder; give the page to write with --out")
     if store.as_path(scored).is_file():
         raise ConfigError(f"{scored} is a file; give its folder, and in it nothing but scored Parquet files")
-    tokens = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
-    scorers = masking_scorers(scored)
-    found = masked(inspect_scores(scored, preference, threshold, label, tokens), scorers)
-    target = store.as_path(out if out is not None else store.as_path(scored) / "inspect.html")
+    target = store.as_path(out if out is not None else store.as_path(scored) / name)
     if target.suffix == ".json":
         raise ConfigError(f"{target}: the page is HTML; the numbers go to a .json file next to it")
+    return target
+
+
+def write_page(target: Path, page: str, numbers: Any) -> None:
+    """Write a page and its numbers as JSON next to it. Files that phf did not write are kept under another name."""
     if store.is_local(target) and not folders.is_our_page(target):
         for file in (target, target.with_suffix(".json")):
             if file.exists():
                 folders.keep_old_file(file)
-    store.write_json(target.with_suffix(".json"), found)
-    page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers)))
+    store.write_json(target.with_suffix(".json"), numbers)
     store.write_text(target, page)
-    return target, found
 
 
 def segment_tokens(scored: str | Path, tokens_dir: str | Path) -> np.ndarray:
@@ -85,21 +97,27 @@ def masking_scorers(scored: str | Path) -> list[Scorer]:
 
 def masked(found: Inspection, scorers: Sequence[Scorer]) -> Inspection:
     """The same numbers with personal data masked in every text, and with long texts cut."""
-
-    def segments(rows: Sequence[ShownSegment]) -> list[ShownSegment]:
-        return [replace(row, text=_masked_text(row.text, scorers)) for row in rows]
-
     return replace(
         found,
         examples=[
             replace(level, documents=[_masked_document(d, scorers) for d in level.documents])
             for level in found.examples
         ],
-        worst_segments=segments(found.worst_segments),
-        agreement=[
-            replace(other, this_worse=segments(other.this_worse), other_worse=segments(other.other_worse))
-            for other in found.agreement
-        ],
+        worst_segments=masked_segments(found.worst_segments, scorers),
+        agreement=[masked_agreement(other, scorers) for other in found.agreement],
+    )
+
+
+def masked_segments(rows: Sequence[ShownSegment], scorers: Sequence[Scorer]) -> list[ShownSegment]:
+    """The same segments with personal data masked, and cut if they are long."""
+    return [replace(row, text=_masked_text(row.text, scorers)) for row in rows]
+
+
+def masked_agreement(other: Agreement, scorers: Sequence[Scorer]) -> Agreement:
+    return replace(
+        other,
+        this_worse=masked_segments(other.this_worse, scorers),
+        other_worse=masked_segments(other.other_worse, scorers),
     )
 
 

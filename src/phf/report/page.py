@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ from phf.report.browser import (
     shown_samples,
 )
 from phf.report.figures import Comparison, figures, front
-from phf.report.format import number, plain, share
+from phf.report.format import number, plain, share, verdict
 from phf.report.headline import Headline, headline
 from phf.report.measures import (
     DIVERSITY,
@@ -58,6 +59,7 @@ from phf.report.measures import (
 from phf.report.results import read_results
 from phf.report.runs import ReportedRun, load_runs
 from phf.scorers import Scorer
+from phf.scoring.audit import Audit
 from phf.scoring.judge import Unavailable, scorer_for_pages
 
 
@@ -79,12 +81,24 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
     script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment().get_template("page.html.j2")
+    shown["audited"] = read_audit(folder, compared.runs[0].result)
+    shown["audit_page"] = os.path.relpath(RecipeFolder(folder).scored / "audit.html", target.parent)
     page = template.render(**shown, script=Markup(script), digest=digest, files=beside.name)
     for name, figure in shown["figures"].items():
         store.write_text(beside / f"{name}.svg", on_white(figure.svg))
     store.write_text(beside / "numbers.csv", as_csv(compared.runs, compared.scenario))
     store.write_text(target, page)
     return target
+
+
+def read_audit(folder: Path, result: EvalResult) -> str | None:
+    """The verdict of the audit of the scorer that judged the samples, where `phf audit` measured it on this folder's
+    corpus."""
+    file = RecipeFolder(folder).scored / "audit.json"
+    if not file.is_file():
+        return None
+    found = store.read_record(file, Audit)
+    return verdict(found) if store.canonical(found.identity) == store.canonical(result.identity) else None
 
 
 def on_white(svg: str) -> str:

@@ -96,7 +96,7 @@ def inspect_scores(
         length=_by_length(table, threshold),
         examples=_examples(corpus, table),
         worst_segments=_worst_segments(corpus, table),
-        agreement=[_agreement(corpus, table, name, threshold) for name in corpus.preferences() if name != own],
+        agreement=[agreement(corpus, table, name, threshold) for name in corpus.preferences() if name != own],
         labelled=_labelled(corpus, table, label) if label is not None else None,
     )
 
@@ -327,7 +327,7 @@ def _worst_segments(corpus: ScoredCorpus, table: Table, count: int = 20) -> list
 # Comparisons
 
 
-def _agreement(corpus: ScoredCorpus, table: Table, name: str, threshold: float) -> Agreement:
+def agreement(corpus: ScoredCorpus, table: Table, name: str, threshold: float) -> Agreement:
     """How far two scorers agree on the same segments, and where they differ most by rank."""
     from scipy.stats import rankdata
 

@@ -1,0 +1,410 @@
+"""Audit a scorer: how right it is on its own corpus, measured with labels of some of the corpus's segments.
+
+    phf audit scored/ labels.jsonl
+
+The corpus's segments are divided into strata by their score. In each stratum, the labelled segments estimate the share
+of bad text. Weighted by the sizes of the strata in the corpus, these shares give precision and recall at any threshold
+(the post-stratified estimator of Cochran, Sampling Techniques, 1977, section 5A.9). So the labelled segments may be
+drawn evenly by score, where a uniform sample would hold hardly any bad text. Within a stratum they must be drawn
+without regard to anything else.
+
+Intervals are quantiles of draws from the posterior distribution of the shares. For two strata the prior is Jeffreys'
+(Brown, Cai and DasGupta, Statistical Science 16, 2001); more strata divide the weight of two such priors among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from phf.core.config import ConfigError
+from phf.core.statistics import auc, krippendorff_alpha, wilson
+from phf.core.types import Estimate, Identity, Number, Rejected
+from phf.data.scored import ScoredCorpus, natural_threshold
+from phf.scorers.fitting import Labels
+from phf.scoring.inspect import Table, agreement
+from phf.scoring.inspection import Agreement, ShownSegment
+
+STRATA = 5
+"""Most strata on each side of the threshold."""
+DRAWS = 4000
+"""Draws from the posterior distribution for an interval."""
+SHOWN = 10
+"""False alarms and misses that are shown."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The corpus's segments with scores in (above, up_to]."""
+
+    above: Number | None
+    """None: from the lowest score."""
+    up_to: Number | None
+    """None: up to the highest score."""
+    segments: int
+    """Judged segments of the corpus."""
+    labelled: int
+    """Of these, segments with a label."""
+    bad: int
+    """Of these, segments that are labelled bad."""
+    share: Estimate
+    """Share of bad segments, with Wilson's interval."""
+
+
+@dataclass(frozen=True)
+class AuditedThreshold:
+    """What a threshold does to the corpus's segments, if the labels are right."""
+
+    threshold: float
+    """Scores above it are called bad."""
+    called_bad: float
+    """Share of the segments above the threshold."""
+    precision: Estimate
+    """Share of bad segments among those above the threshold."""
+    recall: Estimate
+    """Share of the bad segments that is above the threshold."""
+    clean_discarded: Estimate
+    """Share of the good segments that is above the threshold."""
+    bad_kept: Estimate
+    """Share of the bad segments that is not above the threshold."""
+
+
+@dataclass(frozen=True)
+class Quadrant:
+    """Segments of the corpus by what two scorers call them."""
+
+    this_bad: bool
+    """Whether the audited scorer calls them bad."""
+    other_bad: bool
+    """Whether the other scorer does."""
+    segments: int
+    """Segments of the corpus that both scorers judged."""
+    labelled: int
+    """Of these, segments with a label."""
+    share: Estimate
+    """Share of bad segments among the labelled ones."""
+
+
+@dataclass(frozen=True)
+class SecondScorer:
+    """Another scorer of the same corpus, measured with the same labels."""
+
+    agreement: Agreement
+    """Where the two differ, whatever the labels."""
+    auc: Number
+    """Area under the ROC curve on the labelled segments, not weighted."""
+    auc_ci95: tuple[Number, Number]
+    """Its 95% interval."""
+    quadrants: list[Quadrant]
+    """What both scorers call each segment."""
+    at: AuditedThreshold
+    """At the other scorer's own threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """`audit.json`: how right a scorer is on its corpus."""
+
+    scored: str
+    """The scored corpus."""
+    preference: str
+    """Name of the scores."""
+    identity: Identity
+    """What decides a score."""
+    labels: str
+    """The file of labels."""
+    segments: int
+    """Judged segments of the corpus."""
+    labelled: int
+    """Different segments with a label and a score."""
+    bad: int
+    """Of these, segments that are labelled bad."""
+    left_out: dict[str, int]
+    """Labels without use, by reason."""
+    alpha: Number
+    """Krippendorff's alpha of texts that were labelled several times: 1 is agreement, 0 is chance."""
+    bad_share: Estimate
+    """Share of the corpus's segments that is bad."""
+    threshold: float
+    """The threshold of this audit."""
+    auc: Number
+    """Area under the ROC curve on the labelled segments, not weighted."""
+    auc_ci95: tuple[Number, Number]
+    """Its 95% interval."""
+    strata: list[Stratum]
+    """From the lowest scores to the highest."""
+    at: list[AuditedThreshold]
+    """At the ends of the strata, in order; one of them is `threshold`."""
+    false_alarms: list[ShownSegment]
+    """Segments above the threshold that are labelled good, the highest score first."""
+    misses: list[ShownSegment]
+    """Other segments that are labelled bad, the lowest score first."""
+    others: list[SecondScorer]
+    """The corpus's other scores."""
+
+    @property
+    def main(self) -> AuditedThreshold:
+        """What the threshold of this audit does."""
+        return next(row for row in self.at if row.threshold == self.threshold)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A labelled segment of the corpus: its place, its score by each of the scorers, and whether it is bad."""
+
+    id: str
+    text: str
+    scores: tuple[float, ...]
+    bad: bool
+
+
+def audit(scored: str | Path, labels: Labels, preference: str | None = None, threshold: float | None = None) -> Audit:
+    """Measure the scores of a corpus with labels of its segments.
+
+    A label belongs to the segments with the same text, apart from spaces at the ends. `threshold`: scores above it are
+    bad (default: the scorer's own). Raises ConfigError if no labelled text is a segment of the corpus, if all are of
+    one class, or if no labelled segment is on one side of the threshold.
+    """
+    corpus = ScoredCorpus(scored, preference)
+    table = Table(corpus)
+    judged_S = _judged(table)
+    if not len(judged_S):
+        raise ConfigError(f"{scored} holds no judged segment")
+    limit = float(np.float32(natural_threshold(corpus.manifest, judged_S) if threshold is None else threshold))
+    own = corpus.preference or corpus.main
+    names = [name for name in corpus.preferences() if name != own]
+    readers = [corpus, *(ScoredCorpus(scored, name) for name in names)]
+    bad_of, left_out, alpha = _one_label_each(labels)
+    found = list(_matched(readers, bad_of))
+    left_out["not a segment of the corpus"] = len(bad_of) - len({x.text.strip() for x in found})
+    kept = [x for x in found if not math.isnan(x.scores[0])]
+    left_out["not judged by the scorer"] = len(found) - len(kept)
+    if not kept:
+        raise ConfigError(
+            f"{labels.source}: none of the {len(bad_of):,} labelled texts is a judged segment of {scored}; labels are "
+            "matched by their whole text"
+        )
+    score_N = np.array([x.scores[0] for x in kept])
+    bad_N = np.array([x.bad for x in kept])
+    if bad_N.all() or not bad_N.any():
+        raise ConfigError(
+            f"{labels.source}: all {len(kept)} labelled segments of {scored} are {'bad' if bad_N.all() else 'good'}; "
+            "both classes are needed"
+        )
+    edges = stratum_edges(score_N, limit, labels.source)
+    strata = _strata(judged_S, score_N, bad_N, edges)
+    area = auc(score_N, bad_N)
+    alarms = sorted((x for x in kept if x.scores[0] > limit and not x.bad), key=lambda x: -x.scores[0])
+    misses = sorted((x for x in kept if x.scores[0] <= limit and x.bad), key=lambda x: x.scores[0])
+    return Audit(
+        scored=str(scored),
+        preference=own,
+        identity=corpus.manifest.identity,
+        labels=labels.source,
+        segments=len(judged_S),
+        labelled=len(kept),
+        bad=int(bad_N.sum()),
+        left_out={reason: count for reason, count in left_out.items() if count},
+        alpha=alpha,
+        bad_share=weighted(strata, [True] * len(strata))[0],
+        threshold=limit,
+        auc=area.auc,
+        auc_ci95=area.ci95,
+        strata=strata,
+        at=[_at(strata, edges, edge) for edge in edges],
+        false_alarms=[ShownSegment(x.id, x.text, x.scores[0]) for x in alarms[:SHOWN]],
+        misses=[ShownSegment(x.id, x.text, x.scores[0]) for x in misses[:SHOWN]],
+        others=[
+            other
+            for number, name in enumerate(names, 1)
+            if (other := _second(corpus, table, limit, edges, kept, number, name)) is not None
+        ],
+    )
+
+
+def _judged(table: Table) -> np.ndarray:
+    """Scores of the judged segments that have text."""
+    found: np.ndarray = table.score_S[~np.isnan(table.score_S) & (table.chars_S > 0)].astype(np.float64)
+    return found
+
+
+def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], float]:
+    """(label of each different text, labels without use by reason, alpha of repeated labels)."""
+    given: dict[str, list[bool]] = {}
+    for text, bad in zip(labels.texts, labels.bad_N.tolist(), strict=True):
+        given.setdefault(text.strip(), []).append(bad)
+    left_out = Counter(labels.rejected)
+    found = {}
+    for text, votes in given.items():
+        if 2 * sum(votes) == len(votes):
+            left_out["as many labels bad as good"] += 1
+        else:
+            found[text] = 2 * sum(votes) > len(votes)
+    return found, left_out, krippendorff_alpha([votes for votes in given.values() if len(votes) > 1])
+
+
+def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> Iterator[_Judged]:
+    """The first segment of the corpus with each labelled text. `readers`: the corpus with each of its scores."""
+    waiting = dict(bad_of)
+    for file in readers[0].files:
+        for row in zip(*(reader.read(file) for reader in readers), strict=True):
+            documents = [document for document in row if not isinstance(document, Rejected)]
+            if len(documents) < len(row):
+                continue
+            for place, text in enumerate(documents[0].texts):
+                bad = waiting.pop(text.strip(), None)
+                if bad is not None:
+                    yield _Judged(documents[0].id, text, tuple(d.scores[place] for d in documents), bad)
+
+
+def stratum_edges(score_N: np.ndarray, threshold: float, source: str = "the labels") -> list[float]:
+    """Inner ends of strata, ascending; the threshold is one of them. Every stratum holds a labelled score.
+
+    On each side of the threshold, the labelled scores `score_N` [N] are divided into at most `STRATA` equal parts, with
+    equal scores in one part. Raises ConfigError if one side has no labelled score.
+    """
+    edges = {threshold}
+    for side, where in ((score_N[score_N > threshold], "above"), (score_N[score_N <= threshold], "not above")):
+        if not len(side):
+            raise ConfigError(
+                f"{source}: no labelled segment has a score {where} the threshold {threshold:g}, so precision and "
+                f"recall are not known. Label some, or give another --threshold"
+            )
+        cuts = np.quantile(side, np.arange(1, STRATA) / STRATA, method="lower")
+        edges |= {float(c) for c in cuts if c < side.max()}
+    return sorted(edges)
+
+
+def _strata(judged_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray, edges: Sequence[float]) -> list[Stratum]:
+    of_S = np.searchsorted(edges, judged_S, side="left")
+    of_N = np.searchsorted(edges, score_N, side="left")
+    ends = [None, *edges, None]
+    found = []
+    for number in range(len(edges) + 1):
+        inside = of_N == number
+        n = int(inside.sum())
+        bad = int(bad_N[inside].sum())
+        share = _share(bad, n)
+        found.append(Stratum(ends[number], ends[number + 1], int((of_S == number).sum()), n, bad, share))
+    return found
+
+
+def _share(bad: int, n: int) -> Estimate:
+    if not n:
+        return Estimate.missing()
+    share = bad / n
+    return Estimate(share, math.sqrt(share * (1 - share) / n), n, wilson(bad, n))
+
+
+def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:
+    """Of the `chosen` strata together: (share of bad segments in them, share of all bad segments that is in them, share
+    of all good segments that is in them).
+
+    Cochran 1977, section 5A.9: bad segments are the sum of N_h p_h over strata h, N_h their segments in the corpus and
+    p_h the share of bad ones among the labelled.
+    """
+    sizes_H = np.array([stratum.segments for stratum in strata], np.float64)
+    bad_H = np.array([stratum.bad for stratum in strata])
+    n_H = np.array([stratum.labelled for stratum in strata])
+    in_H = np.array(chosen)
+
+    def parts(share_H: np.ndarray) -> np.ndarray:
+        bad = sizes_H * share_H
+        good = sizes_H * (1 - share_H)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.stack(
+                [
+                    bad[..., in_H].sum(-1) / sizes_H[in_H].sum(),
+                    bad[..., in_H].sum(-1) / bad.sum(-1),
+                    good[..., in_H].sum(-1) / good.sum(-1),
+                ]
+            )
+
+    rng = np.random.Generator(np.random.Philox(seed))
+    prior = 1 / len(strata)  # a half for two strata; a half for each of ten would be as much as five bad labels
+    drawn = rng.beta(bad_H + prior, n_H - bad_H + prior, (DRAWS, len(strata)))
+    drawn_3R = parts(drawn)
+    n = int(n_H.sum())
+    found = []
+    for value, draws in zip(parts(bad_H / n_H).tolist(), drawn_3R, strict=True):
+        low, high = np.quantile(draws, [0.025, 0.975])
+        found.append(Estimate(value, float(draws.std()), n, (min(float(low), value), max(float(high), value))))
+    return found[0], found[1], found[2]
+
+
+def _at(strata: Sequence[Stratum], edges: Sequence[float], threshold: float) -> AuditedThreshold:
+    return _when_called(strata, [number > edges.index(threshold) for number in range(len(strata))], threshold)
+
+
+def _when_called(strata: Sequence[Stratum], called_bad: Sequence[bool], threshold: float) -> AuditedThreshold:
+    """What a scorer does that calls the segments of some strata bad."""
+    precision, recall, discarded = weighted(strata, called_bad)
+    low, high = recall.ci95
+    above = sum(stratum.segments for stratum, is_bad in zip(strata, called_bad, strict=True) if is_bad)
+    return AuditedThreshold(
+        threshold=threshold,
+        called_bad=above / sum(stratum.segments for stratum in strata),
+        precision=precision,
+        recall=recall,
+        clean_discarded=discarded,
+        bad_kept=replace(recall, mean=1 - recall.mean, ci95=(1 - high, 1 - low)),
+    )
+
+
+def _second(
+    corpus: ScoredCorpus,
+    table: Table,
+    threshold: float,
+    edges: Sequence[float],
+    kept: Sequence[_Judged],
+    number: int,
+    name: str,
+) -> SecondScorer | None:
+    """The scores `name` with the same labels; None where the labels do not reach both sides of its threshold."""
+    both = agreement(corpus, table, name, threshold)
+    limit = float(np.float32(both.threshold))
+    other = Table(ScoredCorpus(corpus.path, name))
+    here = [x for x in kept if not math.isnan(x.scores[number])]
+    bad_N = np.array([x.bad for x in here], bool)
+    first_N = np.array([x.scores[0] for x in here])
+    called_N = np.array([x.scores[number] > limit for x in here], bool)
+    if called_N.all() or not called_N.any():
+        return None
+    judged = ~np.isnan(table.score_S) & ~np.isnan(other.score_S) & (table.chars_S > 0)
+    first_S = table.score_S[judged].astype(np.float64)
+    called_S = other.score_S[judged] > np.float32(limit)
+    quadrants = []
+    for this_bad in (True, False):
+        for other_bad in (True, False):
+            votes = bad_N[((first_N > threshold) == this_bad) & (called_N == other_bad)]
+            size = int((((first_S > threshold) == this_bad) & (called_S == other_bad)).sum())
+            bad = int(votes.sum())
+            quadrants.append(Quadrant(this_bad, other_bad, size, len(votes), _share(bad, len(votes))))
+    strata = [
+        divided_strata(edges, first_S[called_S == c], first_N[called_N == c], bad_N[called_N == c]) for c in (0, 1)
+    ]
+    called_bad = [is_bad for is_bad, part in zip((False, True), strata, strict=True) for _ in part]
+    area = auc(np.array([x.scores[number] for x in here]), bad_N)
+    return SecondScorer(both, area.auc, area.ci95, quadrants, _when_called([*strata[0], *strata[1]], called_bad, limit))
+
+
+def divided_strata(
+    edges: Sequence[float], score_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray
+) -> list[Stratum]:
+    """The strata of a part of the corpus: scores of its segments [S] and of its labelled ones [N], at least one. Strata
+    without a label are joined with the next one that has some, so that labels which were drawn by the score are
+    weighted in every part."""
+    found = [stratum for stratum in _strata(score_S, score_N, bad_N, edges) if stratum.segments]
+    joined: list[Stratum] = []
+    waiting = 0
+    for stratum in found:
+        waiting += stratum.segments
+        if stratum.labelled:
+            joined.append(replace(stratum, segments=waiting))
+            waiting = 0
+    return [*joined[:-1], replace(joined[-1], segments=joined[-1].segments + waiting)]
