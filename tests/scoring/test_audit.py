@@ -113,8 +113,9 @@ def test_a_second_scorer_is_weighted_by_the_score_that_the_labels_were_drawn_by(
         drawn = np.concatenate([rng.choice(1000, 200, False) + 9000, rng.choice(9000, 200, False)])
         edges = stratum_edges(first[drawn], 0.5)
         parts = [
-            divided_strata(edges, first[called == c], first[drawn][called[drawn] == c], bad[drawn][called[drawn] == c])
+            divided_strata(edges, first[called == c], first[mine], bad[mine], np.ones(len(mine), int))
             for c in (False, True)
+            for mine in [drawn[called[drawn] == c]]
         ]
         assert sum(s.segments for part in parts for s in part) == 10000
         chosen = [c for c, part in zip((False, True), parts, strict=True) for _ in part]
@@ -142,6 +143,7 @@ def test_labels_that_do_not_fit_are_counted_or_refused(tmp_path):
     found = audit(folder, labels(given), threshold=0.5)
     assert found.labelled == 2
     assert found.left_out == {
+        "another label of the same text": 2,
         "as many labels bad as good": 1,
         "not a segment of the corpus": 1,
         "not judged by the scorer": 1,
@@ -153,6 +155,34 @@ def test_labels_that_do_not_fit_are_counted_or_refused(tmp_path):
         audit(folder, labels([(0, True), (1, True), (9, False)]))
     with pytest.raises(ConfigError, match="no labelled segment has a score above the threshold 0.95"):
         audit(folder, labels([(0, True), (1, False)]), threshold=0.95)
+
+
+def test_scores_from_elsewhere_count_as_float32(tmp_path):
+    scores = [0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9] * 10
+    folder = scored(tmp_path / "s", scores)
+    found = audit(folder, labels([(n, n % 2 == 0) for n in range(70)]), threshold=0.7)
+    assert all(s.segments == s.labelled for s in found.strata)
+    assert found.main.called_bad == pytest.approx(20 / 70)
+
+
+def test_a_label_holds_for_every_segment_with_its_text(tmp_path):
+    """A line that occurs 500 times is labelled once or a hundred times: the corpus has 500 such segments."""
+    rng = np.random.default_rng(0)
+    scores = [0.2] * 750 + [0.8] * 250
+    texts = ["}\n"] * 500 + [f"s{n}\n" for n in range(500)]
+    bad = [False] * 500 + [bool(rng.random() < share) for share in [0.5] * 250 + [0.9] * 250]
+    (tmp_path / "s").mkdir()
+    table = {"texts": [[t] for t in texts], "scores": [[s] for s in scores]}
+    pq.write_table(pa.table(table), tmp_path / "s" / "a.parquet")
+    drawn = rng.choice(1000, 300, replace=False)
+    given = Labels("l", tuple(texts[n] for n in drawn), np.array([bad[n] for n in drawn]), {})
+    found = audit(tmp_path / "s", given, threshold=0.5)
+    assert found.strata[0].repeated == 500
+    assert found.strata[0].repeated_bad == 0
+    truth = sum(bad) / 1000
+    assert found.bad_share.ci95[0] <= truth <= found.bad_share.ci95[1]
+    assert found.bad_share.mean == pytest.approx(truth, abs=0.05)
+    assert found.main.recall.mean == pytest.approx(sum(bad[750:]) / sum(bad), abs=0.08)
 
 
 def test_alpha_is_that_of_a_plain_loop():

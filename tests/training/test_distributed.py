@@ -33,8 +33,6 @@ LAUNCH = [
     "c10d",
     "--rdzv-endpoint",
     "localhost:0",
-    "--max-restarts",
-    "2",  # gloo rarely ends a process with a segmentation fault: then all start again and resume
 ]
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
@@ -43,6 +41,17 @@ ACCELERATE = [
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONFAULTHANDLER": "1"}
 """accelerate launch does not start several processes on CPUs unless the variable says so. A process that crashes says
 where."""
+
+
+def run_on_two(command):
+    """Run a command on two processes. gloo rarely corrupts the memory of a process (LOG.md): a run that a signal ended
+    is started a second time, and resumes."""
+    for again in (True, False):
+        ended = subprocess.run([*LAUNCH, *command], env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+        print(ended.stderr, file=sys.stderr)
+        if not (again and any(signal in ended.stderr for signal in ("SIGSEGV", "SIGABRT"))):
+            break
+    ended.check_returncode()
 
 
 def lines(run, file="metrics.jsonl"):
@@ -120,7 +129,7 @@ def test_a_run_of_one_process_resumes_with_two(tokens_dir, tmp_path):
     (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
     asked = ["objective.name=masking", *(f"train.{k}={v}" for k, v in settings.items())]
     command = ["-m", "phf", "train", str(tokens_dir), str(tmp_path / "two"), str(tmp_path / "m.yaml"), *asked]
-    subprocess.run([*LAUNCH, *command], check=True, env=ONE_THREAD)
+    run_on_two(command)
     one = lines(tmp_path / "one")
     two = lines(tmp_path / "two")
     assert not (tmp_path / "two.old-1").exists()
@@ -144,7 +153,7 @@ SHARDED = {
 }
 
 SHARDED_RUN = """
-import json, os, signal, sys
+import json, os, sys
 import torch
 from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig
@@ -158,12 +167,10 @@ train(
     model=FromConfig({model!r}),
     objective={objective!r},
     config=config,
-    stop_after=int(sys.argv[3]) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None,
+    stop_after=int(sys.argv[3]) or None,
 )
 sys.stdout.flush()
 torch.distributed.barrier()
-if sys.argv[4] == "crashes" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
-    os.kill(os.getpid(), signal.SIGSEGV)
 os._exit(0)
 """
 
@@ -173,8 +180,7 @@ os._exit(0)
 def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
     """`train.shard` under torchrun with accumulated gradients gives the losses, weights and checkpoints of one process.
 
-    A run whose first process crashes resumes to the same bytes. A run of one process resumes sharded, and the other way
-    round.
+    An interrupted run resumes to the same bytes. A run of one process resumes sharded, and the other way round.
     """
     config, objective, more, near = SHARDED[family]
     model = FromConfig(config)
@@ -193,16 +199,17 @@ def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
             stop_after=stop,
         )
 
-    def sharded(run, stop=0, then=""):
+    def sharded(run, stop=0):
         script = SHARDED_RUN.replace("{model!r}", repr(config)).replace("{settings!r}", repr(settings))
         (tmp_path / "s.py").write_text(script.replace("{objective!r}", f"{type(objective).__name__}()"))
-        by_hand = [str(tmp_path / "s.py"), str(tokens_dir), str(tmp_path / run), str(stop), then]
+        by_hand = [str(tmp_path / "s.py"), str(tokens_dir), str(tmp_path / run), str(stop)]
         command = ["-m", "phf", "train", str(tokens_dir), str(tmp_path / run), str(tmp_path / "m.yaml"), *asked]
-        subprocess.run([*LAUNCH, *(by_hand if stop else command)], check=True, env=ONE_THREAD)
+        run_on_two(by_hand if stop else command)
 
     alone("one")
     sharded("two")
-    sharded("again", stop=7, then="crashes")  # torchrun starts all processes again
+    sharded("again", stop=7)
+    sharded("again")
     alone("onward", stop=7)
     sharded("onward")
     sharded("back", stop=7)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,11 +49,15 @@ class Stratum:
     segments: int
     """Judged segments of the corpus."""
     labelled: int
-    """Of these, segments with a label."""
+    """Of these, segments with a label whose text occurs once."""
     bad: int
     """Of these, segments that are labelled bad."""
+    repeated: int
+    """Segments with a label whose text occurs several times in the corpus: one label is known to hold for all."""
+    repeated_bad: int
+    """Of these, segments that are labelled bad."""
     share: Estimate
-    """Share of bad segments, with Wilson's interval."""
+    """Share of bad segments, with Wilson's interval for those that are not known."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,14 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A labelled segment of the corpus: its place, its score by each of the scorers, and whether it is bad."""
+    """A labelled text of the corpus: its first place, its score there by each of the scorers, and whether it is bad."""
 
     id: str
     text: str
     scores: tuple[float, ...]
     bad: bool
+    times: int
+    """How often the text occurs."""
 
 
 def audit(scored: str | Path, labels: Labels, preference: str | None = None, threshold: float | None = None) -> Audit:
@@ -180,8 +186,8 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
     names = [name for name in corpus.preferences() if name != own]
     readers = [corpus, *(ScoredCorpus(scored, name) for name in names)]
     bad_of, left_out, alpha = _one_label_each(labels)
-    found = list(_matched(readers, bad_of))
-    left_out["not a segment of the corpus"] = len(bad_of) - len({x.text.strip() for x in found})
+    found = _matched(readers, bad_of)
+    left_out["not a segment of the corpus"] = len(bad_of) - len(found)
     kept = [x for x in found if not math.isnan(x.scores[0])]
     left_out["not judged by the scorer"] = len(found) - len(kept)
     if not kept:
@@ -197,7 +203,7 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
             "both classes are needed"
         )
     edges = stratum_edges(score_N, limit, labels.source)
-    strata = _strata(judged_S, score_N, bad_N, edges)
+    strata = _strata(judged_S, score_N, bad_N, np.array([x.times for x in kept]), edges)
     area = auc(score_N, bad_N)
     alarms = sorted((x for x in kept if x.scores[0] > limit and not x.bad), key=lambda x: -x.scores[0])
     misses = sorted((x for x in kept if x.scores[0] <= limit and x.bad), key=lambda x: x.scores[0])
@@ -239,6 +245,7 @@ def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], floa
     for text, bad in zip(labels.texts, labels.bad_N.tolist(), strict=True):
         given.setdefault(text.strip(), []).append(bad)
     left_out = Counter(labels.rejected)
+    left_out["another label of the same text"] = len(labels.texts) - len(given)
     found = {}
     for text, votes in given.items():
         if 2 * sum(votes) == len(votes):
@@ -248,18 +255,30 @@ def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], floa
     return found, left_out, krippendorff_alpha([votes for votes in given.values() if len(votes) > 1])
 
 
-def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> Iterator[_Judged]:
-    """The first segment of the corpus with each labelled text. `readers`: the corpus with each of its scores."""
-    waiting = dict(bad_of)
+def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> list[_Judged]:
+    """The labelled texts that are segments of the corpus. `readers`: the corpus with each of its scores, which count as
+    float32, like everywhere else."""
+    first: dict[str, tuple[str, str, tuple[float, ...]]] = {}
+    times: Counter[str] = Counter()
     for file in readers[0].files:
         for row in zip(*(reader.read(file) for reader in readers), strict=True):
             documents = [document for document in row if not isinstance(document, Rejected)]
             if len(documents) < len(row):
                 continue
             for place, text in enumerate(documents[0].texts):
-                bad = waiting.pop(text.strip(), None)
-                if bad is not None:
-                    yield _Judged(documents[0].id, text, tuple(d.scores[place] for d in documents), bad)
+                key = text.strip()
+                if key in bad_of:
+                    times[key] += 1
+                    if key not in first:
+                        first[key] = (documents[0].id, text, tuple(_float32(d.scores[place]) for d in documents))
+    return [_Judged(*found, bad_of[key], times[key]) for key, found in first.items()]
+
+
+def _float32(score: float) -> float:
+    """A score as `Table` holds it; NaN beyond the range."""
+    with np.errstate(over="ignore"):
+        found = float(np.float32(score))
+    return found if math.isfinite(found) else math.nan
 
 
 def stratum_edges(score_N: np.ndarray, threshold: float, source: str = "the labels") -> list[float]:
@@ -280,17 +299,34 @@ def stratum_edges(score_N: np.ndarray, threshold: float, source: str = "the labe
     return sorted(edges)
 
 
-def _strata(judged_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray, edges: Sequence[float]) -> list[Stratum]:
+def _strata(
+    judged_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray, times_N: np.ndarray, edges: Sequence[float]
+) -> list[Stratum]:
     of_S = np.searchsorted(edges, judged_S, side="left")
     of_N = np.searchsorted(edges, score_N, side="left")
     ends = [None, *edges, None]
     found = []
     for number in range(len(edges) + 1):
-        inside = of_N == number
-        n = int(inside.sum())
-        bad = int(bad_N[inside].sum())
+        once = (of_N == number) & (times_N == 1)
+        several = (of_N == number) & (times_N > 1)
+        size = int((of_S == number).sum())
+        known = int(times_N[several].sum())
+        known_bad = int(times_N[several & bad_N].sum())
+        n = int(once.sum())
+        bad = int(bad_N[once].sum())
         share = _share(bad, n)
-        found.append(Stratum(ends[number], ends[number + 1], int((of_S == number).sum()), n, bad, share))
+        if known:
+            whole = max(size, known)
+            rest = whole - known
+            low, high = share.ci95 if n else (0.0, 1.0)
+            mean = share.mean if n else known_bad / known
+            share = Estimate(
+                (known_bad + rest * mean) / whole,
+                share.stderr * rest / whole if n else math.nan,
+                n,
+                ((known_bad + rest * low) / whole, (known_bad + rest * high) / whole),
+            )
+        found.append(Stratum(ends[number], ends[number + 1], size, n, bad, known, known_bad, share))
     return found
 
 
@@ -306,20 +342,23 @@ def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -
     of all good segments that is in them).
 
     Cochran 1977, section 5A.9: bad segments are the sum of N_h p_h over strata h, N_h their segments in the corpus and
-    p_h the share of bad ones among the labelled.
+    p_h the share of bad ones among the labelled. Segments with a repeated text that is labelled are counted apart from
+    N_h and p_h: what they are is known.
     """
-    sizes_H = np.array([stratum.segments for stratum in strata], np.float64)
+    known_H = np.array([stratum.repeated for stratum in strata], np.float64)
+    known_bad_H = np.array([stratum.repeated_bad for stratum in strata], np.float64)
+    rest_H = np.maximum(np.array([stratum.segments for stratum in strata]) - known_H, 0)
     bad_H = np.array([stratum.bad for stratum in strata])
     n_H = np.array([stratum.labelled for stratum in strata])
     in_H = np.array(chosen)
 
     def parts(share_H: np.ndarray) -> np.ndarray:
-        bad = sizes_H * share_H
-        good = sizes_H * (1 - share_H)
+        bad = known_bad_H + rest_H * share_H
+        good = known_H - known_bad_H + rest_H * (1 - share_H)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.stack(
                 [
-                    bad[..., in_H].sum(-1) / sizes_H[in_H].sum(),
+                    bad[..., in_H].sum(-1) / (known_H + rest_H)[in_H].sum(),
                     bad[..., in_H].sum(-1) / bad.sum(-1),
                     good[..., in_H].sum(-1) / good.sum(-1),
                 ]
@@ -331,7 +370,9 @@ def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -
     drawn_3R = parts(drawn)
     n = int(n_H.sum())
     found = []
-    for value, draws in zip(parts(bad_H / n_H).tolist(), drawn_3R, strict=True):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share_H = np.where(n_H > 0, bad_H / n_H, known_bad_H / known_H)
+    for value, draws in zip(parts(share_H).tolist(), drawn_3R, strict=True):
         low, high = np.quantile(draws, [0.025, 0.975])
         found.append(Estimate(value, float(draws.std()), n, (min(float(low), value), max(float(high), value))))
     return found[0], found[1], found[2]
@@ -366,15 +407,20 @@ def _second(
     name: str,
 ) -> SecondScorer | None:
     """The scores `name` with the same labels; None where the labels do not reach both sides of its threshold."""
-    both = agreement(corpus, table, name, threshold)
-    limit = float(np.float32(both.threshold))
-    other = Table(ScoredCorpus(corpus.path, name))
+    second = ScoredCorpus(corpus.path, name)
+    other = Table(second)
+    judged = _judged(other)
+    if not len(judged):
+        return None
+    limit = float(np.float32(natural_threshold(second.manifest, judged)))
     here = [x for x in kept if not math.isnan(x.scores[number])]
     bad_N = np.array([x.bad for x in here], bool)
+    times_N = np.array([x.times for x in here])
     first_N = np.array([x.scores[0] for x in here])
     called_N = np.array([x.scores[number] > limit for x in here], bool)
-    if called_N.all() or not called_N.any():
+    if called_N.all() or not called_N.any() or bad_N.all() or not bad_N.any():
         return None
+    both = agreement(corpus, table, name, threshold)
     judged = ~np.isnan(table.score_S) & ~np.isnan(other.score_S) & (table.chars_S > 0)
     first_S = table.score_S[judged].astype(np.float64)
     called_S = other.score_S[judged] > np.float32(limit)
@@ -386,7 +432,9 @@ def _second(
             bad = int(votes.sum())
             quadrants.append(Quadrant(this_bad, other_bad, size, len(votes), _share(bad, len(votes))))
     strata = [
-        divided_strata(edges, first_S[called_S == c], first_N[called_N == c], bad_N[called_N == c]) for c in (0, 1)
+        divided_strata(edges, first_S[called_S == c], first_N[here_N], bad_N[here_N], times_N[here_N])
+        for c in (False, True)
+        for here_N in [called_N == c]
     ]
     called_bad = [is_bad for is_bad, part in zip((False, True), strata, strict=True) for _ in part]
     area = auc(np.array([x.scores[number] for x in here]), bad_N)
@@ -394,17 +442,17 @@ def _second(
 
 
 def divided_strata(
-    edges: Sequence[float], score_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray
+    edges: Sequence[float], score_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray, times_N: np.ndarray
 ) -> list[Stratum]:
-    """The strata of a part of the corpus: scores of its segments [S] and of its labelled ones [N], at least one. Strata
-    without a label are joined with the next one that has some, so that labels which were drawn by the score are
+    """The strata of a part of the corpus: scores of its segments [S] and of its labelled texts [N], at least one.
+    Strata without a label are joined with the next one that has some, so that labels which were drawn by the score are
     weighted in every part."""
-    found = [stratum for stratum in _strata(score_S, score_N, bad_N, edges) if stratum.segments]
+    found = [stratum for stratum in _strata(score_S, score_N, bad_N, times_N, edges) if stratum.segments]
     joined: list[Stratum] = []
     waiting = 0
     for stratum in found:
         waiting += stratum.segments
-        if stratum.labelled:
+        if stratum.labelled or stratum.repeated:
             joined.append(replace(stratum, segments=waiting))
             waiting = 0
     return [*joined[:-1], replace(joined[-1], segments=joined[-1].segments + waiting)]
