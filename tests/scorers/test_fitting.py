@@ -161,6 +161,17 @@ def test_labels_are_read_and_odd_rows_are_counted(tmp_path):
         read_labels(tmp_path / "none.csv")
 
 
+def test_files_without_a_label_and_loose_commas(tmp_path):
+    (tmp_path / "none.csv").write_text("text,label\n")
+    with pytest.raises(ConfigError, match="none.csv holds no labelled text"):
+        read_labels(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("text,label\na line,\n")
+    with pytest.raises(ConfigError, match=r"holds no labelled text \(skipped: 1 no label\)"):
+        read_labels(tmp_path / "empty.csv")
+    (tmp_path / "two.csv").write_text("text,label\na line,nasty\nanother,fine\n")
+    assert read_labels(tmp_path / "two.csv", bad=["nasty", ""]).bad_N.tolist() == [True, False]
+
+
 def test_too_few_labels_are_an_error(tmp_path):
     with pytest.raises(ConfigError, match="at least 5 of each are needed"):
         fit_scorer(made_labels(20), tmp_path / "s")

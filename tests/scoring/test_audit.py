@@ -157,6 +157,18 @@ def test_labels_that_do_not_fit_are_counted_or_refused(tmp_path):
         audit(folder, labels([(0, True), (1, False)]), threshold=0.95)
 
 
+def test_scores_on_which_the_labels_say_nothing_are_named(tmp_path):
+    lines = [f"line {n} {'BAD' if n % 2 else 'fine'}\n" for n in range(20)]
+    write_jsonl(tmp_path / "c.jsonl", ["".join(lines)])
+    score_corpus(Jsonl(str(tmp_path / "c.jsonl")), Lines(), scorer=Regex(pattern="BAD"), out=tmp_path / "s")
+    add_scores(tmp_path / "s", Regex(pattern="absent"), "never")
+    truth = Labels("l", tuple(lines), np.array(["BAD" in line for line in lines]), {})
+    page, found = write_audit(tmp_path / "s", truth)
+    assert found.others == []
+    assert found.not_compared == ["never"]
+    assert "Other scores on which these labels say nothing: never" in page.read_text()
+
+
 def test_scores_from_elsewhere_count_as_float32(tmp_path):
     scores = [0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9] * 10
     folder = scored(tmp_path / "s", scores)

@@ -181,3 +181,23 @@ def test_the_share_of_tokens_comes_from_the_token_store(tmp_path, scored_dir, to
     assert inspect_scores(scored_dir).thresholds[0].bad_tokens is None
     with pytest.raises(store.StoreError, match="the tokens of another corpus"):
         segment_tokens(scored(tmp_path / "s", ROWS), tokens_dir)
+
+
+@pytest.mark.parametrize(
+    "texts, scores, problem",
+    [
+        (["one string"], [[0.5]], "must be lists, one item per segment, not string"),
+        ([["a"]], [0.5], "must be lists, one item per segment, not double"),
+        ([["a"]], [["high"]], "a score is not a number"),
+        (pa.nulls(0), pa.nulls(0), "holds no judged segment"),
+    ],
+)
+def test_columns_that_are_not_scored_segments_are_refused(tmp_path, texts, scores, problem):
+    pq.write_table(pa.table({"texts": texts, "scores": scores}), tmp_path / "a.parquet")
+    with pytest.raises(store.StoreError, match=problem):
+        inspect_scores(tmp_path)
+
+
+def test_texts_may_be_bytes(tmp_path):
+    pq.write_table(pa.table({"texts": [[b"aa", b"b"]], "scores": [[0.0, 1.0]]}), tmp_path / "a.parquet")
+    assert inspect_scores(tmp_path).counts.chars == 3

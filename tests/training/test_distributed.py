@@ -43,11 +43,11 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 where."""
 
 
-def run_on_two(command):
-    """Run a command on two processes. gloo rarely corrupts the memory of a process (LOG.md): a run that a signal ended
-    is started a second time, and resumes."""
+def launched(command, launcher=LAUNCH):
+    """Run a command on several processes. gloo rarely corrupts the memory of a process (LOG.md): a run that a signal
+    ended is started a second time, and resumes."""
     for again in (True, False):
-        ended = subprocess.run([*LAUNCH, *command], env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+        ended = subprocess.run([*launcher, *command], env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
         print(ended.stderr, file=sys.stderr)
         if not (again and any(signal in ended.stderr for signal in ("SIGSEGV", "SIGABRT"))):
             break
@@ -82,17 +82,8 @@ def test_the_command_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_pat
         "monitor.scenarios.plain.max_tokens=12",
     ]
     for name, launcher in (("one", [sys.executable]), ("two", launch)):
-        command = [
-            *launcher,
-            "-m",
-            "phf",
-            "train",
-            str(tokens_dir),
-            str(tmp_path / name),
-            str(tmp_path / "m.yaml"),
-            *settings,
-        ]
-        subprocess.run(command, check=True, env=ONE_THREAD)
+        command = ["-m", "phf", "train", str(tokens_dir), str(tmp_path / name), str(tmp_path / "m.yaml"), *settings]
+        launched(command, launcher)
     one = lines(tmp_path / "one")
     two = lines(tmp_path / "two")
     assert len(one) == len(two) == 40
@@ -129,7 +120,7 @@ def test_a_run_of_one_process_resumes_with_two(tokens_dir, tmp_path):
     (tmp_path / "m.yaml").write_text(json.dumps({"model": {"name": "from_config", "config": TINY_LLAMA}}))
     asked = ["objective.name=masking", *(f"train.{k}={v}" for k, v in settings.items())]
     command = ["-m", "phf", "train", str(tokens_dir), str(tmp_path / "two"), str(tmp_path / "m.yaml"), *asked]
-    run_on_two(command)
+    launched(command)
     one = lines(tmp_path / "one")
     two = lines(tmp_path / "two")
     assert not (tmp_path / "two.old-1").exists()
@@ -204,7 +195,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tokens_dir, tmp_path, family):
         (tmp_path / "s.py").write_text(script.replace("{objective!r}", f"{type(objective).__name__}()"))
         by_hand = [str(tmp_path / "s.py"), str(tokens_dir), str(tmp_path / run), str(stop)]
         command = ["-m", "phf", "train", str(tokens_dir), str(tmp_path / run), str(tmp_path / "m.yaml"), *asked]
-        run_on_two(by_hand if stop else command)
+        launched(by_hand if stop else command)
 
     alone("one")
     sharded("two")
@@ -337,12 +328,8 @@ def test_fsdp2_on_two_processes_gives_the_curve_of_one(tokens_dir, tmp_path):
     (tmp_path / "f.py").write_text(FSDP.replace("{model!r}", repr(TINY_LLAMA)))
     curves = []
     for processes in (1, 2):
-        launcher = [*LAUNCH[:4], str(processes), *LAUNCH[5:]]
-        subprocess.run(
-            [*launcher, str(tmp_path / "f.py"), str(tokens_dir), str(tmp_path / f"{processes}.json")],
-            check=True,
-            env=ONE_THREAD,
-        )
+        command = [str(tmp_path / "f.py"), str(tokens_dir), str(tmp_path / f"{processes}.json")]
+        launched(command, [*LAUNCH[:4], str(processes), *LAUNCH[5:]])
         curves.append(json.loads((tmp_path / f"{processes}.json").read_text()))
     assert curves[0][-1] < curves[0][0]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)

@@ -311,6 +311,8 @@ def audit(
             f"second scorer {other.agreement.name} (above {at.threshold:.6g}): AUC {number(other.auc, 3)}, "
             f"precision {share(at.precision.mean)}, recall {share(at.recall.mean)}"
         )
+    if found.not_compared:
+        print(f"the labels say nothing on the scores {', '.join(found.not_compared)}: all on one side, or of one class")
     print(f"page: {page}   numbers: {page.with_suffix('.json')}")
 
 

@@ -34,7 +34,7 @@ def write_audit(
         misses=masked_segments(found.misses, scorers),
         others=[replace(other, agreement=masked_agreement(other.agreement, scorers)) for other in found.others],
     )
-    page = environment().get_template("audit.html.j2")
+    template = environment().get_template("audit.html.j2")
     name = store.as_path(scored).name
-    write_page(target, page.render(a=found, name=name, masked=bool(scorers), verdict=verdict(found)), found)
+    write_page(target, template.render(a=found, name=name, masked=bool(scorers), verdict=verdict(found)), found)
     return target, found

@@ -68,7 +68,7 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
     """
     path = Path(path).expanduser()
     rows = read_rows(path, columns=(text, label))
-    wanted = None if bad is None else {value.strip() for value in bad}
+    wanted = None if bad is None else {value.strip() for value in bad} - {""}
     seen: set[str] = set()
     texts = []
     labels = []
@@ -89,13 +89,16 @@ def read_labels(path: str | Path, text: str = "text", label: str = "label", bad:
             labels.append(value.lower() in TRUE)
         else:
             raise ConfigError(
-                f"{path}: label {value!r} is neither true nor false; name the values that mean bad with --bad"
+                f"{path}: label {value[:40]!r} is neither true nor false; name the values that mean bad with --bad"
             )
     if wanted is not None and wanted - seen:
         raise ConfigError(
             f"{path}: no label is {sorted(wanted - seen)[0]!r} (--bad); the labels are {sorted(seen)[:10]}"
         )
     bad_N = np.array(labels, bool)
+    if not len(bad_N):
+        skipped = f" (skipped: {by_reason(rejected)})" if rejected else ""
+        raise ConfigError(f"{path} holds no labelled text{skipped}")
     if not bad_N.any() or bad_N.all():
         raise ConfigError(
             f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both classes are needed"

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from phf.core.config import ConfigError
-from phf.core.statistics import auc, krippendorff_alpha, wilson
+from phf.core.statistics import auc, krippendorff_alpha, share_estimate
 from phf.core.types import Estimate, Identity, Number, Rejected
 from phf.data.scored import ScoredCorpus, natural_threshold
 from phf.scorers.fitting import Labels
@@ -150,6 +150,8 @@ class Audit:
     """Other segments that are labelled bad, the lowest score first."""
     others: list[SecondScorer]
     """The corpus's other scores."""
+    not_compared: list[str]
+    """Other scores on which the labels say nothing: all are on one side of their threshold, or of one class."""
 
     @property
     def main(self) -> AuditedThreshold:
@@ -158,7 +160,7 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Labelled:
     """A labelled text of the corpus: its first place, its score there by each of the scorers, and whether it is bad."""
 
     id: str
@@ -178,17 +180,17 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
     """
     corpus = ScoredCorpus(scored, preference)
     table = Table(corpus)
-    judged_S = _judged(table)
+    judged_S = table.score_S[~np.isnan(table.score_S) & (table.chars_S > 0)].astype(np.float64)
     if not len(judged_S):
         raise ConfigError(f"{scored} holds no judged segment")
-    limit = float(np.float32(natural_threshold(corpus.manifest, judged_S) if threshold is None else threshold))
+    limit = _float32(natural_threshold(corpus.manifest, judged_S) if threshold is None else threshold)
     own = corpus.preference or corpus.main
     names = [name for name in corpus.preferences() if name != own]
     readers = [corpus, *(ScoredCorpus(scored, name) for name in names)]
     bad_of, left_out, alpha = _one_label_each(labels)
     found = _matched(readers, bad_of)
     left_out["not a segment of the corpus"] = len(bad_of) - len(found)
-    kept = [x for x in found if not math.isnan(x.scores[0])]
+    kept = [x for x in found if math.isfinite(x.scores[0])]
     left_out["not judged by the scorer"] = len(found) - len(kept)
     if not kept:
         raise ConfigError(
@@ -205,6 +207,7 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
     edges = stratum_edges(score_N, limit, labels.source)
     strata = _strata(judged_S, score_N, bad_N, np.array([x.times for x in kept]), edges)
     area = auc(score_N, bad_N)
+    seconds = {name: _second(readers, n, table, limit, edges, kept) for n, name in enumerate(names, 1)}
     alarms = sorted((x for x in kept if x.scores[0] > limit and not x.bad), key=lambda x: -x.scores[0])
     misses = sorted((x for x in kept if x.scores[0] <= limit and x.bad), key=lambda x: x.scores[0])
     return Audit(
@@ -225,18 +228,9 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
         at=[_at(strata, edges, edge) for edge in edges],
         false_alarms=[ShownSegment(x.id, x.text, x.scores[0]) for x in alarms[:SHOWN]],
         misses=[ShownSegment(x.id, x.text, x.scores[0]) for x in misses[:SHOWN]],
-        others=[
-            other
-            for number, name in enumerate(names, 1)
-            if (other := _second(corpus, table, limit, edges, kept, number, name)) is not None
-        ],
+        others=[other for other in seconds.values() if other is not None],
+        not_compared=[name for name, other in seconds.items() if other is None],
     )
-
-
-def _judged(table: Table) -> np.ndarray:
-    """Scores of the judged segments that have text."""
-    found: np.ndarray = table.score_S[~np.isnan(table.score_S) & (table.chars_S > 0)].astype(np.float64)
-    return found
 
 
 def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], float]:
@@ -252,10 +246,10 @@ def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], floa
             left_out["as many labels bad as good"] += 1
         else:
             found[text] = 2 * sum(votes) > len(votes)
-    return found, left_out, krippendorff_alpha([votes for votes in given.values() if len(votes) > 1])
+    return found, left_out, krippendorff_alpha(list(given.values()))
 
 
-def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> list[_Judged]:
+def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> list[_Labelled]:
     """The labelled texts that are segments of the corpus. `readers`: the corpus with each of its scores, which count as
     float32, like everywhere else."""
     first: dict[str, tuple[str, str, tuple[float, ...]]] = {}
@@ -271,14 +265,13 @@ def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> list[_
                     times[key] += 1
                     if key not in first:
                         first[key] = (documents[0].id, text, tuple(_float32(d.scores[place]) for d in documents))
-    return [_Judged(*found, bad_of[key], times[key]) for key, found in first.items()]
+    return [_Labelled(*found, bad_of[key], times[key]) for key, found in first.items()]
 
 
 def _float32(score: float) -> float:
-    """A score as `Table` holds it; NaN beyond the range."""
+    """A score as `Table` holds it. Infinite beyond the range."""
     with np.errstate(over="ignore"):
-        found = float(np.float32(score))
-    return found if math.isfinite(found) else math.nan
+        return float(np.float32(score))
 
 
 def stratum_edges(score_N: np.ndarray, threshold: float, source: str = "the labels") -> list[float]:
@@ -314,7 +307,7 @@ def _strata(
         known_bad = int(times_N[several & bad_N].sum())
         n = int(once.sum())
         bad = int(bad_N[once].sum())
-        share = _share(bad, n)
+        share = share_estimate(bad_N[once])
         if known:
             whole = max(size, known)
             rest = whole - known
@@ -328,13 +321,6 @@ def _strata(
             )
         found.append(Stratum(ends[number], ends[number + 1], size, n, bad, known, known_bad, share))
     return found
-
-
-def _share(bad: int, n: int) -> Estimate:
-    if not n:
-        return Estimate.missing()
-    share = bad / n
-    return Estimate(share, math.sqrt(share * (1 - share) / n), n, wilson(bad, n))
 
 
 def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:
@@ -398,39 +384,36 @@ def _when_called(strata: Sequence[Stratum], called_bad: Sequence[bool], threshol
 
 
 def _second(
-    corpus: ScoredCorpus,
+    readers: Sequence[ScoredCorpus],
+    number: int,
     table: Table,
     threshold: float,
     edges: Sequence[float],
-    kept: Sequence[_Judged],
-    number: int,
-    name: str,
+    kept: Sequence[_Labelled],
 ) -> SecondScorer | None:
-    """The scores `name` with the same labels; None where the labels do not reach both sides of its threshold."""
-    second = ScoredCorpus(corpus.path, name)
-    other = Table(second)
-    judged = _judged(other)
-    if not len(judged):
+    """The scores of one of `readers` with the same labels; None where the labels do not reach both sides of its
+    threshold, or are of one class."""
+    other = Table(readers[number])
+    judged_S = ~np.isnan(table.score_S) & ~np.isnan(other.score_S) & (table.chars_S > 0)
+    if not judged_S.any():
         return None
-    limit = float(np.float32(natural_threshold(second.manifest, judged)))
-    here = [x for x in kept if not math.isnan(x.scores[number])]
+    both = agreement(readers[0], table, readers[number], other, threshold)
+    limit = _float32(both.threshold)
+    here = [x for x in kept if math.isfinite(x.scores[number])]
     bad_N = np.array([x.bad for x in here], bool)
     times_N = np.array([x.times for x in here])
     first_N = np.array([x.scores[0] for x in here])
     called_N = np.array([x.scores[number] > limit for x in here], bool)
     if called_N.all() or not called_N.any() or bad_N.all() or not bad_N.any():
         return None
-    both = agreement(corpus, table, name, threshold)
-    judged = ~np.isnan(table.score_S) & ~np.isnan(other.score_S) & (table.chars_S > 0)
-    first_S = table.score_S[judged].astype(np.float64)
-    called_S = other.score_S[judged] > np.float32(limit)
+    first_S = table.score_S[judged_S].astype(np.float64)
+    called_S = other.score_S[judged_S] > limit
     quadrants = []
     for this_bad in (True, False):
         for other_bad in (True, False):
             votes = bad_N[((first_N > threshold) == this_bad) & (called_N == other_bad)]
             size = int((((first_S > threshold) == this_bad) & (called_S == other_bad)).sum())
-            bad = int(votes.sum())
-            quadrants.append(Quadrant(this_bad, other_bad, size, len(votes), _share(bad, len(votes))))
+            quadrants.append(Quadrant(this_bad, other_bad, size, len(votes), share_estimate(votes)))
     strata = [
         divided_strata(edges, first_S[called_S == c], first_N[here_N], bad_N[here_N], times_N[here_N])
         for c in (False, True)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from phf.core import store
@@ -96,7 +98,10 @@ def inspect_scores(
         length=_by_length(table, threshold),
         examples=_examples(corpus, table),
         worst_segments=_worst_segments(corpus, table),
-        agreement=[agreement(corpus, table, name, threshold) for name in corpus.preferences() if name != own],
+        agreement=[
+            agreement(corpus, table, other, Table(other), threshold)
+            for other in (ScoredCorpus(scored, name) for name in corpus.preferences() if name != own)
+        ],
         labelled=_labelled(corpus, table, label) if label is not None else None,
     )
 
@@ -120,7 +125,10 @@ class Table:
             else:
                 table = read_table(file, ["texts"])
                 given = read_table(corpus.added_file(number))["scores"]
-            flat, length, size, row = _segments(table["texts"].combine_chunks(), given.combine_chunks())
+            try:
+                flat, length, size, row = _segments(*(_lists(file, c) for c in (table["texts"], given)))
+            except pa.ArrowInvalid:
+                raise store.StoreError(f"{file}: a score is not a number") from None
             scores.append(flat)
             chars.append(length)
             counts.append(size)
@@ -144,24 +152,33 @@ class Table:
         self.chars_D = np.bincount(self.doc_S, self.chars_S, len(self.counts_D))
 
 
+def _lists(file: Path, column: Any) -> Any:
+    """A column as one array of lists; a column without any value has empty ones. Raises StoreError for others."""
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column), pa.list_(pa.string()))
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise store.StoreError(f"{file}: a row's texts and scores must be lists, one item per segment, not {kind}")
+    return column.combine_chunks()
+
+
 def _segments(texts: Any, scores: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the usable rows: scores and characters of every segment, number of segments of each row, and the rows'
     numbers."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     size = pc.list_value_length(texts)
     other = pc.list_value_length(scores)
     usable = pc.fill_null(pc.and_(pc.equal(size, other), pc.greater(size, 0)), False)
     owner = pc.list_parent_indices(texts).to_numpy(zero_copy_only=False)
-    chars_of = pc.fill_null(pc.utf8_length(pc.list_flatten(texts)), 0).to_numpy(zero_copy_only=False)
+    is_bytes = pa.types.is_binary(texts.type.value_type) or pa.types.is_large_binary(texts.type.value_type)
+    length = pc.binary_length if is_bytes else pc.utf8_length
+    chars_of = pc.fill_null(length(pc.list_flatten(texts)), 0).to_numpy(zero_copy_only=False)
     has_text = np.bincount(owner, weights=chars_of, minlength=len(texts)) > 0  # a row of empty segments is no document
     usable = pc.and_(usable, pa.array(has_text))
     row = np.flatnonzero(usable.to_numpy(zero_copy_only=False))
     texts = texts.filter(usable)
     scores = scores.filter(usable)
     flat = pc.fill_null(pc.list_flatten(scores).cast(pa.float32()), math.nan).to_numpy(zero_copy_only=False)
-    chars = pc.fill_null(pc.utf8_length(pc.list_flatten(texts)), 0).to_numpy(zero_copy_only=False)
+    chars = pc.fill_null(length(pc.list_flatten(texts)), 0).to_numpy(zero_copy_only=False)
     flat = np.where(np.isinf(flat), np.float32(math.nan), flat)
     sizes = pc.list_value_length(texts).to_numpy(zero_copy_only=False)
     return flat, chars.astype(np.int64), sizes.astype(np.int64), row
@@ -327,12 +344,13 @@ def _worst_segments(corpus: ScoredCorpus, table: Table, count: int = 20) -> list
 # Comparisons
 
 
-def agreement(corpus: ScoredCorpus, table: Table, name: str, threshold: float) -> Agreement:
-    """How far two scorers agree on the same segments, and where they differ most by rank."""
+def agreement(
+    corpus: ScoredCorpus, table: Table, other_corpus: ScoredCorpus, other: Table, threshold: float
+) -> Agreement:
+    """How far two scorers agree on the same segments, and where they differ most by rank. `threshold`: of the first."""
     from scipy.stats import rankdata
 
-    other_corpus = ScoredCorpus(corpus.path, name)
-    other = Table(other_corpus)
+    name = other_corpus.preference or other_corpus.main
     if len(other.score_S) != len(table.score_S):
         raise store.StoreError(f"scores {name!r} do not match the corpus row by row; add them again")
     both = ~np.isnan(table.score_S) & ~np.isnan(other.score_S)
