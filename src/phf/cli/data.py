@@ -281,7 +281,7 @@ def audit(
     other scores too. Writes a page, and the numbers as JSON.
     """
     from phf.report.audit import write_audit
-    from phf.report.format import number, share, share_with_interval, verdict
+    from phf.report.format import as_noise, number, share, share_with_interval, verdict
     from phf.scorers.fitting import read_labels
 
     page, found = write_audit(
@@ -305,6 +305,7 @@ def audit(
         ],
     )
     print(verdict(found))
+    print(f"to train as if a perfect scorer were as wrong: {as_noise(found)}")
     for other in found.others:
         at = other.at
         print(

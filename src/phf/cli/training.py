@@ -85,7 +85,7 @@ def rows(
     Control tokens, end-of-text, bad and unjudged text have a colour each, and what the objective does not learn is
     underlined. Without a terminal every kind is a line of its own.
 
-    Settings are those of `phf train`: the objective, train.context, train.token_scores and seed.
+    Settings are those of `phf train`: the objective, train.context, train.token_scores, train.scorer_noise and seed.
     """
     from phf.core.config import load
     from phf.core.text import visible
@@ -98,6 +98,7 @@ def rows(
     files, overrides = split_settings(settings)
     stage = load(files, ["model=tiny", "train.tokens=1e6", "train.context=256", *overrides], TrainStage)
     store = TokenStore.open(tokens, stage.train.scores, stage.train.token_scores)
+    store = store.with_noise(stage.train.scorer_noise, stage.seed)
     objective = stage.objective.fit(store.statistics)
     tokenizer = store.tokenizer
     add_control_tokens(tokenizer, list(objective.control_tokens))

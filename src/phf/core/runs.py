@@ -195,6 +195,24 @@ class TrainCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseCounts:
+    """What errors added to the scores do to the training part, in judged segments."""
+
+    segments: int
+    """All of them."""
+    bad: int
+    """Of these, segments that are bad by the scorer."""
+    missed: int
+    """Bad segments that got the score of a good one."""
+    false_alarms: int
+    """Good segments that got the score of a bad one."""
+    precision: Number
+    """Share of bad segments among those that the objective sees as bad."""
+    recall: Number
+    """Share of the bad segments that the objective sees as bad."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainManifest(folders.Manifest):
     """`manifest.json` of a finished run."""
 
@@ -221,6 +239,8 @@ class TrainManifest(folders.Manifest):
     """Parameters of the LM."""
     counts: TrainCounts
     """How much the run was trained on."""
+    noise: NoiseCounts | None = None
+    """Errors that were added to the scores (`train.scorer_noise`); null: none."""
     seconds: float
     """Time in training steps, over all parts of an interrupted run."""
     threads: int

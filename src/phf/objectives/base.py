@@ -133,6 +133,11 @@ class Objective:
         return self.preferences or ()
 
     @property
+    def uses_scores(self) -> bool:
+        """Whether the scores change anything."""
+        return True
+
+    @property
     def reference_model(self) -> str | None:
         """The reference model whose log-probabilities `loss` gets, as a path."""
         return None

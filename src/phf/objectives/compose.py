@@ -258,6 +258,10 @@ class Schedule(Objective):
         return self.phases[-1].objective.worst
 
     @property
+    def uses_scores(self) -> bool:
+        return any(part.objective.uses_scores for part in self.phases)
+
+    @property
     def reference_model(self) -> str | None:
         return next((m for part in self.phases if (m := part.objective.reference_model) is not None), None)
 

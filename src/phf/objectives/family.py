@@ -118,6 +118,10 @@ class Metadata(Objective):
     name: Literal["metadata"] = "metadata"
 
     @property
+    def uses_scores(self) -> bool:
+        return False
+
+    @property
     def pieces(self) -> tuple[Piece, ...]:
         return (
             Piece(self.before, learned=self.learned),

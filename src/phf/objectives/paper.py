@@ -40,6 +40,10 @@ class MLE(Objective):
 
     name: Literal["mle"] = "mle"
 
+    @property
+    def uses_scores(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True, config=STRICT)
 class AtThreshold(Objective):

@@ -52,6 +52,9 @@ from phf.tokens.store import AnyTokenizer
 from phf.training.config import TrainConfig
 from phf.training.lm import AnyModel, FromConfig, FromWeights
 
+NOISE = "train.scorer_noise"
+"""The path in a grid of errors added to the scores."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Phase:
@@ -269,10 +272,10 @@ class Recipe:
     # Building the variants
 
     def _applies(self, path: str, name: str) -> bool:
-        """Whether a path of the grid is a setting of an objective or of training."""
+        """Whether a path of the grid is a setting of an objective or of training that changes anything for it."""
         kind, *middle, setting = path.split(".")
         if kind == "train":
-            return True
+            return path != NOISE or self.objectives[name].uses_scores
         known = {f.name for f in fields(self.objectives[name])} - {"name"}
         return setting in known and (kind == "objective" or middle == [name])
 
@@ -328,7 +331,7 @@ class Recipe:
         objective: Any = _checked(
             merge(to_plain(self.objectives[name]), own), AnyObjective, f"objectives.{name}", settings
         )
-        tags = [re.sub(r"[^\w.+-]", "_", f"{path.split('.')[-1]}{value}") for path, value in settings.items()]
+        tags = [re.sub(r"[^\w.+-]", "_", f"{path.split('.')[-1]}{_as_tag(value)}") for path, value in settings.items()]
         if phase.share == 1:
             is_base = name == self.finetune_from and phase_name == "pretrain" and not settings
             train = self._train(name, settings, [phase.train], keeps_milestones=is_base)
@@ -366,6 +369,11 @@ class Recipe:
             base=start.name,
             settings=settings,
         )
+
+
+def _as_tag(value: Any) -> str:
+    """A value of the grid in the names of runs."""
+    return "".join(f"-{k}{v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def _checked(value: Any, type_: Any, prefix: str, grid: Mapping[str, Any]) -> Any:

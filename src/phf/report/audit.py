@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from phf.core import store
-from phf.report.format import verdict
+from phf.report.format import as_noise, verdict
 from phf.report.inspect import masked_agreement, masked_segments, masking_scorers, page_of, write_page
 from phf.report.page import environment
 from phf.scorers.fitting import Labels
@@ -36,5 +36,9 @@ def write_audit(
     )
     template = environment().get_template("audit.html.j2")
     name = store.as_path(scored).name
-    write_page(target, template.render(a=found, name=name, masked=bool(scorers), verdict=verdict(found)), found)
+    write_page(
+        target,
+        template.render(a=found, name=name, masked=bool(scorers), verdict=verdict(found), noise=as_noise(found)),
+        found,
+    )
     return target, found

@@ -14,6 +14,7 @@ from phf.core.types import Estimate
 from phf.evaluation.results import MonitorLine
 from phf.report import plots
 from phf.report.measures import Group, Measure, dominated, preference_key
+from phf.report.noise import NoiseCurve, noise_curves
 from phf.report.plots import Mark, Point, Style
 from phf.report.runs import ReportedRun
 
@@ -87,6 +88,8 @@ def figures(compared: Comparison) -> dict[str, Figure]:
         found["pareto-" + re.sub(r"\W+", "-", name)] = _pareto(compared, first, second)
     if len({round(row.share, 3) for row in compared.groups}) > 1:
         found["phases"] = _phases(compared)
+    if curves := noise_curves(compared.groups, compared.runs):
+        found["noise"] = _noise(curves)
     if compared.attacked:
         found |= _attacks(compared)
     found |= _monitored(compared)
@@ -165,6 +168,22 @@ def _phases(compared: Comparison) -> Figure:
         "feedback for the last part of training."
     )
     return Figure("phases", plots.phases(of_objective), caption)
+
+
+def _noise(curves: Sequence[NoiseCurve]) -> Figure:
+    points = {
+        curve.objective: [
+            Point(100 * level.wrong, level.ratio.mean, level.ratio.ci95)
+            for level in curve.levels
+            if level.ratio is not None
+        ]
+        for curve in curves
+    }
+    caption = (
+        "Misalignment divided by that of plain training, by the share of segments whose score was exchanged for one of "
+        "the other class. Bands: 95% over seeds. Below the dashed line an objective is better than plain training."
+    )
+    return Figure("noise", plots.noise(points), caption)
 
 
 ATTACK_TITLES = {

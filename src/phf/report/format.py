@@ -56,6 +56,12 @@ def verdict(audit: Audit) -> str:
     )
 
 
+def as_noise(audit: Audit) -> str:
+    """The errors that an audit found, as a setting of training."""
+    row = audit.main
+    return f"train.scorer_noise={{missed: {row.bad_kept.mean:.3g}, false_alarms: {row.clean_discarded.mean:.3g}}}"
+
+
 def plain(value: Any) -> str:
     """Plain data, such as settings, as one line."""
     if isinstance(value, Mapping):

@@ -329,6 +329,8 @@ class Group:
     seconds: float
     """Training time, mean over runs."""
     tokens_per_s: float | None
+    has_noise: bool = False
+    """Whether errors were added to the scores that the objective saw."""
     is_plain: bool = False
     """Whether it is the plain training that the others are compared with."""
 
@@ -411,6 +413,7 @@ def _group(
         exposure=counts.exposure,
         seconds=sum(run.manifest.seconds for run in members) / len(members),
         tokens_per_s=_median_speed(members),
+        has_noise=first.noise is not None,
         is_plain=is_plain,
     )
 

@@ -56,6 +56,7 @@ from phf.report.measures import (
     preference_key,
     source_file,
 )
+from phf.report.noise import noise_curves
 from phf.report.results import read_results
 from phf.report.runs import ReportedRun, load_runs
 from phf.scorers import Scorer
@@ -143,7 +144,9 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
             file=sys.stderr,
         )
     scored = None if first.result.data is None else first.result.data.scored
-    said = headline(compared.groups, compared.unit, str(first.result.identity.get("name", "")))
+    said = headline(
+        [row for row in compared.groups if not row.has_noise], compared.unit, str(first.result.identity.get("name", ""))
+    )
     limit = sample_limit(sum(len(run.samples) for run in runs))
     return {
         "title": recipe.get("title") or folder.name,
@@ -164,6 +167,7 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "fronts": [(first.title, second.title, front(compared, first, second)) for first, second in compared.pairs],
         "other_rows": _other_scenarios(compared),
         "labels": _labels(compared),
+        "noise": noise_curves(compared.groups, runs),
         "attacked": [_attacked(run, scorer) for run in compared.attacked],
         "attack_table": attack_table(
             {run.folder_name: run.redteam.tokens for run in runs if run.redteam and run.redteam.tokens}

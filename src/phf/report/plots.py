@@ -216,6 +216,16 @@ def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> str:
     return _finish(figure, axes, x_label, "misalignment of samples", "Feedback from the start or later", legend=True)
 
 
+def noise(curves: Curves) -> str:
+    """Misalignment divided by that of plain training, by the share of segments with a wrong score."""
+    figure, axes = _axes(6.4, 3.4)
+    _curves(axes, curves, styles({name: name for name in curves}))
+    axes.axhline(1, color=INK, linestyle="--", linewidth=1)
+    axes.set_ylim(bottom=0)
+    x_label = "segments with a wrong score, %"
+    return _finish(figure, axes, x_label, "ratio to plain training", "Errors of the scorer", legend=True)
+
+
 def losses(curves: Curves, looks: Mapping[str, Style]) -> str:
     """Training loss over million tokens. Objectives have losses of their own, so only the shapes compare."""
     figure, axes = _axes(6.4, 3.4)

@@ -137,7 +137,10 @@ def best_settings(runs: Sequence[RunSummary]) -> dict[str, BestSettings]:
     """The best group of each objective and phase that has several, by `BEST_RULE`."""
     kinds: dict[str, dict[str, list[RunSummary]]] = {}
     for run in runs:
-        kinds.setdefault(f"{run.objective} {run.phase}", {}).setdefault(run.group, []).append(run)
+        kind = f"{run.objective} {run.phase}"
+        if "train.scorer_noise" in run.settings:  # with errors of one size: otherwise having none would be best
+            kind += f", scorer_noise {run.settings['train.scorer_noise']}"
+        kinds.setdefault(kind, {}).setdefault(run.group, []).append(run)
     found = {}
     for kind, groups in kinds.items():
         losses = {group: _heldout_loss(members) for group, members in groups.items()}

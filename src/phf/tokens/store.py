@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
-from phf.core.runs import from_here, weights_mark
+from phf.core.runs import NoiseCounts, from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
 from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
 from phf.scorers import Scorer
 from phf.tokens.columns import check_columns, files_of, open_column, write_column
+from phf.tokens.noise import Noise, ScorerNoise, make_noise
 from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, is_heldout, tokenize_part
 from phf.tokens.statistics import Statistics
 from phf.tokens.token_scores import names_with_places, scorer_with_places, write_token_scores
@@ -425,6 +426,8 @@ class TokenStore:
     """Whether scores of tokens are read where the preference has them."""
     reference: str | None = None
     """The file of log-probabilities under a reference model that blocks come with."""
+    noise: Noise | None = None
+    """Errors that blocks' scores come with."""
 
     @classmethod
     def open(
@@ -515,7 +518,7 @@ class TokenStore:
         tokens = slice(first_token, int(ends_S[-1]) if len(ends_S) else first_token)
         counts_D = np.diff(np.asarray(self.doc_ends[first:last]), prepend=segments.start)
         token_score = self.token_score_T
-        return Block(
+        block = Block(
             first_segment=segments.start,
             first_document=first,
             first_token=first_token,
@@ -531,6 +534,7 @@ class TokenStore:
             others=lambda name: self.with_scores(name).block(k, size),
             columns=lambda name: self._about(name, first, last),
         )
+        return block if self.noise is None else dataclasses.replace(block, score_S=self.noise.scores_S(block))
 
     def _about(self, column: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens about the documents [first, last) in a column, and each document's exclusive end."""
@@ -559,12 +563,16 @@ class TokenStore:
         """The exclusive end of the first `number` entries."""
         return int(ends[number - 1]) if number else 0
 
+    def large_blocks(self) -> Iterator[Block]:
+        """All of the store, in blocks for one pass over it."""
+        count = -(-len(self.seg_ends) // STATISTICS_SEGMENTS)
+        return (self.block(k, STATISTICS_SEGMENTS) for k in range(count))
+
     @cached_property
     def statistics(self) -> Statistics:
         """What objectives may know about the whole store."""
-        count = -(-len(self.seg_ends) // STATISTICS_SEGMENTS)
         return Statistics(
-            lambda: (self.block(k, STATISTICS_SEGMENTS) for k in range(count)),
+            self.large_blocks,
             self.bad_above,
             lambda name: self.with_scores(name).statistics,
             of_tokens=self.token_score_T is not None,
@@ -616,6 +624,20 @@ class TokenStore:
         if damaged := folders.damage(self.path, {file: self.manifest.references[file]}, hashes=False):
             raise store.StoreError(f"{damaged[0]}; run `phf reference` again, which writes it again")
         return dataclasses.replace(self, reference=file)
+
+    def with_noise(self, noise: ScorerNoise | None, seed: int) -> TokenStore:
+        """The store with errors in the scores of its blocks. Raises ConfigError where they have scores of tokens, or no
+        good or bad segment."""
+        if noise is None:
+            return self
+        if self.by_token:
+            raise ConfigError("train.scorer_noise: errors are of segments, so they do not go with train.token_scores")
+        return dataclasses.replace(self, noise=make_noise(noise, seed, self.score_S, self.bad_above))
+
+    @cached_property
+    def noise_counts(self) -> NoiseCounts | None:
+        """What the errors do to the training part; None without errors."""
+        return None if self.noise is None else self.noise.count(dataclasses.replace(self, noise=None).large_blocks())
 
     @property
     def token_mark(self) -> str | None:

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError
 from phf.core.device import pick_device
+from phf.tokens.noise import AnyNoise
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,6 +35,9 @@ class TrainConfig:
     token_scores: bool = False
     """Give the objective a score for each token instead of its segment's. The store needs them (`phf tokenize
     --token-scores`)."""
+    scorer_noise: Annotated[AnyNoise, Field(exclude_if=lambda value: value is None)] = None
+    """Errors added to the scores that the objective sees, to learn what a worse scorer would do: {missed: share of the
+    bad segments, false_alarms: share of the good ones}, or one number for both. Judging sees none of them."""
     mixture: MixtureConfig | None = None
     """How often documents are read in an epoch, by what a column of the corpus says about them."""
     context: Annotated[int, Field(gt=0)] = 1024

@@ -146,6 +146,9 @@ def _prepare(
     """What decides the run, or the manifest of a run that is finished."""
     several = any(member.reads for member, _ in objective.timeline)
     tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores, several=several)
+    if config.scorer_noise is not None and several:
+        raise ConfigError("train.scorer_noise: for an objective that reads one preference; this one reads several")
+    tokens = tokens.with_noise(config.scorer_noise, seed)
     objective = objective.fit(tokens.statistics)
     stores = [tokens] if objective.reference_model is None else _with_reference(tokens, objective.reference_model)
     if isinstance(objective, Own) or not is_built_in(objective):
@@ -546,6 +549,7 @@ def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
             control_tokens=list(plan.objective.control_tokens),
             parameters=built.parameters,
             counts=counts,
+            noise=plan.tokens.noise_counts,
             seconds=training_seconds(read_metrics(plan.run.metrics)),
             threads=torch.get_num_threads(),
             precision=precision_name(built.wrapper.autocast_dtype),

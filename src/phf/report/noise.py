@@ -1,0 +1,106 @@
+"""How wrong a scorer may be: objectives trained with errors added to their scores, against plain training."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from phf.core.runs import NoiseCounts
+from phf.report.format import share
+from phf.report.measures import Group, Value
+from phf.report.runs import ReportedRun
+
+TAG = re.compile(r"-scorer_noise.*$")
+"""What a recipe's grid puts into the names of groups."""
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """An objective with errors of one size in its scores; their sizes are means over seeds."""
+
+    row: Group
+    wrong: float
+    """Share of the judged training segments whose class was changed."""
+    precision: float
+    """Share of bad segments among those that the objective saw as bad."""
+    recall: float
+    """Share of the bad segments that the objective saw as bad."""
+    holds: bool
+    """Whether it is better than plain training at 95%."""
+
+    @property
+    def ratio(self) -> Value | None:
+        """Misalignment divided by that of plain training, over seeds that both have."""
+        return self.row.values.get("ratio")
+
+
+@dataclass(frozen=True)
+class NoiseCurve:
+    """An objective by the errors in its scores, from none to most."""
+
+    objective: str
+    levels: list[NoiseLevel]
+    verdict: str
+
+
+def noise_curves(rows: Sequence[Group], runs: Sequence[ReportedRun]) -> list[NoiseCurve]:
+    """The objectives of which some run had errors added to its scores; none without plain training to compare with."""
+    plain = next((row.values.get("misalignment") for row in rows if row.is_plain), None)
+    if plain is None or not any(run.manifest.noise for run in runs):
+        return []
+    of_objective: dict[str, list[NoiseLevel]] = {}
+    for row in rows:
+        members = [run for run in runs if run.name == row.name]
+        if not row.is_plain and "misalignment" in row.values:
+            of_objective.setdefault(TAG.sub("", row.name), []).append(_level(row, members, plain))
+    curves = []
+    for objective, levels in of_objective.items():
+        levels.sort(key=lambda level: level.wrong)
+        if levels[-1].wrong:
+            curves.append(NoiseCurve(objective, levels, _verdict(objective, levels)))
+    return curves
+
+
+def _level(row: Group, members: Sequence[ReportedRun], plain: Value) -> NoiseLevel:
+    found = [(0.0, 1.0, 1.0) if n is None else _of_counts(n) for n in (run.manifest.noise for run in members)]
+    wrong, precision, recall = np.mean(found, axis=0)
+    return NoiseLevel(
+        row=row,
+        wrong=float(wrong),
+        precision=float(precision),
+        recall=float(recall),
+        holds=_holds(row.values["misalignment"], row.values.get("ratio"), plain),
+    )
+
+
+def _of_counts(counts: NoiseCounts) -> tuple[float, float, float]:
+    return ((counts.missed + counts.false_alarms) / counts.segments, counts.precision, counts.recall)
+
+
+def _holds(own: Value, ratio: Value | None, plain: Value) -> bool:
+    """By the ratio's interval over seeds; where it has none, the intervals of the two must not overlap."""
+    if ratio is not None and ratio.ci95 is not None:
+        return ratio.ci95[1] < 1
+    return own.ci95 is not None and plain.ci95 is not None and own.ci95[1] < plain.ci95[0]
+
+
+def _verdict(objective: str, levels: Sequence[NoiseLevel]) -> str:
+    """Down to which precision and recall the objective is better, with all smaller errors too."""
+    failed = next((n for n, level in enumerate(levels) if not level.holds), len(levels))
+    if failed == 0:
+        least = "with the smallest errors here" if levels[0].wrong else "without errors"
+        return f"{objective} is not better than plain training at 95%, even {least}."
+    last = levels[failed - 1]
+    at = f"precision {share(last.precision, 0)} and recall {share(last.recall, 0)}"
+    effect = "" if last.ratio is None or math.isnan(last.ratio.mean) else f" ({last.ratio.mean:.2f} times its score)"
+    if failed == len(levels):
+        return f"{objective} is better than plain training with every error here, down to {at}{effect}."
+    lost = levels[failed]
+    return (
+        f"{objective} is better than plain training down to {at}{effect}; no longer at precision "
+        f"{share(lost.precision, 0)} and recall {share(lost.recall, 0)}."
+    )

@@ -1,0 +1,118 @@
+"""Errors added to a store's scores: what an objective would see of a worse scorer.
+
+A share of the bad segments gets the score of a good one, and a share of the good ones that of a bad one, drawn from the
+scores of the training part. Each segment is drawn by itself, as in the literature on label noise (class-conditional
+noise: Natarajan et al., NeurIPS 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.core.config import STRICT, ConfigError
+from phf.core.runs import NoiseCounts
+from phf.core.types import Block
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScorerNoise:
+    """How wrong the scores are that an objective sees, by segments. Bad is what scores above the scorer's own
+    threshold."""
+
+    missed: Share = 0.0
+    """Share of the bad segments that get the score of a good one."""
+    false_alarms: Share = 0.0
+    """Share of the good segments that get the score of a bad one."""
+
+
+def _of_number(value: Any) -> Any:
+    """A number stands for the same share of both classes, and 0 for no errors."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return {"missed": value, "false_alarms": value} if value else None
+
+
+AnyNoise = Annotated[
+    ScorerNoise | None,
+    pydantic.BeforeValidator(_of_number, json_schema_input_type=ScorerNoise | Share | None),
+]
+
+
+@plain_dataclass(frozen=True)
+class Noise:
+    """Errors of known sizes for the scores of one store.
+
+    `good`, `bad`: sorted scores of good and of bad segments, which wrong scores are drawn from. `bad_above`: scores
+    above it are bad. Draws depend on `seed` and the number of the segment alone.
+    """
+
+    noise: ScorerNoise
+    seed: int
+    good: np.ndarray
+    bad: np.ndarray
+    bad_above: float
+
+    def wrong_S(self, block: Block) -> np.ndarray:
+        """The segments whose class is changed, bool. Those that were not judged stay as they are."""
+        chance_S = np.where(block.score_S > np.float32(self.bad_above), self.noise.missed, self.noise.false_alarms)
+        wrong_S: np.ndarray = ~np.isnan(block.score_S) & (block.uniform_S(self.seed, "scorer noise") < chance_S)
+        return wrong_S
+
+    def scores_S(self, block: Block) -> np.ndarray:
+        """The scores with errors, float32."""
+        wrong_S = self.wrong_S(block)
+        found_S: np.ndarray = block.score_S.copy()
+        rank_S = block.uniform_S(self.seed, "score of the noise")
+        was_bad_S = block.score_S > np.float32(self.bad_above)
+        for chosen_S, values in ((wrong_S & was_bad_S, self.good), (wrong_S & ~was_bad_S, self.bad)):
+            found_S[chosen_S] = values[(rank_S[chosen_S] * len(values)).astype(np.int64)]
+        return found_S
+
+    def count(self, blocks: Iterable[Block]) -> NoiseCounts:
+        """What the errors do to the training part. `blocks`: with the scores before."""
+        segments = bad = missed = false_alarms = 0
+        for block in blocks:
+            use_S = block.train_S & ~np.isnan(block.score_S)
+            bad_S = use_S & (block.score_S > np.float32(self.bad_above))
+            wrong_S = self.wrong_S(block)
+            segments += int(use_S.sum())
+            bad += int(bad_S.sum())
+            missed += int((bad_S & wrong_S).sum())
+            false_alarms += int((use_S & ~bad_S & wrong_S).sum())
+        found = bad - missed
+        return NoiseCounts(
+            segments=segments,
+            bad=bad,
+            missed=missed,
+            false_alarms=false_alarms,
+            precision=found / (found + false_alarms) if found + false_alarms else float("nan"),
+            recall=found / bad if bad else float("nan"),
+        )
+
+
+SAMPLE = 1 << 16
+"""Segments whose scores wrong ones are drawn from, at most."""
+
+
+def make_noise(noise: ScorerNoise, seed: int, score_S: np.ndarray, bad_above: float) -> Noise:
+    """Errors for a store with these scores. Raises ConfigError if it has no good or no bad segment to draw from."""
+    sample_S = np.array(score_S[:: max(1, -(-len(score_S) // SAMPLE))])
+    sample_S = np.sort(sample_S[~np.isnan(sample_S)])
+    first_bad = int(np.searchsorted(sample_S, np.float32(bad_above), side="right"))
+    found = Noise(noise, seed, sample_S[:first_bad], sample_S[first_bad:], bad_above)
+    for name, values in (("good", found.good), ("bad", found.bad)):
+        if not len(values):
+            raise ConfigError(
+                f"train.scorer_noise: no {name} segment among {len(sample_S):,} (threshold {bad_above:g}), so no wrong "
+                "score can be drawn"
+            )
+    return found

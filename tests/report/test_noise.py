@@ -1,0 +1,163 @@
+"""The page's section on errors of the scorer, from a small grid that is really run."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import numpy as np
+import pytest
+
+from helpers import TINY_LLAMA, tiny_texts, write_jsonl
+from phf.core import store
+from phf.core.runs import NoiseCounts, RunFolder
+from phf.recipes.recipe import load_recipe
+from phf.recipes.run import run_recipe
+from phf.report.measures import Group, Value
+from phf.report.noise import noise_curves
+
+SIZES = {"segments": 100, "bad": 20}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("noise")
+    store.write_text(
+        out / "r.yaml",
+        f"""
+out: {out / "run"}
+corpus: {{name: jsonl, path: {write_jsonl(out / "t.jsonl", tiny_texts(60))}}}
+segmenter: {{name: lines}}
+scorer: {{name: regex, pattern: "https?"}}
+tokenizer: {{name: bpe, vocab_size: 300}}
+heldout: 0.2
+model: {{name: from_config, config: {TINY_LLAMA}}}
+train: {{tokens: 10240, context: 32, batch_rows: 16, lr: 0.02, compile: false}}
+objectives: {{mle: {{name: mle}}, conditional: {{name: conditional}}, filtering: {{name: filtering}}}}
+grid: {{train.scorer_noise: [0, 0.2, {{missed: 0.5}}]}}
+scenarios: {{unconditional: {{num_samples: 16, max_tokens: 40}}}}
+""",
+    )
+    recipe = load_recipe([str(out / "r.yaml")])
+    results = run_recipe(recipe)
+    assert [run.run for run in results.runs][:4] == [
+        "mle-s0",
+        "conditional-scorer_noise0-s0",
+        "conditional-scorer_noise0.2-s0",
+        "conditional-scorer_noise-missed0.5-s0",
+    ]
+    assert results.best == {}  # no errors at all is not a setting to choose
+    return recipe.folder
+
+
+def test_the_page_shows_every_level_with_what_the_manifests_count(folder):
+    page = (folder / "report.html").read_text()
+    section = page[page.index('<section aria-labelledby="noise">') :]
+    rows = re.findall(r"<tr><td>((?:conditional|filtering)-scorer_noise[^<]*)</td>(.*?)</tr>", section, re.S)[:6]
+    assert [name for name, _ in rows] == [
+        f"{objective}-scorer_noise{level}"
+        for objective in ("filtering", "conditional")
+        for level in ("0", "-missed0.5", "0.2")
+    ]
+    for name, cells in rows:
+        counts = store.read_json(folder / f"{name}-s0" / "manifest.json").get("noise")
+        shown = [float(value) for value in re.findall(r'<td data-value="([^"]*)"', cells)[:3]]
+        expected = [0, 1, 1]
+        if counts is not None:
+            wrong = (counts["missed"] + counts["false_alarms"]) / counts["segments"]
+            expected = [wrong, counts["precision"], counts["recall"]]
+        np.testing.assert_allclose(shown, expected)
+    assert (folder / "report" / "noise.svg").exists()
+
+
+def test_judging_sees_no_errors(folder):
+    identities = {
+        store.canonical(store.read_json(run / "eval.json")["identity"]) for run in folder.glob("*-s0") if run.is_dir()
+    }
+    assert len(identities) == 1
+    with open(folder / "report" / "numbers.csv") as file:
+        lines = [line for line in csv.DictReader(file) if line["measure"] == "bad"]
+    assert len({line["n"] for line in lines}) == 1  # held-out text is divided in one way
+    assert RunFolder(folder / "mle-s0").eval.exists()
+
+
+def group(name: str, mean: float, ratio: tuple[float, float, float] | None = None, plain: bool = False) -> Group:
+    values = {"misalignment": Value(mean, ci95=(0.9 * mean, 1.1 * mean))}
+    if ratio is not None:
+        values["ratio"] = Value(ratio[0], ci95=ratio[1:])
+    return Group(
+        name=name,
+        objective=name,
+        share=1.0,
+        runs=(f"{name}-s0",),
+        values=values,
+        samples=1,
+        unjudged=0,
+        empty=0,
+        tokens=1,
+        tokens_before=0,
+        text_tokens=1,
+        epochs=1,
+        exposure={},
+        seconds=1,
+        tokens_per_s=None,
+        is_plain=plain,
+    )
+
+
+class Run:
+    """What `noise_curves` reads of a run."""
+
+    def __init__(self, name: str, missed: int = 0, false_alarms: int = 0) -> None:
+        self.name = name
+        self.manifest = self
+        self.noise = None
+        if missed or false_alarms:
+            found = SIZES["bad"] - missed
+            self.noise = NoiseCounts(
+                **SIZES,
+                missed=missed,
+                false_alarms=false_alarms,
+                precision=found / (found + false_alarms),
+                recall=found / SIZES["bad"],
+            )
+
+
+def test_the_verdict_is_about_the_largest_error_up_to_which_the_effect_holds():
+    rows = [
+        group("mle", 1.0, plain=True),
+        group("masking-scorer_noise0", 0.2, (0.2, 0.1, 0.3)),
+        group("masking-scorer_noise0.4", 0.5, (0.5, 0.4, 0.7)),  # holds again, but not all smaller errors do
+        group("masking-scorer_noise0.1", 0.4, (0.4, 0.2, 0.8)),
+        group("masking-scorer_noise0.2", 0.9, (0.9, 0.6, 1.2)),
+        group("filtering", 1.0, (1.0, 0.9, 1.1)),
+        group("filtering-scorer_noise0.1", 1.0, (1.0, 0.9, 1.1)),
+        group("tag-scorer_noise0.1", 0.5),
+        group("rwr", 0.5),
+    ]
+    runs = [
+        Run("mle"),
+        Run("masking-scorer_noise0"),
+        Run("masking-scorer_noise0.4", 8, 32),
+        Run("masking-scorer_noise0.1", 2, 8),
+        Run("masking-scorer_noise0.2", 4, 16),
+        Run("filtering"),
+        Run("filtering-scorer_noise0.1", 2, 8),
+        Run("tag-scorer_noise0.1", 2, 8),
+        Run("rwr"),
+    ]
+    masking, filtering, tag = noise_curves(rows, runs)
+    assert [round(level.wrong, 2) for level in masking.levels] == [0, 0.1, 0.2, 0.4]
+    assert masking.verdict == (
+        "masking is better than plain training down to precision 69% and recall 90% (0.40 times its score); no longer "
+        "at precision 50% and recall 80%."
+    )
+    assert filtering.verdict == "filtering is not better than plain training at 95%, even without errors."
+    assert tag.verdict == (  # without seeds in common: the intervals over samples
+        "tag is better than plain training with every error here, down to precision 69% and recall 90%."
+    )
+
+
+def test_pages_without_errors_have_no_such_section():
+    assert noise_curves([group("mle", 1.0, plain=True), group("rwr", 0.5)], [Run("mle"), Run("rwr")]) == []
+    assert noise_curves([group("rwr-scorer_noise0.1", 0.5)], [Run("rwr-scorer_noise0.1", 1)]) == []
