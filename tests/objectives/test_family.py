@@ -470,7 +470,7 @@ def test_each_of_the_family_can_be_judged_and_released(trained, tmp_path, name):
 def test_control_tokens_of_any_roles_are_attacked(trained, name):
     run, _ = trained[name]
     found = attack_tokens(
-        load_model(run), TokenAttacks(num_samples=2, max_tokens=4, min_tokens=1), Regex("x"), Lines(), 0.0, []
+        load_model(run), TokenAttacks(num_samples=2, max_tokens=4, min_tokens=1), Regex("x"), Lines(), 0.0
     )
     attacks = {attack.attack: attack for attack in found.attacks}
     assert {"no token", "ban lifted", "bad token forced", "bad token typed, as it is"} <= attacks.keys()

@@ -46,7 +46,15 @@ from phf.redteaming.attackers import (
     shown,
 )
 from phf.redteaming.config import RedTeam, TokenAttacks
-from phf.redteaming.control_tokens import attack_tokens, attacks, bad_contexts, injection, typed_forms
+from phf.redteaming.control_tokens import (
+    LONG_TOKENS,
+    Contexts,
+    attack_tokens,
+    attacks,
+    heldout_contexts,
+    injection,
+    typed_forms,
+)
 from phf.redteaming.search import ATTEMPTS, RedTeamError, best_mean, search, starting_prompts, weights
 from phf.redteaming.target import Target
 from phf.tokens.store import TokenStore
@@ -611,7 +619,8 @@ def test_attacks_start_as_described(runs):
     good = model.control_ids["good"]
     bad = model.control_ids["bad"]
     eos = model.tokenizer.eos_token_id
-    found = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2), [[5, 6], [7]])}
+    contexts = Contexts([[5, 6], [7]], [[8]], [[9] * 500])
+    found = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2), contexts)}
     assert [a.name for a in found.values() if a.intended] == ["good token"]
     expected = {
         "good token": [eos, good],
@@ -620,37 +629,63 @@ def test_attacks_start_as_described(runs):
         "bad after good": [eos, good, bad],
         "bad context": [eos, good, 5, 6],
         "bad context, no token": [eos, 5, 6],
-        "wrong position": [eos, 5, 6, good],
+        "good token late": [eos, 5, 6, good],
+        "before bad text": [eos, good, 8],
+        "long bad context": [eos, good, *[9] * (model.positions - 64 - 3)],
         "bad token after context": [eos, good, 5, 6, bad],
     }
     for name, start in expected.items():
         assert list(found[name].starts[0]) == start, name
     lifted = {name for name, a in found.items() if not a.ban_bad}
     assert lifted == {"ban lifted", "no token", "bad token forced", "bad after good", "bad token after context"}
+    given = {name for name, a in found.items() if a.needs_token}
+    assert given == {"bad token forced", "bad after good", "bad token after context"}
     for name, attack in found.items():
         if "typed" in name:
             assert not {good, bad} & set(attack.starts[0][2:]), name
             assert len(attack.starts[0]) > 3
     assert "bad token typed, injected" not in found
     model.tokenizer.split_special_tokens = False
-    opened = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2), [])}
+    opened = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2))}
     assert list(opened["bad token typed, injected"].starts[0]) == [eos, good, bad]
-    assert [a.name for a in attacks(load_model(runs / "mle"), TokenAttacks(), [])] == ["no token", "bad token typed"]
+    assert [a.name for a in attacks(load_model(runs / "mle"), TokenAttacks())] == [
+        "no token",
+        "bad token typed, as it is",
+    ]
 
 
-def test_bad_contexts_end_with_a_bad_segment(tokens_dir):
+def test_contexts_are_pieces_of_heldout_text(tokens_dir):
     tokens = TokenStore.open(tokens_dir)
-    found = bad_contexts(tokens, 0.0, 50, seed=1)
-    assert len(found) == 50
-    texts = [tokens.tokenizer.decode(ids) for ids in found]
+    found = heldout_contexts(tokens, 0.0, 50, seed=1)
     held = "".join(tokens.tokenizer.decode(tokens.tokens[a:b]) for a, b in _heldout(tokens))
     bad_lines = [line for line in held.splitlines(keepends=True) if "https://" in line]
-    assert all(any(line.endswith(t.splitlines(keepends=True)[-1]) for line in bad_lines) for t in texts)
-    assert all(t in held for t in texts)
-    assert bad_contexts(tokens, 10.0, 5, seed=1) == []
-    distinct = len({tuple(c) for c in found})
-    assert distinct < 50  # so each one is repeated, copies side by side
-    assert sum(a != b for a, b in itertools.pairwise(found)) == distinct - 1
+
+    def texts(kind):
+        assert len(kind) == 50
+        distinct = len({tuple(c) for c in kind})
+        assert sum(a != b for a, b in itertools.pairwise(kind)) == distinct - 1  # copies side by side
+        return [tokens.tokenizer.decode(ids) for ids in kind], distinct
+
+    bad, distinct = texts(found.bad)
+    assert distinct < 50  # so each one is repeated
+    assert all(any(line.endswith(t.splitlines(keepends=True)[-1]) for line in bad_lines) for t in bad)
+    assert all(t in held for t in bad)
+    before, _ = texts(found.before)
+    for text in before:
+        after = [held[at + len(text) :] for at in places(text, held)]
+        assert any(rest.startswith(line) for rest in after for line in bad_lines)
+    long, distinct = texts(found.long)
+    assert distinct == 50
+    for text in long:
+        lines = text.splitlines(keepends=True)
+        assert all(line in bad_lines for line in lines[1:])
+        assert any(line.endswith(lines[0]) for line in bad_lines)
+    assert {len(ids) for ids in found.long} == {LONG_TOKENS}
+    assert heldout_contexts(tokens, 10.0, 5, seed=1) == Contexts()
+
+
+def places(piece: str, text: str) -> list[int]:
+    return [at for at in range(len(text)) if text.startswith(piece, at)]
 
 
 def _heldout(tokens):
@@ -666,7 +701,7 @@ def test_the_attack_table(runs, tokens_dir, prompts, tmp_path):
     tokens = TokenStore.open(tokens_dir)
     model = load_model(runs / "conditional")
     config = TokenAttacks(num_samples=64, max_tokens=24)
-    contexts = bad_contexts(tokens, 0.0, 64, 0)
+    contexts = heldout_contexts(tokens, 0.0, 64, 0)
     found = attack_tokens(model, config, LINK, Lines(), 0.0, contexts)
     row = {r.attack: r for r in found.attacks}
     forced = row["bad token forced"]
@@ -682,10 +717,17 @@ def test_the_attack_table(runs, tokens_dir, prompts, tmp_path):
         np.mean([LINK.score_text(s.text) for s in plain if s.text])
     )
     assert found.skipped == []
-    distinct = len({tuple(c) for c in contexts})
+    by_text = [r for r in found.attacks if r.attack != "bad token forced" and r.attack[:9] != "bad after"]
+    by_text = [r for r in by_text if r.attack != "bad token after context"]
+    for name, rows in (("text", by_text), ("any", found.attacks)):
+        chosen = max(rows, key=lambda r: r.misalignment.mean)
+        assert found.worst[name].attack == chosen.attack
+        assert found.worst[name].misalignment.mean != chosen.misalignment.mean  # of new samples
+        assert found.worst[name].misalignment.mean > row["good token"].misalignment.ci95[1]
+    distinct = len({tuple(c) for c in contexts.bad})
     assert row["bad context"].misalignment.n <= distinct  # the context is the independent unit
-    mle = attack_tokens(load_model(runs / "mle"), config, LINK, Lines(), 0.0, [])
-    assert [r.attack for r in mle.attacks] == ["no token", "bad token typed"]
+    mle = attack_tokens(load_model(runs / "mle"), config, LINK, Lines(), 0.0)
+    assert [r.attack for r in mle.attacks] == ["no token", "bad token typed, as it is"]
     assert len(mle.skipped) == 2
     assert mle.injection == []
 

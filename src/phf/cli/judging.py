@@ -431,6 +431,14 @@ def _print_attacks(results: dict[str, RedTeamResult]) -> None:
     if attacks:
         print("\nattacks on the control tokens\n")
         print_table(["model", "attack", "misalignment (95% interval)", "bad segments"], attacks)
+    worst = [
+        [name, found.attack, with_interval(found.misalignment, 5)]
+        for name, result in results.items()
+        for found in (result.tokens.worst.values() if result.tokens else ())
+    ]
+    if worst:
+        print("\nworst context without the bad token itself, and of all (new samples)\n")
+        print_table(["model", "attack", "misalignment (95% interval)"], worst)
 
 
 def _search_row(name: str, result: RedTeamResult) -> list[str]:

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
@@ -25,7 +26,7 @@ from phf.generation.loaded import LoadedModel, load_model
 from phf.generation.scenario import Scenario, prompts_path
 from phf.generation.server import Server
 from phf.redteaming.config import RedTeam, TokenAttacks, task_of
-from phf.redteaming.control_tokens import attack_tokens, bad_contexts, check_attack_room
+from phf.redteaming.control_tokens import Contexts, attack_tokens, check_attack_room, heldout_contexts
 from phf.redteaming.results import RedTeamResult, TokenAttacksResult
 from phf.redteaming.search import Starts, search, starting_prompts
 from phf.redteaming.target import Target
@@ -70,7 +71,9 @@ def redteam(
     )
     file = plan.folder.result
     folder = plan.folder.path
-    if (done := folders.kept(file, plan.key, RedTeamResult)) is not None:
+    for key in (plan.key, plan.earlier_key):
+        if (done := folders.kept(file, key, RedTeamResult)) is None:
+            continue
         folders.tidy(folder, *([] if plan.run is None else [plan.run]))
         folders.done_before(file)
         return done
@@ -103,21 +106,27 @@ class _Plan:
     scorer: Scorer
     segmenter: Segmenter
     threshold: float
-    contexts: list[list[int]]
-    """Token ids of bad contexts, for the attacks on control tokens."""
+    contexts: Contexts
+    """Held-out text for the attacks on control tokens."""
     target_key: str
     """Fingerprint of the model."""
 
     @cached_property
     def key(self) -> str:
         """Fingerprint of the model and of all settings."""
+        return self._fingerprint(vars(self.contexts), "redteam/6")
+
+    @property
+    def earlier_key(self) -> str:
+        """The key of earlier versions, which had fewer attacks on control tokens. What they finished stays finished."""
+        return self._fingerprint(self.contexts.bad, "redteam/5")
+
+    def _fingerprint(self, contexts: Any, version: str) -> str:
         attacks = None if self.token_attacks is None else to_plain(self.token_attacks)
         plain = [to_plain(self.config), self.config.attacker.identity(), attacks]
         prompts_hash = store.path_hash(prompts_path(task_of(self.config, self.scorer)[1]))
         identity = self.scorer.identity()
-        return store.fingerprint(
-            [self.target_key, plain, prompts_hash, identity, self.threshold, self.contexts, "redteam/5"]
-        )
+        return store.fingerprint([self.target_key, plain, prompts_hash, identity, self.threshold, contexts, version])
 
 
 def _prepare(
@@ -136,7 +145,7 @@ def _prepare(
     """The attack with everything resolved that the arguments leave open. Errors as `redteam`."""
     name = f"{model.model} at {model.url}" if isinstance(model, Server) else str(model)
     run = None if isinstance(model, Server) or not is_run(model) else Path(model)
-    contexts: list[list[int]] = []
+    contexts = Contexts()
     if run is not None:
         opened = open_run(run, tokens_dir, scorer, allow_other_scorer, main)
         scorer = opened.scorer
@@ -144,7 +153,7 @@ def _prepare(
         threshold = opened.threshold(threshold)
         if token_attacks is not None:
             limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
-            contexts = bad_contexts(opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
+            contexts = heldout_contexts(opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
         what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
         raise ConfigError(f"{what}, so nothing says how to judge it; name a scorer: --scorer pii")
@@ -214,7 +223,7 @@ def _attack(plan: _Plan, target: Target, starts: Starts) -> RedTeamResult:
 
 def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> TokenAttacksResult:
     """Attack the control tokens, or read the result if this was done before."""
-    plain = [to_plain(config), plan.contexts, plan.scorer.identity(), to_plain(plan.segmenter), plan.threshold]
+    plain = [to_plain(config), vars(plan.contexts), plan.scorer.identity(), to_plain(plan.segmenter), plan.threshold]
 
     def attacked() -> TokenAttacksResult:
         start = time.perf_counter()
@@ -223,7 +232,7 @@ def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> Tok
         )
         return replace(result, seconds=time.perf_counter() - start)
 
-    key = store.fingerprint([plan.target_key, *plain, "tokens/2"])
+    key = store.fingerprint([plan.target_key, *plain, "tokens/3"])
     return folders.cached(plan.folder.tokens, key, TokenAttacksResult, attacked)
 
 

@@ -170,6 +170,16 @@ class Injection:
 
 
 @dataclass(frozen=True)
+class WorstContext:
+    """The attack with the highest misalignment of a model, judged again."""
+
+    attack: str
+    """Its name."""
+    misalignment: Estimate
+    """Mean score of new samples: the largest of many noisy means is too high."""
+
+
+@dataclass(frozen=True)
 class TokenAttacksResult:
     """`tokens.json`: all attacks on the control tokens."""
 
@@ -183,6 +193,8 @@ class TokenAttacksResult:
     """Attacks that were not possible, and why."""
     seconds: float = 0.0
     """Time."""
+    worst: dict[str, WorstContext] = field(default_factory=dict)
+    """text: of the contexts without the bad token itself; any: of all."""
 
 
 @dataclass(frozen=True, kw_only=True)

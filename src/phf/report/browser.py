@@ -12,7 +12,7 @@ from phf.core.text import visible
 from phf.core.types import Sample
 from phf.evaluation.judge import scored_text
 from phf.generation.scenario import Scenario
-from phf.redteaming.results import RedTeamResult, TokenAttack, TokenAttacksResult
+from phf.redteaming.results import RedTeamResult, TokenAttack, TokenAttacksResult, WorstContext
 from phf.scorers import Scorer
 from phf.scorers.masking import find_spans, shown_text
 
@@ -99,6 +99,10 @@ def shown_prompts(found: RedTeamResult, scorer: Scorer) -> list[ShownPrompt]:
     return rows
 
 
+WORST = {"text": "without the bad token itself", "any": "of all"}
+"""Titles of what `TokenAttacksResult.worst` holds."""
+
+
 @dataclass(frozen=True)
 class AttackRow:
     """An attack on the control tokens, with its result on each attacked run."""
@@ -114,6 +118,8 @@ class AttackTable:
 
     runs: list[str]
     rows: list[AttackRow]
+    worst: dict[str, list[WorstContext | None]]
+    """The worst attack on each run, judged again, by which attacks were compared."""
     holes: list[tuple[str, str, str]]
     """(run, what is typed, token): a tokenizer that reads typed text as a control token."""
 
@@ -124,6 +130,11 @@ def attack_table(found: Mapping[str, TokenAttacksResult]) -> AttackTable:
     by_run = [{a.attack: a for a in result.attacks} for result in found.values()]
     return AttackTable(
         runs=list(found),
+        worst={
+            title: [result.worst.get(key) for result in found.values()]
+            for key, title in WORST.items()
+            if any(key in result.worst for result in found.values())
+        },
         rows=[AttackRow(name, text, [of_run.get(name) for of_run in by_run]) for name, text in about.items()],
         holes=[
             (run, hole.typed, hole.token) for run, result in found.items() for hole in result.injection if hole.control

@@ -111,6 +111,14 @@ MEASURES = (
         5,
         "red-teaming: mean score of new continuations of the ten best prompts found",
     ),
+    Measure(
+        "worst_context",
+        "worst context",
+        "lower",
+        5,
+        "attacks on the control tokens: mean score of new samples in the context that is worst for the model, the bad "
+        "token itself left out",
+    ),
     Measure("distinct_1", "distinct-1", "higher", 3, "share of distinct words; falls as texts get longer"),
     Measure("distinct_2", "distinct-2", "higher", 3, "share of distinct pairs of words; falls as texts get longer"),
     Measure(
@@ -152,7 +160,7 @@ MEASURES = (
 )
 RATIO = Measure("ratio", "ratio to MLE", "lower", 3, "misalignment divided by MLE's; over seeds the geometric mean")
 
-MAIN = ("misalignment", "ratio", "bad_segments", "good", "bad", "kl", "understanding", "attacked_10")
+MAIN = ("misalignment", "ratio", "bad_segments", "good", "bad", "kl", "understanding", "attacked_10", "worst_context")
 """Columns of the main table. Capabilities follow."""
 DIVERSITY = (
     "hit_rate",
@@ -187,6 +195,7 @@ NEVER_NEGATIVE = (
     "finished",
     "attacked_1",
     "attacked_10",
+    "worst_context",
 )
 """Student's interval can reach below 0, these numbers cannot."""
 SCENARIO_NUMBERS = (
@@ -250,6 +259,10 @@ def of_run(run: ReportedRun, scenario: str) -> dict[str, Value]:
             found[f"attacked_{key}"] = Value.of(
                 confirmed, f"{source_file(run, run.folder.redteam.result)}: search.confirmed.best_{key}"
             )
+    tokens = None if run.redteam is None else run.redteam.tokens
+    if tokens is not None and "text" in tokens.worst:
+        source = f"{source_file(run, run.folder.redteam.result)}: tokens.worst.text.misalignment"
+        found["worst_context"] = Value.of(tokens.worst["text"].misalignment, source)
     return {key: value for key, value in found.items() if not math.isnan(value.mean)}
 
 
