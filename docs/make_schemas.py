@@ -17,6 +17,7 @@ from phf.data.scored import ScoreManifest
 from phf.evaluation.results import EvalResult, MonitorLine
 from phf.recipes.recipe import Recipe
 from phf.redteaming.results import RedTeamResult
+from phf.redteaming.tamper import TamperResult
 from phf.release import ExportManifest
 from phf.report.results import RecipeResults
 from phf.scoring.audit import Audit
@@ -35,6 +36,7 @@ FILES: dict[str, tuple[type, str]] = {
     "monitor": (MonitorLine, "A line of monitor.jsonl"),
     "eval": (EvalResult, "eval.json"),
     "redteam": (RedTeamResult, "redteam.json"),
+    "tamper": (TamperResult, "tamper.json"),
     "results": (RecipeResults, "results.json of a recipe"),
     "recipe": (Recipe, "A recipe"),
 }

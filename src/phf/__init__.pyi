@@ -80,8 +80,11 @@ from .evaluation.monitor import MonitorCallback as MonitorCallback
 from .redteaming.config import RedTeam as RedTeam
 from .redteaming.config import TokenAttacks as TokenAttacks
 from .redteaming.attack import redteam as redteam
+from .redteaming.control_tokens import Contexts as Contexts
 from .redteaming.control_tokens import attack_tokens as attack_tokens
 from .redteaming.control_tokens import injection as injection
+from .redteaming.tamper import Tamper as Tamper
+from .redteaming.tamper import tamper as tamper
 from .report.page import write_report as write_report
 from .recipes.recipe import Recipe as Recipe
 from .recipes.recipe import load_recipe as load_recipe

@@ -99,6 +99,7 @@ def folder(scored_dir, tmp_path_factory) -> Path:
                     "confirm": 2,
                     "max_tokens": 12,
                 },
+                "tamper": {"steps": [0, 1], "num_samples": 4, "max_tokens": 12, "heldout_tokens": 200, "batch_rows": 4},
                 "token_attacks": {"num_samples": 4, "max_tokens": 12},
                 "scenarios": {
                     "unconditional": {"num_samples": 8, "max_tokens": 16},
@@ -157,6 +158,7 @@ def test_files_match_their_schemas(folder, tmp_path):
         "manifest-train": folder.glob("*-s0/manifest.json"),
         "eval": folder.glob("*/eval.json"),
         "redteam": folder.glob("*/redteam/redteam.json"),
+        "tamper": folder.glob("*/tamper/tamper.json"),
         "results": [folder / "results.json"],
         "metrics": folder.glob("*/metrics.jsonl"),
         "monitor": folder.glob("*/monitor.jsonl"),

@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from phf.cli.about import explain, ls
+from phf.cli.attacking import redteam, tamper
 from phf.cli.data import audit, check, fit_scorer, inspect, push, score, tokenize
-from phf.cli.judging import compare, evaluate, redteam, report, sample
+from phf.cli.judging import compare, evaluate, report, sample
 from phf.cli.recipes import plan, price, run
 from phf.cli.training import export, export_tokens, reference, rows, train
 from phf.core.threads import wait_briefly
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "compare": compare,
     "redteam": redteam,
+    "tamper": tamper,
     "report": report,
     "export": export,
     "push": push,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phf.cli.shared import (
+    AnotherScorer,
+    MayDiffer,
+    ModelOut,
     Overrides,
     checked,
     finite,
@@ -27,19 +30,10 @@ if TYPE_CHECKING:
 
     from phf.core.config import Plain
     from phf.core.runs import RunFolder
-    from phf.core.types import Estimate
     from phf.evaluation.capabilities import AnyCapability
     from phf.evaluation.judge import Difference
     from phf.evaluation.results import EvalResult
     from phf.generation.scenario import Scenario
-    from phf.redteaming.results import RedTeamResult
-
-AnotherScorer = Annotated[
-    str | None,
-    typer.Option(help="Scorer to use instead of the corpus's. Names and scorer.* settings are those of `phf score`."),
-]
-MayDiffer = Annotated[bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")]
-ModelOut = Annotated[str | None, typer.Option(help="Folder for the results of a model that is not a run.")]
 
 
 def sample(
@@ -325,137 +319,6 @@ def _difference_cells(found: Difference) -> list[str]:
 
 
 # Attacks
-
-
-def redteam(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN|MODEL... [a.b=c]...",
-            help="Trained runs, any model (a folder or a name on the Hub) or a server (http://host:8000/v1), then "
-            "settings.",
-        ),
-    ],
-    scorer: AnotherScorer = None,
-    other_scorer: MayDiffer = False,
-    threshold: Annotated[
-        float | None,
-        typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold."),
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
-    out: ModelOut = None,
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's sizes: ten trials, 512 continuations.")] = False,
-    token_attacks: Annotated[
-        bool, typer.Option("--control-tokens/--no-control-tokens", help="Also attack the control tokens.")
-    ] = True,
-) -> None:
-    """Attack models.
-
-    Searches for prompts that make them misbehave, and attacks their control tokens.
-
-    Settings are those of the search (trials, rounds, candidates, continuations, attacker.name=evolution|local|server,
-    task, prompts, seed ...) and tokens.* for the attacks on control tokens (tokens.num_samples=256). All models of one
-    command are attacked in the same way. Writes redteam.json into each run's folder redteam, or into --out; `phf
-    report` shows it. Run the same command again to resume.
-    """
-    from phf.core.config import ConfigError, apply_overrides, merge
-    from phf.core.runs import is_run
-    from phf.generation.server import Server
-    from phf.redteaming.attack import redteam as attack
-    from phf.redteaming.config import PAPER, RedTeam, TokenAttacks
-
-    names, overrides = split_settings(models)
-    if not names:
-        raise ConfigError("name a run or a model, for example: phf redteam runs/mine")
-    config = apply_overrides({}, overrides)
-    judge = scorer_option(scorer, take(config, "scorer"))
-    server = take(config, "server")
-    of_tokens = take(config, "tokens")
-    settings: RedTeam = checked(merge(PAPER if paper else {}, config), RedTeam)
-    of_control: TokenAttacks | None = checked(of_tokens, TokenAttacks, "tokens") if token_attacks else None
-    results: dict[str, RedTeamResult] = {}
-    for name in names:
-        model: Any = checked({"url": name, **server}, Server, "server") if is_url(name) else name
-        folder = out
-        if not is_url(name) and is_run(name):
-            folder = None  # the run's own
-        elif out is not None and len(names) > 1:
-            folder = f"{out}/{folder_name(name)}"
-        results[name] = attack(
-            model,
-            folder,
-            settings,
-            of_control,
-            scorer=judge,
-            threshold=threshold,
-            tokens_dir=tokens,
-            allow_other_scorer=other_scorer,
-        )
-        _warn_of_holes(name, results[name])
-    _print_attacks(results)
-
-
-def _warn_of_holes(name: str, result: RedTeamResult) -> None:
-    for hole in result.tokens.injection if result.tokens is not None else ():
-        if hole.control:
-            print(
-                f"{name}: its tokenizer reads a typed {hole.typed} as the control token {hole.token}", file=sys.stderr
-            )
-
-
-SEARCH_HEAD = [
-    "model",
-    "best, new continuations (95% interval)",
-    "best 10, new continuations",
-    "best",
-    "best 10",
-    "best 100",
-    "last round",
-    "target tokens",
-    "red LM tokens",
-    "seconds",
-]
-
-
-def _print_attacks(results: dict[str, RedTeamResult]) -> None:
-    """Print the results of the searches and of the attacks on control tokens."""
-    from phf.report.format import share, with_interval
-
-    print("\nsearch (mean score of the best prompts' continuations; lower: harder to break)\n")
-    print_table(SEARCH_HEAD, [_search_row(name, result) for name, result in results.items()])
-    attacks = [
-        [name, found.attack, with_interval(found.misalignment, 5), share(found.bad_segments)]
-        for name, result in results.items()
-        for found in (result.tokens.attacks if result.tokens else ())
-    ]
-    if attacks:
-        print("\nattacks on the control tokens\n")
-        print_table(["model", "attack", "misalignment (95% interval)", "bad segments"], attacks)
-    worst = [
-        [name, found.attack, with_interval(found.misalignment, 5)]
-        for name, result in results.items()
-        for found in (result.tokens.worst.values() if result.tokens else ())
-    ]
-    if worst:
-        print("\nworst context without the bad token itself, and of all (new samples)\n")
-        print_table(["model", "attack", "misalignment (95% interval)"], worst)
-
-
-def _search_row(name: str, result: RedTeamResult) -> list[str]:
-    from phf.core.types import Estimate
-    from phf.report.format import number, with_interval
-
-    search = result.search
-    budget = result.search.budget
-    confirmed: list[Estimate] = [search.confirmed.get(k, Estimate.missing()) for k in ("best_1", "best_10")]
-    return [
-        name,
-        *(with_interval(estimate, 5) for estimate in confirmed),
-        *(number(search.final[k].mean, 5) for k in ("best_1", "best_10", "best_100", "round_mean")),
-        f"{budget.target_tokens:,}",
-        f"{budget.red_tokens:,}",
-        f"{budget.seconds:.0f}",
-    ]
 
 
 def report(

@@ -22,6 +22,12 @@ Settings = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings, for example num_samples=64.")
 ]
+AnotherScorer = Annotated[
+    str | None,
+    typer.Option(help="Scorer to use instead of the corpus's. Names and scorer.* settings are those of `phf score`."),
+]
+MayDiffer = Annotated[bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")]
+ModelOut = Annotated[str | None, typer.Option(help="Folder for the results of a model that is not a run.")]
 
 
 def split_settings(arguments: list[str] | None) -> tuple[list[str], list[str]]:

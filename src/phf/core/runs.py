@@ -8,6 +8,7 @@ run/  config.yaml     settings of the run, all defaults filled in
       model/          the final model; phf.json says what it was trained for
       samples/<scenario>.jsonl   eval/<part>.json   eval.json
       redteam/        search/   tokens.json   redteam.json
+      tamper/         good/   bad/   tamper.json
       manifest.json   written last: the run is finished
 
 recipe/  recipe.yaml  scored/  tokens/  cache/  <run>/  results.json  report.html  report/
@@ -110,6 +111,11 @@ class RunFolder:
     @property
     def redteam(self) -> RedTeamFolder:
         return RedTeamFolder(self.path / "redteam")
+
+    @property
+    def tamper(self) -> Path:
+        """The run finetuned on good and on bad text (phf.redteaming.tamper)."""
+        return self.path / "tamper"
 
     @property
     def cache(self) -> Path:

@@ -52,8 +52,8 @@ from phf.training.probe import logit_shape
 class Monitor:
     """What is judged during training."""
 
-    every: Annotated[float, Field(gt=0)]
-    """Tokens between judgements."""
+    every: Annotated[float, Field(gt=0)] | None = None
+    """Tokens between judgements; None: only at `steps` and at the end."""
     heldout_tokens: Annotated[int, Field(ge=0)] = 50_000
     """Held-out tokens that are read each time; 0: none."""
     scenarios: dict[str, Scenario] = Field(default_factory=dict)
@@ -62,6 +62,8 @@ class Monitor:
     capabilities: tuple[AnyCapability, ...] = ()
     threshold: float | None = None
     """Scores above it are bad; None: the scorer's own threshold."""
+    steps: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Further steps to judge at; 0: before training."""
 
 
 TRACKED = ("bad_segments", "distinct_2", "self_bleu_5", "mean_chars", "finished", "compile_rate")
@@ -116,7 +118,7 @@ class MonitorCallback(JudgingCallback):
         self.context = train.context
         self.document_mask = train.document_mask
         self.step_tokens = train.step_tokens
-        self.every_steps = max(round(config.every / self.step_tokens), 1)
+        self.every_steps = None if config.every is None else max(round(config.every / self.step_tokens), 1)
         self.prepared: _Prepared | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -124,6 +126,8 @@ class MonitorCallback(JudgingCallback):
             keep_lines(self.run.monitor, state.global_step)
             with torch.compiler.set_stance("force_eager"):
                 self.prepare(model)
+            if state.global_step == 0 and 0 in self.config.steps and not read_monitor(self.run.monitor):
+                self._judge_now(args, model, 0)
 
     def prepare(self, lm: Any) -> None:
         """Load what judging needs, and find every problem before training instead of in its middle."""
@@ -184,11 +188,19 @@ class MonitorCallback(JudgingCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
-        left = state.max_steps - step
+        if state.is_world_process_zero and self._is_due(step, state.max_steps - step):
+            self._judge_now(args, model, step)
+
+    def _is_due(self, step: int, left: int) -> bool:
+        """Whether to judge after `step` steps, with `left` steps to come."""
+        if left == 0 or step in self.config.steps:
+            return True
+        if self.every_steps is None:
+            return False
         near_the_end = left < self.every_steps / 10  # the final model is judged soon
-        due = left == 0 or (step % self.every_steps == 0 and not near_the_end)
-        if not state.is_world_process_zero or not due:
-            return
+        return step % self.every_steps == 0 and not near_the_end
+
+    def _judge_now(self, args: Any, model: Any, step: int) -> None:
         start = time.perf_counter()
         line = self.judge(model, step)
         self.judged = tracked(line)

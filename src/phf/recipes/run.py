@@ -256,6 +256,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
     judged is on the page all the same."""
     from phf.evaluation.evaluate import evaluate_run
     from phf.redteaming.attack import redteam
+    from phf.redteaming.tamper import tamper
 
     folder = recipe.files.run(variant.name).path
     with _stage(f"train {variant.name}", seconds):
@@ -275,28 +276,45 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
     problems = [f"{part}: {why}" for part, why in result.failed.items()]
     attacked: dict[str, Estimate] = {}
     if recipe.redteam is not None:
-        try:
-            with _stage(f"attack {variant.name}", seconds):
-                found = redteam(
-                    folder,
-                    None,
-                    recipe.redteam,
-                    recipe.token_attacks or TokenAttacks(),
-                    scorer=recipe.samples_by,
-                    threshold=recipe.threshold,
-                    allow_other_scorer=recipe.judge is not None,
-                    main=True,
-                )
+        with _attempted("red-teaming", f"attack {variant.name}", seconds, problems):
+            found = redteam(
+                folder,
+                None,
+                recipe.redteam,
+                recipe.token_attacks or TokenAttacks(),
+                scorer=recipe.samples_by,
+                threshold=recipe.threshold,
+                allow_other_scorer=recipe.judge is not None,
+                main=True,
+            )
             attacked = dict(found.search.confirmed)
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as error:
-            if not isinstance(error, PhfError | OSError):
-                traceback.print_exc()
-            problems.append(f"red-teaming: {type(error).__name__}: {error}")
-            _print(f"failed: attack {variant.name}: {error}")
+    if recipe.tamper is not None:
+        with _attempted("tampering", f"tamper {variant.name}", seconds, problems):
+            tamper(
+                folder,
+                recipe.tamper,
+                scorer=recipe.samples_by,
+                threshold=recipe.threshold,
+                allow_other_scorer=recipe.judge is not None,
+                main=True,
+            )
     summary = _summary(variant, manifest, result, next(iter(recipe.scenarios)))
     return replace(summary, attacked=attacked), problems
+
+
+@contextlib.contextmanager
+def _attempted(what: str, stage: str, seconds: Stages, problems: list[str]) -> Iterator[None]:
+    """A stage whose failure is noted in `problems` and loses nothing else."""
+    try:
+        with _stage(stage, seconds):
+            yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        if not isinstance(error, PhfError | OSError):
+            traceback.print_exc()
+        problems.append(f"{what}: {type(error).__name__}: {error}")
+        _print(f"failed: {stage}: {error}")
 
 
 def _train(recipe: Recipe, variant: Variant, folder: Path) -> TrainManifest:
@@ -423,11 +441,12 @@ class Stages(dict[str, float]):
 
     @classmethod
     def of(cls, recipe: Recipe, only: str | None, runs: int) -> Stages:
-        """Those of a call: two for the data and one for each further preference, and training, judging and perhaps an
-        attack for each run."""
+        """Those of a call: two for the data and one for each further preference, and training, judging and perhaps
+        attacks for each run."""
         made = cls()
         data = 0 if only not in (None, "data") else 2 + len(recipe.preferences)
-        made.total = data + (0 if only == "data" else runs * (3 if recipe.redteam is not None else 2))
+        attacks = (recipe.redteam is not None) + (recipe.tamper is not None)
+        made.total = data + (0 if only == "data" else runs * (2 + attacks))
         return made
 
 

@@ -17,6 +17,7 @@ from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.noise import NoiseCurve, noise_curves
 from phf.report.plots import Mark, Point, Style
 from phf.report.runs import ReportedRun
+from phf.report.tamper import tampered
 
 COSTS = ("kl", "good")
 """What alignment may cost: misalignment is drawn against each of these, and against every capability."""
@@ -92,6 +93,7 @@ def figures(compared: Comparison) -> dict[str, Figure]:
         found["noise"] = _noise(curves)
     if compared.attacked:
         found |= _attacks(compared)
+    found |= _tampered(compared)
     found |= _monitored(compared)
     losses = {
         run.name: [Point(_millions(run, line.tokens), line.loss) for line in run.metrics]
@@ -200,6 +202,31 @@ def _attacks(compared: Comparison) -> dict[str, Figure]:
         curves = [(r.folder_name, r.redteam.search.curves[measure]) for r in compared.attacked if r.redteam is not None]
         caption = f"Red-teaming: {title}, mean score of the continuations. Bands: 95% over trials."
         found[f"attacks-{measure}"] = Figure("attacks", plots.attacks(curves, looks, title), caption)
+    return found
+
+
+TAMPERED = {"bad": "bad text, as an attacker would", "good": "good text only"}
+
+
+def _tampered(compared: Comparison) -> dict[str, Figure]:
+    """Curves of finetuning, one plot for each part of the text that was learned."""
+    plain = next((row.name for row in compared.groups if row.is_plain), None)
+    rows = tampered(compared.runs, plain)
+    found = {}
+    for part in dict.fromkeys(row.part for row in rows):
+        members = [row for row in rows if row.part == part]
+        curves = {
+            row.group: [Point(step, e.mean, None if math.isnan(e.ci95[0]) else e.ci95) for step, e in row.curve]
+            for row in members
+        }
+        start = next((row.curve[0][1].mean for row in members if row.group == plain), None)
+        steps = [step for step, _ in members[0].curve]
+        caption = (
+            f"Misalignment in the intended use while the model is finetuned on {TAMPERED[part]}. Bands: 95%. Dashed: "
+            "plain training before any finetuning."
+        )
+        svg = plots.tampered(curves, compared.styles, steps, start)
+        found[f"tamper-{part}"] = Figure("tamper", svg, caption)
     return found
 
 

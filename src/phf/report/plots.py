@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import escape
@@ -224,6 +224,19 @@ def noise(curves: Curves) -> str:
     axes.set_ylim(bottom=0)
     x_label = "segments with a wrong score, %"
     return _finish(figure, axes, x_label, "ratio to plain training", "Errors of the scorer", legend=True)
+
+
+def tampered(curves: Curves, looks: Mapping[str, Style], steps: Sequence[int], plain: float | None) -> str:
+    """Misalignment by steps of finetuning. `plain`: that of plain training, as a line."""
+    figure, axes = _axes(6.4, 3.2)
+    places = {step: n for n, step in enumerate(steps)}
+    at = {name: [replace(p, x=places[int(p.x)]) for p in points] for name, points in curves.items()}
+    _curves(axes, at, looks)
+    if plain is not None:
+        axes.axhline(plain, color=INK, linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
+    axes.set_ylim(bottom=0)
+    return _finish(figure, axes, "steps of finetuning", "misalignment", "Misalignment under finetuning", legend=True)
 
 
 def losses(curves: Curves, looks: Mapping[str, Style]) -> str:

@@ -19,6 +19,7 @@ from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
 from phf.redteaming.config import RedTeam
 from phf.redteaming.results import RedTeamResult, read_redteam
+from phf.redteaming.tamper import TamperResult, read_tamper
 from phf.report.plots import ORDER
 from phf.report.results import read_results
 from phf.training.metrics import MetricsLine, read_metrics
@@ -39,6 +40,8 @@ class ReportedRun:
     """None: not attacked."""
     samples: dict[str, list[Sample]]
     """By scenario."""
+    tamper: TamperResult | None = None
+    """None: not finetuned after training."""
 
     @property
     def folder_name(self) -> str:
@@ -100,6 +103,7 @@ def _load(folder: RunFolder) -> ReportedRun:
         monitor=read_monitor(folder.monitor) if folder.monitor.exists() else [],
         redteam=read_redteam(folder.redteam),
         samples={name: read_samples(folder.samples(name)) for name in result.scenarios},
+        tamper=read_tamper(folder),
     )
 
 
@@ -146,8 +150,10 @@ def _check_comparable(folder: Path, runs: Sequence[ReportedRun]) -> None:
         same(f"how scenario {name!r} was sampled", [_without_batch(s) for s in kept], alike)
     kls = [r.kl for r in results if r.kl is not None]
     same("the reference of KL", [[k.reference, k.num_samples, k.max_tokens] for k in kls], alike)
+    tampered = [run.tamper for run in runs if run.tamper is not None]
     attacked = [run.redteam.search.settings for run in runs if run.redteam is not None]
     same("how they were attacked", [_without_batch(s) for s in attacked], alike)
+    same("how they were tampered with", [[t.settings, t.on] for t in tampered], alike)
 
 
 def _without_batch(settings: Scenario | RedTeam) -> Plain:

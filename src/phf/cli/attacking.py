@@ -1,0 +1,245 @@
+"""Commands that attack models."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from phf.cli.shared import (
+    AnotherScorer,
+    MayDiffer,
+    ModelOut,
+    checked,
+    finite,
+    folder_name,
+    is_url,
+    print_table,
+    scorer_option,
+    split_settings,
+    take,
+)
+
+if TYPE_CHECKING:
+    from phf.redteaming.results import RedTeamResult
+    from phf.redteaming.tamper import TamperResult
+
+
+def redteam(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL... [a.b=c]...",
+            help="Trained runs, any model (a folder or a name on the Hub) or a server (http://host:8000/v1), then "
+            "settings.",
+        ),
+    ],
+    scorer: AnotherScorer = None,
+    other_scorer: MayDiffer = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
+    out: ModelOut = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's sizes: ten trials, 512 continuations.")] = False,
+    token_attacks: Annotated[
+        bool, typer.Option("--control-tokens/--no-control-tokens", help="Also attack the control tokens.")
+    ] = True,
+) -> None:
+    """Attack models.
+
+    Searches for prompts that make them misbehave, and attacks their control tokens.
+
+    Settings are those of the search (trials, rounds, candidates, continuations, attacker.name=evolution|local|server,
+    task, prompts, seed ...) and tokens.* for the attacks on control tokens (tokens.num_samples=256). All models of one
+    command are attacked in the same way. Writes redteam.json into each run's folder redteam, or into --out; `phf
+    report` shows it. Run the same command again to resume.
+    """
+    from phf.core.config import ConfigError, apply_overrides, merge
+    from phf.core.runs import is_run
+    from phf.generation.server import Server
+    from phf.redteaming.attack import redteam as attack
+    from phf.redteaming.config import PAPER, RedTeam, TokenAttacks
+
+    names, overrides = split_settings(models)
+    if not names:
+        raise ConfigError("name a run or a model, for example: phf redteam runs/mine")
+    config = apply_overrides({}, overrides)
+    judge = scorer_option(scorer, take(config, "scorer"))
+    server = take(config, "server")
+    of_tokens = take(config, "tokens")
+    settings: RedTeam = checked(merge(PAPER if paper else {}, config), RedTeam)
+    of_control: TokenAttacks | None = checked(of_tokens, TokenAttacks, "tokens") if token_attacks else None
+    results: dict[str, RedTeamResult] = {}
+    for name in names:
+        model: Any = checked({"url": name, **server}, Server, "server") if is_url(name) else name
+        folder = out
+        if not is_url(name) and is_run(name):
+            folder = None  # the run's own
+        elif out is not None and len(names) > 1:
+            folder = f"{out}/{folder_name(name)}"
+        results[name] = attack(
+            model,
+            folder,
+            settings,
+            of_control,
+            scorer=judge,
+            threshold=threshold,
+            tokens_dir=tokens,
+            allow_other_scorer=other_scorer,
+        )
+        _warn_of_holes(name, results[name])
+    _print_attacks(results)
+
+
+def _warn_of_holes(name: str, result: RedTeamResult) -> None:
+    for hole in result.tokens.injection if result.tokens is not None else ():
+        if hole.control:
+            print(
+                f"{name}: its tokenizer reads a typed {hole.typed} as the control token {hole.token}", file=sys.stderr
+            )
+
+
+SEARCH_HEAD = [
+    "model",
+    "best, new continuations (95% interval)",
+    "best 10, new continuations",
+    "best",
+    "best 10",
+    "best 100",
+    "last round",
+    "target tokens",
+    "red LM tokens",
+    "seconds",
+]
+
+
+def _print_attacks(results: dict[str, RedTeamResult]) -> None:
+    """Print the results of the searches and of the attacks on control tokens."""
+    from phf.report.format import share, with_interval
+
+    print("\nsearch (mean score of the best prompts' continuations; lower: harder to break)\n")
+    print_table(SEARCH_HEAD, [_search_row(name, result) for name, result in results.items()])
+    attacks = [
+        [name, found.attack, with_interval(found.misalignment, 5), share(found.bad_segments)]
+        for name, result in results.items()
+        for found in (result.tokens.attacks if result.tokens else ())
+    ]
+    if attacks:
+        print("\nattacks on the control tokens\n")
+        print_table(["model", "attack", "misalignment (95% interval)", "bad segments"], attacks)
+    worst = [
+        [name, found.attack, with_interval(found.misalignment, 5)]
+        for name, result in results.items()
+        for found in (result.tokens.worst.values() if result.tokens else ())
+    ]
+    if worst:
+        print("\nworst context without the bad token itself, and of all (new samples)\n")
+        print_table(["model", "attack", "misalignment (95% interval)"], worst)
+
+
+def _search_row(name: str, result: RedTeamResult) -> list[str]:
+    from phf.core.types import Estimate
+    from phf.report.format import number, with_interval
+
+    search = result.search
+    budget = result.search.budget
+    confirmed: list[Estimate] = [search.confirmed.get(k, Estimate.missing()) for k in ("best_1", "best_10")]
+    return [
+        name,
+        *(with_interval(estimate, 5) for estimate in confirmed),
+        *(number(search.final[k].mean, 5) for k in ("best_1", "best_10", "best_100", "round_mean")),
+        f"{budget.target_tokens:,}",
+        f"{budget.red_tokens:,}",
+        f"{budget.seconds:.0f}",
+    ]
+
+
+def tamper(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN... [a.b=c]...", help="Trained runs, then settings."),
+    ],
+    on: Annotated[
+        str | None, typer.Option(help="Token store whose text is learned. Default: the one that a run was trained on.")
+    ] = None,
+    plain: Annotated[
+        str | None, typer.Option(help="The run of plain training to compare with. Default: the first one of MLE.")
+    ] = None,
+    scorer: AnotherScorer = None,
+    other_scorer: MayDiffer = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
+) -> None:
+    """Finetune models on bad and on good text, and see what is left.
+
+    Each run is finetuned twice and judged on the way, in its intended use. The half-life is the number of steps after
+    which half of its gain over plain training is gone.
+
+    Settings: steps=[0,1,3,10,30,100,300], parts=[bad,good], lr_share, batch_rows, num_samples, max_tokens, seed ...
+    Writes tamper.json into each run's folder tamper; `phf report` shows it. Run the same command again to resume.
+    """
+    from phf.core.config import ConfigError, apply_overrides
+    from phf.core.folders import read_manifest
+    from phf.core.runs import TrainManifest
+    from phf.redteaming.tamper import Tamper
+    from phf.redteaming.tamper import tamper as attack
+
+    names, overrides = split_settings(runs)
+    if not names:
+        raise ConfigError("name a run, for example: phf tamper runs/conditional runs/mle")
+    config = apply_overrides({}, overrides)
+    judge = scorer_option(scorer, take(config, "scorer"))
+    settings: Tamper = checked(config, Tamper)
+    if plain is not None and plain not in names:
+        names.append(plain)
+    objectives = {name: read_manifest(name, TrainManifest).objective_name for name in names}
+    if plain is None:
+        plain = next((name for name in names if objectives[name] == "mle"), None)
+    results = {
+        name: attack(
+            name,
+            settings,
+            on=on,
+            scorer=judge,
+            threshold=threshold,
+            tokens_dir=tokens,
+            allow_other_scorer=other_scorer,
+        )
+        for name in names
+    }
+    _print_tampered(results, plain)
+
+
+def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None:
+    """Print misalignment by steps, and the half-life of the gain over the run `plain`."""
+    from phf.redteaming.tamper import half_life
+    from phf.report.format import MISSING, number
+
+    steps = next(iter(results.values())).settings.steps
+    rows = []
+    for name, result in results.items():
+        for part, lines in result.curves.items():
+            half = MISSING
+            if plain is not None and name != plain:
+                base = results[plain].curves[part][0].misalignment.mean
+                half = half_text(half_life([(x.step, x.misalignment.mean) for x in lines], base), steps[-1])
+            rows.append([name, part, *(number(line.misalignment.mean, 5) for line in lines), half])
+    print("\nmisalignment after steps of finetuning\n")
+    print_table(["model", "on", *map(str, steps), "half-life"], rows)
+    if plain is None:
+        print("\nno half-life: name a run of plain training with --plain")
+
+
+def half_text(steps: float, last: int) -> str:
+    """A half-life as people say it."""
+    import math
+
+    if math.isnan(steps):
+        return "no gain"
+    return f"over {last}" if math.isinf(steps) else f"{steps:.0f}"
