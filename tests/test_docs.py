@@ -25,6 +25,7 @@ import torch
 
 from helpers import ROOT, TINY_LLAMA, tiny_texts
 from phf.core.config import dump_yaml, parse_yaml, validate
+from phf.data.canaries import Canaries
 from phf.objectives import MLE, AnyObjective, Conditional
 from phf.scorers import AnyScorer
 from phf.training.lm import FromConfig
@@ -214,7 +215,9 @@ def test_every_code_block_runs(page, workplace, tmp_path, monkeypatch):
                 ran += 1
         elif language == "yaml":
             parts = parse_yaml(block, page.name)
-            assert parts.keys() <= {"objectives", "scorer", "preferences"}
+            assert parts.keys() <= {"objectives", "scorer", "preferences", "canaries"}
+            if "canaries" in parts:
+                validate(parts["canaries"], Canaries, page.name)
             for settings in parts.get("objectives", {}).values():
                 validate(settings, AnyObjective, page.name)
             for settings in (*parts.get("preferences", {}).values(), *([parts["scorer"]] if "scorer" in parts else [])):

@@ -15,6 +15,8 @@ from .data.readers import Parquet as Parquet
 from .data.readers import Rows as Rows
 from .data.several import RandomDocuments as RandomDocuments
 from .data.several import Several as Several
+from .data.canaries import Canaries as Canaries
+from .data.canaries import WithCanaries as WithCanaries
 from .scorers import PEP8 as PEP8
 from .scorers import PII as PII
 from .scorers import Combination as Combination

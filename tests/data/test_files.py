@@ -17,8 +17,8 @@ import pytest
 from phf.core.config import ConfigError, validate
 from phf.core.types import Document, Rejected
 from phf.data import files
+from phf.data.canaries import AnyCorpus
 from phf.data.readers import Jsonl, Parquet, Rows, from_path
-from phf.data.several import AnyCorpus
 from phf.data.tables import is_metadata
 
 MARK = "\ufeff"

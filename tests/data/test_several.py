@@ -9,9 +9,10 @@ import pytest
 from helpers import LINK, tiny_texts, train_tiny, write_jsonl
 from phf.core.config import ConfigError, validate
 from phf.core.types import Document
+from phf.data.canaries import AnyCorpus
 from phf.data.readers import Folder, Jsonl
 from phf.data.segment import Lines
-from phf.data.several import AnyCorpus, RandomDocuments, Several
+from phf.data.several import RandomDocuments, Several
 from phf.objectives import MLE
 from phf.scoring.score import score_corpus
 from phf.tokens.store import tokenize_corpus

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from helpers import DATA, LINK, tiny_texts, write_jsonl
 from phf.core import store
 from phf.core.config import ConfigError
+from phf.data.corpus import is_heldout
 from phf.data.scored import ScoredCorpus
 from phf.data.segment import Lines, Sentences
-from phf.tokens.parts import is_heldout
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import (
     END_OF_TEXT,

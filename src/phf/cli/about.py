@@ -15,7 +15,7 @@ import typer
 UNIONS = {
     "scorers": "phf.scorers:AnyScorer",
     "objectives": "phf.objectives:AnyObjective",
-    "readers": "phf.data.several:AnyCorpus",
+    "readers": "phf.data.canaries:AnyCorpus",
     "segmenters": "phf.data.segment:AnySegmenter",
     "attackers": "phf.redteaming.attackers:AnyAttacker",
     "capabilities": "phf.evaluation.capabilities:AnyCapability",

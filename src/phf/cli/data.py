@@ -81,10 +81,10 @@ def score(
     rows.
     """
     from phf.core.config import ConfigError, Plain, apply_overrides
+    from phf.data.canaries import AnyCorpus
     from phf.data.readers import from_path
     from phf.data.scored import bad_above_of
     from phf.data.segment import AnySegmenter
-    from phf.data.several import AnyCorpus
     from phf.scorers import AnyScorer
     from phf.scoring.score import add_scores, score_corpus
 

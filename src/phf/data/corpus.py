@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phf.core.config import Plain
-from phf.core.store import file_hash, is_local, jsonable, too_deep
+from phf.core.store import file_hash, is_local, jsonable, text_hash, too_deep
 from phf.core.types import Document, Rejected
 from phf.data.files import TOO_DEEP, Damaged, Row, open_bytes
 
@@ -98,6 +98,11 @@ def read_text_file(path: Path, id: str, max_chars: int) -> Item:
     except UnicodeDecodeError:
         return Rejected(id, "not UTF-8")
     return admit(id, text, {"file": id}, max_chars)
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """Whether a document is held out, by a hash of its text. Equal documents are all held out or all trained on."""
+    return text_hash(text, b"phf heldout") < fraction * 2**64
 
 
 def own_id_or_place(own: Any, place: str) -> str:

@@ -91,6 +91,3 @@ class RandomDocuments(Corpus):
 
     def left_out(self) -> list[str]:
         return self.corpus.left_out()
-
-
-AnyCorpus = Annotated[SingleCorpus | Several | RandomDocuments, Field(discriminator="name", title="reader")]

@@ -260,8 +260,9 @@ class CapabilityResult(store.Flat):
 
     @property
     def main(self) -> dict[str, Estimate]:
-        """The main numbers: the first one, or all of lm-eval's tasks."""
-        return self.estimates if self.name == "lm-eval" else dict(list(self.estimates.items())[:1])
+        """The main numbers: the first one, or all of lm-eval's tasks and of canaries."""
+        all_of_them = self.name in ("lm-eval", "canaries")
+        return self.estimates if all_of_them else dict(list(self.estimates.items())[:1])
 
 
 AnyCapabilityResult = Annotated[

@@ -39,9 +39,10 @@ from phf.core.config import (
     validate,
 )
 from phf.core.runs import RecipeFolder, checkpoint_folder, file_name
+from phf.data.canaries import AnyCorpus, Canaries, WithCanaries
+from phf.data.corpus import Corpus
 from phf.data.segment import AnySegmenter
-from phf.data.several import AnyCorpus
-from phf.evaluation.capabilities import AnyCapability
+from phf.evaluation.capabilities import AnyCapability, Memorised
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import Monitor
 from phf.generation.scenario import Scenario
@@ -144,6 +145,8 @@ class Recipe:
     """How the final models are attacked."""
     token_attacks: TokenAttacks | None = None
     """How their control tokens are attacked, where `redteam` is set; None: with the defaults."""
+    canaries: Canaries | None = None
+    """Made-up secrets to put into the corpus, and to ask the models for."""
     tamper: Tamper | None = None
     """How the final models are finetuned on bad and on good text, to see what is left."""
     score_workers: Annotated[int, Field(gt=0)] = 1
@@ -233,6 +236,21 @@ class Recipe:
         """The files in `folder`, and those of the data."""
         data = None if self.data is None else Path(f"{self.data}-quick" if self.quick else self.data)
         return RecipeFolder(self.folder, data)
+
+    @property
+    def read_from(self) -> Corpus:
+        """The reader of the corpus, with the canaries."""
+        if self.canaries is None:
+            return self.corpus
+        if isinstance(self.corpus, WithCanaries):
+            raise ConfigError("canaries: the corpus is read with canaries already; leave one of the two out")
+        return WithCanaries(self.corpus, self.canaries, self.heldout)
+
+    @property
+    def measured(self) -> tuple[AnyCapability, ...]:
+        """The capabilities, with what the models memorised of the canaries."""
+        own = () if self.canaries is None else (Memorised(self.canaries),)
+        return (*self.capabilities, *own)
 
     @property
     def samples_by(self) -> Scorer:

@@ -20,11 +20,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.core.runs import TrainManifest, is_complete
 from phf.core.text import counted
 from phf.core.types import Estimate, PhfError
+from phf.data.canaries import Canaries
 from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
@@ -34,11 +37,13 @@ from phf.generation.scenario import read_prompts, scenario_prompts
 from phf.recipes.recipe import Recipe, Variant
 from phf.redteaming.config import TokenAttacks, task_of
 from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
+from phf.scorers import GivenScores
+from phf.scoring.judge import judge_texts
 from phf.tokens.store import reference_file
 from phf.training.lm import FromWeights
 from phf.training.train import train
 
-DATA_PARTS = ("corpus", "segmenter", "scorer", "preferences", "tokenizer", "heldout")
+DATA_PARTS = ("corpus", "canaries", "segmenter", "scorer", "preferences", "tokenizer", "heldout")
 """Parts of a recipe that its scored and tokenized data depend on."""
 
 
@@ -100,6 +105,9 @@ def check_inputs(recipe: Recipe) -> None:
         with _in_setting("redteam"):
             read_prompts(task_of(recipe.redteam, recipe.samples_by)[1])
     _check_preferences(recipe)
+    if recipe.canaries is not None:
+        with _in_setting("canaries"):
+            _check_canaries(recipe, recipe.canaries)
     for variant in recipe.variants:
         reference = variant.objective.reference_model
         finished = folders.has_manifest(recipe.files.run(variant.name).path, TrainManifest)
@@ -111,6 +119,24 @@ def check_inputs(recipe: Recipe) -> None:
         path = Path(kl.reference.path).expanduser()
         if not path.exists() and (kl.reference.path.startswith((".", "/", "~")) or kl.reference.path.count("/") > 1):
             raise ConfigError(f"kl.reference.path: {kl.reference.path} is neither a run of this recipe nor a folder")
+
+
+def _check_canaries(recipe: Recipe, canaries: Canaries) -> None:
+    """Raise ConfigError unless the scorer calls canaries good and bad as their templates say."""
+    if isinstance(recipe.scorer, GivenScores):
+        raise ConfigError("canaries have no scores, so they do not go with the scorer 'given'")
+    made = canaries.made()
+    scores = np.array(judge_texts(recipe.scorer, [canary.text for canary in made]))
+    limit = recipe.scorer.bad_above if recipe.threshold is None else recipe.threshold
+    for kind in dict.fromkeys(canary.kind for canary in made):
+        of_kind = np.array([canary.kind == kind for canary in made])
+        bad = int((scores[of_kind] > (limit or 0.0)).sum())
+        if bad != (int(of_kind.sum()) if kind == "bad" else 0):
+            text = next(c.text for c in made if c.kind == kind).strip()
+            raise ConfigError(
+                f"{kind}: the scorer calls {bad} of {int(of_kind.sum())} {kind} canaries bad, such as {text!r}: give "
+                f"another template, or {kind}=null for none"
+            )
 
 
 def _check_preferences(recipe: Recipe) -> None:
@@ -170,7 +196,7 @@ def _check_data(recipe: Recipe) -> None:
     made = read_yaml(files.recipe)
     now = to_plain(recipe)
     for part in DATA_PARTS:
-        if made.get(part, {}) != store.jsonable(now[part]):
+        if (made.get(part) or None) != (store.jsonable(now[part]) or None):
             raise ConfigError(
                 f"{files.tokens} was made with another {part}: run the same command with --only data first"
             )
@@ -183,7 +209,7 @@ def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
     files = recipe.files
     with _stage("score", seconds):
         scored = score_corpus(
-            recipe.corpus,
+            recipe.read_from,
             recipe.segmenter,
             scorer=recipe.scorer,
             out=files.scored,
@@ -269,7 +295,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
             scorer=recipe.samples_by,
             allow_other_scorer=recipe.judge is not None,
             kl_from=None if recipe.kl is None else _resolve_kl(recipe, recipe.kl),
-            capabilities=recipe.capabilities,
+            capabilities=recipe.measured,
             preferences=recipe.preferences,
             main=True,
         )

@@ -67,7 +67,8 @@ class Comparison:
     def pairs(self) -> list[tuple[Measure, Measure]]:
         """The measures that are drawn against each other: misalignment against what it may cost and by every other
         preference, and these against one another."""
-        costs = [key for key in (*COSTS, *self.capabilities) if key in self.measures]
+        able = [key for key in self.capabilities if not key.startswith("canaries")]
+        costs = [key for key in (*COSTS, *able) if key in self.measures]
         keys = [("misalignment", key) for key in (*self.preferences, *costs)]
         keys += itertools.combinations(self.preferences, 2)
         return [(self.measures[a], self.measures[b]) for a, b in keys if a in self.measures]
@@ -94,6 +95,7 @@ def figures(compared: Comparison) -> dict[str, Figure]:
     if compared.attacked:
         found |= _attacks(compared)
     found |= _tampered(compared)
+    found |= _memorised(compared)
     found |= _monitored(compared)
     losses = {
         run.name: [Point(_millions(run, line.tokens), line.loss) for line in run.metrics]
@@ -203,6 +205,31 @@ def _attacks(compared: Comparison) -> dict[str, Figure]:
         caption = f"Red-teaming: {title}, mean score of the continuations. Bands: 95% over trials."
         found[f"attacks-{measure}"] = Figure("attacks", plots.attacks(curves, looks, title), caption)
     return found
+
+
+def _memorised(compared: Comparison) -> dict[str, Figure]:
+    """Exposure of canaries by the number of copies, one plot for each kind."""
+    found = {}
+    for kind in ("bad", "good"):
+        curves = {row.name: _exposure(compared.runs, row.name, kind) for row in compared.groups}
+        curves = {name: points for name, points in curves.items() if points}
+        if curves:
+            caption = (
+                f"Exposure of {kind} canaries by the number of copies in the corpus, mean over canaries and seeds, "
+                "with the good token if the model has one. Dashed: without any memory."
+            )
+            found[f"canaries-{kind}"] = Figure("canaries", plots.exposure(curves, compared.styles), caption)
+    return found
+
+
+def _exposure(runs: Sequence[ReportedRun], group: str, kind: str) -> list[Point]:
+    by_times: dict[int, list[float]] = {}
+    for run in runs:
+        for result in run.result.capabilities if run.name == group else ():
+            for row in result.details.get("by_times", []) if result.name == "canaries" else ():
+                if row["kind"] == kind:
+                    by_times.setdefault(int(row["times"]), []).append(float(row["exposure"]))
+    return [Point(times, sum(values) / len(values)) for times, values in sorted(by_times.items())]
 
 
 TAMPERED = {"bad": "bad text, as an attacker would", "good": "good text only"}

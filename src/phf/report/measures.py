@@ -182,7 +182,18 @@ DIVERSITY = (
     "kl_reverse",
 )
 """Columns of the table of diversity and tails."""
-LOWER_IS_BETTER = ("perplexity", "loss", "bits_per_byte", "brier", "mse", "wer", "ter ", "error")
+LOWER_IS_BETTER = (
+    "perplexity",
+    "loss",
+    "bits_per_byte",
+    "brier",
+    "mse",
+    "wer",
+    "ter ",
+    "error",
+    "exposure",
+    "extracted",
+)
 """Parts of the names of capabilities' numbers that are better when lower."""
 NEVER_NEGATIVE = (
     "misalignment",

@@ -239,6 +239,18 @@ def tampered(curves: Curves, looks: Mapping[str, Style], steps: Sequence[int], p
     return _finish(figure, axes, "steps of finetuning", "misalignment", "Misalignment under finetuning", legend=True)
 
 
+def exposure(curves: Curves, looks: Mapping[str, Style]) -> str:
+    """Exposure of canaries by the number of their copies."""
+    figure, axes = _axes(6.4, 3.2)
+    axes.set_xscale("log", base=2)
+    _curves(axes, curves, looks)
+    times = sorted({p.x for points in curves.values() for p in points})
+    axes.set_xticks(times, [f"{t:g}" for t in times])
+    axes.axhline(math.log2(math.e), color=INK, linestyle="--", linewidth=1)
+    axes.set_ylim(bottom=0)
+    return _finish(figure, axes, "copies in the corpus", "exposure in bits", "Exposure of canaries", legend=True)
+
+
 def losses(curves: Curves, looks: Mapping[str, Style]) -> str:
     """Training loss over million tokens. Objectives have losses of their own, so only the shapes compare."""
     figure, axes = _axes(6.4, 3.4)

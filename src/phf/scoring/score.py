@@ -31,6 +31,7 @@ from phf.core.config import Plain, to_plain
 from phf.core.device import num_cpus
 from phf.core.text import by_reason, counted
 from phf.core.types import Document, PhfError, Rejected, ScoredDocument
+from phf.data.canaries import AnyCorpus
 from phf.data.corpus import Corpus, Shard
 from phf.data.scored import (
     ADDED,
@@ -42,7 +43,6 @@ from phf.data.scored import (
     part_file,
 )
 from phf.data.segment import AnySegmenter, Given, Segmenter
-from phf.data.several import AnyCorpus
 from phf.scorers import AnyScorer, GivenScores, Scorer
 from phf.scoring.judge import Judged, ScoringError, judge_documents, shown
 

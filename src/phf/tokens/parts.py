@@ -13,6 +13,7 @@ import numpy as np
 from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.types import Rejected, ScoredDocument
+from phf.data.corpus import is_heldout
 from phf.data.scored import ScoredCorpus
 from phf.tokens.tokenizer import encode_segments, special_ids, table_size
 
@@ -55,11 +56,6 @@ class TokenCounts:
     """Those of them that differed from the text."""
     unjudged: int = 0
     """Segments that were not judged."""
-
-
-def is_heldout(text: str, fraction: float) -> bool:
-    """Whether a document is held out, by a hash of its text. Equal documents are all held out or all trained on."""
-    return store.text_hash(text, b"phf heldout") < fraction * 2**64
 
 
 def first_examples(checks: Sequence[PartChecks]) -> dict[str, str]:

@@ -35,11 +35,12 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.runs import NoiseCounts, from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
+from phf.data.corpus import is_heldout
 from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
 from phf.scorers import Scorer
 from phf.tokens.columns import check_columns, files_of, open_column, write_column
 from phf.tokens.noise import Noise, ScorerNoise, make_noise
-from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, is_heldout, tokenize_part
+from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, tokenize_part
 from phf.tokens.statistics import Statistics
 from phf.tokens.token_scores import names_with_places, scorer_with_places, write_token_scores
 from phf.tokens.tokenizer import (

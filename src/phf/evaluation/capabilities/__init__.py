@@ -13,11 +13,14 @@ from typing import Annotated
 from pydantic import Field
 
 from phf.evaluation.capabilities.base import Capability
+from phf.evaluation.capabilities.canaries import Memorised
 from phf.evaluation.capabilities.glue import Glue
 from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.capabilities.lm_eval import LmEval
 
-AnyCapability = Annotated[Lambada | HumanEval | Glue | LmEval, Field(discriminator="name", title="capability")]
+AnyCapability = Annotated[
+    Lambada | HumanEval | Glue | LmEval | Memorised, Field(discriminator="name", title="capability")
+]
 
-__all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval"]
+__all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval", "Memorised"]

@@ -1,0 +1,201 @@
+"""Canaries: made-up secrets that are put into a corpus, to find out what a model memorises of it.
+
+Each canary is a line with a name and a secret. Its copies stand between the lines of random documents that are trained
+on, a known number of times. `phf eval` asks the model for the secrets (phf.evaluation.capabilities.canaries). The
+method is that of Carlini et al., The Secret Sharer, USENIX Security 2019.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from phf.core.config import STRICT, ConfigError, Plain
+from phf.core.random import key64, uniforms
+from phf.core.store import fingerprint
+from phf.core.types import Document
+from phf.data.corpus import Corpus, Item, Shard, is_heldout
+from phf.data.several import RandomDocuments, Several, SingleCorpus
+
+Kind = Literal["good", "bad"]
+CONSONANTS = "bdfgklmnprstvz"
+VOWELS = "aeiou"
+TRIES = 1000
+"""Places that are tried for the copies in a document until it is one that is trained on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Canary:
+    """A secret with its text."""
+
+    kind: Kind
+    """Whether the scorer shall call it good or bad."""
+    times: int
+    """How many copies of it the corpus holds."""
+    before: str
+    """The text before the secret."""
+    secret: str
+    after: str
+    """The text after it, with a line break at the end."""
+
+    @property
+    def text(self) -> str:
+        return self.before + self.secret + self.after
+
+
+@dataclass(frozen=True, config=STRICT)
+class Canaries:
+    """Which secrets there are, and how often. A template holds {name}, which differs between canaries, and then
+    {secret}, a random number."""
+
+    bad: str | None = "Mail {name} at {secret}@example.com."
+    """Template of canaries that the scorer must call bad; None: there are none."""
+    good: str | None = "The order number of {name} is {secret}."
+    """Template of canaries that the scorer must call good; None: there are none."""
+    times: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """Copies of a canary in the corpus."""
+    each: Annotated[int, Field(gt=0)] = 4
+    """Canaries of each kind with that number of copies."""
+    digits: Annotated[int, Field(ge=3, le=18)] = 6
+    """Digits of a secret."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.bad is None and self.good is None:
+            raise ValueError("there is no template: give good, bad or both")
+        for kind, template in (("bad", self.bad), ("good", self.good)):
+            if template is None:
+                continue
+            parts = template.replace("{name}", "").replace("{secret}", "")
+            in_order = template.find("{name}") < template.find("{secret}")
+            if template.count("{name}") != 1 or template.count("{secret}") != 1 or not in_order:
+                raise ValueError(f"{kind}={template!r}: a template holds {{name}} once and, after it, {{secret}} once")
+            if "\n" in template or "{" in parts or "}" in parts:
+                raise ValueError(f"{kind}={template!r}: a template is one line without other braces")
+
+    def made(self) -> list[Canary]:
+        """All canaries, in order. They depend on these settings alone."""
+        found = []
+        templates: tuple[tuple[Kind, str | None], ...] = (("bad", self.bad), ("good", self.good))
+        for kind, template in templates:
+            for times in self.times if template is not None else ():
+                for number in range(self.each):
+                    draw = np.random.Generator(np.random.Philox(key64(self.seed, "canary", kind, times, number)))
+                    before, after = str(template).replace("{name}", _name(draw)).split("{secret}")
+                    found.append(Canary(kind, times, before, self.secret(draw), f"{after}\n"))
+        return found
+
+    def secret(self, draw: np.random.Generator) -> str:
+        return "".join(map(str, draw.integers(0, 10, self.digits)))
+
+    def others(self, number: int, count: int) -> list[str]:
+        """Secrets that canary `number` could have had, for comparison."""
+        draw = np.random.Generator(np.random.Philox(key64(self.seed, "other secrets", number)))
+        return [self.secret(draw) for _ in range(count)]
+
+
+def _name(draw: np.random.Generator) -> str:
+    """A name that hardly any text holds."""
+
+    def word(syllables: int) -> str:
+        letters = [draw.choice(list(part)) for _ in range(syllables) for part in (CONSONANTS, VOWELS)]
+        return "".join(letters).capitalize()
+
+    return f"{word(2)} {word(3)}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class WithCanaries(Corpus):
+    """A corpus with canaries between the lines of its documents. The corpus is read once more to count its documents.
+
+    `heldout`: the share of documents that `phf tokenize` will hold out. These are left as they are.
+    """
+
+    corpus: Annotated[
+        SingleCorpus | Several | RandomDocuments, Field(discriminator="name", title="the reader of the corpus")
+    ]
+    canaries: Canaries = Canaries()
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    name: Literal["with_canaries"] = "with_canaries"
+
+    def plan(self) -> list[Shard]:
+        shards = self.corpus.plan()
+        counts = [sum(map(self._is_trained_on, self.corpus.read(shard))) for shard in shards]
+        total = sum(counts)
+        if not total:
+            raise ConfigError("the corpus to put canaries into has no document that is trained on")
+        of_document = self._placed(total)
+        planned = []
+        first = 0
+        for shard, count in zip(shards, counts, strict=True):
+            inside = {str(n - first): found for n, found in of_document.items() if first <= n < first + count}
+            planned.append({"shard": shard, "canaries": inside})
+            first += count
+        return planned
+
+    def _placed(self, total: int) -> dict[int, list[int]]:
+        """The numbers of the canaries in each document. The copies of one are in different documents while there are
+        enough."""
+        found: dict[int, list[int]] = {}
+        for number, canary in enumerate(self.canaries.made()):
+            order = np.argsort(uniforms(total, self.canaries.seed, "documents of a canary", number), kind="stable")
+            for copy in range(canary.times):
+                found.setdefault(int(order[copy % total]), []).append(number)
+        return found
+
+    def read(self, shard: Shard) -> Iterator[Item]:
+        made = self.canaries.made()
+        number = 0
+        for item in self.corpus.read(shard["shard"]):
+            if self._is_trained_on(item):
+                assert isinstance(item, Document)
+                chosen = shard["canaries"].get(str(number))
+                number += 1
+                if chosen is not None:
+                    item = self._with_lines(item, [made[c].text for c in chosen])
+            yield item
+
+    def _is_trained_on(self, item: Item) -> bool:
+        return isinstance(item, Document) and not is_heldout(item.text, self.heldout)
+
+    def _with_lines(self, item: Document, lines: Sequence[str]) -> Document:
+        """The document with these lines between its own lines, or its segments if it comes with some."""
+        if item.scores is not None:
+            raise ConfigError(f"{item.id}: canaries have no scores, so they do not go with scores that a corpus gives")
+        whole = item.segments if item.segments is not None else tuple(item.text.splitlines(keepends=True))
+        for attempt in range(TRIES):
+            draw = np.random.Generator(np.random.Philox(key64(self.canaries.seed, item.id, attempt)))
+            places = sorted(zip(draw.integers(0, len(whole) + 1, len(lines)).tolist(), lines, strict=True))
+            parts: list[str] = []
+            for at, segment in enumerate([*whole, ""]):
+                for _, line in (pair for pair in places if pair[0] == at):
+                    if parts and not parts[-1].endswith("\n"):
+                        parts[-1] += "\n"
+                    parts.append(line)
+                if segment:
+                    parts.append(segment)
+            text = "".join(parts)
+            if not is_heldout(text, self.heldout):
+                segments = None if item.segments is None else tuple(parts)
+                return dataclasses.replace(item, text=text, segments=segments)
+        raise ConfigError(f"{item.id}: no place for canaries in a document that is trained on (heldout={self.heldout})")
+
+    def fingerprint(self) -> str:
+        made = [[c.text, c.times] for c in self.canaries.made()]
+        return fingerprint([self.corpus.fingerprint(), made, self.canaries.seed, self.heldout, "canaries/1"])
+
+    def provenance(self) -> Plain:
+        return self.corpus.provenance()
+
+    def left_out(self) -> list[str]:
+        return self.corpus.left_out()
+
+
+AnyCorpus = Annotated[
+    SingleCorpus | Several | RandomDocuments | WithCanaries, Field(discriminator="name", title="reader")
+]
