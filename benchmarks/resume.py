@@ -29,7 +29,7 @@ from phf.scorers import Regex
 from phf.scoring.score import score_corpus
 from phf.tokens.edited import Stream
 from phf.tokens.parts import TokenCounts
-from phf.tokens.rows import SourceOrder
+from phf.tokens.source_order import SourceOrder
 from phf.tokens.store import StoredScores, TokensManifest, TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 from phf.training.config import TrainConfig

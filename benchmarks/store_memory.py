@@ -37,7 +37,7 @@ from phf.core.random import uniforms
 from phf.core.types import PieceIds
 from phf.objectives import Conditional
 from phf.tokens.edited import Stream
-from phf.tokens.rows import SourceOrder
+from phf.tokens.source_order import SourceOrder
 from phf.tokens.store import TokenStore
 
 way, folder = sys.argv[1:]

@@ -14,7 +14,7 @@ from phf.objectives import MLE, Conditional, Filtering, Masking, Tag
 from phf.objectives.compose import PhaseOf, Schedule
 from phf.scoring.score import score_corpus
 from phf.tokens.edited import NO_SOURCE
-from phf.tokens.rows import GROUP_PIECES, PIECE_ROWS
+from phf.tokens.source_order import GROUP_PIECES, PIECE_ROWS
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE, add_control_tokens
 from phf.training.order import training_order

@@ -20,10 +20,11 @@ from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.objectives import Conditional
 from phf.scoring.score import score_corpus
-from phf.tokens import rows as rows_module
+from phf.tokens import source_order
 from phf.tokens import store as store_module
 from phf.tokens.edited import NO_SOURCE, Stream
-from phf.tokens.rows import Rows, SourceOrder, TrainingOrder
+from phf.tokens.rows import Rows
+from phf.tokens.source_order import SourceOrder, TrainingOrder
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE
 
@@ -108,8 +109,8 @@ def slow_stream(tokens, edit, split="train"):
 def small_blocks(monkeypatch):
     """Blocks of two segments and windows of a few tokens, so that small stores have many."""
     monkeypatch.setattr(store_module, "BLOCK_SEGMENTS", (1, 1))
-    monkeypatch.setattr(rows_module, "WINDOW_TOKENS", 20)
-    monkeypatch.setattr(rows_module, "WHOLE_TOKENS", 0)
+    monkeypatch.setattr(source_order, "WINDOW_TOKENS", 20)
+    monkeypatch.setattr(source_order, "WHOLE_TOKENS", 0)
 
 
 @given(corpora(), st.integers(1, 9), st.integers(0, 3), st.sampled_from(["train", "heldout"]), st.booleans())

@@ -197,7 +197,7 @@ class TrainCounts:
     source_before: float = 0.0
     """Source tokens of the training order before this run's first row."""
     exposure: Plain = field(default_factory=dict)
-    """How much text was read and learned from, by class (`phf.tokens.rows.Exposure`)."""
+    """How much text was read and learned from, by class (`phf.tokens.source_order.Exposure`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from phf.core.config import ConfigError, Plain
 from phf.core.runs import MODEL_RECORD, ModelRecord
 from phf.core.store import read_json, write_json
 from phf.objectives import Objective, count_targets
-from phf.tokens.rows import TrainingOrder
+from phf.tokens.source_order import TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, save_tokenizer
 from phf.training.fused import fused_loss

@@ -14,7 +14,7 @@ from phf.objectives import Objective
 from phf.objectives.compose import merged_edit
 from phf.tokens.edited import Stream
 from phf.tokens.mixture import Mixture
-from phf.tokens.rows import Exposure, Learned, SourceOrder, TrainingOrder
+from phf.tokens.source_order import Exposure, Learned, SourceOrder, TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import piece_ids
 

@@ -33,7 +33,7 @@ from phf.core.device import peak_flops, pick_precision, tune_allocator
 from phf.core.runs import RunFolder, TrainCounts, TrainManifest, from_here, source_read, tokens_seen, weights_mark
 from phf.objectives import Objective, Own, is_built_in
 from phf.tokens.mixture import Mixture
-from phf.tokens.rows import TrainingOrder
+from phf.tokens.source_order import TrainingOrder
 from phf.tokens.start import try_start
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, load_tokenizer
