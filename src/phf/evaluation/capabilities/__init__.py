@@ -18,9 +18,10 @@ from phf.evaluation.capabilities.glue import Glue
 from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.capabilities.lm_eval import LmEval
+from phf.evaluation.capabilities.probe import Probe
 
 AnyCapability = Annotated[
-    Lambada | HumanEval | Glue | LmEval | Memorised, Field(discriminator="name", title="capability")
+    Lambada | HumanEval | Glue | LmEval | Probe | Memorised, Field(discriminator="name", title="capability")
 ]
 
-__all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval", "Memorised"]
+__all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval", "Memorised", "Probe"]
