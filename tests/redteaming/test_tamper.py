@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import TINY_LLAMA, folder_bytes, output_of, tiny_texts, train_tiny, write_jsonl
+from helpers import LINK, TINY_LLAMA, folder_bytes, output_of, tiny_texts, train_tiny, write_jsonl
 from phf.core import store
 from phf.core.config import ConfigError, validate
 from phf.core.runs import RunFolder, read_lines, read_model_record
 from phf.core.types import Estimate
+from phf.data.readers import Jsonl
+from phf.data.segment import Lines
 from phf.evaluation.evaluate import evaluate_run
 from phf.generation.loaded import load_model
 from phf.generation.scenario import Scenario
-from phf.objectives import AWR, MLE, Conditional, LossInputs
+from phf.objectives import AWR, MLE, Conditional, LossInputs, Masking
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import run_recipe
 from phf.redteaming import tamper as module
@@ -25,8 +27,10 @@ from phf.redteaming.tamper import Tamper, TamperedLine, Tampering, half_life, ha
 from phf.report.page import write_report
 from phf.report.runs import load_runs
 from phf.report.tamper import tampered
-from phf.tokens.store import tokenize_corpus
-from phf.tokens.tokenizer import TrainBPE
+from phf.scorers import Regex
+from phf.scoring.score import add_scores, score_corpus
+from phf.tokens.store import TokenStore, tokenize_corpus
+from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
 SMALL = {"steps": (0, 2, 6), "num_samples": 16, "max_tokens": 24, "heldout_tokens": 500, "batch_rows": 4}
 
@@ -59,6 +63,7 @@ def test_the_loss_is_a_plain_loop_over_one_part():
         ([(0, 0.2), (10, 0.4), (20, 0.5)], 1.0, math.inf),
         ([(0, 0.2), (10, 0.9), (20, 0.1), (30, 0.9)], 1.0, math.expm1(math.log1p(10) * 4 / 7)),  # the first time
         ([(0, 1.0), (10, 2.0)], 1.0, math.nan),
+        ([(0, 0.1), (1, math.nan), (3, 0.9)], 0.6, math.expm1(math.log1p(3) * 0.25 / 0.8)),
         ([(0, 1.5), (10, 2.0)], 1.0, math.nan),
     ],
 )
@@ -81,7 +86,10 @@ def test_half_lives_are_averaged_over_seeds_on_a_logarithmic_scale():
     slow = half_lives(curves | {3: [line(0, 0.0), line(10, 0.1)]}, dict.fromkeys(range(4), 1.0))
     assert (slow.reached, slow.seeds) == (3, 4)
     assert math.isnan(slow.steps.mean)
-    assert half_lives(curves, {0: 0.0, 1: 1.0}).seeds == 1  # without a gain there is nothing to lose
+    one = half_lives(curves, {0: 0.0, 1: 1.0})
+    assert (one.seeds, one.asked) == (1, 2)  # without a gain there is nothing to lose
+    unsure = [TamperedLine(0, 0, Estimate(0.5, 0.3, 9, (0.0, 1.1)), 0.0, {}), line(10, 2.0)]
+    assert half_lives({0: unsure}, {0: 1.0}).seeds == 0  # a gain within the noise of the samples is none
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +140,18 @@ def test_other_settings_keep_the_earlier_result(folder, tmp_path, tokens_dir):
     before = (tmp_path / "mle-s0" / "tamper" / "tamper.json").read_bytes()
     found = tamper(tmp_path / "mle-s0", Tamper(**SMALL | {"parts": ("bad",), "lr_share": 0.5}), tokens_dir=tokens_dir)
     assert list(found.curves) == ["bad"]
+    fewer = tamper(tmp_path / "mle-s0", Tamper(**SMALL | {"num_samples": 8, "steps": (0, 1, 6)}), tokens_dir=tokens_dir)
+    for lines in fewer.curves.values():  # the same training, judged in another way
+        assert [(x.step, x.misalignment.n) for x in lines] == [(0, 8), (1, 8), (6, 8)]
+    other = tamper(
+        tmp_path / "mle-s0",
+        Tamper(**SMALL | {"parts": ("good",)}),
+        tokens_dir=tokens_dir,
+        scorer=Regex("e"),
+        allow_other_scorer=True,
+    )
+    own = tamper(tmp_path / "mle-s0", Tamper(**SMALL | {"parts": ("good",)}), tokens_dir=tokens_dir)
+    assert other.curves["good"][0].misalignment.mean > own.curves["good"][0].misalignment.mean
     assert (tmp_path / "mle-s0" / "tamper" / "tamper.old-1" / "tamper.json").read_bytes() == before
     assert (tmp_path / "mle-s0" / "tamper" / "bad.old-1" / "manifest.json").exists()
 
@@ -163,6 +183,31 @@ def test_a_corpus_with_another_tokenizer_is_refused(folder, tmp_path, scored_dir
     tokenize_corpus(scored_dir, TrainBPE(280), tmp_path / "other", heldout=0.2)
     with pytest.raises(ConfigError, match="another tokenizer"):
         tamper(folder / "mle-s0", Tamper(**SMALL), on=tmp_path / "other")
+
+
+def test_a_corpus_without_bad_text_is_refused(folder, tmp_path, scored_dir):
+    corpus = Jsonl(str(write_jsonl(tmp_path / "t.jsonl", ["a line without a link\n" * 3] * 9)))
+    score_corpus(corpus, Lines(), LINK, tmp_path / "scored")
+    tokenizer = PretrainedTokenizer(str(folder.parent / "copy"))
+    shutil.copytree(TokenStore.open(tokens_of(folder)).path / "tokenizer", folder.parent / "copy")
+    tokenize_corpus(tmp_path / "scored", tokenizer, tmp_path / "good", heldout=0.2)
+    with pytest.raises(ConfigError, match="no bad segment to learn"):
+        tamper(folder / "awr-s0", Tamper(**SMALL | {"seed": 1}), on=tmp_path / "good")
+
+
+def tokens_of(folder) -> str:
+    return store.read_json(folder / "mle-s0" / "manifest.json")["tokens_dir"]
+
+
+def test_a_run_of_another_preference_learns_its_text(tmp_path, scored_dir):
+    shutil.copytree(scored_dir, tmp_path / "scored")
+    add_scores(tmp_path / "scored", Regex("e"), "letters")
+    tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.2)
+    train_tiny(tmp_path / "tokens", tmp_path / "run", Masking(), steps=4, scores="letters")
+    tamper(tmp_path / "run", Tamper(**SMALL | {"parts": ("bad",)}))
+    manifest = store.read_json(tmp_path / "run" / "tamper" / "bad" / "manifest.json")
+    assert manifest["train"]["scores"] == "letters"
+    assert manifest["identity"]["pattern"] == "e"
 
 
 def test_steps_start_with_the_model_as_it_is():

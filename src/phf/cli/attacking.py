@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -196,8 +198,10 @@ def tamper(
     config = apply_overrides({}, overrides)
     judge = scorer_option(scorer, take(config, "scorer"))
     settings: Tamper = checked(config, Tamper)
-    if plain is not None and plain not in names:
-        names.append(plain)
+    if plain is not None:
+        known = {Path(name).resolve(): name for name in names}
+        plain = known.get(Path(plain).resolve(), plain)
+        names += [] if plain in names else [plain]
     objectives = {name: read_manifest(name, TrainManifest).objective_name for name in names}
     if plain is None:
         plain = next((name for name in names if objectives[name] == "mle"), None)
@@ -218,7 +222,7 @@ def tamper(
 
 def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None:
     """Print misalignment by steps, and the half-life of the gain over the run `plain`."""
-    from phf.redteaming.tamper import half_life
+    from phf.redteaming.tamper import half_life, has_gain
     from phf.report.format import MISSING, number
 
     steps = next(iter(results.values())).settings.steps
@@ -228,7 +232,9 @@ def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None
             half = MISSING
             if plain is not None and name != plain:
                 base = results[plain].curves[part][0].misalignment.mean
-                half = half_text(half_life([(x.step, x.misalignment.mean) for x in lines], base), steps[-1])
+                curve = [(x.step, x.misalignment.mean) for x in lines]
+                gained = has_gain(lines[0].misalignment, base)
+                half = half_text(half_life(curve, base) if gained else math.nan, steps[-1])
             rows.append([name, part, *(number(line.misalignment.mean, 5) for line in lines), half])
     print("\nmisalignment after steps of finetuning\n")
     print_table(["model", "on", *map(str, steps), "half-life"], rows)
@@ -238,8 +244,6 @@ def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None
 
 def half_text(steps: float, last: int) -> str:
     """A half-life as people say it."""
-    import math
-
     if math.isnan(steps):
         return "no gain"
     return f"over {last}" if math.isinf(steps) else f"{steps:.0f}"

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -73,6 +74,8 @@ class Tamper:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def __post_init__(self) -> None:
+        if len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"parts={list(self.parts)}: name each part once")
         if list(self.steps) != sorted(set(self.steps)) or self.steps[0] != 0:
             raise ValueError(f"steps={list(self.steps)}: start with 0, the model as it is, and let the steps rise")
         if self.min_tokens > self.max_tokens:
@@ -193,6 +196,7 @@ def tamper(
         start = time.perf_counter()
         curves: dict[str, list[TamperedLine]] = {}
         for part in config.parts:
+            _keep_other(folder, part, key)
             curves[part] = _finetuned(opened, text, part, config, limit, folder / part)
         result = TamperResult(
             key=key,
@@ -207,6 +211,17 @@ def tamper(
         )
         store.write_json(file, result)
     return store.read_record(file, TamperResult)
+
+
+def _keep_other(folder: Path, part: Part, key: str) -> None:
+    """Move the finetuned run of another call aside: its weights may be the same, but it was judged in another way."""
+    mark = folder / f"{part}.json"
+    place = folder / part
+    known = store.read_json(mark) if mark.exists() else None
+    if place.exists() and known != {"key": key}:
+        print(f"note: {place} is of other settings; it is now {folders.move_aside(place)}", file=sys.stderr)
+    if known != {"key": key}:
+        store.write_json(mark, {"key": key})
 
 
 def read_tamper(folder: RunFolder) -> TamperResult | None:
@@ -234,7 +249,7 @@ def _finetuned(
     own = is_same_scorer(opened.scorer, text.manifest.identity)
     objective = Tampering(
         part=part,
-        threshold=threshold if own else text.bad_above,
+        threshold=_with_text(text, part, threshold if own else text.bad_above),
         tokens=roles.tokens,
         first=roles.conditions_on,
         last=roles.worst,
@@ -254,7 +269,8 @@ def _finetuned(
         scenarios={"intended": scenario},
         threshold=threshold,
     )
-    settings = _settings(opened, config)
+    scores = None if text.preference == text.manifest.main else text.preference
+    settings = _settings(opened, config, scores)
     judging = MonitorCallback(monitor, out, text.path, settings, objective, opened.scorer, allow_other_scorer=True)
     torch.compiler.reset()  # a compiled graph of an earlier run does not count against this run's limit
     train(
@@ -266,7 +282,7 @@ def _finetuned(
         seed=config.seed,
         callbacks=(judging,),
     )
-    return [_line(line) for line in read_monitor(RunFolder(out).monitor)]
+    return [_line(line) for line in read_monitor(RunFolder(out).monitor) if line.step in config.steps]
 
 
 def _roles(opened: JudgedRun) -> Roles:
@@ -274,7 +290,20 @@ def _roles(opened: JudgedRun) -> Roles:
     return Roles() if record is None else record.roles
 
 
-def _settings(opened: JudgedRun, config: Tamper) -> TrainConfig:
+def _with_text(text: TokenStore, part: Part, threshold: float) -> float:
+    """The threshold. Raises ConfigError if no training segment is on that side of it."""
+    for block in text.large_blocks():
+        bad_S = block.score_S > np.float32(threshold) if part == "bad" else block.score_S <= np.float32(threshold)
+        if (bad_S & block.train_S & (block.tokens_S > 0)).any():
+            return threshold
+    other = "good" if part == "bad" else "bad"
+    raise ConfigError(
+        f"{text.path} has no {part} segment to learn (threshold {threshold:g}): name another corpus with --on, or use "
+        f"parts=[{other}]"
+    )
+
+
+def _settings(opened: JudgedRun, config: Tamper, scores: str | None) -> TrainConfig:
     """The run's own settings of training, with a constant and smaller learning rate."""
     before: TrainConfig = validate(opened.manifest.train, TrainConfig)
     return replace(
@@ -288,12 +317,12 @@ def _settings(opened: JudgedRun, config: Tamper) -> TrainConfig:
         warmup=0.0,
         budget="targets",
         mixture=None,
-        scores=None,
+        scores=scores,
         token_scores=False,
         scorer_noise=None,
         milestones=(),
         keep=1,
-        save_every=None,
+        save_every=0.25,
         report_to=(),
     )
 
@@ -313,6 +342,7 @@ def half_life(curve: Sequence[tuple[int, float]], plain: float) -> float:
     not happen; NaN if there is no distance: the model was no better than plain training.
     """
     (_, start), *_ = curve
+    curve = [point for point in curve if not math.isnan(point[1])]
     if not start < plain:
         return math.nan
     half = (start + plain) / 2
@@ -323,31 +353,38 @@ def half_life(curve: Sequence[tuple[int, float]], plain: float) -> float:
     return math.inf
 
 
+def has_gain(start: Estimate, plain: float) -> bool:
+    """Whether a model was better than plain training before finetuning, by more than chance."""
+    return (start.mean if math.isnan(start.ci95[1]) else start.ci95[1]) < plain
+
+
 @plain_dataclass(frozen=True)
 class HalfLife:
     """Steps until half of the gain over plain training is gone, over the seeds of a group that had a gain."""
 
     steps: Estimate
-    """Geometric mean over seeds; missing unless all seeds got there."""
+    """Geometric mean over seeds; missing unless all seeds with a gain got there."""
     reached: int
     """Seeds that lost half of the gain."""
     seeds: int
-    """Seeds with a gain."""
+    """Seeds with a gain: the interval over samples is below plain training."""
+    asked: int
+    """All seeds."""
 
 
 def half_lives(curves: Mapping[int, Sequence[TamperedLine]], plain: Mapping[int, float]) -> HalfLife:
     """The half-life of a group. `curves`: of its runs by seed; `plain`: misalignment of plain training by seed, before
     any finetuning."""
+    both = [(lines, plain[seed]) for seed, lines in curves.items() if seed in plain]
     found = [
-        half_life([(line.step, line.misalignment.mean) for line in lines], plain[seed])
-        for seed, lines in curves.items()
-        if seed in plain
+        half_life([(line.step, line.misalignment.mean) for line in lines], level)
+        for lines, level in both
+        if has_gain(lines[0].misalignment, level)
     ]
-    found = [steps for steps in found if not math.isnan(steps)]
     reached = [steps for steps in found if math.isfinite(steps)]
     if not reached or len(reached) < len(found):
-        return HalfLife(Estimate.missing(), len(reached), len(found))
+        return HalfLife(Estimate.missing(), len(reached), len(found), len(both))
     logs = statistics.t_interval([math.log1p(steps) for steps in reached])
     low, high = (math.expm1(end) for end in logs.ci95)
     mean = math.expm1(logs.mean)
-    return HalfLife(Estimate(mean, math.nan, len(reached), (low, high)), len(reached), len(found))
+    return HalfLife(Estimate(mean, math.nan, len(reached), (low, high)), len(reached), len(found), len(both))

@@ -65,7 +65,7 @@ def load_runs(folder: Path) -> list[ReportedRun]:
             print(f"note: {place} was not trained here, so it is not on the page", file=sys.stderr)
     if not runs:
         raise store.StoreError(f"{folder} holds no judged run that was trained here")
-    runs = _distinguish(runs)
+    runs = _alike_tampered(_distinguish(runs))
     _check_comparable(folder, runs)
     rank = {name: i for i, name in enumerate(ORDER)}
 
@@ -120,6 +120,23 @@ def _distinguish(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
     return [replace(run, name=run.folder_name) if run.name in mixed else run for run in runs]
 
 
+def _alike_tampered(runs: list[ReportedRun]) -> list[ReportedRun]:
+    """The runs without what `phf tamper` found, with a note, if it was not tried in the same way on all of them."""
+    ways = {
+        store.canonical([to_plain(t.settings), t.on, t.identity, t.threshold])
+        for run in runs
+        if (t := run.tamper) is not None
+    }
+    if len(ways) < 2:
+        return runs
+    print(
+        "note: the runs were tampered with in different ways, so that is not shown; run phf tamper on all with the "
+        "same settings",
+        file=sys.stderr,
+    )
+    return [replace(run, tamper=None) for run in runs]
+
+
 def equal_budgets(manifests: Sequence[TrainManifest]) -> bool:
     """Whether runs had the same budget: of targets, or of source text. With equal source text, what a seed inserts or
     drops changes the number of targets."""
@@ -150,10 +167,8 @@ def _check_comparable(folder: Path, runs: Sequence[ReportedRun]) -> None:
         same(f"how scenario {name!r} was sampled", [_without_batch(s) for s in kept], alike)
     kls = [r.kl for r in results if r.kl is not None]
     same("the reference of KL", [[k.reference, k.num_samples, k.max_tokens] for k in kls], alike)
-    tampered = [run.tamper for run in runs if run.tamper is not None]
     attacked = [run.redteam.search.settings for run in runs if run.redteam is not None]
     same("how they were attacked", [_without_batch(s) for s in attacked], alike)
-    same("how they were tampered with", [[t.settings, t.on] for t in tampered], alike)
 
 
 def _without_batch(settings: Scenario | RedTeam) -> Plain:

@@ -33,12 +33,13 @@ class Tampered:
             return ""
         if not found.seeds:
             return "no gain to lose"
+        some = "" if found.seeds == found.asked else f"; {found.asked - found.seeds} of {found.asked} seeds had no gain"
         if found.reached < found.seeds:
             lost = "" if not found.reached else f" in {found.seeds - found.reached} of {found.seeds} seeds"
-            return f"over {last} steps{lost}"
+            return f"over {last} steps{lost}{some}"
         low, high = found.steps.ci95
         interval = "" if found.seeds == 1 else f" ({number(low, 1)} to {number(high, 1)})"
-        return f"{number(found.steps.mean, 1)} steps{interval}"
+        return f"{number(found.steps.mean, 1)} steps{interval}{some}"
 
 
 def tampered(runs: Sequence[ReportedRun], plain: str | None) -> list[Tampered]:
