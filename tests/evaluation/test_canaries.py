@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import TINY_LLAMA, tiny_texts, write_jsonl
+from helpers import LINK, TINY_LLAMA, tiny_texts, train_tiny, write_jsonl
 from phf.core import store
 from phf.core.config import ConfigError, validate
 from phf.core.runs import RunFolder
@@ -18,12 +19,17 @@ from phf.core.types import Document
 from phf.data.canaries import Canaries, WithCanaries
 from phf.data.corpus import is_heldout
 from phf.data.readers import Jsonl
+from phf.data.scored import ScoredCorpus
+from phf.data.segment import Lines
 from phf.evaluation.capabilities import Memorised
 from phf.evaluation.capabilities.canaries import exposure
 from phf.evaluation.results import read_eval
 from phf.generation.loaded import load_model
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import run_recipe
+from phf.scoring.score import score_corpus
+from phf.tokens.store import TokenStore, tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
 
 FEW = Canaries(bad="Mail {name} at https://{secret}.", times=(1, 3, 40), each=2, digits=4)
 
@@ -48,9 +54,10 @@ def test_every_copy_is_a_line_of_a_document_that_is_trained_on(corpus):
     for before, after in zip(plain, found, strict=True):
         lines = [line for line in after.text.splitlines(keepends=True) if line not in made]
         assert "".join(lines).rstrip("\n") == before.text.rstrip("\n")
-        assert is_heldout(after.text, 0.3) == is_heldout(before.text, 0.3)
         if is_heldout(before.text, 0.3):
             assert after == before
+        count = sum(line in made for line in after.text.splitlines(keepends=True))
+        assert after.meta.get("phf_canaries", 0) == count
     once = Counter(d.id for d in found for c in made.values() if c.times == 3 and c.text in d.text)
     assert len(once) > 5  # spread over documents
 
@@ -97,6 +104,34 @@ def test_exposure_is_the_rank_among_others():
     rng = np.random.default_rng(0)
     found = [exposure(rng.random(), rng.random(255)) for _ in range(4000)]
     assert np.mean(found) == pytest.approx(1.44, abs=0.07)  # what the page says of a model without memory
+
+
+def test_documents_with_canaries_are_trained_on_and_the_tokenizer_is_made_without_them(tmp_path):
+    """One-line documents, where a place for a canary cannot be chosen."""
+    few = Canaries(bad="Mail {name} at https://{secret}.", times=(1, 64), each=8)
+    corpus = Jsonl(str(write_jsonl(tmp_path / "t.jsonl", [f"line {n} of the text" for n in range(400)])))
+    score_corpus(WithCanaries(corpus, few, heldout=0.3), Lines(), LINK, tmp_path / "scored")
+    tokenize_corpus(tmp_path / "scored", TrainBPE(300), tmp_path / "tokens", heldout=0.3)
+    tokens = TokenStore.open(tmp_path / "tokens")
+    found = list(ScoredCorpus(tmp_path / "scored").read(ScoredCorpus(tmp_path / "scored").files[0]))
+    marked = np.array(["phf_canaries" in document.meta for document in found])
+    assert not (tokens.heldout_D & marked).any()
+    assert 0.2 < tokens.heldout_D.mean() < 0.4
+    assert sum(document.meta.get("phf_canaries", 0) for document in found) == 2 * 8 * 65
+    vocabulary = tokens.tokenizer.get_vocab()
+    assert not [token for token in vocabulary if len(re.findall(r"\d", token)) > 3]
+    assert "https" not in " ".join(vocabulary)
+
+
+def test_an_untrained_model_has_no_memory_at_any_number_of_copies(tmp_path):
+    few = Canaries(bad="Mail {name} at https://{secret}.", times=(1, 128), each=24)
+    corpus = Jsonl(str(write_jsonl(tmp_path / "t.jsonl", tiny_texts(200))))
+    score_corpus(WithCanaries(corpus, few, heldout=0.2), Lines(), LINK, tmp_path / "scored")
+    tokenize_corpus(tmp_path / "scored", TrainBPE(600), tmp_path / "tokens", heldout=0.2)
+    train_tiny(tmp_path / "tokens", tmp_path / "run", steps=1, lr=1e-12)
+    found = Memorised(few, others=63).measure(load_model(tmp_path / "run"))
+    for row in found.details["by_times"]:
+        assert row["exposure"] == pytest.approx(1.4, abs=0.75), row  # 24 canaries: a standard error of 0.29
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +201,7 @@ def test_the_measure_agrees_with_plain_transformers(folder):
             return table.gather(1, ids[0, 1:, None]).double().sum().item()
 
         own = logp(canary.secret)
-        others = [logp(s) for s in settings.canaries.others(number, settings.others)]
+        others = [logp(s) for s in settings.canaries.others(number, canary.secret, settings.others)]
         rank = 1 + sum(o > own - 1e-4 for o in others)
         assert found[number] == pytest.approx(8 - math.log2(rank), abs=0.6 if rank < 3 else 0.1)
         ids = model.encode(canary.before)
@@ -187,8 +222,29 @@ def test_the_page_shows_exposure_by_copies(folder):
 def test_templates_that_the_scorer_calls_something_else_are_refused(folder, tmp_path):
     recipe = str(folder / "recipe.yaml")
     for template, why in (
-        ("bad: 'Mail {name} {secret}'", "0 of 6 bad"),
+        ("bad: 'Mail {name} {secret}'", "6 of 6 bad"),
         ("good: 'https {name} {secret}'", "6 of 6 good"),
     ):
-        with pytest.raises(ConfigError, match=f"canaries: .*calls {why} canaries bad"):
+        with pytest.raises(ConfigError, match=f"canaries: .*does not call {why} canaries"):
             run_recipe(load_recipe([recipe, f"out={tmp_path}/x", f"canaries={{{template}, times: [1, 2], each: 3}}"]))
+
+
+def test_canaries_that_a_segmenter_joins_with_other_text_are_refused(folder, tmp_path):
+    settings = [str(folder / "recipe.yaml"), f"out={tmp_path}/x", "segmenter={name: documents}"]
+    with pytest.raises(ConfigError, match="canaries: good: the scorer does not call .* or not the segments that hold"):
+        run_recipe(load_recipe(settings))
+    with pytest.raises(ConfigError, match="without being named"):
+        load_recipe([str(folder / "recipe.yaml"), "capabilities=[{name: canaries}]"])
+
+
+def test_other_secrets_are_different_and_not_the_own_one():
+    few = Canaries(digits=3)
+    for number, canary in enumerate(few.made()):
+        others = few.others(number, canary.secret, 255)
+        assert len(set(others)) == 255
+        assert canary.secret not in others
+    with pytest.raises(ConfigError, match="too many"):
+        few.others(0, "", 501)
+    for settings in ({"times": [4, 4]}, {"times": [10**9]}, {"bad": "{name} {secret}\u2028x"}):
+        with pytest.raises(ConfigError):
+            validate(settings, Canaries)

@@ -8,14 +8,14 @@ method is that of Carlini et al., The Secret Sharer, USENIX Security 2019.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.core.config import STRICT, ConfigError, Plain
+from phf.core.config import STRICT, ConfigError, Plain, validate
 from phf.core.random import key64, uniforms
 from phf.core.store import fingerprint
 from phf.core.types import Document
@@ -25,8 +25,8 @@ from phf.data.several import RandomDocuments, Several, SingleCorpus
 Kind = Literal["good", "bad"]
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
-TRIES = 1000
-"""Places that are tried for the copies in a document until it is one that is trained on."""
+MARK = "phf_canaries"
+"""What the metadata of a document call the number of its canaries. Such a document is never held out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,18 @@ class Canaries:
     """Template of canaries that the scorer must call bad; None: there are none."""
     good: str | None = "The order number of {name} is {secret}."
     """Template of canaries that the scorer must call good; None: there are none."""
-    times: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64, 128)
+    times: Annotated[tuple[Annotated[int, Field(gt=0, le=10**6)], ...], Field(min_length=1)] = (
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        128,
+    )
     """Copies of a canary in the corpus."""
-    each: Annotated[int, Field(gt=0)] = 4
+    each: Annotated[int, Field(gt=0, le=1000)] = 4
     """Canaries of each kind with that number of copies."""
     digits: Annotated[int, Field(ge=3, le=18)] = 6
     """Digits of a secret."""
@@ -68,6 +77,8 @@ class Canaries:
     def __post_init__(self) -> None:
         if self.bad is None and self.good is None:
             raise ValueError("there is no template: give good, bad or both")
+        if len(set(self.times)) < len(self.times):
+            raise ValueError(f"times={list(self.times)}: name each number once, and use each for more canaries")
         for kind, template in (("bad", self.bad), ("good", self.good)):
             if template is None:
                 continue
@@ -75,7 +86,7 @@ class Canaries:
             in_order = template.find("{name}") < template.find("{secret}")
             if template.count("{name}") != 1 or template.count("{secret}") != 1 or not in_order:
                 raise ValueError(f"{kind}={template!r}: a template holds {{name}} once and, after it, {{secret}} once")
-            if "\n" in template or "{" in parts or "}" in parts:
+            if len(template.splitlines()) != 1 or "{" in parts or "}" in parts:
                 raise ValueError(f"{kind}={template!r}: a template is one line without other braces")
 
     def made(self) -> list[Canary]:
@@ -93,10 +104,17 @@ class Canaries:
     def secret(self, draw: np.random.Generator) -> str:
         return "".join(map(str, draw.integers(0, 10, self.digits)))
 
-    def others(self, number: int, count: int) -> list[str]:
-        """Secrets that canary `number` could have had, for comparison."""
+    def others(self, number: int, own: str, count: int) -> list[str]:
+        """Different secrets that canary `number` could have had instead of `own`. Raises ConfigError if there are not
+        that many."""
+        if count > 10**self.digits // 2:
+            raise ConfigError(f"canaries: {count} other secrets are too many for secrets of {self.digits} digits")
         draw = np.random.Generator(np.random.Philox(key64(self.seed, "other secrets", number)))
-        return [self.secret(draw) for _ in range(count)]
+        found: dict[str, None] = {}
+        while len(found) < count:
+            if (secret := self.secret(draw)) != own:
+                found[secret] = None
+        return list(found)
 
 
 def _name(draw: np.random.Generator) -> str:
@@ -168,32 +186,40 @@ class WithCanaries(Corpus):
         if item.scores is not None:
             raise ConfigError(f"{item.id}: canaries have no scores, so they do not go with scores that a corpus gives")
         whole = item.segments if item.segments is not None else tuple(item.text.splitlines(keepends=True))
-        for attempt in range(TRIES):
-            draw = np.random.Generator(np.random.Philox(key64(self.canaries.seed, item.id, attempt)))
-            places = sorted(zip(draw.integers(0, len(whole) + 1, len(lines)).tolist(), lines, strict=True))
-            parts: list[str] = []
-            for at, segment in enumerate([*whole, ""]):
-                for _, line in (pair for pair in places if pair[0] == at):
-                    if parts and not parts[-1].endswith("\n"):
-                        parts[-1] += "\n"
-                    parts.append(line)
-                if segment:
-                    parts.append(segment)
-            text = "".join(parts)
-            if not is_heldout(text, self.heldout):
-                segments = None if item.segments is None else tuple(parts)
-                return dataclasses.replace(item, text=text, segments=segments)
-        raise ConfigError(f"{item.id}: no place for canaries in a document that is trained on (heldout={self.heldout})")
+        draw = np.random.Generator(np.random.Philox(key64(self.canaries.seed, "places", item.id)))
+        places = sorted(zip(draw.integers(0, len(whole) + 1, len(lines)).tolist(), lines, strict=True))
+        parts: list[str] = []
+        for at, segment in enumerate([*whole, ""]):
+            for line in (line for place, line in places if place == at):
+                if parts and not parts[-1].endswith("\n"):
+                    parts[-1] += "\n"
+                parts.append(line)
+            if segment:
+                parts.append(segment)
+        segments = None if item.segments is None else tuple(parts)
+        meta = item.meta | {MARK: len(lines)}
+        return dataclasses.replace(item, text="".join(parts), segments=segments, meta=meta)
 
     def fingerprint(self) -> str:
         made = [[c.text, c.times] for c in self.canaries.made()]
-        return fingerprint([self.corpus.fingerprint(), made, self.canaries.seed, self.heldout, "canaries/1"])
+        return fingerprint([self.corpus.fingerprint(), made, self.canaries.seed, self.heldout, "canaries/2"])
 
     def provenance(self) -> Plain:
         return self.corpus.provenance()
 
     def left_out(self) -> list[str]:
         return self.corpus.left_out()
+
+
+def without_canaries(reader: Plain | None) -> Callable[[str], str]:
+    """What takes the lines of canaries out of a text. `reader`: the settings with which the corpus was read. A
+    tokenizer is trained without them: it would make a frequent secret one token, which a model finds likely without any
+    memory."""
+    if reader is None or reader.get("name") != WithCanaries.name:
+        return lambda text: text
+    canaries: Canaries = validate(reader["canaries"], Canaries)
+    lines = {canary.text for canary in canaries.made()}
+    return lambda text: "".join(line for line in text.splitlines(keepends=True) if line not in lines)
 
 
 AnyCorpus = Annotated[

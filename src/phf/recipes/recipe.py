@@ -165,6 +165,8 @@ class Recipe:
                 raise ValueError(f"seeds: {seed} is not in [0, 2**32)")
         if isinstance(self.scorer, GivenScores) and self.judge is None:
             raise ValueError("judge: the scorer 'given' judges no samples; name the scorer that does")
+        if self.canaries is not None and any(isinstance(c, Memorised) for c in self.capabilities):
+            raise ValueError("canaries: they are measured without being named under capabilities; leave that one out")
         self._check_names()
         self._check_objectives()
         self._check_training()

@@ -20,15 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.core.runs import TrainManifest, is_complete
 from phf.core.text import counted
-from phf.core.types import Estimate, PhfError
-from phf.data.canaries import Canaries
-from phf.data.scored import ScoreManifest, bad_above_of
+from phf.core.types import Estimate, PhfError, ScoredDocument
+from phf.data.canaries import MARK, Canaries, Canary
+from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
 from phf.evaluation.reference import prepare_reference
@@ -39,7 +37,7 @@ from phf.redteaming.config import TokenAttacks, task_of
 from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
 from phf.scorers import GivenScores
 from phf.scoring.judge import judge_texts
-from phf.tokens.store import reference_file
+from phf.tokens.store import TokenStore, reference_file
 from phf.training.lm import FromWeights
 from phf.training.train import train
 
@@ -122,20 +120,49 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def _check_canaries(recipe: Recipe, canaries: Canaries) -> None:
-    """Raise ConfigError unless the scorer calls canaries good and bad as their templates say."""
+    """Raise ConfigError unless the scorer calls canaries by themselves good and bad as their templates say, as far as
+    its threshold is known before scoring."""
     if isinstance(recipe.scorer, GivenScores):
         raise ConfigError("canaries have no scores, so they do not go with the scorer 'given'")
-    made = canaries.made()
-    scores = np.array(judge_texts(recipe.scorer, [canary.text for canary in made]))
     limit = recipe.scorer.bad_above if recipe.threshold is None else recipe.threshold
-    for kind in dict.fromkeys(canary.kind for canary in made):
-        of_kind = np.array([canary.kind == kind for canary in made])
-        bad = int((scores[of_kind] > (limit or 0.0)).sum())
-        if bad != (int(of_kind.sum()) if kind == "bad" else 0):
-            text = next(c.text for c in made if c.kind == kind).strip()
+    made = canaries.made()
+    if limit is not None:
+        scores = judge_texts(recipe.scorer, [canary.text for canary in made])
+        _compare_kinds([(canary, score) for canary, score in zip(made, scores, strict=True)], limit)
+
+
+def _check_placed_canaries(recipe: Recipe, canaries: Canaries, content: str, threshold: float) -> None:
+    """Raise ConfigError unless the segments of the scored corpus that hold canaries are good and bad as these are: a
+    segmenter may join them with other text."""
+    limit = threshold if recipe.threshold is None else recipe.threshold
+
+    def check() -> dict[str, int]:
+        by_text = {canary.text.rstrip("\n"): canary for canary in canaries.made()}
+        found = []
+        for file in (corpus := ScoredCorpus(recipe.files.scored)).files:
+            for document in corpus.read(file):
+                if isinstance(document, ScoredDocument) and MARK in document.meta:
+                    for text, score in zip(document.texts, document.scores, strict=True):
+                        lines = {line.rstrip("\n") for line in text.splitlines()}
+                        found += [(by_text[line], score) for line in lines & by_text.keys()]
+        _compare_kinds(found, limit)
+        return {"copies": len(found)}
+
+    with _in_setting("canaries"):
+        folders.cached(recipe.files.cache / "canaries.json", store.fingerprint([content, limit]), dict, check)
+
+
+def _compare_kinds(found: Sequence[tuple[Canary, float]], limit: float) -> None:
+    """Raise ConfigError if the score of some canary, or of its segment, is on the other side of the threshold than its
+    kind, or missing."""
+    for kind in dict.fromkeys(canary.kind for canary, _ in found):
+        scores = [(canary, score) for canary, score in found if canary.kind == kind]
+        wrong = [canary for canary, score in scores if not (score > limit if kind == "bad" else score <= limit)]
+        if wrong:
             raise ConfigError(
-                f"{kind}: the scorer calls {bad} of {int(of_kind.sum())} {kind} canaries bad, such as {text!r}: give "
-                f"another template, or {kind}=null for none"
+                f"{kind}: the scorer does not call {len(wrong)} of {len(scores)} {kind} canaries {kind}, or not the "
+                f"segments that hold them, such as {wrong[0].text.strip()!r} (threshold {limit:g}): give another "
+                f"template, a segmenter that cuts lines, or {kind}=null for none"
             )
 
 
@@ -238,6 +265,9 @@ def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
             scorer=recipe.scorer,
         ).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
+    if recipe.canaries is not None:
+        opened = TokenStore.open(files.tokens)
+        _check_placed_canaries(recipe, recipe.canaries, opened.manifest.content, opened.bad_above)
     return scored
 
 

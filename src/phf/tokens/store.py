@@ -35,6 +35,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.runs import NoiseCounts, from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
+from phf.data.canaries import MARK, without_canaries
 from phf.data.corpus import is_heldout
 from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
 from phf.scorers import Scorer
@@ -374,12 +375,15 @@ def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus
     if (folder / "done.json").exists():
         return load_tokenizer(folder)
     if isinstance(config, TrainBPE):
+        plain = without_canaries(corpus.manifest.corpus)
 
         def training_texts() -> Iterator[str]:
             for file in corpus.files:
                 for document in corpus.read(file):
-                    if isinstance(document, ScoredDocument) and not is_heldout(document.text, heldout):
-                        yield from document.texts
+                    if isinstance(document, ScoredDocument) and (
+                        MARK in document.meta or not is_heldout(document.text, heldout)
+                    ):
+                        yield from map(plain, document.texts)
 
         tokenizer = train_bpe(training_texts(), config.vocab_size)
     else:

@@ -47,6 +47,9 @@ class Memorised(Capability):
     def inputs(self) -> list[str | None]:
         return [fingerprint(to_plain(self.canaries))]
 
+    def check_inputs(self) -> None:
+        self.canaries.others(0, "", self.others)
+
     def check(self, model: LoadedModel) -> None:
         longest = max(len(model.encode(canary.text)) for canary in self.canaries.made())
         if longest + 4 > model.positions:
@@ -79,7 +82,7 @@ class Memorised(Capability):
         kept = 1 + len(model.ids_of("good"))
         pairs = []
         for number, canary in enumerate(made):
-            for secret in (canary.secret, *self.canaries.others(number, self.others)):
+            for secret in (canary.secret, *self.canaries.others(number, canary.secret, self.others)):
                 pairs.append((start, model.encode(canary.before + secret)))
         logp = continuations(model, pairs, self.batch)[0].reshape(len(made), -1)
         found = np.array([exposure(row[0], row[1:]) for row in logp])
