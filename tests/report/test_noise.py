@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from phf.recipes.recipe import load_recipe
 from phf.recipes.run import run_recipe
 from phf.report.measures import Group, Value
 from phf.report.noise import noise_curves
+from phf.tokens.noise import ScorerNoise
 
 SIZES = {"segments": 100, "bad": 20}
 
@@ -118,7 +120,7 @@ class Run:
                 **SIZES,
                 missed=missed,
                 false_alarms=false_alarms,
-                precision=found / (found + false_alarms),
+                precision=found / (found + false_alarms) if found + false_alarms else float("nan"),
                 recall=found / SIZES["bad"],
             )
 
@@ -156,6 +158,31 @@ def test_the_verdict_is_about_the_largest_error_up_to_which_the_effect_holds():
     assert tag.verdict == (  # without seeds in common: the intervals over samples
         "tag is better than plain training with every error here, down to precision 69% and recall 90%."
     )
+
+
+def test_other_settings_of_the_grid_make_other_curves_and_two_kinds_of_error_are_named():
+    rows = [group("mle", 1.0, plain=True)]
+    runs = [Run("mle")]
+    for lr in ("0.01", "1e-05"):
+        for noise, missed in (("0", 0), ("0.2", 4)):
+            name = f"masking-scorer_noise{noise}-lr{lr}"
+            rows.append(group(name, 0.5, (0.5, 0.4, 0.6)))
+            runs.append(Run(name, missed, 2 * missed))
+    names = ("tag-scorer_noise-missed1.0", "tag-scorer_noise-missed0.1-false_alarms0.2")
+    rows += [group(names[0], 1.0, (1.0, 0.8, 1.2)), group(names[1], 0.5, (0.5, 0.4, 0.6))]
+    runs += [Run(names[0], 20, 0), Run(names[1], 2, 40)]
+    found = noise_curves(rows, runs)
+    assert [curve.objective for curve in found] == ["masking-lr0.01", "masking-lr1e-05", "tag"]
+    assert [len(curve.levels) for curve in found] == [2, 2, 2]
+    assert found[2].verdict == f"tag is better than plain training in {names[1]}; not in {names[0]}."
+
+
+def test_noise_in_all_runs_leaves_plain_training_as_it_is(folder):
+    given = load_recipe([str(folder / "recipe.yaml")])
+    recipe = replace(given, grid={}, train=replace(given.train, scorer_noise=ScorerNoise(0.1, 0.1)))
+    noise = {v.objective_name: v.train.scorer_noise for v in recipe.variants}
+    assert noise["mle"] is None
+    assert noise["conditional"].missed == 0.1
 
 
 def test_pages_without_errors_have_no_such_section():

@@ -11,6 +11,7 @@ from helpers import make_store, output_of, train_config, train_tiny
 from phf.core.config import ConfigError, apply_overrides, validate
 from phf.core.random import uniforms
 from phf.objectives import Each, Filtering, Masking
+from phf.tokens import noise as noise_module
 from phf.tokens import store as store_module
 from phf.tokens.noise import ScorerNoise
 from phf.training.config import TrainConfig
@@ -38,7 +39,8 @@ def test_the_errors_are_those_of_a_plain_loop(store):
     noisy = store.with_noise(NOISE, seed=7)
     wrong = uniforms(2000, 7, "scorer noise")
     rank = uniforms(2000, 7, "score of the noise")
-    judged = sorted(s for s in store.score_S if not np.isnan(s))
+    trained = np.repeat(~store.heldout_D, 4)
+    judged = sorted(s for s, use in zip(store.score_S, trained, strict=True) if use and not np.isnan(s))
     good = [s for s in judged if s <= 0]
     bad = [s for s in judged if s > 0]
     expected = []
@@ -129,6 +131,19 @@ def test_without_a_bad_segment_there_is_nothing_to_draw(tmp_path):
     store = make_store(tmp_path / "good", [[[1], [2]]], [0, 0])
     with pytest.raises(ConfigError, match="no bad segment among 2"):
         store.with_noise(NOISE, 0)
+
+
+def test_rare_bad_segments_are_found_and_many_are_thinned(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise_module, "SAMPLE", 8)
+    scores = np.arange(1000) / 1000 - 1
+    scores[[3, 500, 999]] = [0.5, 0.25, 1]
+    store = make_store(tmp_path / "rare", [[[1]] * 10] * 100, scores)
+    noise = store.with_noise(ScorerNoise(missed=1, false_alarms=0.5), 0).noise
+    np.testing.assert_array_equal(noise.bad, np.array([0.25, 0.5, 1], np.float32))
+    assert 8 <= len(noise.good) <= 16
+    assert noise.good[0] < -0.9 < -0.1 < noise.good[-1]  # from all of the corpus
+    every = np.diff(np.searchsorted(np.sort(scores[scores <= 0]), noise.good))
+    assert set(every) <= {every[0], every[0] - 1, every[0] + 1}
 
 
 def test_rows_are_shown_with_the_errors(tokens_dir, monkeypatch, capsys):

@@ -342,6 +342,8 @@ class Recipe:
         for layer in over:
             merged = merge(merged, layer)
         merged |= {path.split(".")[1]: value for path, value in settings.items() if path.startswith("train.")}
+        if not self.objectives[name].uses_scores:
+            merged["scorer_noise"] = None
         config: TrainConfig = _checked(merged, TrainConfig, "train", settings)
         shares = sorted({p.share for p in self.phases.values() if p.share < 1}, reverse=True)
         if keeps_milestones:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from phf.report.format import share
 from phf.report.measures import Group, Value
 from phf.report.runs import ReportedRun
 
-TAG = re.compile(r"-scorer_noise.*$")
+_NUMBER = r"\d[\d.]*(?:e[+-]?\d+)?"
+TAG = re.compile(rf"-scorer_noise(?:{_NUMBER}|(?:-(?:missed|false_alarms){_NUMBER})+)(?=-|$)")
 """What a recipe's grid puts into the names of groups."""
 
 
@@ -78,7 +80,8 @@ def _level(row: Group, members: Sequence[ReportedRun], plain: Value) -> NoiseLev
 
 
 def _of_counts(counts: NoiseCounts) -> tuple[float, float, float]:
-    return ((counts.missed + counts.false_alarms) / counts.segments, counts.precision, counts.recall)
+    wrong = (counts.missed + counts.false_alarms) / max(counts.segments, 1)
+    return (wrong, counts.precision, counts.recall)
 
 
 def _holds(own: Value, ratio: Value | None, plain: Value) -> bool:
@@ -89,7 +92,13 @@ def _holds(own: Value, ratio: Value | None, plain: Value) -> bool:
 
 
 def _verdict(objective: str, levels: Sequence[NoiseLevel]) -> str:
-    """Down to which precision and recall the objective is better, with all smaller errors too."""
+    """Down to which precision and recall the objective is better, with all smaller errors too. Where precision and
+    recall do not fall together, or are not defined: with which errors it is."""
+    if not all(a.precision >= b.precision and a.recall >= b.recall for a, b in itertools.pairwise(levels)):
+        better = [level.row.name for level in levels if level.holds]
+        others = [level.row.name for level in levels if not level.holds]
+        said = f"{objective} is better than plain training in {', '.join(better) or 'none of its groups'}"
+        return f"{said}; not in {', '.join(others)}." if others and better else f"{said}."
     failed = next((n for n, level in enumerate(levels) if not level.holds), len(levels))
     if failed == 0:
         least = "with the smallest errors here" if levels[0].wrong else "without errors"

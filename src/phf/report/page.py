@@ -145,9 +145,9 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
             file=sys.stderr,
         )
     scored = None if first.result.data is None else first.result.data.scored
-    said = headline(
-        [row for row in compared.groups if not row.has_noise], compared.unit, str(first.result.identity.get("name", ""))
-    )
+    without_noise = [row for row in compared.groups if not row.has_noise]
+    some = without_noise if any(not row.is_plain for row in without_noise) else compared.groups
+    said = headline(some, compared.unit, str(first.result.identity.get("name", "")))
     limit = sample_limit(sum(len(run.samples) for run in runs))
     return {
         "title": recipe.get("title") or folder.name,

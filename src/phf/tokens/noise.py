@@ -100,19 +100,39 @@ class Noise:
 
 
 SAMPLE = 1 << 16
-"""Segments whose scores wrong ones are drawn from, at most."""
+"""Scores of each class that wrong ones are drawn from, at most twice as many."""
 
 
-def make_noise(noise: ScorerNoise, seed: int, score_S: np.ndarray, bad_above: float) -> Noise:
-    """Errors for a store with these scores. Raises ConfigError if it has no good or no bad segment to draw from."""
-    sample_S = np.array(score_S[:: max(1, -(-len(score_S) // SAMPLE))])
-    sample_S = np.sort(sample_S[~np.isnan(sample_S)])
-    first_bad = int(np.searchsorted(sample_S, np.float32(bad_above), side="right"))
-    found = Noise(noise, seed, sample_S[:first_bad], sample_S[first_bad:], bad_above)
-    for name, values in (("good", found.good), ("bad", found.bad)):
-        if not len(values):
+class _Thinned:
+    """Scores in order, every n-th of them once they are many."""
+
+    def __init__(self) -> None:
+        self.kept = np.zeros(0, np.float32)
+        self.seen = 0
+        self.step = 1
+
+    def add(self, scores: np.ndarray) -> None:
+        first = -self.seen % self.step
+        self.kept = np.concatenate([self.kept, scores[first :: self.step]])
+        self.seen += len(scores)
+        while len(self.kept) > 2 * SAMPLE:
+            self.kept = self.kept[::2]
+            self.step *= 2
+
+
+def make_noise(noise: ScorerNoise, seed: int, blocks: Iterable[Block], bad_above: float) -> Noise:
+    """Errors for a store of these blocks. Raises ConfigError if no training segment is good, or none is bad."""
+    good = _Thinned()
+    bad = _Thinned()
+    for block in blocks:
+        score_S = block.score_S[block.train_S & ~np.isnan(block.score_S)]
+        bad_S = score_S > np.float32(bad_above)
+        good.add(score_S[~bad_S])
+        bad.add(score_S[bad_S])
+    for name, found in (("good", good), ("bad", bad)):
+        if not found.seen:
             raise ConfigError(
-                f"train.scorer_noise: no {name} segment among {len(sample_S):,} (threshold {bad_above:g}), so no wrong "
-                "score can be drawn"
+                f"train.scorer_noise: no {name} segment among {good.seen + bad.seen:,} (threshold {bad_above:g}), so "
+                "no wrong score can be drawn"
             )
-    return found
+    return Noise(noise, seed, np.sort(good.kept), np.sort(bad.kept), bad_above)

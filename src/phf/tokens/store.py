@@ -637,7 +637,7 @@ class TokenStore:
             return self
         if self.by_token:
             raise ConfigError("train.scorer_noise: errors are of segments, so they do not go with train.token_scores")
-        return dataclasses.replace(self, noise=make_noise(noise, seed, self.score_S, self.bad_above))
+        return dataclasses.replace(self, noise=make_noise(noise, seed, self.large_blocks(), self.bad_above))
 
     @cached_property
     def noise_counts(self) -> NoiseCounts | None:
