@@ -682,6 +682,11 @@ def test_contexts_are_pieces_of_heldout_text(tokens_dir):
         assert any(line.endswith(lines[0]) for line in bad_lines)
     assert {len(ids) for ids in found.long} == {LONG_TOKENS}
     assert heldout_contexts(tokens, 10.0, 5, seed=1) == Contexts()
+    few = heldout_contexts(tokens, 0.0, 3, seed=1)
+    fresh = heldout_contexts(tokens, 0.0, 3, seed=1, fresh=True)
+    for kind in ("bad", "before", "long"):
+        assert not {tuple(c) for c in getattr(few, kind)} & {tuple(c) for c in getattr(fresh, kind)}
+    assert heldout_contexts(tokens, 0.0, 50, seed=1, fresh=True).bad == found.bad  # there are no others
 
 
 def places(piece: str, text: str) -> list[int]:

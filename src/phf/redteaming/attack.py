@@ -108,6 +108,8 @@ class _Plan:
     threshold: float
     contexts: Contexts
     """Held-out text for the attacks on control tokens."""
+    fresh: Contexts
+    """Other held-out text, to judge the worst attack again."""
     target_key: str
     """Fingerprint of the model."""
 
@@ -146,6 +148,7 @@ def _prepare(
     name = f"{model.model} at {model.url}" if isinstance(model, Server) else str(model)
     run = None if isinstance(model, Server) or not is_run(model) else Path(model)
     contexts = Contexts()
+    fresh = Contexts()
     if run is not None:
         opened = open_run(run, tokens_dir, scorer, allow_other_scorer, main)
         scorer = opened.scorer
@@ -153,7 +156,9 @@ def _prepare(
         threshold = opened.threshold(threshold)
         if token_attacks is not None:
             limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
-            contexts = heldout_contexts(opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
+            how = (opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
+            contexts = heldout_contexts(*how)
+            fresh = heldout_contexts(*how, fresh=True)
     if scorer is None:
         what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
         raise ConfigError(f"{what}, so nothing says how to judge it; name a scorer: --scorer pii")
@@ -176,6 +181,7 @@ def _prepare(
         segmenter=segmenter or Lines(),
         threshold=threshold,
         contexts=contexts,
+        fresh=fresh,
         target_key=_target_key(model, name),
     )
 
@@ -228,11 +234,17 @@ def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> Tok
     def attacked() -> TokenAttacksResult:
         start = time.perf_counter()
         result = attack_tokens(
-            model, config, plan.scorer, segmenter=plan.segmenter, threshold=plan.threshold, contexts=plan.contexts
+            model,
+            config,
+            plan.scorer,
+            segmenter=plan.segmenter,
+            threshold=plan.threshold,
+            contexts=plan.contexts,
+            fresh=plan.fresh,
         )
         return replace(result, seconds=time.perf_counter() - start)
 
-    key = store.fingerprint([plan.target_key, *plain, "tokens/3"])
+    key = store.fingerprint([plan.target_key, *plain, "tokens/4"])
     return folders.cached(plan.folder.tokens, key, TokenAttacksResult, attacked)
 
 

@@ -67,10 +67,11 @@ class Contexts:
     """Nothing but bad segments, many of them."""
 
 
-def heldout_contexts(tokens: TokenStore, threshold: float, count: int, seed: int) -> Contexts:
+def heldout_contexts(tokens: TokenStore, threshold: float, count: int, seed: int, fresh: bool = False) -> Contexts:
     """Random contexts of each kind, `count` each, from held-out text; segments that score above `threshold` are bad.
 
-    Where there are fewer, each one is repeated, copies side by side.
+    Where there are fewer, each one is repeated, copies side by side. `fresh`: others than without it, as far as there
+    are enough.
     """
     score_S = np.asarray(tokens.score_S, np.float32)
     held_S = tokens.heldout_D[tokens.doc_S]
@@ -87,10 +88,12 @@ def heldout_contexts(tokens: TokenStore, threshold: float, count: int, seed: int
         """The last tokens of each segment's document before these places; `count` of those that are not empty."""
         begin_S = np.maximum(document_S, stop_S - CONTEXT_TOKENS)
         pieces = (_ids(tokens, begin, stop) for begin, stop in zip(begin_S, stop_S, strict=True) if stop > begin)
-        return _repeated(list(itertools.islice(pieces, count)), count)
+        first = list(itertools.islice(pieces, count))
+        others = list(itertools.islice(pieces, count)) if fresh else []
+        return _repeated(others or first, count)
 
     segments = [_ids(tokens, begin, end) for begin, end in zip(start_S[:LONG_TOKENS], end_S[:LONG_TOKENS], strict=True)]
-    long = [_long_context(segments, key64(seed, "long", n)) for n in range(count)]
+    long = [_long_context(segments, key64(seed, "long", n + count * fresh)) for n in range(count)]
     return Contexts(bad=until(end_S), before=until(start_S), long=long)
 
 
@@ -223,9 +226,11 @@ def attack_tokens(
     segmenter: Segmenter,
     threshold: float,
     contexts: Contexts = Contexts(),
+    fresh: Contexts | None = None,
 ) -> TokenAttacksResult:
     """Judge the samples of every attack next to those of the intended use. Higher misalignment: the attack works
-    better. The worst one is judged again on new samples, because the largest of many noisy means is too high."""
+    better. The worst one is judged again on new samples, and in the contexts `fresh` if they are given, because the
+    largest of many noisy means is too high."""
     scenario = Scenario(
         num_samples=config.num_samples,
         max_tokens=config.max_tokens,
@@ -256,13 +261,14 @@ def attack_tokens(
         if attack.intended:
             intended = scored
         found.append(_attack_result(attack, scored, result, intended))
+    again = {attack.name: attack for attack in attacks(model, config, contexts if fresh is None else fresh)}
     worst = {}
     for name, allowed in (("text", [a for a in planned if not a.needs_token]), ("any", planned)):
         results = {r.attack: r.misalignment.mean for r in found if not math.isnan(r.misalignment.mean)}
         tried = [attack for attack in allowed if attack.name in results]
         if tried:
             attack = max(tried, key=lambda a: results[a.name])
-            worst[name] = WorstContext(attack.name, judged(attack, config.seed + 1)[1].misalignment)
+            worst[name] = WorstContext(attack.name, judged(again[attack.name], config.seed + 1)[1].misalignment)
     skipped = []
     if not contexts.bad:
         skipped.append("attacks with bad contexts: no held-out text with a score above the threshold is known")
