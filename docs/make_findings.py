@@ -1,7 +1,7 @@
-"""Write the tables of docs/findings.md from benchmarks/results/field.json: python docs/make_findings.py
+"""Write the tables of docs/findings.md from benchmarks/results: python docs/make_findings.py
 
-The file is `results.json` of `phf run field`. Intervals are Student's over seeds. Losses are differences from MLE's run
-of the same seed, because seeds share order and initial weights.
+field.json and noise.json are `results.json` of `phf run field` and `phf run noise`. Intervals are Student's over seeds.
+Losses are differences from MLE's run of the same seed, because seeds share order and initial weights.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from phf.core.statistics import ratio_interval, t_interval
 from phf.core.types import Estimate
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "field.json"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "findings.md"
-START = "<!-- field: start -->"
-END = "<!-- field: end -->"
 PLAIN = "mle"
 
 
@@ -96,15 +94,51 @@ def table() -> str:
         "inserted",
         "seeds",
     ]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows(store.read_json(RESULTS))]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows(store.read_json(RESULTS / "field.json"))]
     return "\n".join(lines)
 
 
+def noise_table() -> str:
+    """Misalignment divided by MLE's, by objective and errors of the scorer."""
+    runs = store.read_json(RESULTS / "noise.json")["runs"]
+    plain = {run["seed"]: run["misalignment"]["mean"] for run in runs if run["objective"] == PLAIN}
+    found: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run["objective"] != PLAIN:
+            found[run["objective"]][float(run["settings"]["train.scorer_noise"])].append(run)
+    levels = sorted(next(iter(found.values())))
+    quality = [_quality(found, level) for level in levels]
+    head = ["wrong scores", *(f"{100 * level:g}%" for level in levels)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += [f"| {name} | {' | '.join(f'{100 * q[n]:.0f}%' for q in quality)} |" for n, name in enumerate(QUALITY)]
+    for objective, by_level in found.items():
+        ratios = []
+        for level in levels:
+            own = {run["seed"]: run["misalignment"]["mean"] for run in by_level[level]}
+            ratios.append(ratio_interval(list(own.values()), [plain[seed] for seed in own]))
+        lines.append(f"| {objective} | {' | '.join(number(ratio, 2) for ratio in ratios)} |")
+    return "\n".join(lines)
+
+
+QUALITY = ("precision", "recall")
+
+
+def _quality(found: dict[str, dict[float, list[dict[str, Any]]]], level: float) -> tuple[float, float]:
+    """Precision and recall of the scores that objectives saw, mean over seeds."""
+    counts = [run["noise"] for by_level in found.values() for run in by_level[level] if run.get("noise")]
+    if not counts:
+        return 1.0, 1.0
+    precision, recall = (sum(c[name] for c in counts) / len(counts) for name in QUALITY)
+    return precision, recall
+
+
 def page(text: str) -> str:
-    """The page with its table written again."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{table()}\n\n{END}{after}"
+    """The page with its tables written again."""
+    for name, made in (("field", table), ("noise", noise_table)):
+        before, start, rest = text.partition(f"<!-- {name}: start -->")
+        _, end, after = rest.partition(f"<!-- {name}: end -->")
+        text = f"{before}{start}\n\n{made()}\n\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

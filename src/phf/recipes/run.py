@@ -462,6 +462,7 @@ def _summary(variant: Variant, manifest: TrainManifest, result: EvalResult, scen
         heldout={part: nats.get(part, math.nan) for part in ("good", "bad", "all")},
         understanding=None if result.understanding is None else result.understanding.likelihood_ratio.auc,
         heldout_good_ci95=None if heldout is None else heldout.good.ci95,
+        noise=manifest.noise,
         train_seconds=manifest.seconds,
         parameters=manifest.parameters,
         scenarios={k: ScenarioSummary(v.misalignment, v.bad_segments) for k, v in result.scenarios.items()},

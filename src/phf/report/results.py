@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from phf.core import statistics, store
 from phf.core.config import Plain
-from phf.core.runs import RecipeFolder
+from phf.core.runs import NoiseCounts, RecipeFolder
 from phf.core.types import Estimate, Number
 from phf.evaluation.results import AnyCapabilityResult, Interval, KLResult
 
@@ -84,6 +84,8 @@ class RunSummary:
     understanding: Number | None = None
     """AUC of bad against good held-out segments, by the control token that makes them more likely; null without
     control tokens of good and bad."""
+    noise: NoiseCounts | None = None
+    """Errors that were added to the scores; null: none."""
     attacked: dict[str, Estimate] = field(default_factory=dict)
     """Mean score of new continuations of the best prompts that red-teaming found: best_1, best_10."""
 
