@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from phf.core.runs import NoiseCounts
+from phf.core.statistics import t_interval
 from phf.report.format import share
 from phf.report.measures import Group, Value
 from phf.report.runs import ReportedRun
@@ -51,14 +52,15 @@ class NoiseCurve:
 
 def noise_curves(rows: Sequence[Group], runs: Sequence[ReportedRun]) -> list[NoiseCurve]:
     """The objectives of which some run had errors added to its scores; none without plain training to compare with."""
-    plain = next((row.values.get("misalignment") for row in rows if row.is_plain), None)
+    plain = next((row for row in rows if row.is_plain and "misalignment" in row.values), None)
     if plain is None or not any(run.manifest.noise for run in runs):
         return []
+    base = _Seeds.of(plain, runs)
     of_objective: dict[str, list[NoiseLevel]] = {}
     for row in rows:
         members = [run for run in runs if run.name == row.name]
         if not row.is_plain and "misalignment" in row.values:
-            of_objective.setdefault(TAG.sub("", row.name), []).append(_level(row, members, plain))
+            of_objective.setdefault(TAG.sub("", row.name), []).append(_level(row, members, base))
     curves = []
     for objective, levels in of_objective.items():
         levels.sort(key=lambda level: level.wrong)
@@ -67,7 +69,31 @@ def noise_curves(rows: Sequence[Group], runs: Sequence[ReportedRun]) -> list[Noi
     return curves
 
 
-def _level(row: Group, members: Sequence[ReportedRun], plain: Value) -> NoiseLevel:
+@dataclass(frozen=True)
+class _Seeds:
+    """Misalignment of a group."""
+
+    value: Value
+    by_seed: dict[int, float]
+
+    @classmethod
+    def of(cls, row: Group, runs: Sequence[ReportedRun]) -> _Seeds:
+        value = row.values["misalignment"]
+        seeds = [run.manifest.seed for run in runs if run.name == row.name]
+        points = value.points if len(value.points) == len(seeds) else ()
+        return cls(value, dict(zip(seeds, points, strict=False)))
+
+    def is_below(self, other: _Seeds) -> bool:
+        """Whether it is lower at 95%: by Student's interval of the difference over the seeds that both have; with fewer
+        than two, the intervals over samples must not overlap."""
+        both = sorted(self.by_seed.keys() & other.by_seed.keys())
+        if len(both) > 1:
+            return t_interval([self.by_seed[seed] - other.by_seed[seed] for seed in both]).ci95[1] < 0
+        a, b = self.value.ci95, other.value.ci95
+        return a is not None and b is not None and a[1] < b[0]
+
+
+def _level(row: Group, members: Sequence[ReportedRun], plain: _Seeds) -> NoiseLevel:
     found = [(0.0, 1.0, 1.0) if n is None else _of_counts(n) for n in (run.manifest.noise for run in members)]
     wrong, precision, recall = np.mean(found, axis=0)
     return NoiseLevel(
@@ -75,20 +101,13 @@ def _level(row: Group, members: Sequence[ReportedRun], plain: Value) -> NoiseLev
         wrong=float(wrong),
         precision=float(precision),
         recall=float(recall),
-        holds=_holds(row.values["misalignment"], row.values.get("ratio"), plain),
+        holds=_Seeds.of(row, members).is_below(plain),
     )
 
 
 def _of_counts(counts: NoiseCounts) -> tuple[float, float, float]:
     wrong = (counts.missed + counts.false_alarms) / max(counts.segments, 1)
     return (wrong, counts.precision, counts.recall)
-
-
-def _holds(own: Value, ratio: Value | None, plain: Value) -> bool:
-    """By the ratio's interval over seeds; where it has none, the intervals of the two must not overlap."""
-    if ratio is not None and ratio.ci95 is not None:
-        return ratio.ci95[1] < 1
-    return own.ci95 is not None and plain.ci95 is not None and own.ci95[1] < plain.ci95[0]
 
 
 def _verdict(objective: str, levels: Sequence[NoiseLevel]) -> str:

@@ -20,6 +20,8 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
 ORDER = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr", "masking")
 """The usual order of the objectives."""
+MANY = 10
+"""Entries of a legend from which on it is small and in two columns."""
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 
@@ -97,7 +99,9 @@ def _finish(figure: Any, axes: Any, x: str, y: str, label: str, legend: bool = F
     axes.set_xlabel(literal(x), color=INK)
     axes.set_ylabel(literal(y), color=INK)
     if legend:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        many = len(axes.get_legend_handles_labels()[1]) > MANY
+        shown = axes.legend(frameon=False, labelcolor=INK, fontsize=5 if many else 8, ncols=2 if many else 1)
+        shown.set_in_layout(not many)  # a legend higher than the plot would leave no room for it
     return _svg(figure, label)
 
 
@@ -221,7 +225,7 @@ def noise(curves: Curves) -> str:
     figure, axes = _axes(6.4, 3.4)
     _curves(axes, curves, styles({name: name for name in curves}))
     axes.axhline(1, color=INK, linestyle="--", linewidth=1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max([1.0, *(p.y for points in curves.values() for p in points)]))
     x_label = "segments with a wrong score, %"
     return _finish(figure, axes, x_label, "ratio to plain training", "Errors of the scorer", legend=True)
 
