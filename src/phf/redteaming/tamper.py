@@ -323,6 +323,8 @@ def _settings(opened: JudgedRun, config: Tamper, scores: str | None) -> TrainCon
         milestones=(),
         keep=1,
         save_every=0.25,
+        compile="auto",
+        shard=False,
         report_to=(),
     )
 
