@@ -115,7 +115,11 @@ def noise_table() -> str:
         ratios = []
         for level in levels:
             own = {run["seed"]: run["misalignment"]["mean"] for run in by_level[level]}
-            ratios.append(ratio_interval(list(own.values()), [plain[seed] for seed in own]))
+            base = [plain[seed] for seed in own]
+            found_ratio = ratio_interval(list(own.values()), base)
+            if math.isnan(found_ratio.mean):  # a seed without any: the ratio of the sums, without an interval
+                found_ratio = Estimate.missing(sum(own.values()) / sum(base))
+            ratios.append(found_ratio)
         lines.append(f"| {objective} | {' | '.join(number(ratio, 2) for ratio in ratios)} |")
     return "\n".join(lines)
 
