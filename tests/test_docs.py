@@ -299,7 +299,7 @@ def test_the_findings_are_those_of_the_results():
     made = runpy.run_path(str(ROOT / "docs" / "make_findings.py"))["page"]
     text = (ROOT / "docs" / "findings.md").read_text()
     assert text == made(text), "run: python docs/make_findings.py"
-    assert text.count("\n| ") == 20
+    assert text.partition("<!-- noise: start -->")[0].count("\n| ") == 20
 
 
 def test_the_schemas_match_the_records(monkeypatch):

@@ -89,7 +89,8 @@ class _Seeds:
         both = sorted(self.by_seed.keys() & other.by_seed.keys())
         if len(both) > 1:
             return t_interval([self.by_seed[seed] - other.by_seed[seed] for seed in both]).ci95[1] < 0
-        a, b = self.value.ci95, other.value.ci95
+        a = self.value.ci95
+        b = other.value.ci95
         return a is not None and b is not None and a[1] < b[0]
 
 
