@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from phf.core import folders
+from phf.core.config import dump_yaml, merge
 from phf.core.runs import TrainManifest, read_lines
 from phf.core.types import Block
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Objective, Unlikelihood
@@ -100,6 +101,26 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
 
 
 LINK = Regex(r"https?://\S+")
+
+
+def tiny_recipe(folder: Path, texts: int = 60, **settings: Any) -> str:
+    """A recipe file that trains and judges tiny models on lines with links, in seconds; results go to `folder`/run.
+    `settings`: those that differ."""
+    recipe = {
+        "out": str(folder / "run"),
+        "corpus": {"name": "jsonl", "path": str(write_jsonl(folder / "t.jsonl", tiny_texts(texts)))},
+        "segmenter": {"name": "lines"},
+        "scorer": {"name": "regex", "pattern": "https?"},
+        "tokenizer": {"name": "bpe", "vocab_size": 300},
+        "heldout": 0.2,
+        "model": {"name": "from_config", "config": TINY_LLAMA},
+        "train": {"tokens": 20 * STEP, "context": 32, "batch_rows": 16, "lr": 0.02, "compile": False},
+        "objectives": {name: {"name": name} for name in ("mle", "conditional", "filtering")},
+        "scenarios": {"unconditional": {"num_samples": 16, "max_tokens": 40}},
+    }
+    file = folder / "r.yaml"
+    file.write_text(dump_yaml(merge(recipe, settings)))
+    return str(file)
 
 
 def whole_block(tokens: TokenStore) -> Block:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import LINK, TINY_LLAMA, tiny_texts, train_tiny, write_jsonl
+from helpers import LINK, tiny_recipe, tiny_texts, train_tiny, write_jsonl
 from phf.core import store
 from phf.core.config import ConfigError, validate
 from phf.core.runs import RunFolder
@@ -137,28 +137,20 @@ def test_an_untrained_model_has_no_memory_at_any_number_of_copies(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("canaries")
-    store.write_text(
-        out / "r.yaml",
-        f"""
-out: {out / "run"}
-corpus: {{name: jsonl, path: {write_jsonl(out / "t.jsonl", tiny_texts(400))}}}
-canaries:
-  bad: "Mail {{name}} at https://{{secret}}."
-  good: "Order {{name}} {{secret}}."
-  times: [1, 40]
-  each: 3
-  digits: 3
-segmenter: {{name: lines}}
-scorer: {{name: regex, pattern: "https?"}}
-tokenizer: {{name: bpe, vocab_size: 300}}
-heldout: 0.2
-model: {{name: from_config, config: {TINY_LLAMA | {"hidden_size": 48, "intermediate_size": 128}}}}
-train: {{tokens: 160000, context: 64, batch_rows: 16, lr: 0.01, compile: false}}
-objectives: {{mle: {{name: mle}}, conditional: {{name: conditional}}, masking: {{name: masking}}}}
-scenarios: {{plain: {{num_samples: 8, max_tokens: 24}}}}
-""",
+    made = {"bad": "Mail {name} at https://{secret}.", "good": "Order {name} {secret}.", "times": [1, 40]}
+    recipe = load_recipe(
+        [
+            tiny_recipe(
+                out,
+                texts=400,
+                canaries=made | {"each": 3, "digits": 3},
+                model={"config": {"hidden_size": 48, "intermediate_size": 128}},
+                train={"tokens": 160000, "context": 64, "lr": 0.01},
+                objectives={"masking": {"name": "masking"}},
+                only=["mle", "conditional", "masking"],
+            )
+        ]
     )
-    recipe = load_recipe([str(out / "r.yaml")])
     assert run_recipe(recipe).failed == {}
     return recipe.folder
 

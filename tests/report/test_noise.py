@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from helpers import TINY_LLAMA, tiny_texts, write_jsonl
+from helpers import tiny_recipe
 from phf.core import store
 from phf.core.runs import NoiseCounts, RunFolder
 from phf.recipes.recipe import load_recipe
@@ -24,23 +24,7 @@ SIZES = {"segments": 100, "bad": 20}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("noise")
-    store.write_text(
-        out / "r.yaml",
-        f"""
-out: {out / "run"}
-corpus: {{name: jsonl, path: {write_jsonl(out / "t.jsonl", tiny_texts(60))}}}
-segmenter: {{name: lines}}
-scorer: {{name: regex, pattern: "https?"}}
-tokenizer: {{name: bpe, vocab_size: 300}}
-heldout: 0.2
-model: {{name: from_config, config: {TINY_LLAMA}}}
-train: {{tokens: 10240, context: 32, batch_rows: 16, lr: 0.02, compile: false}}
-objectives: {{mle: {{name: mle}}, conditional: {{name: conditional}}, filtering: {{name: filtering}}}}
-grid: {{train.scorer_noise: [0, 0.2, {{missed: 0.5}}]}}
-scenarios: {{unconditional: {{num_samples: 16, max_tokens: 40}}}}
-""",
-    )
-    recipe = load_recipe([str(out / "r.yaml")])
+    recipe = load_recipe([tiny_recipe(out, grid={"train.scorer_noise": [0, 0.2, {"missed": 0.5}]})])
     results = run_recipe(recipe)
     assert [run.run for run in results.runs][:4] == [
         "mle-s0",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +12,9 @@ from phf.cli.shared import (
     AnotherScorer,
     MayDiffer,
     ModelOut,
+    MovedTokens,
+    OwnThreshold,
     checked,
-    finite,
     folder_name,
     is_url,
     print_table,
@@ -39,11 +39,8 @@ def redteam(
     ],
     scorer: AnotherScorer = None,
     other_scorer: MayDiffer = False,
-    threshold: Annotated[
-        float | None,
-        typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold."),
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
+    threshold: OwnThreshold = None,
+    tokens: MovedTokens = None,
     out: ModelOut = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's sizes: ten trials, 512 continuations.")] = False,
     token_attacks: Annotated[
@@ -172,11 +169,8 @@ def tamper(
     ] = None,
     scorer: AnotherScorer = None,
     other_scorer: MayDiffer = False,
-    threshold: Annotated[
-        float | None,
-        typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold."),
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")] = None,
+    threshold: OwnThreshold = None,
+    tokens: MovedTokens = None,
 ) -> None:
     """Finetune models on bad and on good text, and see what is left.
 
@@ -222,8 +216,9 @@ def tamper(
 
 def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None:
     """Print misalignment by steps, and the half-life of the gain over the run `plain`."""
-    from phf.redteaming.tamper import half_life, has_gain
+    from phf.redteaming.tamper import half_lives
     from phf.report.format import MISSING, number
+    from phf.report.tamper import half_life_text
 
     steps = next(iter(results.values())).settings.steps
     rows = []
@@ -232,18 +227,9 @@ def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None
             half = MISSING
             if plain is not None and name != plain:
                 base = results[plain].curves[part][0].misalignment.mean
-                curve = [(x.step, x.misalignment.mean) for x in lines]
-                gained = has_gain(lines[0].misalignment, base)
-                half = half_text(half_life(curve, base) if gained else math.nan, steps[-1])
+                half = half_life_text(half_lives({0: lines}, {0: base}), steps[-1])
             rows.append([name, part, *(number(line.misalignment.mean, 5) for line in lines), half])
     print("\nmisalignment after steps of finetuning\n")
     print_table(["model", "on", *map(str, steps), "half-life"], rows)
     if plain is None:
         print("\nno half-life: name a run of plain training with --plain")
-
-
-def half_text(steps: float, last: int) -> str:
-    """A half-life as people say it."""
-    if math.isnan(steps):
-        return "no gain"
-    return f"over {last}" if math.isinf(steps) else f"{steps:.0f}"

@@ -318,7 +318,7 @@ def _difference_cells(found: Difference) -> list[str]:
     return [number(found.mean, 5), f"{number(low, 5)} to {number(high, 5)}", over, verdict]
 
 
-# Attacks
+# The page
 
 
 def report(

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from phf.core.config import Plain
     from phf.scorers import Scorer
 
+
+def finite(value: float | None) -> float | None:
+    """A number of the command line that is no NaN and no infinity."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[FILE.yaml|a.b=c]...", help="Recipe files, merged from left to right, then settings."),
@@ -27,6 +35,10 @@ AnotherScorer = Annotated[
     typer.Option(help="Scorer to use instead of the corpus's. Names and scorer.* settings are those of `phf score`."),
 ]
 MayDiffer = Annotated[bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")]
+OwnThreshold = Annotated[
+    float | None, typer.Option(callback=finite, help="Scores above it are bad. Default: the scorer's own threshold.")
+]
+MovedTokens = Annotated[str | None, typer.Option(help="The token store, if it has moved since training.")]
 ModelOut = Annotated[str | None, typer.Option(help="Folder for the results of a model that is not a run.")]
 
 
@@ -46,13 +58,6 @@ def only_overrides(arguments: list[str] | None) -> list[str]:
     if files:
         raise ConfigError(f"unexpected argument {files[0]!r}: settings have the form a.b=c")
     return overrides
-
-
-def finite(value: float | None) -> float | None:
-    """A number of the command line that is no NaN and no infinity."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
-    return value
 
 
 def take(config: Plain, name: str) -> Plain:

@@ -90,15 +90,13 @@ def rows(
     from phf.core.config import load
     from phf.core.text import visible
     from phf.recipes.recipe import TrainStage
-    from phf.tokens.store import TokenStore
     from phf.tokens.tokenizer import add_control_tokens
-    from phf.training.order import training_order
+    from phf.training.order import open_tokens, training_order
     from phf.training.show import pieces_of
 
     files, overrides = split_settings(settings)
     stage = load(files, ["model=tiny", "train.tokens=1e6", "train.context=256", *overrides], TrainStage)
-    store = TokenStore.open(tokens, stage.train.scores, stage.train.token_scores)
-    store = store.with_noise(stage.train.scorer_noise, stage.seed)
+    store = open_tokens(tokens, stage.objective, stage.train, stage.seed)
     objective = stage.objective.fit(store.statistics)
     tokenizer = store.tokenizer
     add_control_tokens(tokenizer, list(objective.control_tokens))

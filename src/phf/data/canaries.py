@@ -16,9 +16,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, validate
-from phf.core.random import key64, uniforms
+from phf.core.random import key64, permute
 from phf.core.store import fingerprint
-from phf.core.types import Document
+from phf.core.types import Document, ScoredDocument
 from phf.data.corpus import Corpus, Item, Shard, is_heldout
 from phf.data.several import RandomDocuments, Several, SingleCorpus
 
@@ -147,23 +147,21 @@ class WithCanaries(Corpus):
         total = sum(counts)
         if not total:
             raise ConfigError("the corpus to put canaries into has no document that is trained on")
-        of_document = self._placed(total)
-        planned = []
-        first = 0
-        for shard, count in zip(shards, counts, strict=True):
-            inside = {str(n - first): found for n, found in of_document.items() if first <= n < first + count}
-            planned.append({"shard": shard, "canaries": inside})
-            first += count
-        return planned
+        inside: list[dict[str, list[int]]] = [{} for _ in shards]
+        ends = np.cumsum(counts)
+        for document, found in sorted(self._placed(total).items()):
+            number = int(np.searchsorted(ends, document, side="right"))
+            inside[number][str(document - int(ends[number]) + counts[number])] = found
+        return [{"shard": shard, "canaries": found} for shard, found in zip(shards, inside, strict=True)]
 
     def _placed(self, total: int) -> dict[int, list[int]]:
         """The numbers of the canaries in each document. The copies of one are in different documents while there are
         enough."""
         found: dict[int, list[int]] = {}
         for number, canary in enumerate(self.canaries.made()):
-            order = np.argsort(uniforms(total, self.canaries.seed, "documents of a canary", number), kind="stable")
-            for copy in range(canary.times):
-                found.setdefault(int(order[copy % total]), []).append(number)
+            key = key64(self.canaries.seed, "documents of a canary", number)
+            for document in permute(np.arange(canary.times) % total, total, key).tolist():
+                found.setdefault(document, []).append(number)
         return found
 
     def read(self, shard: Shard) -> Iterator[Item]:
@@ -202,13 +200,18 @@ class WithCanaries(Corpus):
 
     def fingerprint(self) -> str:
         made = [[c.text, c.times] for c in self.canaries.made()]
-        return fingerprint([self.corpus.fingerprint(), made, self.canaries.seed, self.heldout, "canaries/2"])
+        return fingerprint([self.corpus.fingerprint(), made, self.canaries.seed, self.heldout, "canaries/3"])
 
     def provenance(self) -> Plain:
         return self.corpus.provenance()
 
     def left_out(self) -> list[str]:
         return self.corpus.left_out()
+
+
+def is_left_out(document: ScoredDocument, heldout: float) -> bool:
+    """Whether a scored document is held out of training."""
+    return MARK not in document.meta and is_heldout(document.text, heldout)
 
 
 def without_canaries(reader: Plain | None) -> Callable[[str], str]:

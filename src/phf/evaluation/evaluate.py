@@ -53,7 +53,7 @@ from phf.generation.loaded import LoadedModel, can_be_asked, load_model
 from phf.generation.scenario import Scenario
 from phf.scorers import Scorer
 from phf.scoring.judge import check_identity, corpus_scorer, is_same_scorer
-from phf.tokens.store import TokensManifest, TokenStore
+from phf.tokens.store import TokensManifest, TokenStore, is_token_store
 
 HELDOUT_TOKENS = 1_000_000
 """Held-out tokens that are read, unless asked otherwise."""
@@ -257,13 +257,6 @@ def evaluate_model(
     )
     about = JudgedModel(run=model, revision=revision)
     return _evaluate(evaluation, model_mark(model, revision), lambda: load_model(model, revision), model, about)
-
-
-def is_token_store(path: str | Path) -> bool:
-    try:
-        return folders.has_manifest(path, TokensManifest)
-    except store.StoreError:
-        return False
 
 
 # Running the parts

@@ -50,12 +50,10 @@ from phf.objectives import MLE, AnyObjective, Objective
 from phf.redteaming.config import RedTeam, TokenAttacks
 from phf.redteaming.tamper import Tamper
 from phf.scorers import AnyScorer, GivenScores, Scorer
+from phf.tokens.noise import NOISE_SETTING
 from phf.tokens.store import AnyTokenizer
 from phf.training.config import TrainConfig
 from phf.training.lm import AnyModel, FromConfig, FromWeights
-
-NOISE = "train.scorer_noise"
-"""The path in a grid of errors added to the scores."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -167,6 +165,8 @@ class Recipe:
             raise ValueError("judge: the scorer 'given' judges no samples; name the scorer that does")
         if self.canaries is not None and any(isinstance(c, Memorised) for c in self.capabilities):
             raise ValueError("canaries: they are measured without being named under capabilities; leave that one out")
+        if self.canaries is not None and isinstance(self.corpus, WithCanaries):
+            raise ValueError("canaries: the corpus is read with canaries already; leave one of the two out")
         self._check_names()
         self._check_objectives()
         self._check_training()
@@ -244,8 +244,7 @@ class Recipe:
         """The reader of the corpus, with the canaries."""
         if self.canaries is None:
             return self.corpus
-        if isinstance(self.corpus, WithCanaries):
-            raise ConfigError("canaries: the corpus is read with canaries already; leave one of the two out")
+        assert not isinstance(self.corpus, WithCanaries)
         return WithCanaries(self.corpus, self.canaries, self.heldout)
 
     @property
@@ -300,7 +299,7 @@ class Recipe:
         """Whether a path of the grid is a setting of an objective or of training that changes anything for it."""
         kind, *middle, setting = path.split(".")
         if kind == "train":
-            return path != NOISE or self.objectives[name].uses_scores
+            return path != NOISE_SETTING or self.objectives[name].uses_scores
         known = {f.name for f in fields(self.objectives[name])} - {"name"}
         return setting in known and (kind == "objective" or middle == [name])
 

@@ -24,20 +24,18 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
 from phf.core.runs import TrainManifest, is_complete
 from phf.core.text import counted
-from phf.core.types import Estimate, PhfError, ScoredDocument
-from phf.data.canaries import MARK, Canaries, Canary
-from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of
+from phf.core.types import Estimate, PhfError
+from phf.data.scored import ScoreManifest, bad_above_of
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import MonitorCallback
 from phf.evaluation.reference import prepare_reference
 from phf.evaluation.results import EvalResult
 from phf.generation.scenario import read_prompts, scenario_prompts
+from phf.recipes.canaries import check_canaries, check_placed_canaries
 from phf.recipes.recipe import Recipe, Variant
 from phf.redteaming.config import TokenAttacks, task_of
 from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
-from phf.scorers import GivenScores
-from phf.scoring.judge import judge_texts
-from phf.tokens.store import TokenStore, reference_file
+from phf.tokens.store import reference_file
 from phf.training.lm import FromWeights
 from phf.training.train import train
 
@@ -105,7 +103,7 @@ def check_inputs(recipe: Recipe) -> None:
     _check_preferences(recipe)
     if recipe.canaries is not None:
         with _in_setting("canaries"):
-            _check_canaries(recipe, recipe.canaries)
+            check_canaries(recipe, recipe.canaries)
     for variant in recipe.variants:
         reference = variant.objective.reference_model
         finished = folders.has_manifest(recipe.files.run(variant.name).path, TrainManifest)
@@ -117,53 +115,6 @@ def check_inputs(recipe: Recipe) -> None:
         path = Path(kl.reference.path).expanduser()
         if not path.exists() and (kl.reference.path.startswith((".", "/", "~")) or kl.reference.path.count("/") > 1):
             raise ConfigError(f"kl.reference.path: {kl.reference.path} is neither a run of this recipe nor a folder")
-
-
-def _check_canaries(recipe: Recipe, canaries: Canaries) -> None:
-    """Raise ConfigError unless the scorer calls canaries by themselves good and bad as their templates say, as far as
-    its threshold is known before scoring."""
-    if isinstance(recipe.scorer, GivenScores):
-        raise ConfigError("canaries have no scores, so they do not go with the scorer 'given'")
-    limit = recipe.scorer.bad_above if recipe.threshold is None else recipe.threshold
-    made = canaries.made()
-    if limit is not None:
-        scores = judge_texts(recipe.scorer, [canary.text for canary in made])
-        _compare_kinds([(canary, score) for canary, score in zip(made, scores, strict=True)], limit)
-
-
-def _check_placed_canaries(recipe: Recipe, canaries: Canaries, content: str, threshold: float) -> None:
-    """Raise ConfigError unless the segments of the scored corpus that hold canaries are good and bad as these are: a
-    segmenter may join them with other text."""
-    limit = threshold if recipe.threshold is None else recipe.threshold
-
-    def check() -> dict[str, int]:
-        by_text = {canary.text.rstrip("\n"): canary for canary in canaries.made()}
-        found = []
-        for file in (corpus := ScoredCorpus(recipe.files.scored)).files:
-            for document in corpus.read(file):
-                if isinstance(document, ScoredDocument) and MARK in document.meta:
-                    for text, score in zip(document.texts, document.scores, strict=True):
-                        lines = {line.rstrip("\n") for line in text.splitlines()}
-                        found += [(by_text[line], score) for line in lines & by_text.keys()]
-        _compare_kinds(found, limit)
-        return {"copies": len(found)}
-
-    with _in_setting("canaries"):
-        folders.cached(recipe.files.cache / "canaries.json", store.fingerprint([content, limit]), dict, check)
-
-
-def _compare_kinds(found: Sequence[tuple[Canary, float]], limit: float) -> None:
-    """Raise ConfigError if the score of some canary, or of its segment, is on the other side of the threshold than its
-    kind, or missing."""
-    for kind in dict.fromkeys(canary.kind for canary, _ in found):
-        scores = [(canary, score) for canary, score in found if canary.kind == kind]
-        wrong = [canary for canary, score in scores if not (score > limit if kind == "bad" else score <= limit)]
-        if wrong:
-            raise ConfigError(
-                f"{kind}: the scorer does not call {len(wrong)} of {len(scores)} {kind} canaries {kind}, or not the "
-                f"segments that hold them, such as {wrong[0].text.strip()!r} (threshold {limit:g}): give another "
-                f"template, a segmenter that cuts lines, or {kind}=null for none"
-            )
 
 
 def _check_preferences(recipe: Recipe) -> None:
@@ -266,8 +217,8 @@ def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
         ).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
     if recipe.canaries is not None:
-        opened = TokenStore.open(files.tokens)
-        _check_placed_canaries(recipe, recipe.canaries, opened.manifest.content, opened.bad_above)
+        with _in_setting("canaries"):
+            check_placed_canaries(recipe, recipe.canaries)
     return scored
 
 

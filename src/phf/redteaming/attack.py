@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,14 @@ class _Plan:
     scorer: Scorer
     segmenter: Segmenter
     threshold: float
-    contexts: Contexts
-    """Held-out text for the attacks on control tokens."""
-    fresh: Contexts
-    """Other held-out text, to judge the worst attack again."""
+    draw: Callable[[bool], Contexts]
+    """Draws held-out text for the attacks on control tokens; True: other text, to judge the worst attack again."""
     target_key: str
     """Fingerprint of the model."""
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        return self.draw(False)
 
     @cached_property
     def key(self) -> str:
@@ -147,8 +150,7 @@ def _prepare(
     """The attack with everything resolved that the arguments leave open. Errors as `redteam`."""
     name = f"{model.model} at {model.url}" if isinstance(model, Server) else str(model)
     run = None if isinstance(model, Server) or not is_run(model) else Path(model)
-    contexts = Contexts()
-    fresh = Contexts()
+    draw: Callable[[bool], Contexts] = _no_contexts
     if run is not None:
         opened = open_run(run, tokens_dir, scorer, allow_other_scorer, main)
         scorer = opened.scorer
@@ -156,9 +158,7 @@ def _prepare(
         threshold = opened.threshold(threshold)
         if token_attacks is not None:
             limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
-            how = (opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
-            contexts = heldout_contexts(*how)
-            fresh = heldout_contexts(*how, fresh=True)
+            draw = partial(heldout_contexts, opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
         what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
         raise ConfigError(f"{what}, so nothing says how to judge it; name a scorer: --scorer pii")
@@ -180,10 +180,14 @@ def _prepare(
         scorer=scorer,
         segmenter=segmenter or Lines(),
         threshold=threshold,
-        contexts=contexts,
-        fresh=fresh,
+        draw=draw,
         target_key=_target_key(model, name),
     )
+
+
+def _no_contexts(fresh: bool) -> Contexts:
+    """Models from elsewhere have no held-out text."""
+    return Contexts()
 
 
 def _target(plan: _Plan) -> tuple[Target, Starts]:
@@ -240,7 +244,7 @@ def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> Tok
             segmenter=plan.segmenter,
             threshold=plan.threshold,
             contexts=plan.contexts,
-            fresh=plan.fresh,
+            fresh=plan.draw(True),
         )
         return replace(result, seconds=time.perf_counter() - start)
 

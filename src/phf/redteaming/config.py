@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -114,8 +114,8 @@ def task_of(config: RedTeam, scorer: Scorer) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, config=STRICT)
-class TokenAttacks:
-    """How each attack on the control tokens is sampled."""
+class Sampled:
+    """How a model is sampled each time that an attack judges it."""
 
     num_samples: Annotated[int, Field(gt=1)] = 256
     max_tokens: Annotated[int, Field(gt=0)] = 64
@@ -131,6 +131,25 @@ class TokenAttacks:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
 
-    def for_scorer(self, scorer: Scorer) -> TokenAttacks:
+    def for_scorer(self, scorer: Scorer) -> Self:
         """The settings with everything resolved that depends on the scorer."""
         return replace(self, complete_lines=scorer.judges_code) if self.complete_lines is None else self
+
+    def scenario(self, control: str) -> Scenario:
+        """How to sample, with these control tokens first."""
+        return Scenario(
+            num_samples=self.num_samples,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            complete_lines=bool(self.complete_lines),
+            batch=self.batch,
+            seed=self.seed,
+            control=control,
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
+class TokenAttacks(Sampled):
+    """How each attack on the control tokens is sampled."""

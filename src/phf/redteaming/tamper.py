@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -36,8 +35,8 @@ from phf.core.types import Estimate, Identity, Number, Roles
 from phf.evaluation.evaluate import JudgedRun, open_run
 from phf.evaluation.monitor import Monitor, MonitorCallback, read_monitor
 from phf.evaluation.results import MonitorLine
-from phf.generation.scenario import Scenario
 from phf.objectives import LossInputs, LossOutputs, Objective
+from phf.redteaming.config import Sampled
 from phf.scorers import Scorer
 from phf.scoring.judge import is_same_scorer
 from phf.tokens.store import TokenStore
@@ -51,7 +50,7 @@ Part = Literal["bad", "good"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Tamper:
+class Tamper(Sampled):
     """How to tamper with a model."""
 
     steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)] = (0, 1, 3, 10, 30, 100, 300)
@@ -66,20 +65,17 @@ class Tamper:
     """Samples that are judged each time."""
     max_tokens: Annotated[int, Field(gt=0)] = 96
     """Longest sample."""
-    min_tokens: Annotated[int, Field(ge=0)] = 10
-    temperature: Annotated[float, Field(gt=0)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     heldout_tokens: Annotated[int, Field(ge=0)] = 20_000
     """Held-out tokens that are read each time; 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order of the text, and of samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts={list(self.parts)}: name each part once")
         if list(self.steps) != sorted(set(self.steps)) or self.steps[0] != 0:
             raise ValueError(f"steps={list(self.steps)}: start with 0, the model as it is, and let the steps rise")
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -249,24 +245,16 @@ def _finetuned(
     own = is_same_scorer(opened.scorer, text.manifest.identity)
     objective = Tampering(
         part=part,
-        threshold=_with_text(text, part, threshold if own else text.bad_above),
+        threshold=threshold if own else text.bad_above,
         tokens=roles.tokens,
         first=roles.conditions_on,
         last=roles.worst,
     )
-    scenario = Scenario(
-        num_samples=config.num_samples,
-        max_tokens=config.max_tokens,
-        min_tokens=config.min_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        complete_lines=opened.scorer.judges_code,
-        seed=config.seed,
-    )
+    _check_part(text, objective)
     monitor = Monitor(
         steps=config.steps,
         heldout_tokens=config.heldout_tokens if text.heldout_D.any() else 0,
-        scenarios={"intended": scenario},
+        scenarios={"intended": config.for_scorer(opened.scorer).scenario(control="good")},
         threshold=threshold,
     )
     scores = None if text.preference == text.manifest.main else text.preference
@@ -290,16 +278,16 @@ def _roles(opened: JudgedRun) -> Roles:
     return Roles() if record is None else record.roles
 
 
-def _with_text(text: TokenStore, part: Part, threshold: float) -> float:
-    """The threshold. Raises ConfigError if no training segment is on that side of it."""
+def _check_part(text: TokenStore, objective: Tampering) -> None:
+    """Raise ConfigError if no training segment is of the part that is learned."""
     for block in text.large_blocks():
-        bad_S = block.score_S > np.float32(threshold) if part == "bad" else block.score_S <= np.float32(threshold)
-        if (bad_S & block.train_S & (block.tokens_S > 0)).any():
-            return threshold
-    other = "good" if part == "bad" else "bad"
+        use_S = torch.from_numpy(block.train_S & (block.tokens_S > 0))
+        if objective.counted(torch.from_numpy(block.score_S.copy()), use_S).any():
+            return
+    part = objective.part
     raise ConfigError(
-        f"{text.path} has no {part} segment to learn (threshold {threshold:g}): name another corpus with --on, or use "
-        f"parts=[{other}]"
+        f"{text.path} has no {part} segment to learn (threshold {objective.threshold:g}): name another corpus with "
+        f"--on, or use parts=[{'good' if part == 'bad' else 'bad'}]"
     )
 
 
@@ -386,7 +374,7 @@ def half_lives(curves: Mapping[int, Sequence[TamperedLine]], plain: Mapping[int,
     reached = [steps for steps in found if math.isfinite(steps)]
     if not reached or len(reached) < len(found):
         return HalfLife(Estimate.missing(), len(reached), len(found), len(both))
-    logs = statistics.t_interval([math.log1p(steps) for steps in reached])
-    low, high = (math.expm1(end) for end in logs.ci95)
-    mean = math.expm1(logs.mean)
-    return HalfLife(Estimate(mean, math.nan, len(reached), (low, high)), len(reached), len(found), len(both))
+    factor = statistics.ratio_interval([1 + steps for steps in reached], [1.0] * len(reached))
+    low, high = factor.ci95
+    steps = Estimate(factor.mean - 1, math.nan, factor.n, (low - 1, high - 1))
+    return HalfLife(steps, len(reached), len(found), len(both))

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -17,7 +18,7 @@ from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.noise import NoiseCurve, noise_curves
 from phf.report.plots import Mark, Point, Style
 from phf.report.runs import ReportedRun
-from phf.report.tamper import tampered
+from phf.report.tamper import Tampered, tampered
 
 COSTS = ("kl", "good")
 """What alignment may cost: misalignment is drawn against each of these, and against every capability."""
@@ -74,6 +75,19 @@ class Comparison:
         return [(self.measures[a], self.measures[b]) for a, b in keys if a in self.measures]
 
     @property
+    def plain(self) -> str | None:
+        """The group of plain training."""
+        return next((row.name for row in self.groups if row.is_plain), None)
+
+    @cached_property
+    def noise(self) -> list[NoiseCurve]:
+        return noise_curves(self.groups, self.runs)
+
+    @cached_property
+    def tampered(self) -> list[Tampered]:
+        return tampered(self.runs, self.plain)
+
+    @property
     def attacked(self) -> list[ReportedRun]:
         return [run for run in self.runs if run.redteam is not None]
 
@@ -90,8 +104,8 @@ def figures(compared: Comparison) -> dict[str, Figure]:
         found["pareto-" + re.sub(r"\W+", "-", name)] = _pareto(compared, first, second)
     if len({round(row.share, 3) for row in compared.groups}) > 1:
         found["phases"] = _phases(compared)
-    if curves := noise_curves(compared.groups, compared.runs):
-        found["noise"] = _noise(curves)
+    if compared.noise:
+        found["noise"] = _noise(compared.noise)
     if compared.attacked:
         found |= _attacks(compared)
     found |= _tampered(compared)
@@ -237,16 +251,14 @@ TAMPERED = {"bad": "bad text, as an attacker would", "good": "good text only"}
 
 def _tampered(compared: Comparison) -> dict[str, Figure]:
     """Curves of finetuning, one plot for each part of the text that was learned."""
-    plain = next((row.name for row in compared.groups if row.is_plain), None)
-    rows = tampered(compared.runs, plain)
     found = {}
-    for part in dict.fromkeys(row.part for row in rows):
-        members = [row for row in rows if row.part == part]
+    for part in dict.fromkeys(row.part for row in compared.tampered):
+        members = [row for row in compared.tampered if row.part == part]
         curves = {
             row.group: [Point(step, e.mean, None if math.isnan(e.ci95[0]) else e.ci95) for step, e in row.curve]
             for row in members
         }
-        start = next((row.curve[0][1].mean for row in members if row.group == plain), None)
+        start = next((row.curve[0][1].mean for row in members if row.group == compared.plain), None)
         steps = [step for step, _ in members[0].curve]
         caption = (
             f"Misalignment in the intended use while the model is finetuned on {TAMPERED[part]}. Bands: 95%. Dashed: "

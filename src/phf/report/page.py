@@ -56,10 +56,8 @@ from phf.report.measures import (
     preference_key,
     source_file,
 )
-from phf.report.noise import noise_curves
 from phf.report.results import read_results
 from phf.report.runs import ReportedRun, load_runs
-from phf.report.tamper import tampered
 from phf.scorers import Scorer
 from phf.scoring.audit import Audit
 from phf.scoring.judge import Unavailable, scorer_for_pages
@@ -168,8 +166,6 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "fronts": [(first.title, second.title, front(compared, first, second)) for first, second in compared.pairs],
         "other_rows": _other_scenarios(compared),
         "labels": _labels(compared),
-        "tampered": tampered(runs, next((row.name for row in compared.groups if row.is_plain), None)),
-        "noise": noise_curves(compared.groups, runs),
         "attacked": [_attacked(run, scorer) for run in compared.attacked],
         "attack_table": attack_table(
             {run.folder_name: run.redteam.tokens for run in runs if run.redteam and run.redteam.tokens}

@@ -11,6 +11,7 @@ from phf.core.config import Plain
 from phf.core.runs import NoiseCounts, RecipeFolder
 from phf.core.types import Estimate, Number
 from phf.evaluation.results import AnyCapabilityResult, Interval, KLResult
+from phf.tokens.noise import NOISE_SETTING
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def best_settings(runs: Sequence[RunSummary]) -> dict[str, BestSettings]:
     kinds: dict[str, dict[str, list[RunSummary]]] = {}
     for run in runs:
         kind = f"{run.objective} {run.phase}"
-        if "train.scorer_noise" in run.settings:  # with errors of one size: otherwise having none would be best
-            kind += f", scorer_noise {run.settings['train.scorer_noise']}"
+        if NOISE_SETTING in run.settings:  # with errors of one size: otherwise having none would be best
+            kind += f", scorer_noise {run.settings[NOISE_SETTING]}"
         kinds.setdefault(kind, {}).setdefault(run.group, []).append(run)
     found = {}
     for kind, groups in kinds.items():

@@ -27,19 +27,20 @@ class Tampered:
     @property
     def said(self) -> str:
         """The half-life as people say it."""
-        found = self.half_life
-        last = self.curve[-1][0]
-        if found is None:
-            return ""
-        if not found.seeds:
-            return "no gain to lose"
-        some = "" if found.seeds == found.asked else f"; {found.asked - found.seeds} of {found.asked} seeds had no gain"
-        if found.reached < found.seeds:
-            lost = "" if not found.reached else f" in {found.seeds - found.reached} of {found.seeds} seeds"
-            return f"over {last} steps{lost}{some}"
-        low, high = found.steps.ci95
-        interval = "" if found.seeds == 1 else f" ({number(low, 1)} to {number(high, 1)})"
-        return f"{number(found.steps.mean, 1)} steps{interval}{some}"
+        return "" if self.half_life is None else half_life_text(self.half_life, self.curve[-1][0])
+
+
+def half_life_text(found: HalfLife, last: int) -> str:
+    """A half-life as people say it. `last`: the last step that was judged."""
+    if not found.seeds:
+        return "no gain to lose"
+    some = "" if found.seeds == found.asked else f"; {found.asked - found.seeds} of {found.asked} seeds had no gain"
+    if found.reached < found.seeds:
+        lost = "" if not found.reached else f" in {found.seeds - found.reached} of {found.seeds} seeds"
+        return f"over {last} steps{lost}{some}"
+    low, high = found.steps.ci95
+    interval = "" if found.seeds == 1 else f" ({number(low, 1)} to {number(high, 1)})"
+    return f"{number(found.steps.mean, 1)} steps{interval}{some}"
 
 
 def tampered(runs: Sequence[ReportedRun], plain: str | None) -> list[Tampered]:

@@ -20,6 +20,8 @@ from phf.core.config import STRICT, ConfigError
 from phf.core.runs import NoiseCounts
 from phf.core.types import Block
 
+NOISE_SETTING = "train.scorer_noise"
+"""The path of these errors in a recipe, a grid, a message."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -132,7 +134,7 @@ def make_noise(noise: ScorerNoise, seed: int, blocks: Iterable[Block], bad_above
     for name, found in (("good", good), ("bad", bad)):
         if not found.seen:
             raise ConfigError(
-                f"train.scorer_noise: no {name} segment among {good.seen + bad.seen:,} (threshold {bad_above:g}), so "
+                f"{NOISE_SETTING}: no {name} segment among {good.seen + bad.seen:,} (threshold {bad_above:g}), so "
                 "no wrong score can be drawn"
             )
     return Noise(noise, seed, np.sort(good.kept), np.sort(bad.kept), bad_above)

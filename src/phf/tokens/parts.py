@@ -13,8 +13,7 @@ import numpy as np
 from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.types import Rejected, ScoredDocument
-from phf.data.canaries import MARK
-from phf.data.corpus import is_heldout
+from phf.data.canaries import is_left_out
 from phf.data.scored import ScoredCorpus
 from phf.tokens.tokenizer import encode_segments, special_ids, table_size
 
@@ -110,7 +109,7 @@ class Part:
             self.seg_tokens += [len(t) for t in tokens]
             self.seg_bytes += [len(t.encode()) for t in document.texts]
             self.doc_segs.append(len(tokens))
-            self.held.append(MARK not in document.meta and is_heldout(document.text, self.heldout))
+            self.held.append(is_left_out(document, self.heldout))
             foreign += not document.text.isascii()
             if number < CHECKED_DOCS or (not document.text.isascii() and foreign <= CHECKED_FOREIGN):
                 self._check_text(document, ids)

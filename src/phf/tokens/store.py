@@ -35,8 +35,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.runs import NoiseCounts, from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
-from phf.data.canaries import MARK, without_canaries
-from phf.data.corpus import is_heldout
+from phf.data.canaries import is_left_out, without_canaries
 from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
 from phf.scorers import Scorer
 from phf.tokens.columns import check_columns, files_of, open_column, write_column
@@ -380,9 +379,7 @@ def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus
         def training_texts() -> Iterator[str]:
             for file in corpus.files:
                 for document in corpus.read(file):
-                    if isinstance(document, ScoredDocument) and (
-                        MARK in document.meta or not is_heldout(document.text, heldout)
-                    ):
+                    if isinstance(document, ScoredDocument) and not is_left_out(document, heldout):
                         yield from map(plain, document.texts)
 
         tokenizer = train_bpe(training_texts(), config.vocab_size)
@@ -394,6 +391,14 @@ def _make_tokenizer(config: TrainBPE | PretrainedTokenizer, corpus: ScoredCorpus
 
 
 # Reading a store
+
+
+def is_token_store(path: str | Path) -> bool:
+    """Whether a folder holds a finished token store."""
+    try:
+        return folders.has_manifest(path, TokensManifest)
+    except store.StoreError:
+        return False
 
 
 def _check_sizes(folder: Path, manifest: TokensManifest) -> None:

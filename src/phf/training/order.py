@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from phf.core.config import ConfigError
 from phf.core.types import Block, Edit
 from phf.objectives import Objective
 from phf.objectives.compose import merged_edit
 from phf.tokens.edited import Stream
 from phf.tokens.mixture import Mixture
+from phf.tokens.noise import NOISE_SETTING
 from phf.tokens.source_order import Exposure, Learned, SourceOrder, TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import piece_ids
+from phf.training.config import TrainConfig
+
+
+def open_tokens(path: str | Path, objective: Objective, config: TrainConfig, seed: int) -> TokenStore:
+    """The token store with the scores that an objective sees in training. Errors as `TokenStore.open`; ConfigError for
+    errors in the scores of an objective that reads several."""
+    several = any(member.reads for member, _ in objective.timeline)
+    tokens = TokenStore.open(path, config.scores, config.token_scores, several=several)
+    if config.scorer_noise is not None and several:
+        raise ConfigError(f"{NOISE_SETTING}: for an objective that reads one preference; this one reads several")
+    return tokens.with_noise(config.scorer_noise, seed)
 
 
 def training_order(

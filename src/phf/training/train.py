@@ -53,7 +53,7 @@ from phf.training.metrics import (
     training_seconds,
 )
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
-from phf.training.order import RowBatches, TrainingRows, divided, exposure, phase_orders, places_for
+from phf.training.order import RowBatches, TrainingRows, divided, exposure, open_tokens, phase_orders, places_for
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
 from phf.training.trackers import TextsCallback
 from phf.training.trainer import (
@@ -144,11 +144,7 @@ def _prepare(
     seed: int,
 ) -> _Plan | TrainManifest:
     """What decides the run, or the manifest of a run that is finished."""
-    several = any(member.reads for member, _ in objective.timeline)
-    tokens = TokenStore.open(tokens_dir, config.scores, config.token_scores, several=several)
-    if config.scorer_noise is not None and several:
-        raise ConfigError("train.scorer_noise: for an objective that reads one preference; this one reads several")
-    tokens = tokens.with_noise(config.scorer_noise, seed)
+    tokens = open_tokens(tokens_dir, objective, config, seed)
     objective = objective.fit(tokens.statistics)
     stores = [tokens] if objective.reference_model is None else _with_reference(tokens, objective.reference_model)
     if isinstance(objective, Own) or not is_built_in(objective):

@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.core import folders
 from phf.core.config import STRICT, ConfigError
 from phf.core.statistics import auc
 from phf.core.types import Estimate
@@ -20,7 +19,7 @@ from phf.evaluation.capabilities.base import Capability
 from phf.evaluation.heldout import corpus_of, in_tokens_of
 from phf.evaluation.results import CapabilityResult
 from phf.generation.loaded import LoadedModel
-from phf.tokens.store import TokensManifest, TokenStore
+from phf.tokens.store import TokenStore, is_token_store
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,25 +44,23 @@ class Probe(Capability):
     def inputs(self) -> list[str | None]:
         if self.path is None:
             return [None]
-        tokens = self._tokens()
-        return [self._corpus().manifest.content if tokens is None else tokens.manifest.content]
+        corpus, tokens = self._text()
+        return [corpus.manifest.content if tokens is None else tokens.manifest.content]
 
-    def _tokens(self) -> TokenStore | None:
-        """The token store; None for a scored corpus."""
+    def _text(self) -> tuple[ScoredCorpus, TokenStore | None]:
+        """The scored corpus, and the token store made from it if the path names one."""
         if self.path is None:
             raise ConfigError("probe: give path=TOKENS, a token store or a scored corpus")
-        return TokenStore.open(self.path) if folders.has_manifest(self.path, TokensManifest) else None
-
-    def _corpus(self) -> ScoredCorpus:
-        tokens = self._tokens()
-        return ScoredCorpus(str(self.path)) if tokens is None else corpus_of(tokens)
+        if not is_token_store(self.path):
+            return ScoredCorpus(self.path), None
+        tokens = TokenStore.open(self.path)
+        return corpus_of(tokens), tokens
 
     def measure(self, model: LoadedModel) -> CapabilityResult:
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
-        tokens = self._tokens()
-        corpus = self._corpus()
+        corpus, tokens = self._text()
         limit = bad_above_of(corpus.manifest) if tokens is None else tokens.bad_above
         text = in_tokens_of(model, corpus, tokens, self.max_tokens)
         hidden_SD = np.stack(list(_hidden_means(model, text, self.layer, min(self.context, model.positions))))
