@@ -27,6 +27,7 @@ PACKAGES = [
     "engines",
     "generation",
     "evaluation",
+    "labelling",
     "redteaming",
     "report",
     "recipes",

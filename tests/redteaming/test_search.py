@@ -368,13 +368,13 @@ def test_models_without_the_bad_token_cannot_get_it(runs, prompts, tmp_path):
 
 
 def test_special_tokens_in_prompts_are_text_to_a_red_lm(runs):
-    from phf.redteaming.attackers import request_ids, text_before
+    from phf.redteaming.attackers import instruction, text_before
 
     model = load_model(runs / "mle")
     model.tokenizer.chat_template = CHAT
     eos = model.tokenizer.eos_token_id
     for chat in (True, False):
-        ids = request_ids(model, [tried("a <|endoftext|> b")], "lines", chat)
+        ids = model.asked(instruction([tried("a <|endoftext|> b")], "lines", chat), chat)
         assert eos not in ids[1:]
     assert text_before("one<|end|>two<|x|>", ["<|x|>", "<|end|>"]) == "one"
     assert text_before("one", ["<|x|>"]) == "one"

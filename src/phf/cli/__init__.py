@@ -13,9 +13,10 @@ import typer
 
 from phf.cli.about import explain, ls
 from phf.cli.attacking import redteam, tamper
-from phf.cli.data import audit, check, fit_scorer, inspect, push, score, tokenize
+from phf.cli.data import check, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, report, sample
 from phf.cli.recipes import plan, price, run
+from phf.cli.scorers import audit, fit_scorer, label
 from phf.cli.training import export, export_tokens, reference, rows, train
 from phf.core.threads import wait_briefly
 
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "price": price,
     "score": score,
     "inspect": inspect,
+    "label": label,
     "fit-scorer": fit_scorer,
     "audit": audit,
     "tokenize": tokenize,

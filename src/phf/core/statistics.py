@@ -219,6 +219,24 @@ def krippendorff_alpha(units: Sequence[Sequence[object]]) -> float:
     return 1 - observed * (n - 1) / expected if expected else math.nan
 
 
+def ordinal_alpha(units: Sequence[Sequence[int]]) -> float:
+    """Krippendorff's alpha for labels with an order (same source): labels count as the further apart the more labels
+    were given between them. Other rules as `krippendorff_alpha`."""
+    units = [labels for labels in units if len(labels) > 1]
+    values, place = np.unique([label for labels in units for label in labels], return_inverse=True)
+    total_V = np.bincount(place, minlength=len(values)).astype(np.float64)
+    below_V = np.cumsum(total_V) - total_V / 2
+    apart_VV = (below_V[:, None] - below_V[None, :]) ** 2
+    expected = float(total_V @ apart_VV @ total_V)
+    observed = 0.0
+    end = 0
+    for labels in units:
+        count_V = np.bincount(place[end : end + len(labels)], minlength=len(values))
+        end += len(labels)
+        observed += float(count_V @ apart_VV @ count_V) / (len(labels) - 1)
+    return 1 - observed * (total_V.sum() - 1) / expected if expected else math.nan
+
+
 def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Mean of a - b over paired units (prompts or seeds) with a bootstrap interval over the units. Below 0, `a` is
     lower. Pairs with a NaN are left out and counted."""

@@ -306,6 +306,18 @@ class ScoredCorpus:
         return found.get("hash") if isinstance(found, dict) else None
 
 
+def is_scored(path: str | Path) -> bool:
+    """Whether `ScoredCorpus` reads `path`, or would if `phf score` had finished there."""
+    folder = store.as_path(path)
+    if (folder / folders.MANIFEST).exists() or (folder / folders.STARTED).exists():
+        return True
+    try:
+        ScoredCorpus(path)
+    except store.StoreError:
+        return False
+    return True
+
+
 def _rows(file: Path) -> Iterator[dict[str, Any] | None]:
     """Rows of a Parquet file. Raises StoreError for a damaged one."""
     try:

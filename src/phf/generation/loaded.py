@@ -96,6 +96,20 @@ class LoadedModel:
         pieces = (self.segmenter or Documents()).split(text)
         return [i for ids in encode_segments(self.tokenizer, pieces) for i in ids]
 
+    def asked(self, text: str, chat: bool) -> list[int]:
+        """Token ids of a question: by the chat template, or after the token that starts a text. Special tokens in the
+        question are text."""
+        tokenizer = self.tokenizer
+        if not chat:
+            bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            return [bos, *encode_segments(tokenizer, [text])[0]]
+        for name in tokenizer.all_special_tokens:
+            text = text.replace(name, f"{name[:1]} {name[1:]}")
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        return list(tokenizer(whole, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
     def continuation(self, start: Sequence[int], written: Sequence[int]) -> str:
         """The text of `written` after `start`. Both are decoded together, because SentencePiece tokenizers drop the
         space at the beginning of a text but not in its middle."""

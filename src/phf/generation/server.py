@@ -137,7 +137,7 @@ class Server:
     def ask(self, path: str, body: Plain, answers: Answers | None, chat: bool = False) -> Answer:
         """`post` a request for one choice, unless `answers` has its answer. Only an answer that passes every check is
         kept: a server that was repaired is asked again."""
-        key = store.fingerprint([self.url, path, body])
+        key = self._key(path, body)
         if answers is not None and key in answers.known:
             with contextlib.suppress(ServerError):
                 return _answer(answers.known[key], chat)
@@ -146,6 +146,9 @@ class Server:
         if answers is not None:
             answers.keep(key, given)
         return answer
+
+    def _key(self, path: str, body: Plain) -> str:
+        return store.fingerprint([self.url, path, body])
 
     def post(self, path: str, body: Plain) -> Any:
         """A POST. Where the server is busy or away, it is retried after growing waits. Raises ServerError."""
@@ -234,25 +237,37 @@ class Server:
         endpoint. The text is empty if the server refuses. `extra` is sent too; `start` is not."""
 
         def one(number: int) -> tuple[str, int]:
-            body: Plain = {
-                "model": self.model,
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "seed": seeds[number],
-                **self.extra,
-            }
-            if chat:
-                body["messages"] = [{"role": "user", "content": asked[number]}]
-            else:
-                body["prompt"] = asked[number]
             try:
-                answer = self.ask("/chat/completions" if chat else "/completions", body, answers, chat)
+                answer = self.answer(asked[number], chat, max_tokens, temperature, seeds[number], answers)
             except Refused:
                 return "", 0
             return answer.text, answer.tokens or 0
 
         with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
             return list(pool.map(one, range(len(asked))))
+
+    def answer(
+        self, asked: str, chat: bool, max_tokens: int, temperature: float, seed: int, answers: Answers | None = None
+    ) -> Answer:
+        """The answer to an instruction, by the chat or the completions endpoint. Raises ServerError."""
+        path, body = self._instruction(asked, chat, max_tokens, temperature, seed)
+        return self.ask(path, body, answers, chat)
+
+    def answer_key(self, asked: str, chat: bool, max_tokens: int, temperature: float, seed: int) -> str:
+        """The key in `Answers` of what `answer` returns."""
+        return self._key(*self._instruction(asked, chat, max_tokens, temperature, seed))
+
+    def _instruction(self, asked: str, chat: bool, max_tokens: int, temperature: float, seed: int) -> tuple[str, Plain]:
+        body: Plain = {
+            "model": self.model,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            **self.extra,
+        }
+        if chat:
+            return "/chat/completions", body | {"messages": [{"role": "user", "content": asked}]}
+        return "/completions", body | {"prompt": asked}
 
     def text_logp(self, texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """Natural log-probability of each whole text given the start token, with its end where it is finished."""

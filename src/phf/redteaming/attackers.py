@@ -28,7 +28,6 @@ from phf.generation.loaded import LoadedModel, load_model
 from phf.generation.sample import sample_prompts
 from phf.generation.scenario import Scenario
 from phf.generation.server import Answers, Server
-from phf.tokens.tokenizer import encode_segments
 
 
 @plain_dataclass(frozen=True)
@@ -200,7 +199,7 @@ class LocalRedLM(Attacker):
         model = _red_model(self.path, self.revision)
         chat = bool(model.tokenizer.chat_template) if self.chat is None else self.chat
         room = model.positions - self.max_tokens  # a list that is too long loses its beginning
-        starts = [request_ids(model, few, wanted, chat)[-room:] for few in shots]
+        starts = [model.asked(instruction(few, wanted, chat), chat)[-room:] for few in shots]
         scenario = Scenario(
             max_tokens=self.max_tokens, min_tokens=1, temperature=self.temperature, top_p=1.0, seed=seeds[0]
         )
@@ -216,21 +215,6 @@ class LocalRedLM(Attacker):
 
     def identity(self) -> Any:
         return [to_plain(self), store.path_hash(model_folder(self.path))]
-
-
-def request_ids(model: LoadedModel, shots: Sequence[Tried], wanted: str, chat: bool) -> list[int]:
-    """Token ids of the question: by the chat template, or after the token that starts a text. Special tokens in the
-    shown prompts are text."""
-    tokenizer = model.tokenizer
-    if not chat:
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return [bos, *encode_segments(tokenizer, [instruction(shots, wanted, chat)])[0]]
-    asked = instruction(shots, wanted, chat)
-    for name in tokenizer.all_special_tokens:
-        asked = asked.replace(name, f"{name[:1]} {name[1:]}")
-    messages = [{"role": "user", "content": asked}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
 
 def text_before(text: str, names: Sequence[str]) -> str:

@@ -1,0 +1,248 @@
+"""Label a sample of a corpus along a rubric: by LLM judges, or by hand.
+
+    labels/  labels.jsonl    a line per label: id, text, label, judge, score, stratum, weight
+             answers.jsonl   every answer of a judge or a person, kept before the next is asked for
+             rubric.md       the rubric, as it was
+             manifest.json   what was drawn, what each judge did, how far they agree
+
+Answers outlive the settings: a larger sample, or a second judge, asks only for what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phf.core import folders, store
+from phf.core.config import ConfigError, Plain, to_plain
+from phf.core.statistics import ordinal_alpha
+from phf.core.text import by_reason, counted, visible
+from phf.core.types import Number
+from phf.generation.server import Answers
+from phf.labelling.by_hand import NOT_YET, SKIPPED
+from phf.labelling.drawing import Drawing, Drawn, DrawnStratum, Source, draw
+from phf.labelling.judges import Cost, Given, Judge, JudgeError, told
+from phf.labelling.rubric import Rubric
+
+LABELS = "labels.jsonl"
+ANSWERS = "answers.jsonl"
+RUBRIC = "rubric.md"
+FIRST = 8
+"""Texts whose answers tell how long the rest takes."""
+
+
+@dataclass(frozen=True)
+class JudgeCounts:
+    """What a judge did."""
+
+    judge: str
+    """Its name in the file of labels."""
+    settings: Plain
+    labels: dict[str, int]
+    """How often it gave each label."""
+    without: dict[str, int]
+    """Texts without a label, by reason."""
+    examples: dict[str, str]
+    """What it said the first time, by reason."""
+    tokens: int
+    """Tokens that its server counted, of answers of earlier calls too; 0 if it counted none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelManifest(folders.Manifest):
+    """`manifest.json` of a folder of labels."""
+
+    stage: str = "label"
+    source: str
+    """The corpus."""
+    drawing: Plain
+    """How the texts were drawn."""
+    strata: list[DrawnStratum]
+    """Where they were drawn from."""
+    meanings: list[str]
+    """What each label means, from 0 on."""
+    bad_from: int
+    """Labels from it on mean bad."""
+    texts: int
+    """Texts that were drawn."""
+    labels: int
+    """Labels in the file."""
+    alpha: Number
+    """Krippendorff's alpha of texts with several labels, for labels with an order: 1 is agreement, 0 is chance."""
+    judges: list[JudgeCounts] = field(default_factory=list)
+
+
+def label_corpus(
+    source: Source,
+    out: str | Path,
+    rubric: Rubric,
+    judges: Sequence[Judge],
+    drawing: Drawing | None = None,
+    repeats: int = 1,
+    max_without: float = 0.1,
+    ask_only_cost: bool = False,
+) -> LabelManifest | None:
+    """Draw texts from `source`, get `repeats` labels of each from every judge, and write them into folder `out`.
+
+    Prints the cost before anything is asked for; with `ask_only_cost` that is all, and the result is None. Raises
+    ConfigError for judges of one name and for settings that do not fit, and JudgeError if a judge does not answer or
+    more than the share `max_without` of its texts got no label. Answers are kept: the same call goes on.
+    """
+    drawing = drawing or Drawing()
+    titles = [judge.title for judge in judges]
+    if len(set(titles)) < len(titles):
+        raise ConfigError(f"two judges have the name {titles[0]!r}, and the labels name their judge")
+    key = store.fingerprint(
+        [source.fingerprint, rubric.text, to_plain(drawing), [j.identity() for j in judges], repeats, "label/1"]
+    )
+    out = Path(out)
+    if folders.is_done(out, key):
+        found = folders.read_manifest(out, LabelManifest)
+        if not any(NOT_YET in judge.without for judge in found.judges):
+            folders.done_before(out)
+            return found
+    for judge in judges:
+        judge.check()
+    texts, strata = draw(source, drawing)
+    if ask_only_cost:
+        for judge in judges:
+            _print_cost(judge, judge.cost([d.text for d in texts], rubric, repeats, Answers(out / ANSWERS)))
+        return None
+    with folders.stage_folder(out, LabelManifest.stage, "labels", keep_manifest=True):
+        _keep_labels(out, key)
+        store.write_text(out / RUBRIC, rubric.text + "\n")
+        answers = Answers(out / ANSWERS)
+        given = [_labels(judge, texts, rubric, repeats, answers) for judge in judges]
+        counts = [_counts(judge, of_judge) for judge, of_judge in zip(judges, given, strict=True)]
+        for one in counts:
+            _check(one, len(texts) * repeats, max_without)
+        rows = [
+            (item, judge.title, found.label)
+            for n, item in enumerate(texts)
+            for judge, of_judge in zip(judges, given, strict=True)
+            for found in of_judge[n]
+            if found.label is not None
+        ]
+        lines = [json.dumps(_row(item, title, label), ensure_ascii=False) + "\n" for item, title, label in rows]
+        store.write_text(out / LABELS, "".join(lines))
+        per_text = [
+            [found.label for of_judge in given for found in of_judge[n] if found.label is not None]
+            for n in range(len(texts))
+        ]
+        manifest = LabelManifest(
+            key=key,
+            source=source.name,
+            drawing=to_plain(drawing),
+            strata=strata,
+            meanings=list(rubric.meanings),
+            bad_from=rubric.bad_from,
+            texts=len(texts),
+            labels=len(rows),
+            alpha=ordinal_alpha(per_text),
+            judges=counts,
+            files=folders.file_marks(out, [LABELS, RUBRIC]),
+        )
+        return folders.finish(out, manifest)
+
+
+def _row(item: Drawn, judge: str, label: int | None) -> Plain:
+    row: Plain = {"id": item.id, "text": item.text, "label": label, "judge": judge}
+    return store.jsonable(row | {"score": item.score, "stratum": item.stratum, "weight": item.weight})  # type: ignore[no-any-return]
+
+
+def _keep_labels(out: Path, key: str) -> None:
+    """Keep the labels of other settings under another name, before they are written again."""
+    path = out / folders.MANIFEST
+    earlier = store.read_json(path) if path.exists() else None
+    if isinstance(earlier, dict) and earlier.get("key") != key:
+        place = folders.keep_earlier(out, LABELS, folders.MANIFEST, RUBRIC)
+        if place is not None:
+            print(f"note: {out} held labels of other settings, which are now also in {place}", file=sys.stderr)
+    path.unlink(missing_ok=True)
+
+
+def _labels(judge: Judge, texts: Sequence[Drawn], rubric: Rubric, repeats: int, answers: Answers) -> list[list[Given]]:
+    """What a judge says about each text, `repeats` times."""
+    cost = judge.cost([item.text for item in texts], rubric, repeats, answers)
+    _print_cost(judge, cost)
+    asked = [item.text for item in texts]
+    found: list[list[Given]] = [[] for _ in texts]
+    if cost.answers > 2 * FIRST and cost.tokens_in:
+        start = time.monotonic()
+        first = list(judge.labels(asked[:FIRST], rubric, 0, answers))
+        seconds = (time.monotonic() - start) * (cost.answers - FIRST) / FIRST
+        if all(given.reason != "no answer" for given in first):
+            print(f"    after the first {FIRST}: about {_duration(seconds)} at most", file=sys.stderr, flush=True)
+    for repeat in range(repeats):
+        for n, given in enumerate(told(judge, judge.labels(asked, rubric, repeat, answers), len(texts))):
+            found[n].append(given)
+    return found
+
+
+def _print_cost(judge: Judge, cost: Cost) -> None:
+    known = f"; {counted(cost.known, 'label')} from before" if cost.known else ""
+    tokens = ""
+    if cost.tokens_in:
+        tokens = f", about {cost.tokens_in:,} tokens of questions"
+        tokens += f" and at most {cost.tokens_out:,} of answers" if cost.tokens_out else ""
+    print(f"{judge.title}: {counted(cost.answers, 'label')} to get{tokens}{known}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _counts(judge: Judge, given: Sequence[Sequence[Given]]) -> JudgeCounts:
+    labels: Counter[int] = Counter()
+    without: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    tokens = 0
+    for found in (found for of_text in given for found in of_text):
+        tokens += found.tokens
+        if found.label is not None:
+            labels[found.label] += 1
+        else:
+            without[found.reason] += 1
+            if found.said:
+                examples.setdefault(found.reason, " ".join(visible(found.said).split())[:200])
+    settings: Any = to_plain(judge)
+    return JudgeCounts(
+        judge.title,
+        settings,
+        {str(label): labels[label] for label in sorted(labels)},
+        dict(sorted(without.items())),
+        examples,
+        tokens,
+    )
+
+
+def _check(found: JudgeCounts, total: int, max_without: float) -> None:
+    """Raise JudgeError if too many texts got no label. Texts that a person left out do not count."""
+    without = {reason: n for reason, n in found.without.items() if reason not in (NOT_YET, SKIPPED)}
+    if without and not found.labels:
+        raise JudgeError(f"{found.judge} gave no label: {by_reason(without, found.examples)}")
+    share = sum(without.values()) / total
+    if share > max_without:
+        raise JudgeError(
+            f"{found.judge} gave no label for {sum(without.values()):,} of {total:,} texts ({share:.1%}), more than "
+            f"the {max_without:.1%} allowed (--max-without): {by_reason(without, found.examples)}. The same command "
+            "asks again for those without an answer"
+        )
+
+
+def print_labels(found: LabelManifest, out: str | Path) -> None:
+    """Print what was labelled."""
+    for judge in found.judges:
+        given = ", ".join(f"{count:,} x {label}" for label, count in judge.labels.items())
+        without = f"; without a label: {by_reason(judge.without, judge.examples)}" if judge.without else ""
+        tokens = f"; {judge.tokens:,} tokens" if judge.tokens else ""
+        print(f"{judge.judge}: {given or 'no label'}{without}{tokens}")
+    if found.alpha == found.alpha:
+        print(f"agreement (Krippendorff's alpha, ordinal): {found.alpha:.2f}")
+    print(f"labels: {Path(out) / LABELS}   labels from {found.bad_from} on mean bad")
