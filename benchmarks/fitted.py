@@ -29,7 +29,8 @@ from _measure import arguments, case, interleaved, write
 from phf.core.types import Document
 from phf.data.installed import InstalledPackages
 from phf.scorers.fitted import load_fitted
-from phf.scorers.fitting import Labels, fit_scorer, held_out, read_labels
+from phf.scorers.fitting import fit_scorer, held_out
+from phf.scorers.labels import Labels, read_labels
 
 
 def labels_from(spec: str) -> Labels:

@@ -15,11 +15,13 @@ from phf.core.docs import field_docs
 from phf.core.runs import TrainManifest
 from phf.data.scored import ScoreManifest
 from phf.evaluation.results import EvalResult, MonitorLine
+from phf.labelling.label import LabelManifest
 from phf.recipes.recipe import Recipe
 from phf.redteaming.results import RedTeamResult
 from phf.redteaming.tamper import TamperResult
 from phf.release import ExportManifest
 from phf.report.results import RecipeResults
+from phf.scorers.fitted import ScorerRecord
 from phf.scoring.audit import Audit
 from phf.scoring.inspection import Inspection
 from phf.tokens.store import TokensManifest
@@ -27,6 +29,8 @@ from phf.training.metrics import MetricsLine
 
 FILES: dict[str, tuple[type, str]] = {
     "manifest-score": (ScoreManifest, "manifest.json of a scored corpus"),
+    "manifest-label": (LabelManifest, "manifest.json of labels"),
+    "scorer": (ScorerRecord, "scorer.json of a fitted scorer"),
     "manifest-tokenize": (TokensManifest, "manifest.json of a token store"),
     "manifest-train": (TrainManifest, "manifest.json of a run"),
     "manifest-export": (ExportManifest, "manifest.json of a release"),

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ from phf.core import folders
 from phf.core.config import dump_yaml, merge
 from phf.core.runs import TrainManifest, read_lines
 from phf.core.types import Block
+from phf.labelling.rubric import answer_text
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, Masking, Objective, Unlikelihood
 from phf.scorers import Regex
-from phf.scorers.fitting import Labels
+from phf.scorers.labels import Labels
 from phf.tokens.parts import TokenCounts
 from phf.tokens.store import StoredScores, TokensManifest, TokenStore
 from phf.training.config import TrainConfig
@@ -396,3 +400,50 @@ def output_of(args, monkeypatch, capsys) -> str:
         main()
     assert ended.value.code == 0
     return capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def rule_judge() -> Iterator[RuleJudge]:
+    """A `RuleJudge` that answers inside the block."""
+    server = RuleJudge()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+
+
+class RuleJudge(ThreadingHTTPServer):
+    """A judge on a server that answers by a rule: it labels 2 where the text holds a link, else 0. `faults`: what it
+    does with a text instead, by what the text holds."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _RuleAnswer)
+        self.asked = []
+        self.faults = {}
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _RuleAnswer(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = asked["messages"][0]["content"] if "messages" in asked else asked["prompt"]
+        text = json.loads(re.search(r"on the next line\..*\n(.*)\n", said)[1])
+        self.server.asked.append(text)
+        fault = next((f for mark, f in self.server.faults.items() if mark in text), None)
+        label = answer_text(2 if "http" in text else 0) if fault is None else fault
+        status = 200
+        value = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": label}}]}
+        if isinstance(label, int):
+            status = label
+        elif not isinstance(label, str):
+            value = label
+        elif "prompt" in asked:
+            value["choices"][0]["text"] = label
+        data = json.dumps(value | {"usage": {"total_tokens": 7}}).encode() if isinstance(value, dict) else value
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(data)

@@ -84,6 +84,11 @@ def workplace(tmp_path_factory) -> Path:
     lines = [line for text in texts[:20] for line in text.splitlines() if "," not in line and '"' not in line]
     labelled = "".join(f"{line},{int('http' in line)}\n" for line in dict.fromkeys(lines))
     (folder / "segments.csv").write_text(f"segment,toxic\n{labelled}")
+    (folder / "labels").mkdir()
+    every = dict.fromkeys(line for text in texts for line in text.splitlines())
+    rows = [{"text": line, "label": 2 * ("http" in line)} for line in every]
+    (folder / "labels" / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "labels" / "manifest.json").write_text(json.dumps({"bad_from": 2}))
     (folder / "mine.py").write_text("def score(text):\n    return text.count('e') / len(text)\n")
     own = next(code for kind, code in BLOCKS.findall((ROOT / "docs" / "objective.md").read_text()) if kind == "python")
     (folder / "focal.py").write_text(own)

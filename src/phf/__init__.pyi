@@ -30,7 +30,7 @@ from .scorers import Scorer as Scorer
 from .scorers import TokenClassifier as TokenClassifier
 from .scorers import Toxicity as Toxicity
 from .scorers.fitting import fit_scorer as fit_scorer
-from .scorers.fitting import read_labels as read_labels
+from .scorers.labels import read_labels as read_labels
 from .scoring.score import add_scores as add_scores
 from .scoring.score import score_corpus as score_corpus
 from .scoring.audit import audit as audit

@@ -23,7 +23,8 @@ from phf.evaluation.evaluate import evaluate_model
 from phf.generation.loaded import load_model
 from phf.generation.scenario import Scenario
 from phf.scorers import AnyScorer, Function
-from phf.scorers.fitting import fit_scorer, read_labels
+from phf.scorers.fitting import fit_scorer
+from phf.scorers.labels import read_labels
 from phf.scoring.score import score_corpus
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import TrainBPE

@@ -9,14 +9,13 @@ import re
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import BROWSER, LINK, TINY_LLAMA, phf_inside, tiny_texts, write_jsonl
+from helpers import BROWSER, LINK, TINY_LLAMA, phf_inside, rule_judge, tiny_texts, write_jsonl
 from phf.core.config import ConfigError
 from phf.core.statistics import krippendorff_alpha, ordinal_alpha
 from phf.core.text import visible
@@ -212,48 +211,11 @@ def test_a_sample_is_uniform():
 # served judges
 
 
-class Judges(ThreadingHTTPServer):
-    """Labels 2 where the text holds a link, else 0. `faults`: what it does with a text instead, by what it holds."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.asked = []
-        self.faults = {}
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Answer(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = asked["messages"][0]["content"] if "messages" in asked else asked["prompt"]
-        text = json.loads(re.search(r"on the next line\..*\n(.*)\n", said)[1])
-        self.server.asked.append(text)
-        fault = next((f for mark, f in self.server.faults.items() if mark in text), None)
-        label = answer_text(2 if "http" in text else 0) if fault is None else fault
-        status = 200
-        value = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": label}}]}
-        if isinstance(label, int):
-            status = label
-        elif not isinstance(label, str):
-            value = label
-        elif "prompt" in asked:
-            value["choices"][0]["text"] = label
-        data = json.dumps(value | {"usage": {"total_tokens": 7}}).encode() if isinstance(value, dict) else value
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(data)
-
-
 @pytest.fixture
 def served(monkeypatch):
     monkeypatch.setattr("phf.generation.server.time.sleep", lambda s: None)
-    server = Judges()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with rule_judge() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +346,7 @@ def test_a_local_judge_gives_the_likeliest_label(tmp_path, scored, judge_model):
     rows = rows_of(tmp_path / "out")
     assert len(rows) == found.labels == 6
     model = load_model(judge_model)
-    lm = model.lm.double()
+    lm = model.lm.double().requires_grad_(False)
     for row in rows:
         start = model.asked(question(rubric, row["text"]), chat=False)
         logp = []

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from helpers import BROWSER, ROOT, TINY_LLAMA
+from helpers import BROWSER, ROOT, TINY_LLAMA, made_labels, rule_judge
 from phf.core import folders, store
 from phf.core.config import dump_yaml
 from phf.core.runs import TrainManifest
@@ -25,6 +25,11 @@ from phf.core.types import Sample, Span
 from phf.data.scored import ScoredCorpus
 from phf.generation.sample import read_samples, write_samples
 from phf.generation.scenario import Scenario
+from phf.generation.server import Server
+from phf.labelling.drawing import Drawing, from_scored
+from phf.labelling.judges import ServedJudge
+from phf.labelling.label import label_corpus
+from phf.labelling.rubric import parse_rubric
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
 from phf.release import export
@@ -35,7 +40,8 @@ from phf.report.inspect import write_inspection
 from phf.report.measures import Group, Measure, Value, dominated, groups
 from phf.report.page import write_report
 from phf.scorers import Regex
-from phf.scorers.fitting import Labels
+from phf.scorers.fitting import fit_scorer
+from phf.scorers.labels import Labels
 from phf.scorers.masking import is_masked, mask
 from phf.tokens.tokenizer import train_bpe
 from phf.training.lm import FromConfig, build_lm
@@ -152,8 +158,15 @@ def test_files_match_their_schemas(folder, tmp_path):
     write_inspection(folder / "scored", out=tmp_path / "page.html")
     write_audit(folder / "scored", audit_labels(folder), out=tmp_path / "audit.html")
     export(folder / "mle-s0", tmp_path / "release")
+    fit_scorer(made_labels(120), tmp_path / "scorer")
+    rubric = parse_rubric("- 0: no\n- 1: yes")
+    with rule_judge() as server:
+        judge = ServedJudge(Server(server.url, "rule"))
+        label_corpus(from_scored(folder / "scored"), tmp_path / "labels", rubric, [judge], Drawing(8), max_without=1)
     files = {
         "manifest-score": [folder / "scored" / "manifest.json"],
+        "manifest-label": [tmp_path / "labels" / "manifest.json"],
+        "scorer": [tmp_path / "scorer" / "scorer.json"],
         "manifest-tokenize": [folder / "tokens" / "manifest.json"],
         "manifest-train": folder.glob("*-s0/manifest.json"),
         "eval": folder.glob("*/eval.json"),

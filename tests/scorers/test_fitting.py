@@ -14,10 +14,21 @@ from hypothesis import strategies as st
 
 from helpers import made_labels, tiny_classifier
 from phf.core.config import ConfigError
+from phf.core.statistics import auc_gain, wilson
+from phf.core.types import Estimate
+from phf.report.format import curve_text
 from phf.scorers import Fitted, fitting
 from phf.scorers import fitted as hashing
-from phf.scorers.fitted import AtThreshold, HashedNgrams, feature_matrix, load_fitted
-from phf.scorers.fitting import Labels, fit_scorer, measure, platt, read_labels
+from phf.scorers.fitted import (
+    AtThreshold,
+    CurvePoint,
+    HashedNgrams,
+    LearningCurve,
+    feature_matrix,
+    load_fitted,
+)
+from phf.scorers.fitting import CUT_SCALE, HELD_OUT, fit_ordinal, fit_scorer, measure, platt
+from phf.scorers.labels import Labels, read_labels
 
 MASK = 2**64 - 1
 BASE = int(hashing._BASE)
@@ -89,7 +100,7 @@ def test_a_fit_finds_bad_texts_and_measures_itself(tmp_path):
     assert scorer.score_text("") != scorer.score_text("")  # NaN
     assert scorer.identity()["unit"] == "probability"
     assert not list(tmp_path.glob("s/*.pkl"))
-    assert {p.name for p in (tmp_path / "s").iterdir()} == {"scorer.json", "weights.safetensors"}
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"heldout.jsonl", "scorer.json", "weights.safetensors"}
 
 
 def test_fits_give_the_same_bytes_and_a_finished_fit_does_not_run_again(tmp_path, monkeypatch):
@@ -127,7 +138,8 @@ def test_platt_finds_the_slope_and_offset_of_known_probabilities():
 def test_measures_by_hand():
     m = measure(np.array([0.9, 0.6, 0.4, 0.1]), np.array([True, False, True, False]))
     assert m.auc == 0.75  # of four (bad, good) pairs three are in order
-    assert m.at["0.5"] == AtThreshold(precision=0.5, recall=0.5, share=0.5)
+    ci95 = wilson(1, 2)
+    assert m.at["0.5"] == AtThreshold(0.5, 0.5, 0.5, precision_ci95=ci95, recall_ci95=ci95)
     assert m.at["0.9"].precision is None  # no score is above it
     assert m.brier == pytest.approx((0.01 + 0.36 + 0.36 + 0.01) / 4)
 
@@ -190,3 +202,150 @@ def test_a_transformer_can_be_fitted_instead(tmp_path):
     assert all(0 <= s <= 1 for s in scores)
     with pytest.raises(ConfigError, match="name the model to finetune"):
         fit_scorer(made_labels(300), tmp_path / "t", kind="transformer")
+
+
+# labels with an order
+
+
+def ordinal_labels(count=600, seed=0):
+    """Texts with 0 to 3 bad words; labels are their number."""
+    rng = np.random.default_rng(seed)
+    level_N = rng.integers(0, 4, count)
+    good = ["river", "stone", "tree", "cloud", "bird", "grass", "wind"]
+    bad = ["zorp", "glarn", "vex", "quib"]
+    texts = [" ".join([*rng.choice(good, 8 - n), *rng.choice(bad, n)]) + f" {rng.integers(10_000)}" for n in level_N]
+    return Labels("ordinal", tuple(texts), level_N >= 2, {}, level_N, 2)
+
+
+def test_an_ordinal_fit_is_the_model_of_proportional_odds():
+    """Against the penalized likelihood written out and minimized in float64."""
+    from scipy.optimize import minimize
+    from scipy.sparse import csr_matrix
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2)).astype(np.float32)
+    level = np.digitize(x @ [1.5, -1.0] + rng.logistic(size=300), [-1.0, 0.5, 2.0])
+    strength = 3.0
+
+    def loss(p):
+        w, b, c = p[:2], p[2], p[3:]
+        total = 0.5 * (w @ w + b * b + (c @ c) / CUT_SCALE**2)
+        for k in range(3):
+            z = x @ w + b + c[k]
+            y = level >= k + 1
+            total += strength / 3 * np.logaddexp(0, np.where(y, -z, z)).sum()
+        return total
+
+    best = minimize(loss, np.zeros(6), method="BFGS", options={"gtol": 1e-8}).x
+    for bad_from in (1, 2, 3):
+        weights, intercept = fit_ordinal(csr_matrix(x), level, bad_from, strength, seed=0)
+        np.testing.assert_allclose(weights, best[:2], atol=0.02)
+        assert intercept == pytest.approx(best[2] + best[2 + bad_from], abs=0.03)
+
+
+def test_a_scorer_learns_from_labels_with_an_order(tmp_path):
+    labels = ordinal_labels()
+    card = fit_scorer(labels, tmp_path / "s")
+    assert card.bad_from == 2
+    assert card.ordinal  # the labels were made by counting, so their order says much
+    assert card.metrics["held out"].auc > 0.97
+    scorer = Fitted(str(tmp_path / "s"))
+    found = np.array(scorer.score_texts(list(labels.texts)))
+    means = [found[labels.level_N == level].mean() for level in range(4)]
+    assert means == sorted(means)
+
+
+def write_labels(folder, rows, manifest):
+    folder.mkdir()
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if manifest is not None:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_folder_of_labels_says_which_are_bad(tmp_path):
+    rows = [{"text": f"t{n}", "label": n % 4, "judge": "a"} for n in range(8)]
+    folder = write_labels(tmp_path / "l", rows, {"bad_from": 3})
+    found = read_labels(folder)
+    assert found.bad_N.tolist() == [n % 4 == 3 for n in range(8)]
+    assert found.level_N.tolist() == [n % 4 for n in range(8)]
+    assert found.levels == [1, 2, 3]
+    assert read_labels(folder, bad_from=1).bad_N.sum() == 6
+    assert read_labels(folder / "labels.jsonl", bad=["1", "2"]).bad_N.sum() == 4
+    plain = write_labels(tmp_path / "p", [{"text": f"t{n}", "label": n % 2} for n in range(4)], {"bad_from": 1})
+    assert read_labels(plain).level_N is None
+    assert read_labels(plain).mark == read_labels(plain / "labels.jsonl").mark
+
+
+@pytest.mark.parametrize(
+    "label, manifest, more, said",
+    [
+        (3, None, {}, "did not finish there"),
+        (3, {"bad_from": 0}, {}, "does not say from which label"),
+        (3, {}, {}, "does not say from which label"),
+        (1.5, {"bad_from": 2}, {}, "no whole number from 0 to 100"),
+        (-1, {"bad_from": 2}, {}, "no whole number"),
+        (101, {"bad_from": 2}, {}, "no whole number"),
+        ("²", {"bad_from": 2}, {}, "no whole number"),
+        (3, {"bad_from": 9}, {}, "both classes are needed"),
+        (3, {"bad_from": 2}, {"bad": ["1"], "bad_from": 2}, "not both"),
+    ],
+)
+def test_folders_of_labels_that_cannot_be_used(tmp_path, label, manifest, more, said):
+    folder = write_labels(tmp_path / "l", [{"text": "a", "label": 0}, {"text": "b", "label": label}], manifest)
+    with pytest.raises(ConfigError, match=said):
+        read_labels(folder, **more)
+
+
+def test_numbers_above_one_ask_for_the_first_bad_label(tmp_path):
+    (tmp_path / "l.csv").write_text("text,label\na,0\nb,2\n")
+    with pytest.raises(ConfigError, match="or the first bad one with --bad-from"):
+        read_labels(tmp_path / "l.csv")
+
+
+# learning curves
+
+
+def slow_auc(value, bad):
+    pairs = [(v, w) for v, b in zip(value, bad, strict=True) if b for w, c in zip(value, bad, strict=True) if not c]
+    return sum((v > w) + 0.5 * (v == w) for v, w in pairs) / len(pairs)
+
+
+def test_the_gain_in_auc_is_a_paired_difference():
+    rng = np.random.default_rng(0)
+    bad = rng.random(400) < 0.4
+    old = bad + rng.normal(size=400) * 2
+    new = bad + rng.normal(size=400)
+    found = auc_gain(new, old, bad)
+    assert found.mean == pytest.approx(slow_auc(new, bad) - slow_auc(old, bad), abs=1e-12)
+    assert found.ci95[0] > 0
+    same = auc_gain(old, old, bad)
+    assert (same.mean, same.ci95) == (0, (0, 0))
+    assert math.isnan(auc_gain(new, old, np.zeros(400, bool)).mean)
+
+
+def test_a_fit_says_whether_more_labels_would_help(tmp_path):
+    card = fit_scorer(made_labels(800), tmp_path / "s")
+    assert card.curve is not None
+    sizes = [point.texts for point in card.curve.points]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == pytest.approx(2 * sizes[-2], abs=1)
+    assert card.curve.points[-1].auc == card.metrics["held out"].auc
+    held = read_labels(tmp_path / "s" / HELD_OUT)
+    assert len(held.texts) == card.metrics["held out"].n
+    assert held.bad_N.sum() == card.metrics["held out"].bad
+
+
+@pytest.mark.parametrize(
+    "low, high, said",
+    [
+        (0.01, 0.05, "would help"),
+        (-0.01, 0.005, "would hardly help"),
+        (0.001, 0.004, "would hardly help"),
+        (-0.01, 0.05, "too few held-out texts"),
+        (math.nan, math.nan, "too few held-out texts"),
+    ],
+)
+def test_a_curve_in_words(low, high, said):
+    point = CurvePoint(10, 0.5, (0.4, 0.6))
+    assert said in curve_text(LearningCurve([point, point], Estimate(0.02, 0.01, 5, (low, high))))

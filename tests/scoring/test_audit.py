@@ -19,7 +19,7 @@ from phf.data.segment import Lines
 from phf.report.audit import write_audit
 from phf.report.format import verdict
 from phf.scorers import PII, Regex
-from phf.scorers.fitting import Labels
+from phf.scorers.labels import Labels
 from phf.scoring.audit import audit, divided_strata, stratum_edges, weighted
 from phf.scoring.score import add_scores, score_corpus
 

@@ -44,7 +44,10 @@ def ls(
         str | None, typer.Argument(metavar="[KIND]", help=f"{', '.join(KINDS)}. Default: all of them.")
     ] = None,
 ) -> None:
-    """List the names that settings take: scorers, objectives, recipes and so on."""
+    """List the names that settings take.
+
+    Of scorers, objectives, recipes and so on.
+    """
     from phf.core.config import ConfigError, did_you_mean
 
     if kind is not None and kind not in KINDS:

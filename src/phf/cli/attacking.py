@@ -172,7 +172,7 @@ def tamper(
     threshold: OwnThreshold = None,
     tokens: MovedTokens = None,
 ) -> None:
-    """Finetune models on bad and on good text, and see what is left.
+    """Finetune models on bad and on good text: what is left?
 
     Each run is finetuned twice and judged on the way, in its intended use. The half-life is the number of steps after
     which half of its gain over plain training is gone.

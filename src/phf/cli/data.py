@@ -218,7 +218,10 @@ def inspect(
 def check(
     folder: Annotated[str, typer.Argument(help="Anything that phf wrote: one stage's folder, a run, a whole recipe.")],
 ) -> None:
-    """Compare every file below a folder with the size and hash that its stage recorded."""
+    """Compare every file below a folder with its record.
+
+    The record is the size and hash of each file, which its stage wrote.
+    """
     from phf.core.check import check_below
     from phf.core.store import StoreError
 

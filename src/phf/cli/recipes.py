@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phf.cli.shared import print_table
+from phf.cli.scorers import ByPerson, JudgeHere, JudgeModel, JudgeServer, PagePort, Who
+from phf.cli.shared import Overrides, only_overrides, print_table
 
 if TYPE_CHECKING:
     from phf.report.results import RecipeResults, RunSummary
@@ -115,6 +117,57 @@ def plan(
     print("\n".join(lines))
     if found.problems:
         raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {p}" for p in found.problems))
+
+
+def make(
+    wish: Annotated[str, typer.Argument(help='What the model should respect, in a few words: "no personal data".')],
+    out: Annotated[str, typer.Argument(help="Folder for everything.")],
+    settings: Overrides = None,
+    corpus: Annotated[str, typer.Option(help="The corpus, as `phf score` reads it (see its --help).")] = "",
+    segmenter: Annotated[str, typer.Option(help="How it is cut: the segmenters of `phf score`.")] = "lines",
+    n: Annotated[int, typer.Option("--n", min=1, help="Texts to label.")] = 1000,
+    server: JudgeServer = None,
+    model: JudgeModel = None,
+    local: JudgeHere = None,
+    by_hand: ByPerson = False,
+    who: Who = "by hand",
+    port: PagePort = 0,
+    train: Annotated[bool, typer.Option("--train", help="Train without asking.")] = False,
+) -> None:
+    """From a wish in a few words to models that respect it.
+
+    The steps: label a sample of the corpus, fit a scorer, score, audit, plan, train.
+
+    Stops before training, with the cost, and trains if you confirm. Run it again to continue where it stopped; edit
+    OUT/rubric.md and OUT/recipe.yaml in between. Settings are the recipe's (train.tokens=1e6), the judge's (judge.*)
+    and the reader's (corpus.*).
+    """
+    from phf.cli.scorers import judges_of, read_from
+    from phf.core.config import ConfigError, apply_overrides
+    from phf.labelling.drawing import Drawing
+    from phf.recipes.make import make as make_ready
+    from phf.recipes.plan import HEAD, make_plan, plan_table
+    from phf.recipes.run import run_recipe
+
+    if not corpus:
+        raise ConfigError("--corpus: name the texts to learn from")
+    given = only_overrides(settings)
+    of_recipe = [s for s in given if s.partition("=")[0].partition(".")[0] not in MAKE_KEYS]
+    config = apply_overrides({"segmenter": {"name": segmenter}}, [s for s in given if s not in of_recipe])
+    judges = judges_of(config, server, model, local, by_hand, who, port)
+    made = make_ready(wish, out, *read_from(corpus, config), judges, Drawing(n), of_recipe)
+    print("==> [6/6] plan", file=sys.stderr)
+    rows, lines = plan_table(make_plan(made.recipe, score=False))
+    print_table(HEAD, rows)
+    print("\n".join(["", *lines]))
+    if not train and not (sys.stdin.isatty() and typer.confirm("Train now?", err=True)):
+        print(f"to train: the same command with --train, or phf run {' '.join([f'{out}/recipe.yaml', *of_recipe])}")
+        return
+    print_results(run_recipe(made.recipe))
+    print(f"\nreport: {made.recipe.files.report}   audit of its scorer: {made.page}")
+
+
+MAKE_KEYS = ("judge", "second", "corpus", "segmenter")
 
 
 def price(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -10,10 +10,29 @@ from phf.cli.shared import Overrides, checked, finite, known_keys, only_override
 from phf.core.text import by_reason, counted
 
 if TYPE_CHECKING:
+    from phf.core.config import Plain
+    from phf.data.corpus import Corpus
+    from phf.data.segment import Segmenter
+    from phf.labelling.drawing import Source
+    from phf.labelling.judges import Judge
     from phf.scorers.fitted import ScorerMetrics
-    from phf.scorers.fitting import Labels
+    from phf.scorers.labels import Labels
 
 
+BadFrom = Annotated[
+    int | None,
+    typer.Option(min=1, help="Labels are whole numbers from 0 (fine); those from this one on mean bad."),
+]
+JudgeServer = Annotated[
+    str | None, typer.Option(metavar="URL", help="Judge: a model on an OpenAI-compatible server. Needs --model.")
+]
+JudgeModel = Annotated[str | None, typer.Option(help="The server's name for the model.")]
+JudgeHere = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Judge: a chat model in a folder or on the Hub, run here.")
+]
+ByPerson = Annotated[bool, typer.Option("--by-hand", help="Label yourself, on a page in your browser, by keyboard.")]
+Who = Annotated[str, typer.Option(help="With --by-hand: your name in the file of labels.")]
+PagePort = Annotated[int, typer.Option(min=0, max=65535, help="With --by-hand: the page's port. 0: a free one.")]
 LABEL_KEYS = ("judge", "second", "corpus", "segmenter")
 
 
@@ -31,18 +50,12 @@ def label(
     by: Annotated[
         str, typer.Option(help="Draw them: uniform, by length, or by score (half of them above the threshold).")
     ] = "uniform",
-    server: Annotated[
-        str | None, typer.Option(metavar="URL", help="Judge: a model on an OpenAI-compatible server. Needs --model.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The server's name for the model.")] = None,
-    local: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Judge: a chat model in a folder or on the Hub, run here.")
-    ] = None,
-    by_hand: Annotated[
-        bool, typer.Option("--by-hand", help="Label yourself, on a page in your browser, by keyboard.")
-    ] = False,
-    who: Annotated[str, typer.Option(help="With --by-hand: your name in the file of labels.")] = "by hand",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --by-hand: the page's port. 0: a free one.")] = 0,
+    server: JudgeServer = None,
+    model: JudgeModel = None,
+    local: JudgeHere = None,
+    by_hand: ByPerson = False,
+    who: Who = "by hand",
+    port: PagePort = 0,
     repeats: Annotated[
         int, typer.Option(min=1, help="Labels of each text by each judge. Needs judge.temperature above 0.")
     ] = 1,
@@ -58,37 +71,20 @@ def label(
     ] = 0.1,
     cost: Annotated[bool, typer.Option("--cost", help="Print what it will take, and stop.")] = False,
 ) -> None:
-    """Label a sample of a corpus along a rubric: by an LLM judge, by two, or by hand.
+    """Label a sample of a corpus, by an LLM judge or by hand.
 
-    Then: phf fit-scorer OUT SCORER. Run the same command again to resume; nothing is asked for twice. Settings of the
-    judge are judge.*; a second judge has all of second.name=server second.server.url=... second.server.model=...
+    The labels follow a rubric. Then: phf fit-scorer OUT SCORER. Run the same command again to resume; nothing is asked
+    for twice. Settings of the judge are judge.*. A second judge has all of second.name=server second.server.url=...
+    second.server.model=...
     """
-    from phf.core.config import ConfigError, Plain, apply_overrides
-    from phf.labelling.by_hand import ByHand
+    from phf.core.config import apply_overrides
     from phf.labelling.drawing import Drawing
-    from phf.labelling.judges import AnyJudge
     from phf.labelling.label import label_corpus, print_labels
     from phf.labelling.rubric import read_rubric
 
-    judge: Plain = {}
-    if server is not None:
-        judge = {"name": "server", "server": {"url": server, **({} if model is None else {"model": model})}}
-    elif local is not None:
-        judge = {"name": "local", "path": local}
-    if (server is not None) + (local is not None) + by_hand > 1:
-        raise ConfigError("give one of --server, --local and --by-hand; a second judge has second.* settings")
-    if model is not None and server is None:
-        raise ConfigError("--model is the server's name for the model: give --server too")
-    config = apply_overrides({"judge": judge, "segmenter": {"name": segmenter}}, only_overrides(settings))
+    config = apply_overrides({"segmenter": {"name": segmenter}}, only_overrides(settings))
     known_keys(config, LABEL_KEYS)
-    first = take(config, "judge")
-    if by_hand and first:
-        raise ConfigError("--by-hand has no judge.* settings")
-    if not by_hand and "name" not in first:
-        raise ConfigError("who labels? Give --server URL --model NAME, --local MODEL, or --by-hand")
-    judges: list[Any] = [ByHand(who, port) if by_hand else checked(first, AnyJudge, "judge")]
-    if second := take(config, "second"):
-        judges.append(checked(second, AnyJudge, "second"))
+    judges = judges_of(config, server, model, local, by_hand, who, port)
     drawing = checked({"n": n, "by": by, "seed": seed}, Drawing)
     wanted = read_rubric(rubric)
     source = _source(corpus, config, scores)
@@ -97,32 +93,68 @@ def label(
         print_labels(found, out)
 
 
-def _source(corpus: str, config: Any, scores: str | None) -> Any:
-    """The segments of a scored corpus, or of a corpus that is cut here."""
-    from phf.core.config import ConfigError
+def judges_of(
+    config: Plain, server: str | None, model: str | None, local: str | None, by_hand: bool, who: str, port: int
+) -> list[Judge]:
+    """The judges that options and the settings `judge.*` and `second.*` name. These are removed from `config`."""
+    from phf.core.config import ConfigError, merge
+    from phf.labelling.by_hand import ByHand
+    from phf.labelling.judges import AnyJudge
+
+    if (server is not None) + (local is not None) + by_hand > 1:
+        raise ConfigError("give one of --server, --local and --by-hand; a second judge has second.* settings")
+    if model is not None and server is None:
+        raise ConfigError("--model is the server's name for the model: give --server too")
+    named: Plain = {}
+    if server is not None:
+        named = {"name": "server", "server": {"url": server, **({} if model is None else {"model": model})}}
+    elif local is not None:
+        named = {"name": "local", "path": local}
+    first = merge(named, take(config, "judge"))
+    if by_hand and first:
+        raise ConfigError("--by-hand has no judge.* settings")
+    if not by_hand and "name" not in first:
+        raise ConfigError("who labels? Give --server URL --model NAME, --local MODEL, or --by-hand")
+    judges: list[Judge] = [ByHand(who, port) if by_hand else checked(first, AnyJudge, "judge")]
+    if second := take(config, "second"):
+        judges.append(checked(second, AnyJudge, "second"))
+    return judges
+
+
+def read_from(corpus: str, config: Plain) -> tuple[Corpus, Segmenter]:
+    """The corpus at a path, and how it is cut, with the settings `corpus.*` and `segmenter.*`."""
+    from phf.core.config import merge
     from phf.data.canaries import AnyCorpus
     from phf.data.readers import from_path
-    from phf.data.scored import is_scored
     from phf.data.segment import AnySegmenter
+
+    reader: Corpus = checked(merge(from_path(corpus), take(config, "corpus")), AnyCorpus, "corpus")
+    segmenter: Segmenter = checked(take(config, "segmenter"), AnySegmenter, "segmenter")
+    return reader, segmenter
+
+
+def _source(corpus: str, config: Plain, scores: str | None) -> Source:
+    """The segments of a scored corpus, or of a corpus that is cut here."""
+    from phf.core.config import ConfigError
+    from phf.data.scored import is_scored
     from phf.labelling.drawing import from_corpus, from_scored
 
     if is_scored(corpus):
         return from_scored(corpus, scores)
     if scores is not None:
         raise ConfigError(f"--scores: {corpus} is not the output of `phf score`")
-    from phf.core.config import merge
-
-    plain = merge(from_path(corpus), config.get("corpus", {}))
-    reader: Any = checked(plain, AnyCorpus, "corpus")
-    return from_corpus(corpus, reader, checked(config["segmenter"], AnySegmenter, "segmenter"))
+    return from_corpus(corpus, *read_from(corpus, config))
 
 
 def fit_scorer(
-    labels: Annotated[str, typer.Argument(help="Labelled texts: .jsonl, .csv, .tsv or .parquet.")],
+    labels: Annotated[
+        str, typer.Argument(help="Labelled texts: .jsonl, .csv, .tsv or .parquet, or a folder of `phf label`.")
+    ],
     out: Annotated[str, typer.Argument(help="Folder for the scorer.")],
     text: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label: Annotated[str, typer.Option(help="Column with the label: true or false, 1 or 0, or see --bad.")] = "label",
     bad: Annotated[str | None, typer.Option(help="Values of the label that mean bad, separated by commas.")] = None,
+    bad_from: BadFrom = None,
     test: Annotated[
         list[str] | None,
         typer.Option(help="Other labelled texts to measure on: FILE or FILE:TEXT:LABEL[:BAD,BAD]. May be repeated."),
@@ -136,22 +168,30 @@ def fit_scorer(
     The scorer is measured on a fifth of the texts, which the fit does not see. Its probabilities are calibrated.
     """
     from phf.core.config import ConfigError, did_you_mean
+    from phf.report.format import curve_text
+    from phf.scorers.fitting import HELD_OUT
     from phf.scorers.fitting import fit_scorer as fit
-    from phf.scorers.fitting import read_labels
+    from phf.scorers.labels import read_labels
 
     kinds = ("ngrams", "transformer")
     if kind not in kinds:
         raise ConfigError(f"unknown --kind {kind!r}{did_you_mean(kind, kinds)}")
-    tests = [_test_set(spec, text, label, bad) for spec in test or []]
-    fitted = read_labels(labels, text, label, bad.split(",") if bad else None)
+    tests = [_test_set(spec, text, label, bad, bad_from) for spec in test or []]
+    fitted = read_labels(labels, text, label, bad.split(",") if bad else None, bad_from)
     card = fit(fitted, out, tests, cast(Literal["ngrams", "transformer"], kind), model, seed=seed)
     skipped = f"; skipped: {by_reason(card.rejected)}" if card.rejected else ""
     print(f"{counted(card.texts, 'text')}, {card.bad:,} of them bad{skipped}")
     print_table(
-        ["measured on", "texts", "bad", "AUC (95% interval)", "precision", "recall", "calibration error"],
+        ["measured on", "texts", "bad", "AUC", "precision", "recall", "calibration error"],
         [_metrics_row(name, found) for name, found in card.metrics.items()],
     )
-    print(f"precision and recall are at 0.5; other thresholds are in {out}/scorer.json")
+    print(f"in brackets: 95% intervals; precision and recall are at 0.5; other thresholds are in {out}/scorer.json")
+    if card.bad_from is not None:
+        order = "the fit used" if card.ordinal else "the fit was better without"
+        print(f"labels from {card.bad_from} on mean bad; {order} the order of the labels")
+    if card.curve is not None:
+        print(curve_text(card.curve))
+    print(f"to audit it on its corpus with labels that the fit did not see: phf audit SCORED {out}/{HELD_OUT}")
 
 
 def audit(
@@ -159,11 +199,16 @@ def audit(
         str, typer.Argument(help="The output of `phf score`, or a folder of Parquet files with texts and scores.")
     ],
     labels: Annotated[
-        str, typer.Argument(help="Labels of some of its segments, drawn at random or by score: .jsonl, .csv, .tsv ...")
+        str,
+        typer.Argument(
+            help="Labels of some of its segments, drawn at random or by score: .jsonl, .csv, ..., or a folder of "
+            "`phf label`. Not those that its scorer was fitted to."
+        ),
     ],
     text: Annotated[str, typer.Option(help="Column with the segment's text.")] = "text",
     label: Annotated[str, typer.Option(help="Column with the label: true or false, 1 or 0, or see --bad.")] = "label",
     bad: Annotated[str | None, typer.Option(help="Values of the label that mean bad, separated by commas.")] = None,
+    bad_from: BadFrom = None,
     scores: Annotated[
         str | None, typer.Option(help="Name of the scores to audit, if `phf score --add` added some.")
     ] = None,
@@ -172,17 +217,17 @@ def audit(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Page to write. Default: audit.html in the folder.")] = None,
 ) -> None:
-    """Measure how right a scorer is on its corpus, with labels of some segments.
+    """Measure how right a scorer is, with labels.
 
-    Precision, recall and what a threshold discards, weighted to the whole corpus, with intervals. Compares the corpus's
-    other scores too. Writes a page, and the numbers as JSON.
+    The labels are of some segments of its corpus. Precision, recall and what a threshold discards, weighted to the
+    whole corpus, with intervals. Compares the corpus's other scores too. Writes a page, and the numbers as JSON.
     """
     from phf.report.audit import write_audit
     from phf.report.format import as_noise, number, share, share_with_interval, verdict
-    from phf.scorers.fitting import read_labels
+    from phf.scorers.labels import read_labels
 
     page, found = write_audit(
-        scored, read_labels(labels, text, label, bad.split(",") if bad else None), out, scores, threshold
+        scored, read_labels(labels, text, label, bad.split(",") if bad else None, bad_from), out, scores, threshold
     )
     print(
         f"{counted(found.segments, 'segment')}, {found.labelled:,} labelled, {found.bad:,} of them bad; "
@@ -214,13 +259,13 @@ def audit(
     print(f"page: {page}   numbers: {page.with_suffix('.json')}")
 
 
-def _test_set(spec: str, text: str, label: str, bad: str | None) -> Labels:
+def _test_set(spec: str, text: str, label: str, bad: str | None, bad_from: int | None) -> Labels:
     """The labelled texts of `--test FILE` or `--test FILE:TEXT:LABEL[:BAD,BAD]`."""
-    from phf.scorers.fitting import read_labels
+    from phf.scorers.labels import read_labels
 
     path, *columns = spec.split(":")
     if not columns:
-        return read_labels(path, text, label, bad.split(",") if bad else None)
+        return read_labels(path, text, label, bad.split(",") if bad else None, bad_from)
     label = columns[1] if len(columns) > 1 else label
     return read_labels(path, columns[0], label, columns[2].split(",") if len(columns) > 2 else None)
 
@@ -228,14 +273,17 @@ def _test_set(spec: str, text: str, label: str, bad: str | None) -> Labels:
 def _metrics_row(name: str, found: ScorerMetrics) -> list[str]:
     from phf.report.format import number
 
+    def within(value: float | None, ci95: tuple[float, float]) -> str:
+        low, high = ci95
+        return f"{number(value, 3)} ({number(low, 3)} to {number(high, 3)})"
+
     half = found.at["0.5"]
-    low, high = found.auc_ci95
     return [
         name,
         f"{found.n:,}",
         f"{found.bad:,}",
-        f"{number(found.auc, 3)} ({number(low, 3)} to {number(high, 3)})",
-        number(half.precision, 3),
-        number(half.recall, 3),
+        within(found.auc, found.auc_ci95),
+        within(half.precision, half.precision_ci95),
+        within(half.recall, half.recall_ci95),
         number(found.calibration_error, 3),
     ]

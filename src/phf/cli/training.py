@@ -125,7 +125,7 @@ def export_tokens(
     token_scores: Annotated[bool, typer.Option("--token-scores", help="Scores of tokens instead of segments.")] = False,
     shard_tokens: Annotated[float, typer.Option(min=1, help="Tokens in a shard, about.")] = 1e8,
 ) -> None:
-    """Write what an objective trains on in the format of another engine.
+    """Write what an objective trains on for another engine.
 
     Each token comes with its score, whether it is learned, and its weight in the loss.
 

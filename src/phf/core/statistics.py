@@ -187,6 +187,25 @@ def auc(value_N: np.ndarray, bad_N: np.ndarray, group_N: np.ndarray | None = Non
     return AUC(float(roc_auc_score(bad_N, value_N)), (float(low), float(high)))
 
 
+def auc_gain(new_N: np.ndarray, old_N: np.ndarray, bad_N: np.ndarray, resamples: int = 500) -> Estimate:
+    """Area under the ROC curve of the values `new_N` less that of `old_N`, with a bootstrap over units, which are the
+    same for both."""
+    from sklearn.metrics import roc_auc_score
+
+    if not bad_N.any() or bad_N.all():
+        return Estimate.missing(math.nan)
+
+    def gain(pick: np.ndarray) -> float:
+        return float(roc_auc_score(bad_N[pick], new_N[pick]) - roc_auc_score(bad_N[pick], old_N[pick]))
+
+    n = len(bad_N)
+    rng = np.random.Generator(np.random.Philox(0))
+    drawn = [rng.integers(0, n, n) for _ in range(resamples)]
+    found = [gain(pick) for pick in drawn if 0 < bad_N[pick].sum() < n]
+    low, high = np.quantile(found, [0.025, 0.975]) if found else (math.nan, math.nan)
+    return Estimate(gain(np.arange(n)), float(np.std(found)) if found else math.nan, n, (float(low), float(high)))
+
+
 def expected_max(scores: Sequence[float] | np.ndarray, k: int) -> float:
     """Expected largest of `k` samples, estimated without bias from n >= k of them.
 

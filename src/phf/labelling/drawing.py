@@ -65,9 +65,11 @@ class DrawnStratum:
     """A part of the corpus that texts were drawn from."""
 
     name: str
+    """Which part."""
     segments: int
     """Its segments in the corpus, repeated texts included."""
     drawn: int
+    """Texts that were drawn from it."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class JudgeCounts:
     judge: str
     """Its name in the file of labels."""
     settings: Plain
+    """Its settings."""
     labels: dict[str, int]
     """How often it gave each label."""
     without: dict[str, int]
@@ -92,7 +93,7 @@ def label_corpus(
 
     Prints the cost before anything is asked for; with `ask_only_cost` that is all, and the result is None. Raises
     ConfigError for judges of one name and for settings that do not fit, and JudgeError if a judge does not answer or
-    more than the share `max_without` of its texts got no label. Answers are kept: the same call goes on.
+    more than the share `max_without` of its texts got no label. Answers are kept for the next call.
     """
     drawing = drawing or Drawing()
     titles = [judge.title for judge in judges]

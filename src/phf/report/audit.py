@@ -9,7 +9,7 @@ from phf.core import store
 from phf.report.format import as_noise, verdict
 from phf.report.inspect import masked_agreement, masked_segments, masking_scorers, page_of, write_page
 from phf.report.page import environment
-from phf.scorers.fitting import Labels
+from phf.scorers.labels import Labels
 from phf.scoring.audit import Audit, audit
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from phf.core.types import Estimate
 from phf.evaluation.results import CapabilityResult
+from phf.scorers.fitted import LearningCurve
 from phf.scoring.audit import Audit
 
 MISSING = "–"
@@ -60,6 +61,25 @@ def as_noise(audit: Audit) -> str:
     """The errors that an audit found, as a setting of training."""
     row = audit.main
     return f"train.scorer_noise={{missed: {row.bad_kept.mean:.3g}, false_alarms: {row.clean_discarded.mean:.3g}}}"
+
+
+SMALL_GAIN = 0.01
+"""A gain in AUC for twice the labels that is hardly worth them."""
+
+
+def curve_text(curve: LearningCurve) -> str:
+    """Whether more labels would help."""
+    sizes = ", ".join(f"{point.texts:,}" for point in curve.points)
+    areas = ", ".join(number(point.auc, 3) for point in curve.points)
+    low, high = curve.gain.ci95
+    if low > 0 and high > SMALL_GAIN:
+        said = "more labels would help"
+    elif high <= SMALL_GAIN:
+        said = "more labels would hardly help"
+    else:
+        said = "too few held-out texts to say whether more labels would help"
+    gain = f"{curve.gain.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"AUC with {sizes} texts: {areas}; the last step gave {gain}: {said}"
 
 
 def plain(value: Any) -> str:

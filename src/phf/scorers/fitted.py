@@ -13,6 +13,7 @@ seen (Platt 1999). `phf fit-scorer` can also fit a transformer classifier; its f
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
-from phf.core.types import Identity, Number
+from phf.core.types import Estimate, Identity, Number
 from phf.scorers.base import TextScorer
 
 SCORER_RECORD = "scorer.json"
@@ -233,6 +234,9 @@ class AtThreshold:
     """Share of the bad texts that are above the threshold."""
     share: float
     """Share of all texts that are above the threshold."""
+    precision_ci95: tuple[Number, Number] = (math.nan, math.nan)
+    """Wilson's interval; null in scorers of earlier versions."""
+    recall_ci95: tuple[Number, Number] = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,28 @@ class ScorerMetrics:
     """By threshold."""
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """A fit to a part of the labels, measured on the same held-out texts."""
+
+    texts: int
+    """Texts that it was fitted to."""
+    auc: Number
+    """Area under the ROC curve."""
+    auc_ci95: tuple[Number, Number]
+    """Its 95% interval."""
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Whether more labels would help."""
+
+    points: list[CurvePoint]
+    """Fits to an eighth, a quarter, half and all of the labels."""
+    gain: Estimate
+    """AUC of the last fit less that of the one before, on the same held-out texts (a bootstrap over these)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerRecord:
     """`scorer.json` of a fitted scorer."""
@@ -260,9 +286,11 @@ class ScorerRecord:
     key: str
     """Fingerprint of labels and settings."""
     kind: Literal["ngrams", "transformer"]
+    """What was fitted."""
     slope: float
     """Of the calibrated logit."""
     offset: float
+    """Of the calibrated logit."""
     intercept: float | None = None
     """n-grams: of the uncalibrated logit."""
     C: float | None = None
@@ -276,12 +304,21 @@ class ScorerRecord:
     source: str
     """The file of labels."""
     texts: int
+    """Labelled texts."""
     bad: int
+    """Bad ones among them."""
     rejected: dict[str, int]
     """Rows that were skipped, by reason."""
+    bad_from: int | None = None
+    """The first bad label, of labels with an order; null for others."""
+    ordinal: bool = False
+    """n-grams: whether the fit used the order of the labels, because that found bad texts better."""
+    curve: LearningCurve | None = None
+    """Null for transformers, and for scorers of earlier versions."""
     metrics: dict[str, ScorerMetrics]
     """On the held-out texts and on each test file."""
     versions: dict[str, str]
+    """Versions of Python, phf and the libraries that results depend on."""
 
 
 def read_scorer_record(path: str | Path) -> ScorerRecord:

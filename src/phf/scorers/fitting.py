@@ -9,10 +9,9 @@ are stored as safetensors, the rest as JSON; nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
+import json
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,86 +23,31 @@ from phf.core import folders, store
 from phf.core.config import ConfigError
 from phf.core.locks import LOCK, locked
 from phf.core.runs import not_found
-from phf.core.statistics import auc
+from phf.core.statistics import auc, auc_gain, share_estimate
 from phf.core.text import by_reason
-from phf.core.types import Rejected
-from phf.data.corpus import admit
-from phf.data.files import read_rows
 from phf.scorers.fitted import (
     BUCKET_BITS,
     SCORER_RECORD,
     WEIGHTS,
     AtThreshold,
+    CurvePoint,
     HashedNgrams,
+    LearningCurve,
     ScorerMetrics,
     ScorerRecord,
     TransformerScorer,
     feature_matrix,
 )
+from phf.scorers.labels import Labels
 
-TRUE = {"1", "1.0", "true", "yes", "y", "t", "bad", "toxic", "positive"}
-FALSE = {"0", "0.0", "false", "no", "n", "f", "good", "nontoxic", "negative"}
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which precision and recall are reported."""
+HELD_OUT = "heldout.jsonl"
+"""The labels that the fit did not see, for `phf audit`."""
+CURVE = (8, 4, 2)
+"""Parts of the labels that the learning curve fits to, as divisors."""
 FOLDS = 5
 """Parts of the texts for choosing the regularization and for calibration; also the fewest texts of a class."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Labelled texts. `bad_N` is True where the text is bad; `rejected` counts skipped rows by reason."""
-
-    source: str
-    texts: tuple[str, ...]
-    bad_N: np.ndarray
-    rejected: dict[str, int]
-
-
-def read_labels(path: str | Path, text: str = "text", label: str = "label", bad: Sequence[str] | None = None) -> Labels:
-    """Labelled texts from a file of rows of any form (JSON lines, JSON, CSV, TSV, Parquet; compressed or not).
-
-    `bad`: the values of the label that mean bad. Without `bad`, labels must be true or false, 1 or 0, or the like. Rows
-    without a usable text or label are skipped and counted. Raises ConfigError if a column is missing, a label
-    cannot be read, or where all texts are of one class.
-    """
-    path = Path(path).expanduser()
-    rows = read_rows(path, columns=(text, label))
-    wanted = None if bad is None else {value.strip() for value in bad} - {""}
-    seen: set[str] = set()
-    texts = []
-    labels = []
-    rejected: Counter[str] = Counter()
-    for number, row in enumerate(rows):
-        item = admit(str(number), row.get(text), {}, 10_000_000)
-        value = str(row.get(label)).strip()
-        if isinstance(item, Rejected):
-            rejected[item.reason] += 1
-        elif row.get(label) is None or not value or value.lower() == "nan":
-            rejected["no label"] += 1
-        elif wanted is not None:
-            seen.add(value)
-            texts.append(item.text)
-            labels.append(value in wanted)
-        elif value.lower() in TRUE | FALSE:
-            texts.append(item.text)
-            labels.append(value.lower() in TRUE)
-        else:
-            raise ConfigError(
-                f"{path}: label {value[:40]!r} is neither true nor false; name the values that mean bad with --bad"
-            )
-    if wanted is not None and wanted - seen:
-        raise ConfigError(
-            f"{path}: no label is {sorted(wanted - seen)[0]!r} (--bad); the labels are {sorted(seen)[:10]}"
-        )
-    bad_N = np.array(labels, bool)
-    if not len(bad_N):
-        skipped = f" (skipped: {by_reason(rejected)})" if rejected else ""
-        raise ConfigError(f"{path} holds no labelled text{skipped}")
-    if not bad_N.any() or bad_N.all():
-        raise ConfigError(
-            f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both classes are needed"
-        )
-    return Labels(path.name, tuple(texts), bad_N, dict(rejected))
 
 
 def _hash_unit(text: str, person: bytes) -> float:
@@ -126,7 +70,7 @@ def fit_scorer(
     out = Path(out)
     key = store.fingerprint(
         [kind, base_model, heldout, seed, "fit/2"]
-        + [[part.source, _labels_hash(part), part.rejected] for part in (labels, *tests)]
+        + [[part.source, part.mark, part.rejected] for part in (labels, *tests)]
         + [store.path_hash(base_model) if base_model else None]
     )
     if (done := folders.kept(out / SCORER_RECORD, key, ScorerRecord)) is not None:
@@ -167,11 +111,12 @@ def _fit(
     _say(f"fitting to {len(train):,} texts")
     scorer: HashedNgrams | TransformerScorer
     if kind == "ngrams":
-        scorer, strength = _fit_ngrams(labels, train, fold_N, seed)
+        scorer, chosen, curve = _fit_ngrams(labels, train, fold_N, held_N, seed)
         _save_ngrams(scorer, aside)
     else:
         scorer = _fit_transformer(labels, train, fold_N=fold_N, folder=aside, base_model=base_model, seed=seed)
-        strength = None
+        chosen = None
+        curve = None
     ngrams = scorer if isinstance(scorer, HashedNgrams) else None
     record = ScorerRecord(
         key=key,
@@ -179,7 +124,7 @@ def _fit(
         slope=scorer.slope,
         offset=scorer.offset,
         intercept=None if ngrams is None else ngrams.intercept,
-        C=strength,
+        C=None if chosen is None else chosen.strength,
         bucket_bits=None if ngrams is None else BUCKET_BITS,
         weights=None if ngrams is None else store.bytes_hash(ngrams.weights.tobytes()),
         base_model=base_model if kind == "transformer" else None,
@@ -187,9 +132,14 @@ def _fit(
         texts=len(labels.texts),
         bad=int(labels.bad_N.sum()),
         rejected=labels.rejected,
+        bad_from=labels.bad_from,
+        ordinal=chosen is not None and chosen.ordinal,
+        curve=curve,
         metrics=_measure_all(scorer, labels, held_N, tests),
         versions=folders.versions(),
     )
+    rows = [{"text": labels.texts[i], "label": int(labels.bad_N[i])} for i in np.flatnonzero(held_N)]
+    store.write_text(aside / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
     store.write_json(aside / SCORER_RECORD, record)
     return record
 
@@ -223,13 +173,6 @@ def _say(text: str) -> None:
     print(f"    {text}", file=sys.stderr, flush=True)
 
 
-def _labels_hash(labels: Labels) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for text, bad in zip(labels.texts, labels.bad_N, strict=True):
-        digest.update(f"{int(bad)}{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
 def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
     """Slope and offset of the calibrated logit (Platt 1999, with smoothed targets)."""
     from scipy.optimize import minimize
@@ -248,33 +191,108 @@ def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def _fit_ngrams(labels: Labels, train: np.ndarray, fold_N: np.ndarray, seed: int) -> tuple[HashedNgrams, float]:
-    """A calibrated scorer, and the strength of regularization (scikit-learn's C) that was chosen."""
-    from sklearn.linear_model import LogisticRegression
+@dataclass(frozen=True)
+class _Choice:
+    """How to fit: the strength of regularization (scikit-learn's C), and whether by the order of the labels."""
 
+    strength: float
+    ordinal: bool
+
+
+def _fit_ngrams(
+    labels: Labels, train: np.ndarray, fold_N: np.ndarray, held_N: np.ndarray, seed: int
+) -> tuple[HashedNgrams, _Choice, LearningCurve | None]:
+    """A calibrated scorer, how it was fitted, and what fewer labels give."""
     X = feature_matrix([labels.texts[i] for i in train])
     y = labels.bad_N[train]
+    level = None if labels.level_N is None else labels.level_N[train]
+    bad_from = labels.bad_from or 1
     fold = fold_N[train]
 
-    def fitted(rows: np.ndarray, strength: float) -> Any:
-        return LogisticRegression(C=strength, solver="liblinear", random_state=seed, max_iter=200).fit(X[rows], y[rows])
+    def fitted(rows: np.ndarray, how: _Choice) -> tuple[np.ndarray, float]:
+        """Weights and intercept of the logit of being bad."""
+        if how.ordinal and level is not None:
+            return fit_ordinal(X[rows], level[rows], bad_from, how.strength, seed)
+        return _fit_logistic(X[rows], y[rows], how.strength, seed)
 
     _say("choosing the strength of regularization, then calibrating on texts that each fit has not seen")
-    # the strength with the best likelihood on one fold, then calibration on predictions of fits without the text's fold
+    # the choice with the best likelihood on one fold, then calibration on predictions of fits without the text's fold
     first = fold == 0
     losses = {}
-    for strength in (3.0, 10.0, 30.0):
-        p = fitted(~first, strength).predict_proba(X[first])[:, 1].clip(1e-6, 1 - 1e-6)
-        losses[strength] = -float(np.where(y[first], np.log(p), np.log(1 - p)).mean())
-    strength = min(losses, key=losses.__getitem__)
+    for ordinal in (False, True) if level is not None and len(labels.levels) > 1 else (False,):
+        for strength in (3.0, 10.0, 30.0):
+            how = _Choice(strength, ordinal)
+            weights, intercept = fitted(~first, how)
+            logits = X[first] @ weights + intercept
+            losses[how] = float(np.logaddexp(0, np.where(y[first], -logits, logits)).mean())
+    chosen = min(losses, key=losses.__getitem__)
     unseen = np.zeros(len(y))
     for number in range(FOLDS):
         part = fold == number
         if part.any():
-            unseen[part] = fitted(~part, strength).decision_function(X[part])
+            weights, intercept = fitted(~part, chosen)
+            unseen[part] = X[part] @ weights + intercept
     slope, offset = platt(unseen, y)
-    model = fitted(np.ones(len(y), bool), strength)
-    return HashedNgrams(model.coef_[0].astype(np.float32), float(model.intercept_[0]), slope, offset), strength
+    weights, intercept = fitted(np.ones(len(y), bool), chosen)
+    _say("measuring whether more labels would help")
+    order = np.argsort([_hash_unit(labels.texts[i], b"phf fit curve") for i in train], kind="stable")
+    parts = [np.sort(order[: len(order) // divisor]) for divisor in CURVE]
+    smaller = [(len(rows), *fitted(rows, chosen)) for rows in parts if _enough(y[rows])]
+    held = np.flatnonzero(held_N)
+    curve = _curve([*smaller, (len(y), weights, intercept)], [labels.texts[i] for i in held], labels.bad_N[held])
+    return HashedNgrams(weights.astype(np.float32), intercept, slope, offset), chosen, curve
+
+
+def _enough(bad_N: np.ndarray) -> bool:
+    return bool(min(bad_N.sum(), (~bad_N).sum()) >= FOLDS)
+
+
+def _fit_logistic(X: Any, y: np.ndarray, strength: float, seed: int) -> tuple[np.ndarray, float]:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, solver="liblinear", random_state=seed, max_iter=200).fit(X, y)
+    return model.coef_[0], float(model.intercept_[0])
+
+
+CUT_SCALE = 10.0
+"""Value of the columns that say which cut a row is about: so large that regularization hardly holds cuts back."""
+
+
+def fit_ordinal(X: Any, level_N: np.ndarray, bad_from: int, strength: float, seed: int) -> tuple[np.ndarray, float]:
+    """Weights and intercept of the logit that a text's label is at least `bad_from`, fitted to all labels.
+
+    The model is that of proportional odds (McCullagh 1980): logit P(label >= k) = w.x + c_k, one w for all labels.
+    It is fitted as one logistic regression in which each text has a row per k, with a column of its own for each c_k
+    (the reduction of Li and Lin, NeurIPS 2006).
+    """
+    import scipy.sparse
+
+    cuts = [int(level) for level in np.unique(level_N)[1:]]
+    if bad_from not in cuts:
+        return _fit_logistic(X, level_N >= bad_from, strength, seed)
+    blocks = []
+    for place in range(len(cuts)):
+        marks = np.zeros((X.shape[0], len(cuts)), np.float32)
+        marks[:, place] = CUT_SCALE
+        blocks.append(scipy.sparse.hstack([X, scipy.sparse.csr_matrix(marks)], format="csr"))
+    rows = scipy.sparse.vstack(blocks, format="csr")
+    y = np.concatenate([level_N >= cut for cut in cuts])
+    weights, intercept = _fit_logistic(rows, y, strength / len(cuts), seed)
+    own = X.shape[1]
+    return weights[:own], intercept + CUT_SCALE * float(weights[own + cuts.index(bad_from)])
+
+
+def _curve(
+    fits: Sequence[tuple[int, np.ndarray, float]], texts: Sequence[str], bad_N: np.ndarray
+) -> LearningCurve | None:
+    """The learning curve of fits to more and more texts; None of a single fit."""
+    if len(fits) < 2:
+        return None
+    X = feature_matrix(texts)
+    logits = [X @ weights + intercept for _, weights, intercept in fits]
+    areas = [auc(found, bad_N) for found in logits]
+    points = [CurvePoint(fit[0], area.auc, area.ci95) for fit, area in zip(fits, areas, strict=True)]
+    return LearningCurve(points, auc_gain(logits[-1], logits[-2], bad_N))
 
 
 def _save_ngrams(scorer: HashedNgrams, folder: Path) -> None:
@@ -379,6 +397,8 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray) -> ScorerMetrics:
             precision=hits / int(chosen.sum()) if chosen.any() else None,
             recall=hits / int(bad_N.sum()),
             share=float(chosen.mean()),
+            precision_ci95=share_estimate(bad_N[chosen]).ci95,
+            recall_ci95=share_estimate(chosen[bad_N]).ci95,
         )
     return ScorerMetrics(
         n=len(p_N),

@@ -26,7 +26,7 @@ from phf.core.config import ConfigError
 from phf.core.statistics import auc, krippendorff_alpha, share_estimate
 from phf.core.types import Estimate, Identity, Number, Rejected
 from phf.data.scored import ScoredCorpus, natural_threshold
-from phf.scorers.fitting import Labels
+from phf.scorers.labels import Labels
 from phf.scoring.inspect import Table, agreement
 from phf.scoring.inspection import Agreement, ShownSegment
 

@@ -404,7 +404,7 @@ def agreement(
 
 def _labelled(corpus: ScoredCorpus, table: Table, label: str) -> Labelled:
     """How well the scores find the documents that are labelled bad."""
-    from phf.scorers.fitting import FALSE, TRUE
+    from phf.scorers.labels import FALSE, TRUE
 
     value_D = np.full(len(table.counts_D), -1, np.int8)
     place = {(int(f), int(r)): d for d, (f, r) in enumerate(zip(table.file_D, table.row_D, strict=True))}
