@@ -237,6 +237,7 @@ class AtThreshold:
     precision_ci95: tuple[Number, Number] = (math.nan, math.nan)
     """Wilson's interval; null in scorers of earlier versions."""
     recall_ci95: tuple[Number, Number] = (math.nan, math.nan)
+    """Wilson's interval; null in scorers of earlier versions."""
 
 
 @dataclass(frozen=True)
