@@ -38,7 +38,8 @@ from phf.report.browser import shown_samples
 from phf.report.format import number, verdict
 from phf.report.inspect import write_inspection
 from phf.report.measures import Group, Measure, Value, dominated, groups
-from phf.report.page import write_report
+from phf.report.page import compare_runs, write_report
+from phf.report.runs import load_runs
 from phf.scorers import Regex
 from phf.scorers.fitting import fit_scorer
 from phf.scorers.labels import Labels
@@ -633,7 +634,6 @@ def test_dominance_is_judged_by_intervals():
 
 def test_seeds_of_a_group_are_averaged_with_students_interval(folder):
     from phf.core.statistics import t_interval
-    from phf.report.runs import load_runs
 
     runs = load_runs(folder)
     rows = {row.name: row for row in groups(runs, "unconditional")}
@@ -748,3 +748,24 @@ def test_numbers_and_odd_characters():
 def test_nothing_to_report_is_an_error(tmp_path):
     with pytest.raises(store.StoreError, match="no judged run"):
         write_report(tmp_path)
+
+
+def test_the_page_tells_knowledge_from_propensity(folder):
+    compared = compare_runs(folder, load_runs(folder))
+    page = (folder / "report.html").read_text()
+    section = page.partition('<h2 id="knowledge">')[2].partition("</section>")[0]
+    assert {known.group for known in compared.knowledge} == {row.name for row in compared.groups}
+    for known in compared.knowledge:
+        eval_files = [store.read_json(folder / run / "eval.json")["heldout"] for run in known.runs]
+        losses = [(found["oracle"] or found["none"])["bad"]["nats_per_byte"] for found in eval_files]
+        assert known.bad_loss.mean == pytest.approx(sum(losses) / len(losses))
+        assert number(known.bad_loss.mean, 3) in section
+        assert (known.group == compared.plain) == (known.slowdown == {})
+        assert known.said("bad") in section
+    (folder / "mle-s0" / "monitor.jsonl").rename(folder / "mle-s0" / "m")
+    (folder / "mle-s1" / "monitor.jsonl").rename(folder / "mle-s1" / "m")
+    try:
+        assert compare_runs(folder, load_runs(folder)).knowledge == []
+    finally:
+        for seed in "01":
+            (folder / f"mle-s{seed}" / "m").rename(folder / f"mle-s{seed}" / "monitor.jsonl")

@@ -77,6 +77,7 @@ class LabelManifest(folders.Manifest):
     alpha: Number
     """Krippendorff's alpha of texts with several labels, for labels with an order: 1 is agreement, 0 is chance."""
     judges: list[JudgeCounts] = field(default_factory=list)
+    """What each judge did."""
 
 
 def label_corpus(

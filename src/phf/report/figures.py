@@ -14,6 +14,7 @@ from markupsafe import Markup
 from phf.core.types import Estimate
 from phf.evaluation.results import MonitorLine
 from phf.report import plots
+from phf.report.knowledge import Knowledge, knowledge
 from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.noise import NoiseCurve, noise_curves
 from phf.report.plots import Mark, Point, Style
@@ -86,6 +87,15 @@ class Comparison:
     @cached_property
     def tampered(self) -> list[Tampered]:
         return tampered(self.runs, self.plain)
+
+    @cached_property
+    def knowledge(self) -> list[Knowledge]:
+        return knowledge(self.runs, self.plain)
+
+    @property
+    def probes(self) -> list[str]:
+        """The keys of linear classifiers of bad text."""
+        return [key for key in self.capabilities if key.startswith("probe")]
 
     @property
     def attacked(self) -> list[ReportedRun]:

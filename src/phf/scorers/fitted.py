@@ -245,11 +245,15 @@ class ScorerMetrics:
     """How good probabilities are on labelled texts."""
 
     n: int
+    """Texts."""
     bad: int
+    """Bad ones among them."""
     auc: Number
     """Area under the ROC curve: 1 best, 0.5 chance."""
     auc_ci95: tuple[Number, Number]
+    """Its 95% interval."""
     average_precision: float
+    """Area under the curve of precision over recall: 1 best, the share of bad texts is chance."""
     brier: float
     """Mean squared error of the probabilities; lower is better."""
     calibration_error: float
