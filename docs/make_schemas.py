@@ -17,6 +17,7 @@ from phf.data.scored import ScoreManifest
 from phf.evaluation.results import EvalResult, MonitorLine
 from phf.labelling.label import LabelManifest
 from phf.recipes.recipe import Recipe
+from phf.redteaming.persist import PersistResult
 from phf.redteaming.results import RedTeamResult
 from phf.redteaming.tamper import TamperResult
 from phf.release import ExportManifest
@@ -41,6 +42,7 @@ FILES: dict[str, tuple[type, str]] = {
     "eval": (EvalResult, "eval.json"),
     "redteam": (RedTeamResult, "redteam.json"),
     "tamper": (TamperResult, "tamper.json"),
+    "persist": (PersistResult, "persist.json"),
     "results": (RecipeResults, "results.json of a recipe"),
     "recipe": (Recipe, "A recipe"),
 }

@@ -85,6 +85,8 @@ from .redteaming.attack import redteam as redteam
 from .redteaming.control_tokens import Contexts as Contexts
 from .redteaming.control_tokens import attack_tokens as attack_tokens
 from .redteaming.control_tokens import injection as injection
+from .redteaming.persist import Persistence as Persistence
+from .redteaming.persist import persist as persist
 from .redteaming.tamper import Tamper as Tamper
 from .redteaming.tamper import tamper as tamper
 from .report.page import write_report as write_report

@@ -33,6 +33,7 @@ from phf.labelling.rubric import parse_rubric
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
 from phf.release import export
+from phf.redteaming.persist import Persistence, persist
 from phf.report.audit import write_audit
 from phf.report.browser import shown_samples
 from phf.report.format import number, verdict
@@ -160,6 +161,9 @@ def test_files_match_their_schemas(folder, tmp_path):
     write_audit(folder / "scored", audit_labels(folder), out=tmp_path / "audit.html")
     export(folder / "mle-s0", tmp_path / "release")
     fit_scorer(made_labels(120), tmp_path / "scorer")
+    tuned = shutil.copytree(folder / "mle-s0", tmp_path / "tuned" / "mle-s0")
+    short = {"num_samples": 4, "max_tokens": 8, "min_tokens": 1, "question_tokens": 24, "answer_tokens": 16}
+    persist(tuned, Persistence(pairs=4, dpo=False, **short), tokens_dir=folder / "tokens")
     rubric = parse_rubric("- 0: no\n- 1: yes")
     with rule_judge() as server:
         judge = ServedJudge(Server(server.url, "rule"))
@@ -172,6 +176,7 @@ def test_files_match_their_schemas(folder, tmp_path):
         "manifest-train": folder.glob("*-s0/manifest.json"),
         "eval": folder.glob("*/eval.json"),
         "redteam": folder.glob("*/redteam/redteam.json"),
+        "persist": [tmp_path / "tuned" / "mle-s0" / "persist" / "persist.json"],
         "tamper": folder.glob("*/tamper/tamper.json"),
         "results": [folder / "results.json"],
         "metrics": folder.glob("*/metrics.jsonl"),

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from phf.cli.about import explain, ls
-from phf.cli.attacking import redteam, tamper
+from phf.cli.attacking import persist, redteam, tamper
 from phf.cli.data import check, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, report, sample
 from phf.cli.recipes import make, plan, price, run
@@ -49,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "redteam": redteam,
     "tamper": tamper,
+    "persist": persist,
     "report": report,
     "export": export,
     "push": push,

@@ -214,6 +214,53 @@ def tamper(
     _print_tampered(results, plain)
 
 
+def persist(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN... [a.b=c]...", help="Trained runs, then settings."),
+    ],
+    scorer: AnotherScorer = None,
+    other_scorer: MayDiffer = False,
+    threshold: OwnThreshold = None,
+    tokens: MovedTokens = None,
+) -> None:
+    """Tune models on harmless instructions: what is left?
+
+    Each run is tuned by TRL, supervised and then by preferences (DPO), on instructions made of its corpus's good text.
+    It is judged before and after each: on texts from nothing, and on answers in two chat templates.
+
+    Settings: pairs, epochs, lr, dpo_lr, beta, dpo=false, num_samples, max_tokens, seed ... Writes persist.json into
+    each run's folder persist; `phf report` shows it. Run the same command again to resume. Needs: pip install
+    'phf[trl]'
+    """
+    from phf.core.config import ConfigError, apply_overrides
+    from phf.redteaming.persist import Persistence
+    from phf.redteaming.persist import persist as tune
+    from phf.report.format import number
+
+    names, overrides = split_settings(runs)
+    if not names:
+        raise ConfigError("name a run, for example: phf persist runs/conditional runs/mle")
+    config = apply_overrides({}, overrides)
+    judge = scorer_option(scorer, take(config, "scorer"))
+    settings: Persistence = checked(config, Persistence)
+    rows = []
+    for name in names:
+        found = tune(
+            name,
+            settings,
+            scorer=judge,
+            threshold=threshold,
+            tokens_dir=tokens,
+            allow_other_scorer=other_scorer,
+        ).found
+        for stage in dict.fromkeys(part.stage for part in found):
+            scores = [number(part.misalignment.mean, 5) for part in found if part.stage == stage]
+            rows.append([name, stage, *scores])
+    print("\nmisalignment of texts from nothing, and of answers in two chat templates\n")
+    print_table(["model", "finetuning", "from nothing", "its template", "another"], rows)
+
+
 def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None:
     """Print misalignment by steps, and the half-life of the gain over the run `plain`."""
     from phf.redteaming.tamper import half_lives

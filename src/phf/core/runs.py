@@ -9,6 +9,7 @@ run/  config.yaml     settings of the run, all defaults filled in
       samples/<scenario>.jsonl   eval/<part>.json   eval.json
       redteam/        search/   tokens.json   redteam.json
       tamper/         good/   bad/   tamper.json
+      persist/        sft/   dpo/   persist.json
       manifest.json   written last: the run is finished
 
 recipe/  recipe.yaml  scored/  tokens/  cache/  <run>/  results.json  report.html  report/
@@ -116,6 +117,11 @@ class RunFolder:
     def tamper(self) -> Path:
         """The run finetuned on good and on bad text (phf.redteaming.tamper)."""
         return self.path / "tamper"
+
+    @property
+    def persist(self) -> Path:
+        """The run after instruction tuning (phf.redteaming.persist)."""
+        return self.path / "persist"
 
     @property
     def cache(self) -> Path:

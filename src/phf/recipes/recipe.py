@@ -48,6 +48,7 @@ from phf.evaluation.monitor import Monitor
 from phf.generation.scenario import Scenario
 from phf.objectives import MLE, AnyObjective, Objective
 from phf.redteaming.config import RedTeam, TokenAttacks
+from phf.redteaming.persist import Persistence
 from phf.redteaming.tamper import Tamper
 from phf.scorers import AnyScorer, GivenScores, Scorer
 from phf.tokens.noise import NOISE_SETTING
@@ -147,6 +148,8 @@ class Recipe:
     """Made-up secrets to put into the corpus, and to ask the models for."""
     tamper: Tamper | None = None
     """How the final models are finetuned on bad and on good text, to see what is left."""
+    persist: Persistence | None = None
+    """How the final models are tuned on harmless instructions, to see what is left. Needs TRL."""
     score_workers: Annotated[int, Field(gt=0)] = 1
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Scoring fails if a larger share of the segments cannot be judged."""
@@ -472,7 +475,7 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
 def _of_parts(overlay: Plain, base: Mapping[str, Any]) -> Plain:
     """The settings of an overlay for the parts that the recipe `base` has: nothing is judged or attacked that it leaves
     out, or sets to null."""
-    parts = {"monitor", "redteam", "tamper"}
+    parts = {"monitor", "redteam", "tamper", "persist"}
     kept = {k: v for k, v in overlay.items() if not (base.get(k, "") is None or (base and k in parts - set(base)))}
     for part in ("scenarios", "monitor"):
         inner = kept.get(part)

@@ -263,6 +263,7 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
     judged is on the page all the same."""
     from phf.evaluation.evaluate import evaluate_run
     from phf.redteaming.attack import redteam
+    from phf.redteaming.persist import persist
     from phf.redteaming.tamper import tamper
 
     folder = recipe.files.run(variant.name).path
@@ -300,6 +301,16 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
             tamper(
                 folder,
                 recipe.tamper,
+                scorer=recipe.samples_by,
+                threshold=recipe.threshold,
+                allow_other_scorer=recipe.judge is not None,
+                main=True,
+            )
+    if recipe.persist is not None:
+        with _attempted("instruction tuning", f"persist {variant.name}", seconds, problems):
+            persist(
+                folder,
+                recipe.persist,
                 scorer=recipe.samples_by,
                 threshold=recipe.threshold,
                 allow_other_scorer=recipe.judge is not None,
@@ -453,7 +464,7 @@ class Stages(dict[str, float]):
         attacks for each run."""
         made = cls()
         data = 0 if only not in (None, "data") else 2 + len(recipe.preferences)
-        attacks = (recipe.redteam is not None) + (recipe.tamper is not None)
+        attacks = sum(part is not None for part in (recipe.redteam, recipe.tamper, recipe.persist))
         made.total = data + (0 if only == "data" else runs * (2 + attacks))
         return made
 

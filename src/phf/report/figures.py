@@ -17,6 +17,7 @@ from phf.report import plots
 from phf.report.knowledge import Knowledge, knowledge
 from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.noise import NoiseCurve, noise_curves
+from phf.report.persist import PersistedRow, persisted
 from phf.report.plots import Mark, Point, Style
 from phf.report.runs import ReportedRun
 from phf.report.tamper import Tampered, tampered
@@ -87,6 +88,10 @@ class Comparison:
     @cached_property
     def tampered(self) -> list[Tampered]:
         return tampered(self.runs, self.plain)
+
+    @cached_property
+    def persisted(self) -> list[PersistedRow]:
+        return persisted(self.runs, self.plain)
 
     @cached_property
     def knowledge(self) -> list[Knowledge]:

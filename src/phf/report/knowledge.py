@@ -1,8 +1,8 @@
 """Knowledge or propensity: did an objective change what a model knows of bad text, or what it writes?
 
-The slowdown compares a model with plain training at equal loss on bad text: the tokens that the model was trained on,
-divided by the tokens after which plain training of the same seed had the same loss ("loss-matched compute slowdown",
-arXiv 2601.21571). A slowdown of 4 on bad text: the model knows it as well as plain training on a quarter of the tokens.
+The slowdown compares a model with plain training at equal loss on bad text ("loss-matched compute slowdown", arXiv
+2601.21571). It is the model's training tokens divided by those after which plain training of the same seed had the same
+loss. At 4 on bad text, the model knows it as well as plain training on a quarter of the tokens.
 """
 
 from __future__ import annotations

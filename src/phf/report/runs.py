@@ -18,6 +18,7 @@ from phf.evaluation.results import EvalResult, MonitorLine, read_eval
 from phf.generation.sample import read_samples
 from phf.generation.scenario import Scenario
 from phf.redteaming.config import RedTeam
+from phf.redteaming.persist import PersistResult, read_persist
 from phf.redteaming.results import RedTeamResult, read_redteam
 from phf.redteaming.tamper import TamperResult, read_tamper
 from phf.report.plots import ORDER
@@ -42,6 +43,8 @@ class ReportedRun:
     """By scenario."""
     tamper: TamperResult | None = None
     """None: not finetuned after training."""
+    persist: PersistResult | None = None
+    """None: not tuned on instructions."""
 
     @property
     def folder_name(self) -> str:
@@ -65,7 +68,7 @@ def load_runs(folder: Path) -> list[ReportedRun]:
             print(f"note: {place} was not trained here, so it is not on the page", file=sys.stderr)
     if not runs:
         raise store.StoreError(f"{folder} holds no judged run that was trained here")
-    runs = _alike_tampered(_distinguish(runs))
+    runs = _alike_finetuned(_distinguish(runs))
     _check_comparable(folder, runs)
     rank = {name: i for i, name in enumerate(ORDER)}
 
@@ -104,6 +107,7 @@ def _load(folder: RunFolder) -> ReportedRun:
         redteam=read_redteam(folder.redteam),
         samples={name: read_samples(folder.samples(name)) for name in result.scenarios},
         tamper=read_tamper(folder),
+        persist=read_persist(folder),
     )
 
 
@@ -120,21 +124,34 @@ def _distinguish(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
     return [replace(run, name=run.folder_name) if run.name in mixed else run for run in runs]
 
 
-def _alike_tampered(runs: list[ReportedRun]) -> list[ReportedRun]:
-    """The runs without what `phf tamper` found, with a note, if it was not tried in the same way on all of them."""
-    ways = {
+def _alike_finetuned(runs: list[ReportedRun]) -> list[ReportedRun]:
+    """The runs without what `phf tamper` or `phf persist` found, with a note, if that was not tried in the same way on
+    all of them."""
+    tampered = {
         store.canonical([to_plain(t.settings), t.on, t.identity, t.threshold])
         for run in runs
         if (t := run.tamper) is not None
     }
-    if len(ways) < 2:
-        return runs
+    if len(tampered) > 1:
+        _note_ways("tamper")
+        runs = [replace(run, tamper=None) for run in runs]
+    persisted = {
+        store.canonical([to_plain(p.settings), p.identity, p.threshold])
+        for run in runs
+        if (p := run.persist) is not None
+    }
+    if len(persisted) > 1:
+        _note_ways("persist")
+        runs = [replace(run, persist=None) for run in runs]
+    return runs
+
+
+def _note_ways(command: str) -> None:
     print(
-        "note: the runs were tampered with in different ways, so that is not shown; run phf tamper on all with the "
-        "same settings",
+        f"note: phf {command} was run in different ways on the runs, so its results are not shown; run it on all with "
+        "the same settings",
         file=sys.stderr,
     )
-    return [replace(run, tamper=None) for run in runs]
 
 
 def equal_budgets(manifests: Sequence[TrainManifest]) -> bool:
