@@ -423,6 +423,9 @@ class RuleJudge(ThreadingHTTPServer):
         self.faults = {}
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
+    def fault_of(self, text):
+        return next((fault for mark, fault in self.faults.items() if mark in text), None)
+
 
 class _RuleAnswer(BaseHTTPRequestHandler):
     def log_message(self, *args):
@@ -433,7 +436,7 @@ class _RuleAnswer(BaseHTTPRequestHandler):
         said = asked["messages"][0]["content"] if "messages" in asked else asked["prompt"]
         text = json.loads(re.search(r"on the next line\..*\n(.*)\n", said)[1])
         self.server.asked.append(text)
-        fault = next((f for mark, f in self.server.faults.items() if mark in text), None)
+        fault = self.server.fault_of(text)
         label = answer_text(2 if "http" in text else 0) if fault is None else fault
         status = 200
         value = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": label}}]}

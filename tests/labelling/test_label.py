@@ -46,6 +46,11 @@ RUBRIC = parse_rubric("Is there a link?\n- 0: no\n- 1: perhaps\n- 2: yes")
         ("0. fine\n1. rude\n2. an insult\n\nBad from: 1", 2, 1),
         ("* **0**: a\n* **1**: b\n* **2**: c\n* **3**: d\n* **4**: e", 4, 3),
         ("0) a\n1) b\n2) c\n3) d\nbad from 3.", 3, 3),
+        ("- 0: a\n- 1: b\n- 2: c\n\n**Bad from:** 1", 2, 1),
+        ("- 0: a\n- 1: b\n- 2: c\n- Bad from: 1", 2, 1),
+        ("- 0: a\n- 1: b\n- 2: c\n\nBad from: **1** (inclusive)", 2, 1),
+        ("- 0: a\n- 1: b\n- 2: c\n\nBad from = 1", 2, 1),
+        ("# no data\nwith 2 things\n- 0: a\n- 1: b", 1, 1),
         (rubric_for("no personal data"), 2, 2),
     ],
 )
@@ -65,6 +70,7 @@ def test_a_rubric_lists_its_labels(text, top, bad_from):
         ("- 0: a\n- 1: b\nBad from: 2", "not one of the labels 1 to 1"),
         ("- 0: a\n- 1: b\nBad from: 0", "not one of the labels"),
         ("- 0: a\n- 1: b\nBad from: 1\nBad from: 1", "says once"),
+        ("- 0: a\n- 1: b\nBad from: one", "says once"),
     ],
 )
 def test_a_rubric_that_is_none_is_an_error(text, said):
@@ -89,6 +95,7 @@ def test_a_rubric_that_is_none_is_an_error(text, said):
         ('{"score": 2}', UNREADABLE),
         ('The label is {"label": 2}', UNREADABLE),
         ("[1]", UNREADABLE),
+        ('{"label": 1, "label": 2}', UNREADABLE),
         ("[" * 100_000, UNREADABLE),
         ("I'm sorry, but I cannot help with that.", REFUSED),
         ("I can’t label this.", REFUSED),
@@ -170,30 +177,46 @@ def test_parts_are_equal_where_they_can_be(n, available):
     st.sampled_from(["uniform", "length"]),
 )
 def test_every_text_is_drawn_once_and_a_larger_sample_holds_the_smaller(texts, n, by):
-    different = {t.strip() for t in texts} - {""}
-    if not different:
+    times = Counter(t.strip() for t in texts if t.strip())
+    if not times:
         with pytest.raises(ConfigError, match="no segment with text"):
             draw(source(texts), Drawing(n))
         return
-    drawn, strata = draw(source(texts), Drawing(n, by))
-    names = [d.text.strip() for d in drawn]
-    assert len(set(names)) == len(names) == min(n, len(different))
-    assert sum(s.segments for s in strata) == sum(bool(t.strip()) for t in texts)
-    assert math.isclose(sum(d.weight for d in drawn), sum(s.segments for s in strata if s.drawn))
-    more, _ = draw(source(texts), Drawing(n + 5, by))
+    found = draw(source(texts), Drawing(n, by))
+    names = [d.text.strip() for d in found.texts]
+    assert len(set(names)) == len(names) == min(n, len(times))
+    assert sum(s.segments for s in found.strata) == times.total()
+    assert sum(s.texts for s in found.strata) >= len(times)
+    assert all(d.times == times[d.text.strip()] or by == "length" for d in found.texts)
+    if n >= len(times):
+        assert all(d.weight == d.times for d in found.texts)
+    more = draw(source(texts), Drawing(n + 5, by)).texts
     if by == "uniform":
         assert set(names) <= {d.text.strip() for d in more}
         assert names == [d.text.strip() for d in more if d.text.strip() in names]
 
 
+def test_weights_are_the_segments_that_a_text_stands_for():
+    """9,000 segments of one text and 1,000 others: the weights add up to all segments, and give shares of segments."""
+    texts = ["the same bad line"] * 9000 + [f"good line {n}" for n in range(1000)]
+    found = draw(source(texts), Drawing(1001)).texts
+    assert sum(d.weight for d in found if "bad" in d.text) == 9000
+    assert sum(d.weight for d in found) == 10_000
+    many = [f"line {n}" for n in range(20_000)]
+    some = draw(source(many), Drawing(500))
+    assert some.strata[0].texts == pytest.approx(20_000, rel=0.1)
+    assert sum(d.weight for d in some.texts) == pytest.approx(20_000, rel=0.1)
+
+
 def test_half_of_the_texts_are_above_the_threshold():
     texts = [f"t{n}" for n in range(1000)]
     scores = [float(n >= 990) for n in range(1000)]
-    drawn, strata = draw(source(texts, scores, (0.5,), 0.5), Drawing(16, "score"))
+    found = draw(source(texts, scores, (0.5,), 0.5), Drawing(16, "score"))
+    drawn = found.texts
     assert sorted(d.score for d in drawn) == [0.0] * 8 + [1.0] * 8
-    assert [s.segments for s in strata] == [990, 10]
+    assert [s.segments for s in found.strata] == [990, 10]
     assert {d.weight for d in drawn} == {990 / 8, 10 / 8}
-    drawn, _ = draw(source(texts, scores, (0.5,), 0.5), Drawing(100, "score"))
+    drawn = draw(source(texts, scores, (0.5,), 0.5), Drawing(100, "score")).texts
     assert Counter(d.score for d in drawn) == {1.0: 10, 0.0: 90}
     with pytest.raises(ConfigError, match="has no scores to draw by"):
         draw(source(texts), Drawing(10, "score"))
@@ -202,8 +225,7 @@ def test_half_of_the_texts_are_above_the_threshold():
 def test_a_sample_is_uniform():
     counts = Counter()
     for seed in range(400):
-        drawn, _ = draw(source([f"t{n}" for n in range(20)]), Drawing(5, seed=seed))
-        counts.update(d.text for d in drawn)
+        counts.update(d.text for d in draw(source([f"t{n}" for n in range(20)]), Drawing(5, seed=seed)).texts)
     assert len(counts) == 20
     assert sum((count - 100) ** 2 / 75 for count in counts.values()) * 19 / 20 < 43.8  # chi-square, p = 0.001
 
@@ -285,11 +307,63 @@ def test_faults_of_a_server_are_counted_and_asked_again(served, scored, tmp_path
     assert not any(mark in row["text"] for row in rows_of(out) for mark in served.faults)
     served.faults = {}
     before = len(served.asked)
-    (out / "manifest.json").unlink()
-    again = label_corpus(from_scored(scored), out, RUBRIC, [judge], Drawing(60), max_without=0.9)
+    again = label_corpus(from_scored(scored), out, RUBRIC, [judge], Drawing(60), max_without=0.9)  # it is not done
     refused_by_status = sum("rivers" in t and not re.search("cats|dogs|trees", t) for t in served.asked[before:])
     assert set(again.judges[0].without) == {"refused", UNREADABLE}  # those were paid for
     assert len(served.asked) - before == without["no answer"] + refused_by_status
+    label_corpus(from_scored(scored), out, RUBRIC, [judge], Drawing(60), max_without=0.9)  # now it is
+    assert len(served.asked) - before == without["no answer"] + refused_by_status
+
+
+@pytest.mark.parametrize("fault", [b"not json", {"choices": []}, {"choices": [{}, {}]}, 503])
+def test_an_answer_that_cannot_be_read_is_asked_for_again(served, scored, tmp_path, fault):
+    """Every text fails once, then the server is well."""
+    failed = set()
+    judge = ServedJudge(Server(served.url, "rule", retries=2))
+    real = type(served).fault_of
+
+    def fault_of(server, text):
+        if text not in failed:
+            failed.add(text)
+            return fault
+        return real(server, text)
+
+    served.fault_of = lambda text: fault_of(served, text)
+    found = label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(20))
+    assert found.labels == 20
+    assert len(served.asked) == 40
+
+
+def test_another_field_of_the_corpus_is_another_corpus(served, tmp_path):
+    rows = [{"text": f"line {n}", "alt": f"http {n}"} for n in range(12)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"text": 3}\nno json\n')
+    judge = ServedJudge(Server(served.url, "rule"))
+    for field, label in (("text", 0), ("alt", 2)):
+        corpus = Jsonl(str(tmp_path / "t.jsonl"), field=field)
+        found = label_corpus(from_corpus("t", corpus, Lines()), tmp_path / "out", RUBRIC, [judge])
+        assert {row["label"] for row in rows_of(tmp_path / "out")} == {label}
+        assert sum(found.rejected.values()) == 2
+        assert set(found.rejected) == set(found.examples)
+
+
+def test_answers_with_bytes_that_are_no_text_are_left_out(served, scored, tmp_path):
+    judge = ServedJudge(Server(served.url, "rule"))
+    out = tmp_path / "out"
+    label_corpus(from_scored(scored), out, RUBRIC, [judge], Drawing(5))
+    with open(out / "answers.jsonl", "ab") as file:
+        file.write(b"\xff\xfe{\n")
+    label_corpus(from_scored(scored), out, RUBRIC, [judge], Drawing(8))
+    assert len(served.asked) == 8
+
+
+def test_a_judge_that_fails_leaves_the_labels_that_are_there(served, scored, tmp_path):
+    out = tmp_path / "out"
+    label_corpus(from_scored(scored), out, RUBRIC, [ServedJudge(Server(served.url, "rule"))], Drawing(5))
+    before = (out / LABELS).read_bytes(), (out / "manifest.json").read_bytes()
+    dead = ServedJudge(Server("http://127.0.0.1:9/v1", "m", retries=0))
+    with pytest.raises(JudgeError):
+        label_corpus(from_scored(scored), out, RUBRIC, [dead], Drawing(5))
+    assert ((out / LABELS).read_bytes(), (out / "manifest.json").read_bytes()) == before
 
 
 def test_a_dead_server_ends_the_work_with_one_line(scored, tmp_path, monkeypatch):
@@ -319,7 +393,7 @@ def test_the_cost_is_said_without_asking(served, scored, tmp_path, capsys):
     assert label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(30), ask_only_cost=True) is None
     said = capsys.readouterr().err
     tokens = int(re.search(r"about ([\d,]+) tokens", said)[1].replace(",", ""))
-    asked = [question(RUBRIC, d.text) for d in draw(from_scored(scored), Drawing(30))[0]]
+    asked = [question(RUBRIC, d.text) for d in draw(from_scored(scored), Drawing(30)).texts]
     assert abs(tokens - sum(map(len, asked)) / 3.5) < 1
     assert not served.asked
     assert not (tmp_path / "out").exists()
@@ -447,6 +521,24 @@ def test_a_person_labels_stops_and_goes_on(page):
     thread.join(10)
     assert [row["label"] for row in rows_of(out)] == [1] + [0] * 6
     assert {row["judge"] for row in rows_of(out)} == {"ann"}
+
+
+def test_a_second_person_is_a_second_judge(scored, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    texts = draw(from_scored(scored), Drawing(8)).texts
+    answers = Answers(out / "answers.jsonl")
+    for who, labels in (("ann", (0, 1, 2, 0, 1, 2, 0, 1)), ("ben", (0, 1, 2, 0, 1, 2, 0, 0))):
+        for item, label in zip(texts, labels, strict=True):
+            answers.keep(ByHand(who)._key(RUBRIC, item.text), label)
+    (out / ".started.json").write_text(json.dumps({"stage": "label", "key": "labels"}))
+    label_corpus(from_scored(scored), out, RUBRIC, [ByHand("ann")], Drawing(8))
+    found = label_corpus(from_scored(scored), out, RUBRIC, [ByHand("ben")], Drawing(8))
+    assert Counter(row["judge"] for row in rows_of(out)) == {"ann": 8, "ben": 8}
+    assert 0.5 < found.alpha < 1
+    before = (out / LABELS).read_bytes()
+    label_corpus(from_scored(scored), out, RUBRIC, [ByHand("ann")], Drawing(8))
+    assert (out / LABELS).read_bytes() == before
 
 
 def test_the_page_answers_only_its_own_person(page):

@@ -94,6 +94,8 @@ def test_a_corpus_with_hardly_any_bad_text_says_what_to_do(place):
         (["make", "no links", "out", "--by-hand"], "--corpus: name the texts"),
         (["make", "no links", "out", "--corpus", "t.jsonl"], "who labels?"),
         (["make", "no links", "full", "--corpus", "t.jsonl", "--by-hand"], "was not made by `phf make`"),
+        (["make", "no links", "old", "--corpus", "t.jsonl", "--by-hand"], "made with another wish (no data)"),
+        (["make", "no data", "old", "--corpus", "t.jsonl", "--by-hand"], "made with another corpus"),
         (["make", "no links", "t.jsonl", "--corpus", "t.jsonl", "--by-hand"], "is a file"),
     ],
 )
@@ -101,10 +103,22 @@ def test_mistakes(tmp_path, arguments, said):
     write_jsonl(tmp_path / "t.jsonl", tiny_texts(5))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
+    (tmp_path / "old").mkdir()
+    made = {"wish": "no data", "corpus": {"name": "jsonl", "path": "other"}, "segmenter": {"name": "lines"}}
+    (tmp_path / "old" / "made.json").write_text(json.dumps(made))
     ran = phf_inside(*arguments, cwd=tmp_path)
     assert ran.returncode == 2
     assert said in ran.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_plan_is_found_before_labels_are_paid_for(place):
+    folder, server, command = place
+    huge = json.dumps(TINY_LLAMA | {"hidden_size": 200_000, "intermediate_size": 800_000, "num_hidden_layers": 100})
+    ran = phf_inside(*command, *SMALL, f"model.config={huge}", cwd=folder)
+    assert ran.returncode == 2
+    assert "this recipe cannot run here" in ran.stderr
+    assert not server.asked
 
 
 def test_an_empty_wish_is_an_error(tmp_path):

@@ -32,8 +32,8 @@ from phf.labelling.label import label_corpus
 from phf.labelling.rubric import parse_rubric
 from phf.recipes.recipe import load_recipe
 from phf.recipes.run import RecipeError, run_recipe
-from phf.release import export
 from phf.redteaming.persist import Persistence, persist
+from phf.release import export
 from phf.report.audit import write_audit
 from phf.report.browser import shown_samples
 from phf.report.format import number, verdict

@@ -20,6 +20,7 @@ from phf.report.format import curve_text
 from phf.scorers import Fitted, fitting
 from phf.scorers import fitted as hashing
 from phf.scorers.fitted import (
+    HELD_OUT,
     AtThreshold,
     CurvePoint,
     HashedNgrams,
@@ -27,8 +28,8 @@ from phf.scorers.fitted import (
     feature_matrix,
     load_fitted,
 )
-from phf.scorers.fitting import CUT_SCALE, HELD_OUT, fit_ordinal, fit_scorer, measure, platt
-from phf.scorers.labels import Labels, read_labels
+from phf.scorers.fitting import CUT_SCALE, fit_ordinal, fit_scorer, measure, platt
+from phf.scorers.labels import Labels, one_each, read_labels
 
 MASK = 2**64 - 1
 BASE = int(hashing._BASE)
@@ -349,3 +350,45 @@ def test_a_fit_says_whether_more_labels_would_help(tmp_path):
 def test_a_curve_in_words(low, high, said):
     point = CurvePoint(10, 0.5, (0.4, 0.6))
     assert said in curve_text(LearningCurve([point, point], Estimate(0.02, 0.01, 5, (low, high))))
+
+
+# weights, and several labels of a text
+
+
+def test_several_labels_of_a_text_are_one_text(tmp_path):
+    plain = made_labels(300)
+    five = Labels("five", plain.texts * 5, np.tile(plain.bad_N, 5), {})
+    one = fit_scorer(plain, tmp_path / "one")
+    all_five = fit_scorer(five, tmp_path / "five")
+    assert all_five.texts == one.texts == 300
+    assert all_five.metrics["held out"].n == one.metrics["held out"].n
+    assert all_five.metrics["held out"].auc_ci95 == one.metrics["held out"].auc_ci95
+    assert [p.texts for p in all_five.curve.points] == [p.texts for p in one.curve.points]
+
+
+def test_the_label_of_most_judges_counts():
+    level = np.array([0, 2, 2, 1, 1, 0, 3, 0, 1])
+    given = Labels("l", ("a", "a", "a", "b", "b", "c", "c", "d", "d"), level >= 2, {}, level, 2, np.arange(9.0) + 1)
+    found = one_each(given)
+    assert dict(zip(found.texts, found.level_N.tolist(), strict=True)) == {"a": 2, "b": 1, "d": 0}
+    assert found.bad_N.tolist() == [True, False, False]
+    assert found.weight_N.tolist() == [1, 4, 8]
+    assert found.rejected == {"as many labels bad as good": 1}
+    assert one_each(found) is found
+
+
+def test_weighted_measures_are_those_of_repeated_texts():
+    rng = np.random.default_rng(0)
+    p = rng.random(60)
+    bad = rng.random(60) < p
+    times = rng.integers(1, 5, 60)
+    weighted = measure(p, bad, times.astype(float))
+    repeated = measure(np.repeat(p, times), np.repeat(bad, times))
+    for name in ("auc", "average_precision", "brier", "calibration_error"):
+        assert getattr(weighted, name) == pytest.approx(getattr(repeated, name), rel=1e-9)
+    for threshold in ("0.3", "0.5"):
+        a, b = weighted.at[threshold], repeated.at[threshold]
+        assert (a.precision, a.recall, a.share) == pytest.approx((b.precision, b.recall, b.share))
+        assert a.precision_ci95[1] - a.precision_ci95[0] > b.precision_ci95[1] - b.precision_ci95[0]
+    slope, offset = platt(p, bad, times.astype(float))
+    assert np.isfinite([slope, offset]).all()

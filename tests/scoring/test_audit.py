@@ -237,3 +237,49 @@ def test_the_page_compares_a_second_scorer_and_masks_personal_data(tmp_path):
     numbers = json.loads(page.with_suffix(".json").read_text())
     assert numbers["strata"][0]["above"] is None
     assert numbers["at"][0]["precision"]["mean"] == found.at[0].precision.mean
+
+
+def test_labels_that_were_drawn_by_another_score_are_weighted(tmp_path):
+    """Labels drawn by a first score: half from the tenth that it calls bad. Audits of a second score cover the truth
+    with the weights, and do not without."""
+    rng = np.random.default_rng(0)
+    n = 20_000
+    bad = rng.random(n) < 0.02
+    first = (rng.random(n) < np.where(bad, 0.9, 0.08)).astype(float)
+    second = np.clip(np.where(bad, 0.7, 0.2) + rng.normal(size=n) * 0.2, 0, 1)
+    folder = scored(tmp_path / "scored", second)
+    truth = bad[second > 0.5].mean()
+    covered = {True: 0, False: 0}
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        chosen = [draw.choice(np.flatnonzero(first == value), 400, replace=False) for value in (0.0, 1.0)]
+        weights = np.repeat([(first == value).sum() / 400 for value in (0.0, 1.0)], 400)
+        picked = np.concatenate(chosen)
+        for weighs in covered:
+            given = Labels("l", tuple(f"s{i}" for i in picked), bad[picked], {}, weight_N=weights if weighs else None)
+            found = audit(folder, given, threshold=0.5)
+            low, high = found.main.precision.ci95
+            covered[weighs] += low <= truth <= high
+            if weighs:
+                assert found.bad_share.ci95[0] <= bad.mean() <= found.bad_share.ci95[1] or seed
+                assert all(s.effective <= s.labelled + 1e-9 for s in found.strata if s.labelled)
+    assert covered[True] >= 7
+    assert covered[False] == 0
+
+
+def test_an_audit_with_the_fitted_labels_uses_those_that_the_fit_did_not_see(tmp_path):
+    from helpers import made_labels, phf_inside
+    from phf.scorers import Fitted
+
+    given = made_labels(300)
+    rows = [{"text": t, "label": int(b)} for t, b in zip(given.texts, given.bad_N, strict=True)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = phf_inside("fit-scorer", "labels.jsonl", "mine", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    held = (tmp_path / "mine" / "heldout.jsonl").read_text().count("\n")
+    corpus = Jsonl(str(write_jsonl(tmp_path / "t.jsonl", [t + "\n" for t in given.texts])))
+    score_corpus(corpus, Lines(), Fitted(str(tmp_path / "mine")), tmp_path / "scored")
+    ran = phf_inside("audit", "scored", "labels.jsonl", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert f"audited with the {held} texts that the fit did not see" in ran.stderr
+    assert json.loads((tmp_path / "scored" / "audit.json").read_text())["labelled"] == held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,7 +98,7 @@ def plan(
 
     Without a given speed, this machine's speed of matrix products is measured. Fails if something cannot fit.
     """
-    from phf.core.config import ConfigError
+    from phf.recipes.make import check_plan
     from phf.recipes.plan import HEAD, make_plan, plan_table
     from phf.recipes.recipe import load_recipe
 
@@ -115,8 +116,7 @@ def plan(
     print_table(HEAD, rows)
     print()
     print("\n".join(lines))
-    if found.problems:
-        raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {p}" for p in found.problems))
+    check_plan(found)
 
 
 def make(
@@ -145,6 +145,7 @@ def make(
     from phf.cli.scorers import judges_of, read_from
     from phf.core.config import ConfigError, apply_overrides
     from phf.labelling.drawing import Drawing
+    from phf.recipes.make import check_plan
     from phf.recipes.make import make as make_ready
     from phf.recipes.plan import HEAD, make_plan, plan_table
     from phf.recipes.run import run_recipe
@@ -157,11 +158,13 @@ def make(
     judges = judges_of(config, server, model, local, by_hand, who, port)
     made = make_ready(wish, out, *read_from(corpus, config), judges, Drawing(n), of_recipe)
     print("==> [6/6] plan", file=sys.stderr)
-    rows, lines = plan_table(make_plan(made.recipe, score=False))
+    found = make_plan(made.recipe, score=False)
+    check_plan(found)
+    rows, lines = plan_table(found)
     print_table(HEAD, rows)
     print("\n".join(["", *lines]))
     if not train and not (sys.stdin.isatty() and typer.confirm("Train now?", err=True)):
-        print(f"to train: the same command with --train, or phf run {' '.join([f'{out}/recipe.yaml', *of_recipe])}")
+        print(f"to train: the same command with --train, or phf run {shlex.join([f'{out}/recipe.yaml', *of_recipe])}")
         return
     print_results(run_recipe(made.recipe))
     print(f"\nreport: {made.recipe.files.report}   audit of its scorer: {made.page}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
@@ -169,7 +170,7 @@ def fit_scorer(
     """
     from phf.core.config import ConfigError, did_you_mean
     from phf.report.format import curve_text
-    from phf.scorers.fitting import HELD_OUT
+    from phf.scorers.fitted import HELD_OUT
     from phf.scorers.fitting import fit_scorer as fit
     from phf.scorers.labels import read_labels
 
@@ -225,10 +226,17 @@ def audit(
     from phf.report.audit import write_audit
     from phf.report.format import as_noise, number, share, share_with_interval, verdict
     from phf.scorers.labels import read_labels
+    from phf.scoring.audit import labels_not_fitted
 
-    page, found = write_audit(
-        scored, read_labels(labels, text, label, bad.split(",") if bad else None, bad_from), out, scores, threshold
-    )
+    given = read_labels(labels, text, label, bad.split(",") if bad else None, bad_from)
+    if (unseen := labels_not_fitted(scored, scores, given)) is not None:
+        print(
+            f"note: the scorer was fitted to {given.source}; audited with the {len(unseen.texts):,} texts that the fit "
+            "did not see",
+            file=sys.stderr,
+        )
+        given = unseen
+    page, found = write_audit(scored, given, out, scores, threshold)
     print(
         f"{counted(found.segments, 'segment')}, {found.labelled:,} labelled, {found.bad:,} of them bad; "
         f"AUC {number(found.auc, 3)}"
@@ -267,7 +275,8 @@ def _test_set(spec: str, text: str, label: str, bad: str | None, bad_from: int |
     if not columns:
         return read_labels(path, text, label, bad.split(",") if bad else None, bad_from)
     label = columns[1] if len(columns) > 1 else label
-    return read_labels(path, columns[0], label, columns[2].split(",") if len(columns) > 2 else None)
+    named = columns[2].split(",") if len(columns) > 2 else None
+    return read_labels(path, columns[0], label, named, None if named else bad_from)
 
 
 def _metrics_row(name: str, found: ScorerMetrics) -> list[str]:

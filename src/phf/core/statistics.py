@@ -19,8 +19,9 @@ Z95 = 1.959963984540054
 """97.5% quantile of the standard normal distribution."""
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval for a share, valid also at 0 and n hits (Wilson, JASA 22, 1927)."""
+def wilson(hits: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% interval for a share, valid also at 0 and n hits (Wilson, JASA 22, 1927). `n` may be a number of
+    units that weigh equally, which is not whole."""
     if n == 0:
         return (0.0, 1.0)
     share = hits / n
@@ -164,9 +165,15 @@ class AUC:
     """95% interval."""
 
 
-def auc(value_N: np.ndarray, bad_N: np.ndarray, group_N: np.ndarray | None = None, resamples: int = 200) -> AUC:
+def auc(
+    value_N: np.ndarray,
+    bad_N: np.ndarray,
+    group_N: np.ndarray | None = None,
+    resamples: int = 200,
+    weight_N: np.ndarray | None = None,
+) -> AUC:
     """How well larger values point to bad units (`bad_N` bool). The interval is a bootstrap over units, or over whole
-    groups where `group_N` numbers them."""
+    groups where `group_N` numbers them. `weight_N`: weights of the units."""
     from sklearn.metrics import roc_auc_score
 
     if not bad_N.any() or bad_N.all():
@@ -182,12 +189,23 @@ def auc(value_N: np.ndarray, bad_N: np.ndarray, group_N: np.ndarray | None = Non
         drawn = rng.integers(0, n, n)
         pick = drawn if places is None else np.concatenate([places[g] for g in drawn])
         if 0 < bad_N[pick].sum() < len(pick):
-            found.append(roc_auc_score(bad_N[pick], value_N[pick]))
+            found.append(roc_auc_score(bad_N[pick], value_N[pick], sample_weight=_of(weight_N, pick)))
     low, high = np.quantile(found, [0.025, 0.975]) if n > 1 and found else (math.nan, math.nan)
-    return AUC(float(roc_auc_score(bad_N, value_N)), (float(low), float(high)))
+    area = float(roc_auc_score(bad_N, value_N, sample_weight=weight_N))
+    return AUC(area, (float(low), float(high)))
 
 
-def auc_gain(new_N: np.ndarray, old_N: np.ndarray, bad_N: np.ndarray, resamples: int = 500) -> Estimate:
+def _of(weight_N: np.ndarray | None, pick: np.ndarray) -> np.ndarray | None:
+    return None if weight_N is None else weight_N[pick]
+
+
+def auc_gain(
+    new_N: np.ndarray,
+    old_N: np.ndarray,
+    bad_N: np.ndarray,
+    resamples: int = 500,
+    weight_N: np.ndarray | None = None,
+) -> Estimate:
     """Area under the ROC curve of the values `new_N` less that of `old_N`, with a bootstrap over units, which are the
     same for both."""
     from sklearn.metrics import roc_auc_score
@@ -196,7 +214,9 @@ def auc_gain(new_N: np.ndarray, old_N: np.ndarray, bad_N: np.ndarray, resamples:
         return Estimate.missing(math.nan)
 
     def gain(pick: np.ndarray) -> float:
-        return float(roc_auc_score(bad_N[pick], new_N[pick]) - roc_auc_score(bad_N[pick], old_N[pick]))
+        weights = _of(weight_N, pick)
+        new, old = (roc_auc_score(bad_N[pick], v[pick], sample_weight=weights) for v in (new_N, old_N))
+        return float(new - old)
 
     n = len(bad_N)
     rng = np.random.Generator(np.random.Philox(0))

@@ -6,7 +6,6 @@ or none.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import json
@@ -17,10 +16,10 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 from pydantic import Field, PlainSerializer
@@ -70,7 +69,7 @@ class Answers:
         self.path = Path(path)
         self.lock = threading.Lock()
         self.known: dict[str, Any] = {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         self.torn = not text.endswith("\n") and text != ""
         for line in text.split("\n"):
             try:
@@ -141,11 +140,18 @@ class Server:
         if answers is not None and key in answers.known:
             with contextlib.suppress(ServerError):
                 return _answer(answers.known[key], chat)
-        given = self.post(path, body)
-        answer = _answer(given, chat)
-        if answers is not None:
-            answers.keep(key, given)
-        return answer
+        for attempt in range(self.retries + 1):
+            given = self.post(path, body)
+            try:
+                answer = _answer(given, chat)
+            except ServerError:
+                if attempt == self.retries:
+                    raise
+                continue
+            if answers is not None:
+                answers.keep(key, given)
+            return answer
+        raise AssertionError
 
     def _key(self, path: str, body: Plain) -> str:
         return store.fingerprint([self.url, path, body])
@@ -176,8 +182,10 @@ class Server:
             try:
                 return store.parse_json(data)
             except ValueError:
-                raise ServerError(f"{self.url}{path} did not answer with JSON: {text!r}") from None
-        raise ServerError(f"{self.url}{path} does not answer ({problem}), tried {self.retries + 1} times")
+                problem = f"did not answer with JSON: {text!r}"
+                continue
+        said = problem if problem.startswith("did not") else f"does not answer ({problem})"
+        raise ServerError(f"{self.url}{path} {said}, tried {self.retries + 1} times")
 
     def complete(
         self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
@@ -221,8 +229,7 @@ class Server:
                 return refused, False, 0
             return answer.text, answer.ended, answer.tokens
 
-        with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
-            return list(pool.map(one, range(len(prompts))))
+        return list(in_threads(one, range(len(prompts)), self.batch))
 
     def instruct(
         self,
@@ -243,8 +250,7 @@ class Server:
                 return "", 0
             return answer.text, answer.tokens or 0
 
-        with concurrent.futures.ThreadPoolExecutor(self.batch) as pool:
-            return list(pool.map(one, range(len(asked))))
+        return list(in_threads(one, range(len(asked)), self.batch))
 
     def answer(
         self, asked: str, chat: bool, max_tokens: int, temperature: float, seed: int, answers: Answers | None = None
@@ -366,6 +372,41 @@ class Server:
                 "same tokens, so it cannot be a reference; vLLM's are known to be right"
             )
         return len(tokens)
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+    """`work` of each item, in order. The threads end with the process, so an interruption does not wait for requests in
+    flight; and no item is started after the first error, or once the caller stops reading."""
+    found: list[queue.Queue[tuple[bool, Any]]] = [queue.Queue(1) for _ in items]
+    places = iter(range(len(items)))
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            with lock:
+                place = next(places, None)
+            if place is None:
+                return
+            try:
+                found[place].put((True, work(items[place])))
+            except BaseException as error:
+                found[place].put((False, error))
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        for result in found:
+            good, value = result.get()
+            if not good:
+                raise value
+            yield value
+    finally:
+        stop.set()
 
 
 @functools.lru_cache(maxsize=1)

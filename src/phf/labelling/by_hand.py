@@ -19,7 +19,7 @@ from typing import Any
 
 from phf.core import store
 from phf.core.config import ConfigError, Plain
-from phf.core.text import visible
+from phf.core.text import one_line, visible
 from phf.generation.server import Answers
 from phf.labelling.judges import Cost, Given, Judge
 from phf.labelling.rubric import Rubric
@@ -37,6 +37,8 @@ class ByHand(Judge):
 
     who: str = "by hand"
     port: int = 0
+    finished: bool = False
+    """Take what the person labelled before, and show no page."""
 
     def identity(self) -> Any:
         return ["by hand", self.who]
@@ -56,7 +58,7 @@ class ByHand(Judge):
 
     def labels(self, texts: Sequence[str], rubric: Rubric, repeat: int, answers: Answers) -> Iterator[Given]:
         keys = [self._key(rubric, text) for text in texts]
-        if any(key not in answers.known for key in keys):
+        if not self.finished and any(key not in answers.known for key in keys):
             serve(_Session(texts, keys, rubric, answers), self.port)
         for key in keys:
             label = answers.known.get(key)
@@ -105,15 +107,23 @@ class _Session:
         self.answers.keep(self.keys[number], label)
 
 
+class _Quiet(ThreadingHTTPServer):
+    """A browser that closes its connection is no error."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 def serve(session: _Session, port: int) -> None:
     """Serve the page until the person ends it. Raises ConfigError for a port that is not free."""
     secret = secrets.token_urlsafe(16)
     handler = _handler(session, secret)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = _Quiet(("127.0.0.1", port), handler)
     except OSError as error:
         raise ConfigError(f"port {port} cannot be used: {error.strerror}; give another --port, or none") from None
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     print(f"label on http://127.0.0.1:{server.server_port}/{secret}/", file=sys.stderr, flush=True)
@@ -181,6 +191,9 @@ def _handler(session: _Session, secret: str) -> type[BaseHTTPRequestHandler]:
                 session.label(given.get("number"), given.get("label"))
             except (ValueError, AttributeError) as error:
                 self._json({"error": str(error)}, 400)
+                return
+            except OSError as error:  # a full disk
+                self._json({"error": one_line(error)}, 500)
                 return
             self._json(session.item(given["number"] + 1))
 

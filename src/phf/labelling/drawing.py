@@ -31,6 +31,8 @@ from phf.scoring.inspect import Table
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 """Characters that divide the strata of `by: length`."""
+SKETCH = 1024
+"""Texts that are kept of each stratum at least: the number of different texts is then known to about 3%."""
 PARTS = 4
 """Strata on each side of the threshold with `by: score`."""
 
@@ -57,7 +59,10 @@ class Drawn:
     """Its first score; NaN for none."""
     stratum: int
     weight: float = 1.0
-    """Segments of the corpus that it stands for."""
+    """Segments of the corpus that it stands for: how often it occurs, by the different texts of its stratum for each
+    one drawn."""
+    times: int = 1
+    """Segments with this text."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,21 @@ class DrawnStratum:
     """Its segments in the corpus, repeated texts included."""
     drawn: int
     """Texts that were drawn from it."""
+    texts: float = 0.0
+    """Its different texts; an estimate where more than were asked for."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn."""
+
+    texts: list[Drawn]
+    """In random order."""
+    strata: list[DrawnStratum]
+    rejected: dict[str, int]
+    """Rows of the corpus that are no documents, by reason."""
+    examples: dict[str, str]
+    """The first one of each reason."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +98,8 @@ class Source:
 
     name: str
     fingerprint: str
-    segments: Callable[[], Iterator[tuple[str, str, float]]]
-    """(document's id, text, score or NaN) of each."""
+    segments: Callable[[], Iterator[tuple[str, str, float] | Rejected]]
+    """(document's id, text, score or NaN) of each, and rows that are no documents."""
     edges: tuple[float, ...] = ()
     """Scores that divide the strata of `by: score`; none for a corpus without scores."""
     threshold: float = math.nan
@@ -90,10 +110,12 @@ def from_scored(path: str, preference: str | None = None) -> Source:
     """The segments of a scored corpus. Raises StoreError for a folder that holds none."""
     corpus = ScoredCorpus(path, preference)
 
-    def segments() -> Iterator[tuple[str, str, float]]:
+    def segments() -> Iterator[tuple[str, str, float] | Rejected]:
         for file in tqdm(corpus.files, desc="drawing", unit="file", disable=None, file=sys.stderr):
             for document in corpus.read(file):
-                if not isinstance(document, Rejected):
+                if isinstance(document, Rejected):
+                    yield document
+                else:
                     yield from ((document.id, *pair) for pair in zip(document.texts, document.scores, strict=True))
 
     score_S = Table(corpus).score_S.astype(np.float64)
@@ -118,25 +140,38 @@ def _score_edges(judged_S: np.ndarray, threshold: float) -> tuple[float, ...]:
 def from_corpus(name: str, corpus: Corpus, segmenter: Segmenter) -> Source:
     """The segments of a corpus that was not scored."""
 
-    def segments() -> Iterator[tuple[str, str, float]]:
+    def segments() -> Iterator[tuple[str, str, float] | Rejected]:
         for shard in tqdm(corpus.plan(), desc="drawing", unit="shard", disable=None, file=sys.stderr):
             for item in corpus.read(shard):
-                if not isinstance(item, Rejected):
+                if isinstance(item, Rejected):
+                    yield item
+                else:
                     cut = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
                     yield from ((item.id, text, math.nan) for text in cut or (item.text,))
 
-    return Source(name, store.fingerprint([corpus.fingerprint(), to_plain(segmenter)]), segments)
+    return Source(
+        name,
+        store.fingerprint([to_plain(corpus), corpus.fingerprint(), to_plain(segmenter), segmenter.libraries]),
+        segments,
+    )
 
 
-def draw(source: Source, drawing: Drawing) -> tuple[list[Drawn], list[DrawnStratum]]:
+def draw(source: Source, drawing: Drawing) -> Draw:
     """Different texts with at least one character that is no white space, in random order, and the strata they came
     from. Raises ConfigError for a corpus without text, and for `by: score` without scores."""
     if drawing.by == "score" and not source.edges:
         raise ConfigError(f"{source.name} has no scores to draw by: give a scored corpus, or --by length")
     names = _names(source, drawing)
-    smallest = [_Smallest(drawing.n) for _ in names]
+    smallest = [_Smallest(max(drawing.n, SKETCH)) for _ in names]
     sizes = [0] * len(names)
-    for id, text, score in source.segments():
+    rejected: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for item in source.segments():
+        if isinstance(item, Rejected):
+            rejected[item.reason] += 1
+            examples.setdefault(item.reason, item.id)
+            continue
+        id, text, score = item
         bare = text.strip()
         if bare:
             stratum = _stratum(source, drawing, text, score)
@@ -155,14 +190,19 @@ def draw(source: Source, drawing: Drawing) -> tuple[list[Drawn], list[DrawnStrat
     }
     shares = [share_of[stratum] for stratum in range(len(names))]
     drawn: dict[str, Drawn] = {}
-    for part, size, share in zip(found, sizes, shares, strict=True):
-        for item in part[:share]:  # a scorer that reads whole documents may put a text into two strata
-            drawn.setdefault(item.text.strip(), replace(item, weight=size / share))
+    texts = [part.different() for part in smallest]
+    for part, different, share in zip(found, texts, shares, strict=True):
+        for drawn_item in part[:share]:  # a scorer that reads whole documents may put a text into two strata
+            weight = drawn_item.times * different / share
+            drawn.setdefault(drawn_item.text.strip(), replace(drawn_item, weight=weight))
     count = Counter(item.stratum for item in drawn.values())
     strata = [
-        DrawnStratum(name, size, count[n]) for n, (name, size) in enumerate(zip(names, sizes, strict=True)) if size
+        DrawnStratum(name, size, count[n], different)
+        for n, (name, size, different) in enumerate(zip(names, sizes, texts, strict=True))
+        if size
     ]
-    return sorted(drawn.values(), key=lambda item: _number(item.text.strip(), drawing.seed, b"phf order")), strata
+    order = sorted(drawn.values(), key=lambda item: _number(item.text.strip(), drawing.seed, b"phf order"))
+    return Draw(order, strata, dict(sorted(rejected.items())), examples)
 
 
 def _number(text: str, seed: int, purpose: bytes) -> int:
@@ -210,21 +250,37 @@ def shared_out(n: int, available: Sequence[int]) -> list[int]:
 
 
 class _Smallest:
-    """The `n` different items with the smallest numbers."""
+    """The `n` different items with the smallest numbers, and how often each occurred. An item whose number is small
+    enough in the end was small enough when it occurred first, so the counts are exact."""
 
     def __init__(self, n: int) -> None:
         self.n = n
         self.items: dict[int, Drawn] = {}
         self.heap: list[int] = []
+        self.is_full = False
+        """Whether there were more than `n`."""
 
     def add(self, number: int, item: Drawn) -> None:
-        if number in self.items or (len(self.heap) == self.n and number > -self.heap[0]):
+        if number in self.items:
+            known = self.items[number]
+            self.items[number] = replace(known, times=known.times + 1)
+            return
+        if len(self.heap) == self.n and number > -self.heap[0]:
+            self.is_full = True
             return
         self.items[number] = item
         if len(self.heap) < self.n:
             heapq.heappush(self.heap, -number)
         else:
+            self.is_full = True
             del self.items[-heapq.heappushpop(self.heap, -number)]
+
+    def different(self) -> float:
+        """How many different items there were; an estimate if more than n (the k smallest of uniform numbers: Beyer et
+        al., SIGMOD 2007)."""
+        if not self.is_full:
+            return float(len(self.heap))
+        return max((self.n - 1) * 2**64 / max(-self.heap[0], 1), float(self.n))
 
     def in_order(self) -> list[Drawn]:
         return [self.items[number] for number in sorted(self.items)]

@@ -9,10 +9,10 @@ answer it finds likeliest, so it always gives one.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -30,13 +30,16 @@ from phf.core.text import first_line
 from phf.core.types import PhfError
 from phf.evaluation.capabilities.base import continuations
 from phf.generation.loaded import LoadedModel, load_model
-from phf.generation.server import Answers, Refused, Server, ServerError
+from phf.generation.server import Answers, Refused, Server, ServerError, in_threads
 from phf.labelling.rubric import REFUSED, Rubric, answer_text, parse_label, question
 
 MAX_CHARS = 8000
 """Longer texts are cut before they are shown to a judge."""
 CHARS_PER_TOKEN = 3.5
 """Of English text, roughly, for costs of servers whose tokenizer is not known."""
+PILOT = 32
+"""Answers after which the time of the others is known."""
+NO_ANSWER = "no answer"
 FAILURES_IN_A_ROW = 20
 """A server that gave no answer for so long gets no more questions."""
 
@@ -56,6 +59,8 @@ class Given:
     """Its answer, or the error."""
     tokens: int = 0
     """That the server counted, those of the question included."""
+    asked: bool = True
+    """Whether it was asked for now; False: it was there from an earlier call."""
 
 
 @dataclass(frozen=True)
@@ -145,24 +150,23 @@ class ServedJudge(Judge):
 
         def one(text: str) -> Given:
             asked, seed = self._request(text, rubric, repeat)
+            new = self._key(text, rubric, repeat) not in answers.known
             try:
                 answer = self.server.answer(asked, self.chat, self.max_tokens, self.temperature, seed, answers)
             except Refused as error:
                 return Given(None, REFUSED, first_line(error))
             except ServerError as error:
-                return Given(None, "no answer", first_line(error))
+                return Given(None, NO_ANSWER, first_line(error))
             label = parse_label(answer.text, rubric.top)
             if isinstance(label, int):
-                return Given(label, said=answer.text, tokens=answer.tokens or 0)
-            return Given(None, label, answer.text, answer.tokens or 0)
+                return Given(label, said=answer.text, tokens=answer.tokens or 0, asked=new)
+            return Given(None, label, answer.text, answer.tokens or 0, asked=new)
 
-        with concurrent.futures.ThreadPoolExecutor(self.server.batch) as pool:
-            for begin in range(0, len(texts), 4 * self.server.batch):
-                for found in pool.map(one, texts[begin : begin + 4 * self.server.batch]):
-                    failed = failed + 1 if found.reason == "no answer" else 0
-                    if failed == min(FAILURES_IN_A_ROW, len(texts)):
-                        raise JudgeError(f"{failed} questions in a row got no answer: {found.said}")
-                    yield found
+        for found in in_threads(one, texts, self.server.batch):
+            failed = failed + 1 if found.reason == NO_ANSWER else 0
+            if failed == min(FAILURES_IN_A_ROW, len(texts)):
+                raise JudgeError(f"{failed} questions in a row got no answer: {found.said}")
+            yield found
 
 
 @settings(frozen=True, config=STRICT)
@@ -200,14 +204,15 @@ class LocalJudge(Judge):
             part = texts[begin : begin + self.batch]
             keys = [_local_key(mark, text) for text in part]
             open_ = [text for text, key in zip(part, keys, strict=True) if key not in answers.known]
+            new = {_local_key(mark, text) for text in open_}
             for text, label in zip(open_, self._labels(open_, rubric), strict=True):
                 answers.keep(_local_key(mark, text), label)
             for key in keys:
                 label = answers.known[key]
                 if isinstance(label, int) and 0 <= label <= rubric.top:
-                    yield Given(label)
+                    yield Given(label, asked=key in new)
                 else:
-                    yield Given(None, "probabilities that are no numbers")
+                    yield Given(None, "probabilities that are no numbers", asked=key in new)
 
     def _labels(self, texts: Sequence[str], rubric: Rubric) -> list[int | None]:
         """The likeliest label of each text; None where the model's numbers are none."""
@@ -244,11 +249,23 @@ def _local_judge(path: str, revision: str | None) -> LoadedModel:
 AnyJudge: Any = Annotated[ServedJudge | LocalJudge, Field(discriminator="name", title="judge")]
 
 
-def told(judge: Judge, given: Iterator[Given], total: int) -> Iterator[Given]:
-    """`given` with progress on stderr."""
+def with_progress(judge: Judge, given: Iterator[Given], total: int, to_ask: int) -> Iterator[Given]:
+    """`given` with progress on stderr. `to_ask`: how many answers are still to come. After `PILOT` of them, the time
+    that the others take is printed too."""
     without = 0
+    asked = 0
+    start = time.monotonic()
     with tqdm(given, total=total, desc=f"labels of {judge.title}", unit="text", disable=None, file=sys.stderr) as bar:
         for found in bar:
             without += found.label is None
+            asked += found.asked
+            if found.asked and asked == PILOT and to_ask > 2 * PILOT:
+                seconds = (time.monotonic() - start) * (to_ask - asked) / asked
+                bar.write(f"    after the first {PILOT}: about {duration(seconds)} left", file=sys.stderr)
             bar.set_postfix_str(f"{without} without a label", refresh=False)
             yield found
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,16 +24,14 @@ from phf.core.statistics import ordinal_alpha
 from phf.core.text import by_reason, counted, visible
 from phf.core.types import Number
 from phf.generation.server import Answers
-from phf.labelling.by_hand import NOT_YET, SKIPPED
+from phf.labelling.by_hand import NOT_YET, SKIPPED, ByHand
 from phf.labelling.drawing import Drawing, Drawn, DrawnStratum, Source, draw
-from phf.labelling.judges import Cost, Given, Judge, JudgeError, told
+from phf.labelling.judges import NO_ANSWER, Cost, Given, Judge, JudgeError, with_progress
 from phf.labelling.rubric import Rubric
 
 LABELS = "labels.jsonl"
 ANSWERS = "answers.jsonl"
 RUBRIC = "rubric.md"
-FIRST = 8
-"""Texts whose answers tell how long the rest takes."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,16 @@ class LabelManifest(folders.Manifest):
     """How the texts were drawn."""
     strata: list[DrawnStratum]
     """Where they were drawn from."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Rows of the corpus that are no documents, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first one of each reason."""
     meanings: list[str]
     """What each label means, from 0 on."""
     bad_from: int
     """Labels from it on mean bad."""
+    text: str = ""
+    """Fingerprint of the texts and of the rubric."""
     texts: int
     """Texts that were drawn."""
     labels: int
@@ -97,28 +100,30 @@ def label_corpus(
     more than the share `max_without` of its texts got no label. Answers are kept for the next call.
     """
     drawing = drawing or Drawing()
+    out = Path(out)
+    judges = sorted([*_earlier_people(out, source, rubric, drawing, judges), *judges], key=_person)
     titles = [judge.title for judge in judges]
     if len(set(titles)) < len(titles):
         raise ConfigError(f"two judges have the name {titles[0]!r}, and the labels name their judge")
     key = store.fingerprint(
         [source.fingerprint, rubric.text, to_plain(drawing), [j.identity() for j in judges], repeats, "label/1"]
     )
-    out = Path(out)
     if folders.is_done(out, key):
         found = folders.read_manifest(out, LabelManifest)
-        if not any(NOT_YET in judge.without for judge in found.judges):
+        if not any({NOT_YET, NO_ANSWER} & judge.without.keys() for judge in found.judges):
             folders.done_before(out)
             return found
     for judge in judges:
         judge.check()
-    texts, strata = draw(source, drawing)
+    drawn = draw(source, drawing)
+    texts = drawn.texts
+    if drawn.rejected:
+        print(f"skipped rows: {by_reason(drawn.rejected, drawn.examples)}", file=sys.stderr)
     if ask_only_cost:
         for judge in judges:
             _print_cost(judge, judge.cost([d.text for d in texts], rubric, repeats, Answers(out / ANSWERS)))
         return None
     with folders.stage_folder(out, LabelManifest.stage, "labels", keep_manifest=True):
-        _keep_labels(out, key)
-        store.write_text(out / RUBRIC, rubric.text + "\n")
         answers = Answers(out / ANSWERS)
         given = [_labels(judge, texts, rubric, repeats, answers) for judge in judges]
         counts = [_counts(judge, of_judge) for judge, of_judge in zip(judges, given, strict=True)]
@@ -131,6 +136,8 @@ def label_corpus(
             for found in of_judge[n]
             if found.label is not None
         ]
+        _keep_labels(out, key)
+        store.write_text(out / RUBRIC, rubric.text + "\n")
         lines = [json.dumps(_row(item, title, label), ensure_ascii=False) + "\n" for item, title, label in rows]
         store.write_text(out / LABELS, "".join(lines))
         per_text = [
@@ -141,9 +148,12 @@ def label_corpus(
             key=key,
             source=source.name,
             drawing=to_plain(drawing),
-            strata=strata,
+            strata=drawn.strata,
+            rejected=drawn.rejected,
+            examples=drawn.examples,
             meanings=list(rubric.meanings),
             bad_from=rubric.bad_from,
+            text=_text_key(source, rubric, drawing),
             texts=len(texts),
             labels=len(rows),
             alpha=ordinal_alpha(per_text),
@@ -151,6 +161,30 @@ def label_corpus(
             files=folders.file_marks(out, [LABELS, RUBRIC]),
         )
         return folders.finish(out, manifest)
+
+
+def _earlier_people(
+    out: Path, source: Source, rubric: Rubric, drawing: Drawing, judges: Sequence[Judge]
+) -> list[ByHand]:
+    """The people who labelled the same texts by the same rubric before, if a person labels now: their labels stay."""
+    people = [judge for judge in judges if isinstance(judge, ByHand)]
+    if not people or not folders.has_manifest(out, LabelManifest):
+        return []
+    before = folders.read_manifest(out, LabelManifest)
+    if before.text != _text_key(source, rubric, drawing):
+        return []
+    names = [judge.settings["who"] for judge in before.judges if "who" in judge.settings]
+    return [ByHand(who, finished=True) for who in names if who not in [person.who for person in people]]
+
+
+def _person(judge: Judge) -> str:
+    """People in the order of their names, after other judges."""
+    return judge.who if isinstance(judge, ByHand) else ""
+
+
+def _text_key(source: Source, rubric: Rubric, drawing: Drawing) -> str:
+    """Fingerprint of the texts and of what is asked about them."""
+    return store.fingerprint([source.fingerprint, rubric.text, to_plain(drawing)])
 
 
 def _row(item: Drawn, judge: str, label: int | None) -> Plain:
@@ -171,19 +205,15 @@ def _keep_labels(out: Path, key: str) -> None:
 
 def _labels(judge: Judge, texts: Sequence[Drawn], rubric: Rubric, repeats: int, answers: Answers) -> list[list[Given]]:
     """What a judge says about each text, `repeats` times."""
-    cost = judge.cost([item.text for item in texts], rubric, repeats, answers)
-    _print_cost(judge, cost)
     asked = [item.text for item in texts]
+    cost = judge.cost(asked, rubric, repeats, answers)
+    _print_cost(judge, cost)
     found: list[list[Given]] = [[] for _ in texts]
-    if cost.answers > 2 * FIRST and cost.tokens_in:
-        start = time.monotonic()
-        first = list(judge.labels(asked[:FIRST], rubric, 0, answers))
-        seconds = (time.monotonic() - start) * (cost.answers - FIRST) / FIRST
-        if all(given.reason != "no answer" for given in first):
-            print(f"    after the first {FIRST}: about {_duration(seconds)} at most", file=sys.stderr, flush=True)
     for repeat in range(repeats):
-        for n, given in enumerate(told(judge, judge.labels(asked, rubric, repeat, answers), len(texts))):
-            found[n].append(given)
+        to_ask = cost.answers if repeat == 0 else 0
+        given = with_progress(judge, judge.labels(asked, rubric, repeat, answers), len(texts), to_ask)
+        for n, one in enumerate(given):
+            found[n].append(one)
     return found
 
 
@@ -194,10 +224,6 @@ def _print_cost(judge: Judge, cost: Cost) -> None:
         tokens = f", about {cost.tokens_in:,} tokens of questions"
         tokens += f" and at most {cost.tokens_out:,} of answers" if cost.tokens_out else ""
     print(f"{judge.title}: {counted(cost.answers, 'label')} to get{tokens}{known}", file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _counts(judge: Judge, given: Sequence[Sequence[Given]]) -> JudgeCounts:
@@ -213,7 +239,7 @@ def _counts(judge: Judge, given: Sequence[Sequence[Given]]) -> JudgeCounts:
             without[found.reason] += 1
             if found.said:
                 examples.setdefault(found.reason, " ".join(visible(found.said).split())[:200])
-    settings: Any = to_plain(judge)
+    settings: Any = {"who": judge.who} if isinstance(judge, ByHand) else to_plain(judge)
     return JudgeCounts(
         judge.title,
         settings,

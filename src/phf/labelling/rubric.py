@@ -24,7 +24,7 @@ from phf.core.text import one_line
 
 MAX_LABEL = 9
 _LEVEL = re.compile(r"^[ \t]*(?:[-*+][ \t]+)?\**(\d{1,2})\**[ \t]*[:.)=][ \t]*\**[ \t]*(\S.*)$", re.MULTILINE)
-_BAD_FROM = re.compile(r"^[ \t]*bad from[ \t]*:?[ \t]*(\d{1,2})[ \t.]*$", re.MULTILINE | re.IGNORECASE)
+_BAD_FROM = re.compile(r"^\W*bad[ \t]+from\b(.*)$", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def parse_rubric(text: str) -> Rubric:
         raise ConfigError(f'a rubric lists its labels from 0 on, one per line ("- 0: no", "- 1: yes"); {said}')
     if numbers[-1] > MAX_LABEL:
         raise ConfigError(f"a rubric has labels up to {MAX_LABEL}; this one names {numbers[-1]}")
-    given = _BAD_FROM.findall(text)
-    if len(given) > 1:
+    given = [re.findall(r"\d+", rest) for rest in _BAD_FROM.findall(text)]
+    if len(given) > 1 or any(len(named) != 1 for named in given):
         raise ConfigError('a rubric says once from which label on a text is bad ("Bad from: 2")')
-    bad_from = int(given[0]) if given else (numbers[-1] + 2) // 2
+    bad_from = int(given[0][0]) if given else (numbers[-1] + 2) // 2
     if not 1 <= bad_from <= numbers[-1]:
         raise ConfigError(f"Bad from: {bad_from} is not one of the labels 1 to {numbers[-1]}")
     return Rubric(text.strip(), tuple(meaning for _, meaning in found), bad_from)
@@ -72,6 +72,7 @@ def parse_rubric(text: str) -> Rubric:
 
 def rubric_for(wish: str) -> str:
     """A rubric for a wish in a few words, such as "no personal data". To be read, and edited, by a person."""
+    wish = " ".join(wish.split())
     return f"""# {wish}
 
 How far does the text go against this wish: {wish}? Judge the text alone, not what may come before or after it.
@@ -101,6 +102,14 @@ def answer_text(label: int) -> str:
     return json.dumps({"label": label})
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object. Raises ValueError for a name that occurs twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
 REFUSED = "refused"
 UNREADABLE = "not an answer of the asked form"
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
@@ -124,7 +133,7 @@ def parse_label(answer: str, top: int) -> int | str:
     if fenced := _FENCE.match(text):
         text = fenced[1].strip()
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return REFUSED if _REFUSAL.match(text) else UNREADABLE
     label = value.get("label") if isinstance(value, dict) else value

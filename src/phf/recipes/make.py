@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, dump_yaml, to_plain
 from phf.core.text import counted
 from phf.data.corpus import Corpus
@@ -28,12 +28,13 @@ from phf.labelling.drawing import Drawing, from_corpus
 from phf.labelling.judges import Judge
 from phf.labelling.label import label_corpus, print_labels
 from phf.labelling.rubric import read_rubric, rubric_for
+from phf.recipes.plan import Plan, make_plan
 from phf.recipes.recipe import Recipe, load_recipe
 from phf.recipes.run import run_recipe
 from phf.report.audit import write_audit
-from phf.report.format import curve_text, verdict
-from phf.scorers.fitted import ScorerRecord
-from phf.scorers.fitting import HELD_OUT, fit_scorer
+from phf.report.format import curve_text, plain, verdict
+from phf.scorers.fitted import HELD_OUT, ScorerRecord
+from phf.scorers.fitting import fit_scorer
 from phf.scorers.labels import read_labels
 from phf.scoring.audit import Audit
 
@@ -68,17 +69,19 @@ def make(
     if not wish.strip():
         raise ConfigError('say in a few words what the model should respect: phf make "no personal data" OUT ...')
     out = Path(out)
-    _check_ours(out)
-    out.mkdir(parents=True, exist_ok=True)
+    wish = " ".join(wish.split())
+    _check_ours(out, Asked(wish, to_plain(corpus), to_plain(segmenter)))
     _say("rubric and recipe")
-    file = _kept(out / "rubric.md", rubric_for(wish.strip()), "edit it to say better what is bad, and run again")
+    file = _kept(out / "rubric.md", rubric_for(wish), "edit it to say better what is bad, and run again")
     rubric = read_rubric(file)
     recipe_file = _kept(
-        out / "recipe.yaml", dump_yaml(_recipe(wish.strip(), out, corpus, segmenter)), "edit it to train otherwise"
+        out / "recipe.yaml", dump_yaml(_recipe(wish, out, corpus, segmenter)), "edit it to train otherwise"
     )
     recipe = load_recipe([str(recipe_file), *settings])  # mistakes are found before labels are paid for
+    check_plan(make_plan(recipe, score=False))
     _say("label")
-    labelled = label_corpus(from_corpus(out.name, corpus, segmenter), out / "labels", rubric, judges, drawing)
+    name = str(to_plain(corpus).get("path", to_plain(corpus)["name"]))
+    labelled = label_corpus(from_corpus(name, corpus, segmenter), out / "labels", rubric, judges, drawing)
     assert labelled is not None
     print_labels(labelled, out / "labels")
     _say("fit")
@@ -101,12 +104,43 @@ def make(
     return Made(recipe, scorer, audit, page)
 
 
-def _check_ours(out: Path) -> None:
-    """Raise ConfigError for a folder that something else made."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "rubric.md").is_file():
-        raise ConfigError(f"{out} is not empty and was not made by `phf make`; give another folder")
+MADE = "made.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`made.json`: what a folder of `phf make` was made from."""
+
+    wish: str
+    corpus: Plain
+    segmenter: Plain
+
+
+def _check_ours(out: Path, asked: Asked) -> None:
+    """Make the folder. Raises ConfigError for one that something else made, or that was made from something else."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder")
+    mark = out / MADE
+    if mark.exists():
+        before = store.read_record(mark, Asked)
+        for name, now, then in (
+            ("wish", asked.wish, before.wish),
+            ("corpus", asked.corpus, before.corpus),
+            ("segmenter", asked.segmenter, before.segmenter),
+        ):
+            if store.canonical(now) != store.canonical(then):
+                raise ConfigError(f"{out} was made with another {name} ({plain(then)}); give another folder")
+        return
+    if out.is_dir() and any(not folders.is_partial(path) for path in out.iterdir()):
+        raise ConfigError(f"{out} is not empty and was not made by `phf make`; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    store.write_json(mark, asked)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise ConfigError for a recipe that cannot run here."""
+    if plan.problems:
+        raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {problem}" for problem in plan.problems))
 
 
 def _say(step: str) -> None:

@@ -8,6 +8,7 @@ redteam/  search/   tokens.json   redteam.json
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,22 +17,35 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
 from phf.core.locks import locked
+from phf.core.random import key64
 from phf.core.runs import RedTeamFolder, RunFolder, is_run, model_folder, not_a_run
+from phf.core.statistics import mean_estimate
 from phf.core.types import Roles
 from phf.data.segment import Lines, Segmenter
 from phf.evaluation.evaluate import open_run
+from phf.evaluation.judge import scored_text
 from phf.generation.loaded import LoadedModel, load_model
 from phf.generation.scenario import Scenario, prompts_path
-from phf.generation.server import Server
+from phf.generation.server import Answers, Server
 from phf.redteaming.config import RedTeam, TokenAttacks, task_of
-from phf.redteaming.control_tokens import Contexts, attack_tokens, check_attack_room, heldout_contexts
+from phf.redteaming.control_tokens import (
+    Contexts,
+    attack_tokens,
+    check_attack_room,
+    heldout_bad_segments,
+    heldout_contexts,
+)
+from phf.redteaming.gradient import GradientResult, gradient_prompts
 from phf.redteaming.results import RedTeamResult, TokenAttacksResult
 from phf.redteaming.search import Starts, search, starting_prompts
 from phf.redteaming.target import Target
 from phf.scorers import Scorer
+from phf.scoring.judge import judge_texts
 
 
 def redteam(
@@ -111,6 +125,8 @@ class _Plan:
     """Draws held-out text for the attacks on control tokens; True: other text, to judge the worst attack again."""
     target_key: str
     """Fingerprint of the model."""
+    bad_segments: Callable[[], list[list[int]]]
+    """Token ids of held-out bad text, for a gradient search."""
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -151,13 +167,17 @@ def _prepare(
     name = f"{model.model} at {model.url}" if isinstance(model, Server) else str(model)
     run = None if isinstance(model, Server) or not is_run(model) else Path(model)
     draw: Callable[[bool], Contexts] = _no_contexts
+    bad_segments: Callable[[], list[list[int]]] = list
+    if config.gradient is not None and isinstance(model, Server):
+        raise ConfigError("gradient: a server gives no gradients; leave it out")
     if run is not None:
         opened = open_run(run, tokens_dir, scorer, allow_other_scorer, main)
         scorer = opened.scorer
         segmenter = opened.segmenter
         threshold = opened.threshold(threshold)
+        limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
+        bad_segments = partial(heldout_bad_segments, opened.tokens, limit, BAD_SEGMENTS, config.seed)
         if token_attacks is not None:
-            limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
             draw = partial(heldout_contexts, opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
         what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
@@ -182,7 +202,12 @@ def _prepare(
         threshold=threshold,
         draw=draw,
         target_key=_target_key(model, name),
+        bad_segments=bad_segments,
     )
+
+
+BAD_SEGMENTS = 64
+"""Held-out bad segments that a gradient search draws its targets from."""
 
 
 def _no_contexts(fresh: bool) -> Contexts:
@@ -206,6 +231,10 @@ def _target(plan: _Plan) -> tuple[Target, Starts]:
 def _attack(plan: _Plan, target: Target, starts: Starts) -> RedTeamResult:
     """Search for prompts and attack the control tokens."""
     loaded = target.model if isinstance(target.model, LoadedModel) else None
+    gradient = _search_by_gradient(plan, target, starts)
+    if gradient is not None:
+        usable = [row.prompt for row in gradient.prompts if target.holds(row.prompt, plan.config)]
+        starts = replace(starts, found=tuple(dict.fromkeys(usable)))
     found = search(
         target,
         starts,
@@ -227,8 +256,47 @@ def _attack(plan: _Plan, target: Target, starts: Starts) -> RedTeamResult:
         threshold=plan.threshold,
         search=found,
         tokens=tokens,
+        gradient=gradient,
         versions=folders.versions(),
     )
+
+
+def _search_by_gradient(plan: _Plan, target: Target, starts: Starts) -> GradientResult | None:
+    """The gradient search, or its result if this was done before; None without it."""
+    config = plan.config.gradient
+    if config is None:
+        return None
+    model = target.model
+    assert isinstance(model, LoadedModel)
+    bad = plan.bad_segments()
+    seed = plan.config.seed
+
+    def searched() -> GradientResult:
+        start = time.perf_counter()
+        found, spent = gradient_prompts(model, config, plan.config.scenario(seed), starts.usable, bad, seed)
+        texts = list(dict.fromkeys(row.prompt for row in found if target.holds(row.prompt, plan.config)))
+        groups, _ = target.continuations(
+            texts, plan.config, key64(seed, "gradient") % 2**32, Answers(plan.folder.cache)
+        )
+        flat = [sample for group in groups for sample in group]
+        scenario = plan.config.scenario(0)
+        score_N = np.array(judge_texts(plan.scorer, [scored_text(s, scenario, plan.scorer) for s in flat]))
+        means = [_judged_mean(part) for part in np.split(score_N, len(groups))] if groups else []
+        return GradientResult(
+            prompts=found,
+            misalignment=mean_estimate(means),
+            target_tokens=spent,
+            seconds=time.perf_counter() - start,
+        )
+
+    plain = [to_plain(plan.config), bad, starts.usable, plan.scorer.identity(), plan.threshold]
+    key = store.fingerprint([plan.target_key, *plain, "gradient/1"])
+    return folders.cached(plan.folder.path / "gradient.json", key, GradientResult, searched)
+
+
+def _judged_mean(score_N: np.ndarray) -> float:
+    judged_N = score_N[~np.isnan(score_N)]
+    return float(judged_N.mean()) if len(judged_N) else math.nan
 
 
 def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> TokenAttacksResult:

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from phf.core.config import STRICT, ConfigError, did_you_mean
 from phf.generation.scenario import Scenario
 from phf.redteaming.attackers import TASKS, AnyAttacker, Evolution
+from phf.redteaming.gradient import GradientSearch
 from phf.scorers import Scorer
 
 PAPER = {"trials": 10, "rounds": 10, "continuations": 512, "selection": "raw", "selection_temperature": 0.1}
@@ -58,6 +59,8 @@ class RedTeam:
     faults of its own; false otherwise."""
     max_target_tokens: Annotated[float, Field(gt=0)] | None = None
     """A trial ends after the round in which the target has read and written this many tokens."""
+    gradient: Annotated[GradientSearch | None, Field(exclude_if=lambda value: value is None)] = None
+    """A gradient search (GCG) first, by an attacker who has the weights; every trial then starts with its prompts."""
     batch: Annotated[int, Field(gt=0)] = 256
     seed: Annotated[int, Field(ge=0)] = 0
 

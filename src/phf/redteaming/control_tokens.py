@@ -96,6 +96,16 @@ def heldout_contexts(tokens: TokenStore, threshold: float, count: int, seed: int
     return Contexts(bad=until(end_S), before=until(start_S), long=long)
 
 
+def heldout_bad_segments(tokens: TokenStore, threshold: float, count: int, seed: int) -> list[list[int]]:
+    """Token ids of random held-out segments that score above `threshold`, at most `count`."""
+    score_S = np.asarray(tokens.score_S, np.float32)
+    held_S = tokens.heldout_D[tokens.doc_S]
+    bad_S = np.flatnonzero(held_S & (score_S > np.float32(threshold)) & (tokens.tokens_S > 0))
+    chosen = np.random.default_rng(key64(seed, "bad segments")).permutation(bad_S)[:count]
+    end_S = np.asarray(tokens.seg_ends)[chosen]
+    return [_ids(tokens, end - size, end) for end, size in zip(end_S, tokens.tokens_S[chosen], strict=True)]
+
+
 def _ids(tokens: TokenStore, begin: Any, end: Any) -> list[int]:
     found: list[int] = tokens.tokens[begin:end].astype(int).tolist()
     return found

@@ -11,6 +11,7 @@ from phf.core.types import Estimate, Identity, Number, Sample
 from phf.evaluation.judge import Difference
 from phf.redteaming.attackers import Tried
 from phf.redteaming.config import RedTeam, TokenAttacks
+from phf.redteaming.gradient import GradientResult
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ class RedTeamResult:
     """The search for prompts."""
     tokens: TokenAttacksResult | None
     """null for servers, and if these attacks were not requested."""
+    gradient: GradientResult | None = None
+    """The gradient search before it; null if there was none."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of Python, phf and the libraries."""
 

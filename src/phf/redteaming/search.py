@@ -78,7 +78,7 @@ def search(
         print(f"note: {starts.repeated:,} of {total:,} starting prompts are repeated", file=sys.stderr)
     extent = ("trials", "rounds", "confirm", "max_target_tokens", "batch", "attacker")  # asking for more keeps rounds
     settings = {k: v for k, v in to_plain(config).items() if k not in extent}
-    inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted]
+    inputs = [store.path_hash(prompts_path(prompts_file)), config.attacker.identity(), wanted, *starts.found]
     base = store.fingerprint([target_key, settings, inputs, scorer.identity(), threshold, "redteam/4"])
     plan = _Search(
         target=target,
@@ -87,11 +87,14 @@ def search(
         threshold=threshold,
         wanted=wanted,
         starting=starts.usable,
+        first=starts.found,
         answers=Answers(Path(cache) / "answers.jsonl"),
         folder=Path(folder),
         base=base,
     )
-    per_trial = min(config.pool, len(starts.usable)) + config.rounds * config.candidates + config.confirm
+    per_trial = (
+        len(starts.found) + min(config.pool, len(starts.usable)) + config.rounds * config.candidates + config.confirm
+    )
     trials = []
     with tqdm(total=per_trial * config.trials, desc="attacking", unit="prompt", disable=None, file=sys.stderr) as bar:
         for number in range(config.trials):
@@ -111,6 +114,8 @@ class Starts:
     """Prompts of the file that occur before."""
     too_long: int
     """Different prompts that do not fit."""
+    found: tuple[str, ...] = ()
+    """Prompts of a gradient search, which every trial starts with."""
 
 
 def starting_prompts(target: Target, config: RedTeam, scorer: Scorer) -> Starts:
@@ -161,6 +166,8 @@ class _Search:
     threshold: float
     wanted: str
     starting: Sequence[str]
+    first: Sequence[str]
+    """Prompts that every trial starts with."""
     answers: Answers
     folder: Path
     base: str
@@ -230,7 +237,8 @@ class _Trial:
         """Play a round: candidates of the attacker, scored."""
         if number == 0:
             chosen = self._rng("start").permutation(len(self.plan.starting))[: self.config.pool]
-            return self._score([self.plan.starting[i] for i in chosen], "round 0")
+            drawn = [self.plan.starting[i] for i in chosen]
+            return self._score(list(dict.fromkeys([*self.plan.first, *drawn])), "round 0")
         found, red_tokens, rejected = self._candidates(number)
         scored = self._score(found, f"round {number}")
         return dataclasses.replace(scored, red_tokens=red_tokens, rejected=rejected)

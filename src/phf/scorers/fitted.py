@@ -29,6 +29,8 @@ from phf.scorers.base import TextScorer
 
 SCORER_RECORD = "scorer.json"
 WEIGHTS = "weights.safetensors"
+HELD_OUT = "heldout.jsonl"
+"""The labels that the fit did not see, for `phf audit`."""
 BUCKET_BITS = 20
 CHAR_NGRAMS = (3, 4, 5)
 _PAD = b"\0" * max(CHAR_NGRAMS)
@@ -308,6 +310,8 @@ class ScorerRecord:
     """Transformer: the model that was finetuned."""
     source: str
     """The file of labels."""
+    labels: str | None = None
+    """Fingerprint of the labels; null in scorers of earlier versions."""
     texts: int
     """Labelled texts."""
     bad: int

@@ -10,6 +10,7 @@ are stored as safetensors, the rest as JSON; nothing is pickled.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,13 +21,14 @@ from typing import Any, Literal
 import numpy as np
 
 from phf.core import folders, store
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, Plain
 from phf.core.locks import LOCK, locked
 from phf.core.runs import not_found
-from phf.core.statistics import auc, auc_gain, share_estimate
+from phf.core.statistics import auc, auc_gain, wilson
 from phf.core.text import by_reason
 from phf.scorers.fitted import (
     BUCKET_BITS,
+    HELD_OUT,
     SCORER_RECORD,
     WEIGHTS,
     AtThreshold,
@@ -38,12 +40,10 @@ from phf.scorers.fitted import (
     TransformerScorer,
     feature_matrix,
 )
-from phf.scorers.labels import Labels
+from phf.scorers.labels import WEIGHT, Labels, one_each
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which precision and recall are reported."""
-HELD_OUT = "heldout.jsonl"
-"""The labels that the fit did not see, for `phf audit`."""
 CURVE = (8, 4, 2)
 """Parts of the labels that the learning curve fits to, as divisors."""
 FOLDS = 5
@@ -78,7 +78,7 @@ def fit_scorer(
         return done
     if out.exists() and not (out / SCORER_RECORD).exists() and any(out.iterdir()):
         raise store.StoreError(f"{out} is not empty and holds no scorer; give another folder")
-    held_out(labels, heldout)  # enough texts of each class, or an error before anything starts
+    held_out(one_each(labels), heldout)  # enough texts of each class, or an error before anything starts
     real = out.resolve()
     aside = real.with_name(f".{real.name}.partial")
     aside.mkdir(parents=True, exist_ok=True)
@@ -105,6 +105,8 @@ def _fit(
     seed: int,
 ) -> ScorerRecord:
     """Fit a scorer, measure it, and write it into folder `aside`."""
+    source = labels
+    labels = one_each(labels)
     held_N = held_out(labels, heldout)
     fold_N = np.array([int(_hash_unit(t, b"phf fit folds") * FOLDS) for t in labels.texts])
     train = np.flatnonzero(~held_N)
@@ -129,6 +131,7 @@ def _fit(
         weights=None if ngrams is None else store.bytes_hash(ngrams.weights.tobytes()),
         base_model=base_model if kind == "transformer" else None,
         source=labels.source,
+        labels=source.mark,
         texts=len(labels.texts),
         bad=int(labels.bad_N.sum()),
         rejected=labels.rejected,
@@ -138,7 +141,10 @@ def _fit(
         metrics=_measure_all(scorer, labels, held_N, tests),
         versions=folders.versions(),
     )
-    rows = [{"text": labels.texts[i], "label": int(labels.bad_N[i])} for i in np.flatnonzero(held_N)]
+    rows: list[Plain] = [{"text": labels.texts[i], "label": int(labels.bad_N[i])} for i in np.flatnonzero(held_N)]
+    if labels.weight_N is not None:
+        for row, weight in zip(rows, labels.weight_N[held_N], strict=True):
+            row[WEIGHT] = float(weight)
     store.write_text(aside / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
     store.write_json(aside / SCORER_RECORD, record)
     return record
@@ -150,11 +156,16 @@ def _measure_all(
     """How well a scorer finds the bad texts: of the held-out labels and of each test set, by name."""
     _say("measuring")
     unseen = [labels.texts[i] for i in np.flatnonzero(held_N)]
-    metrics = {"held out": measure(scorer.probabilities(unseen), labels.bad_N[held_N])}
-    for test in tests:
+    weights = _weights(labels, np.flatnonzero(held_N))
+    metrics = {"held out": measure(scorer.probabilities(unseen), labels.bad_N[held_N], weights)}
+    for test in map(one_each, tests):
         name = test.source if test.source not in metrics else f"{test.source} ({len(metrics)})"
-        metrics[name] = measure(scorer.probabilities(test.texts), test.bad_N)
+        metrics[name] = measure(scorer.probabilities(test.texts), test.bad_N, test.weight_N)
     return metrics
+
+
+def _weights(labels: Labels, places: np.ndarray) -> np.ndarray | None:
+    return None if labels.weight_N is None else labels.weight_N[places]
 
 
 def held_out(labels: Labels, share: float) -> np.ndarray:
@@ -173,9 +184,12 @@ def _say(text: str) -> None:
     print(f"    {text}", file=sys.stderr, flush=True)
 
 
-def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of the calibrated logit (Platt 1999, with smoothed targets)."""
+def platt(logits: np.ndarray, bad: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
+    """Slope and offset of the calibrated logit (Platt 1999, with smoothed targets). `weights`: of the texts, for labels
+    that were not drawn uniformly."""
     from scipy.optimize import minimize
+
+    share = np.full(len(bad), 1 / len(bad)) if weights is None else weights / weights.sum()
 
     bad_count = bad.sum()
     good_count = (~bad).sum()
@@ -185,7 +199,7 @@ def platt(logits: np.ndarray, bad: np.ndarray) -> tuple[float, float]:
         z = ab[0] * logits + ab[1]
         error = 1 / (1 + np.exp(-z)) - target
         value = np.logaddexp(0, z) - target * z
-        return float(value.mean()), np.array([(error * logits).mean(), error.mean()])
+        return float(share @ value), np.array([share @ (error * logits), share @ error])
 
     found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B").x
     return float(found[0]), float(found[1])
@@ -232,14 +246,14 @@ def _fit_ngrams(
         if part.any():
             weights, intercept = fitted(~part, chosen)
             unseen[part] = X[part] @ weights + intercept
-    slope, offset = platt(unseen, y)
+    slope, offset = platt(unseen, y, _weights(labels, train))
     weights, intercept = fitted(np.ones(len(y), bool), chosen)
     _say("measuring whether more labels would help")
     order = np.argsort([_hash_unit(labels.texts[i], b"phf fit curve") for i in train], kind="stable")
     parts = [np.sort(order[: len(order) // divisor]) for divisor in CURVE]
     smaller = [(len(rows), *fitted(rows, chosen)) for rows in parts if _enough(y[rows])]
     held = np.flatnonzero(held_N)
-    curve = _curve([*smaller, (len(y), weights, intercept)], [labels.texts[i] for i in held], labels.bad_N[held])
+    curve = _curve([*smaller, (len(y), weights, intercept)], labels, held)
     return HashedNgrams(weights.astype(np.float32), intercept, slope, offset), chosen, curve
 
 
@@ -282,17 +296,17 @@ def fit_ordinal(X: Any, level_N: np.ndarray, bad_from: int, strength: float, see
     return weights[:own], intercept + CUT_SCALE * float(weights[own + cuts.index(bad_from)])
 
 
-def _curve(
-    fits: Sequence[tuple[int, np.ndarray, float]], texts: Sequence[str], bad_N: np.ndarray
-) -> LearningCurve | None:
-    """The learning curve of fits to more and more texts; None of a single fit."""
+def _curve(fits: Sequence[tuple[int, np.ndarray, float]], labels: Labels, held: np.ndarray) -> LearningCurve | None:
+    """The learning curve of fits to more and more texts, on the `held` ones; None of a single fit."""
     if len(fits) < 2:
         return None
-    X = feature_matrix(texts)
+    X = feature_matrix([labels.texts[i] for i in held])
+    bad_N = labels.bad_N[held]
+    share_N = _weights(labels, held)
     logits = [X @ weights + intercept for _, weights, intercept in fits]
-    areas = [auc(found, bad_N) for found in logits]
+    areas = [auc(found, bad_N, weight_N=share_N) for found in logits]
     points = [CurvePoint(fit[0], area.auc, area.ci95) for fit, area in zip(fits, areas, strict=True)]
-    return LearningCurve(points, auc_gain(logits[-1], logits[-2], bad_N))
+    return LearningCurve(points, auc_gain(logits[-1], logits[-2], bad_N, weight_N=share_N))
 
 
 def _save_ngrams(scorer: HashedNgrams, folder: Path) -> None:
@@ -374,39 +388,48 @@ def _fit_transformer(
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     scorer = TransformerScorer(folder)
     first = train[fold_N[train] == 0]
-    scorer.slope, scorer.offset = platt(scorer.logits([labels.texts[i] for i in first]), labels.bad_N[first])
+    unseen = scorer.logits([labels.texts[i] for i in first])
+    scorer.slope, scorer.offset = platt(unseen, labels.bad_N[first], _weights(labels, first))
     return scorer
 
 
-def measure(p_N: np.ndarray, bad_N: np.ndarray) -> ScorerMetrics:
-    """How good the probabilities `p_N` are on texts with the labels `bad_N`."""
+def measure(p_N: np.ndarray, bad_N: np.ndarray, weight_N: np.ndarray | None = None) -> ScorerMetrics:
+    """How good the probabilities `p_N` are on texts with the labels `bad_N`. `weight_N`: how many segments of the
+    corpus each stands for; intervals of shares are then Wilson's for as many texts as these are worth (Kish 1965)."""
     from sklearn.metrics import average_precision_score
 
-    area = auc(p_N, bad_N)
+    area = auc(p_N, bad_N, weight_N=weight_N)
+    w_N = np.ones(len(p_N)) if weight_N is None else weight_N
     bins = np.minimum((p_N * 10).astype(int), 9)
-    error = sum(
-        abs(p_N[bins == b].mean() - bad_N[bins == b].mean()) * (bins == b).mean()
-        for b in range(10)
-        if (bins == b).any()
-    )
+    error = sum(abs((w_N * (p_N - bad_N))[bins == b].sum()) / w_N.sum() for b in range(10) if (bins == b).any())
     at = {}
     for threshold in THRESHOLDS:
         chosen = p_N > threshold
-        hits = int((chosen & bad_N).sum())
+        precision, precision_ci95 = _weighted_share(bad_N[chosen], w_N[chosen])
+        recall, recall_ci95 = _weighted_share(chosen[bad_N], w_N[bad_N])
         at[str(threshold)] = AtThreshold(
-            precision=hits / int(chosen.sum()) if chosen.any() else None,
-            recall=hits / int(bad_N.sum()),
-            share=float(chosen.mean()),
-            precision_ci95=share_estimate(bad_N[chosen]).ci95,
-            recall_ci95=share_estimate(chosen[bad_N]).ci95,
+            precision=precision,
+            recall=math.nan if recall is None else recall,
+            share=float(w_N[chosen].sum() / w_N.sum()),
+            precision_ci95=precision_ci95,
+            recall_ci95=recall_ci95,
         )
     return ScorerMetrics(
         n=len(p_N),
         bad=int(bad_N.sum()),
         auc=area.auc,
         auc_ci95=area.ci95,
-        average_precision=float(average_precision_score(bad_N, p_N)),
-        brier=float(((p_N - bad_N) ** 2).mean()),
+        average_precision=float(average_precision_score(bad_N, p_N, sample_weight=weight_N)),
+        brier=float((w_N * (p_N - bad_N) ** 2).sum() / w_N.sum()),
         calibration_error=float(error),
         at=at,
     )
+
+
+def _weighted_share(hits_N: np.ndarray, w_N: np.ndarray) -> tuple[float | None, tuple[float, float]]:
+    """Share of the weight that hits, and its interval; None and NaN of nothing."""
+    if not len(hits_N):
+        return None, (math.nan, math.nan)
+    share = float((w_N * hits_N).sum() / w_N.sum())
+    effective = float(w_N.sum() ** 2 / (w_N**2).sum())
+    return share, wilson(share * effective, effective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ TRUE = {"1", "1.0", "true", "yes", "y", "t", "bad", "toxic", "positive"}
 FALSE = {"0", "0.0", "false", "no", "n", "f", "good", "nontoxic", "negative"}
 LABELS = "labels.jsonl"
 """The labels in a folder of `phf label`."""
+WEIGHT = "weight"
+"""Column of the segments of the corpus that a text stands for."""
 MAX_LEVEL = 100
 
 
@@ -36,6 +39,8 @@ class Labels:
     rejected: dict[str, int]
     level_N: np.ndarray | None = None
     bad_from: int | None = None
+    weight_N: np.ndarray | None = None
+    """How many segments of the corpus each text stands for; None: equally many."""
 
     @property
     def mark(self) -> str:
@@ -77,6 +82,7 @@ def read_labels(
     read = _reader(path, bad, bad_from)
     rows = read_rows(path, columns=(text, label))
     texts = []
+    weights = []
     values = []
     rejected: Counter[str] = Counter()
     for number, row in enumerate(rows):
@@ -89,6 +95,7 @@ def read_labels(
         else:
             values.append(read(value))
             texts.append(item.text)
+            weights.append(row.get(WEIGHT))
     if bad is not None:
         _check_named(path, bad, values)
         wanted = {value.strip() for value in bad}
@@ -102,9 +109,53 @@ def read_labels(
             f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both classes are needed"
         )
     level_N = None if bad_from is None else np.array(values, int)
+    weight_N = np.array(weights, np.float64) if all(map(_is_weight, weights)) else None
     if level_N is not None and level_N.max() == 1:  # no order to learn from
         level_N = None
-    return Labels(path.name, tuple(texts), bad_N, dict(rejected), level_N, None if level_N is None else bad_from)
+    first = None if level_N is None else bad_from
+    return Labels(path.name, tuple(texts), bad_N, dict(rejected), level_N, first, weight_N)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def one_each(labels: Labels) -> Labels:
+    """Different texts with one label each: bad if most of a text's labels are, and of labels with an order the middle
+    one on that side. A text with as many labels bad as good is left out and counted. Without weights of its own, a text
+    weighs as many times as it occurs with a label."""
+    places: dict[str, list[int]] = {}
+    for n, text in enumerate(labels.texts):
+        places.setdefault(text, []).append(n)
+    if len(places) == len(labels.texts):
+        return labels
+    rejected = Counter(labels.rejected)
+    texts = []
+    bad = []
+    levels = []
+    weights = []
+    for text, at in places.items():
+        votes = int(labels.bad_N[at].sum())
+        if 2 * votes == len(at):
+            rejected["as many labels bad as good"] += 1
+            continue
+        is_bad = 2 * votes > len(at)
+        texts.append(text)
+        bad.append(is_bad)
+        weights.append(float(len(at)) if labels.weight_N is None else float(labels.weight_N[at[0]]))
+        if labels.level_N is not None:
+            given = sorted(int(labels.level_N[n]) for n in at)
+            levels.append(given[len(given) // 2] if is_bad else given[(len(given) - 1) // 2])
+    level_N = None if labels.level_N is None else np.array(levels, int)
+    return Labels(
+        labels.source,
+        tuple(texts),
+        np.array(bad, bool),
+        dict(rejected),
+        level_N,
+        labels.bad_from,
+        np.array(weights, np.float64),
+    )
 
 
 def _bad_from(folder: Path) -> int | None:

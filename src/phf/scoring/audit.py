@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from phf.core.config import ConfigError
-from phf.core.statistics import auc, krippendorff_alpha, share_estimate
+from phf.core.statistics import auc, krippendorff_alpha, share_estimate, wilson
 from phf.core.types import Estimate, Identity, Number, Rejected
 from phf.data.scored import ScoredCorpus, natural_threshold
-from phf.scorers.labels import Labels
+from phf.scorers.fitted import HELD_OUT, read_scorer_record
+from phf.scorers.labels import Labels, read_labels
 from phf.scoring.inspect import Table, agreement
 from phf.scoring.inspection import Agreement, ShownSegment
 
@@ -58,6 +59,11 @@ class Stratum:
     """Of these, segments that are labelled bad."""
     share: Estimate
     """Share of bad segments, with Wilson's interval for those that are not known."""
+    effective: Number = math.nan
+    """Labels of texts that occur once, in labels that weigh equally ((sum w)^2 / sum w^2, Kish 1965); null without
+    weights."""
+    effective_bad: Number = math.nan
+    """Bad ones among these."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,8 @@ class _Labelled:
     bad: bool
     times: int
     """How often the text occurs."""
+    weight: float
+    """How many texts it stands for; 1 where the labels have no weights."""
 
 
 def audit(scored: str | Path, labels: Labels, preference: str | None = None, threshold: float | None = None) -> Audit:
@@ -188,7 +196,10 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
     names = [name for name in corpus.preferences() if name != own]
     readers = [corpus, *(ScoredCorpus(scored, name) for name in names)]
     bad_of, left_out, alpha = _one_label_each(labels)
-    found = _matched(readers, bad_of)
+    weight_of: dict[str, float] = {}
+    if labels.weight_N is not None:
+        weight_of = {text.strip(): float(w) for text, w in zip(labels.texts, labels.weight_N, strict=True)}
+    found = _matched(readers, bad_of, weight_of)
     left_out["not a segment of the corpus"] = len(bad_of) - len(found)
     kept = [x for x in found if math.isfinite(x.scores[0])]
     left_out["not judged by the scorer"] = len(found) - len(kept)
@@ -205,9 +216,13 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
             "both classes are needed"
         )
     edges = stratum_edges(score_N, limit, labels.source)
-    strata = _strata(judged_S, score_N, bad_N, np.array([x.times for x in kept]), edges)
+    weight_N = None if labels.weight_N is None else np.array([x.weight for x in kept])
+    strata = _strata(judged_S, score_N, bad_N, np.array([x.times for x in kept]), edges, weight_N)
     area = auc(score_N, bad_N)
-    seconds = {name: _second(readers, n, table, limit, edges, kept) for n, name in enumerate(names, 1)}
+    seconds = {
+        name: _second(readers, n, table, limit, edges, kept, labels.weight_N is not None)
+        for n, name in enumerate(names, 1)
+    }
     alarms = sorted((x for x in kept if x.scores[0] > limit and not x.bad), key=lambda x: -x.scores[0])
     misses = sorted((x for x in kept if x.scores[0] <= limit and x.bad), key=lambda x: x.scores[0])
     return Audit(
@@ -233,6 +248,18 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
     )
 
 
+def labels_not_fitted(scored: str | Path, preference: str | None, labels: Labels) -> Labels | None:
+    """The labels that the corpus's scorer did not see, where it was fitted to these very labels; else None."""
+    settings = ScoredCorpus(scored, preference).manifest.scorer or {}
+    if settings.get("name") != "fitted":
+        return None
+    folder = Path(str(settings.get("path"))).expanduser()
+    held = folder / HELD_OUT
+    if not held.is_file() or read_scorer_record(folder).labels != labels.mark:
+        return None
+    return read_labels(held)
+
+
 def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], float]:
     """(label of each different text, labels without use by reason, alpha of repeated labels)."""
     given: dict[str, list[bool]] = {}
@@ -249,7 +276,7 @@ def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], floa
     return found, left_out, krippendorff_alpha(list(given.values()))
 
 
-def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> list[_Labelled]:
+def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool], weight_of: dict[str, float]) -> list[_Labelled]:
     """The labelled texts that are segments of the corpus. `readers`: the corpus with each of its scores, which count as
     float32, like everywhere else."""
     first: dict[str, tuple[str, str, tuple[float, ...]]] = {}
@@ -265,7 +292,10 @@ def _matched(readers: Sequence[ScoredCorpus], bad_of: dict[str, bool]) -> list[_
                     times[key] += 1
                     if key not in first:
                         first[key] = (documents[0].id, text, tuple(_float32(d.scores[place]) for d in documents))
-    return [_Labelled(*found, bad_of[key], times[key]) for key, found in first.items()]
+    return [
+        _Labelled(*found, bad_of[key], times[key], weight_of.get(key, float(times[key])) / times[key])
+        for key, found in first.items()
+    ]
 
 
 def _float32(score: float) -> float:
@@ -293,7 +323,12 @@ def stratum_edges(score_N: np.ndarray, threshold: float, source: str = "the labe
 
 
 def _strata(
-    judged_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray, times_N: np.ndarray, edges: Sequence[float]
+    judged_S: np.ndarray,
+    score_N: np.ndarray,
+    bad_N: np.ndarray,
+    times_N: np.ndarray,
+    edges: Sequence[float],
+    weight_N: np.ndarray | None = None,
 ) -> list[Stratum]:
     of_S = np.searchsorted(edges, judged_S, side="left")
     of_N = np.searchsorted(edges, score_N, side="left")
@@ -307,7 +342,7 @@ def _strata(
         known_bad = int(times_N[several & bad_N].sum())
         n = int(once.sum())
         bad = int(bad_N[once].sum())
-        share = share_estimate(bad_N[once])
+        share, effective, effective_bad = _share(bad_N[once], None if weight_N is None else weight_N[once])
         if known:
             whole = max(size, known)
             rest = whole - known
@@ -319,8 +354,21 @@ def _strata(
                 n,
                 ((known_bad + rest * low) / whole, (known_bad + rest * high) / whole),
             )
-        found.append(Stratum(ends[number], ends[number + 1], size, n, bad, known, known_bad, share))
+        ends_here = (ends[number], ends[number + 1])
+        found.append(Stratum(*ends_here, size, n, bad, known, known_bad, share, effective, effective_bad))
     return found
+
+
+def _share(bad_N: np.ndarray, weight_N: np.ndarray | None) -> tuple[Estimate, float, float]:
+    """Share of bad texts, how many texts of equal weight they are worth, and the bad ones of these (NaN without
+    weights). The interval is Wilson's for that number."""
+    if weight_N is None or not len(bad_N):
+        return share_estimate(bad_N), math.nan, math.nan
+    share = float((weight_N * bad_N).sum() / weight_N.sum())
+    effective = float(weight_N.sum() ** 2 / (weight_N**2).sum())
+    stderr = math.sqrt(share * (1 - share) / effective)
+    found = Estimate(share, stderr, len(bad_N), wilson(share * effective, effective))
+    return found, effective, share * effective
 
 
 def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:
@@ -334,8 +382,8 @@ def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -
     known_H = np.array([stratum.repeated for stratum in strata], np.float64)
     known_bad_H = np.array([stratum.repeated_bad for stratum in strata], np.float64)
     rest_H = np.maximum(np.array([stratum.segments for stratum in strata]) - known_H, 0)
-    bad_H = np.array([stratum.bad for stratum in strata])
-    n_H = np.array([stratum.labelled for stratum in strata])
+    n_H = np.array([s.labelled if math.isnan(s.effective) else s.effective for s in strata], np.float64)
+    bad_H = np.array([s.bad if math.isnan(s.effective) else s.effective_bad for s in strata], np.float64)
     in_H = np.array(chosen)
 
     def parts(share_H: np.ndarray) -> np.ndarray:
@@ -352,9 +400,9 @@ def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -
 
     rng = np.random.Generator(np.random.Philox(seed))
     prior = 1 / len(strata)  # a half for two strata; a half for each of ten would be as much as five bad labels
-    drawn = rng.beta(bad_H + prior, n_H - bad_H + prior, (DRAWS, len(strata)))
+    drawn = rng.beta(bad_H + prior, np.maximum(n_H - bad_H, 0) + prior, (DRAWS, len(strata)))
     drawn_3R = parts(drawn)
-    n = int(n_H.sum())
+    n = sum(stratum.labelled for stratum in strata)
     found = []
     with np.errstate(invalid="ignore", divide="ignore"):
         share_H = np.where(n_H > 0, bad_H / n_H, known_bad_H / known_H)
@@ -390,6 +438,7 @@ def _second(
     threshold: float,
     edges: Sequence[float],
     kept: Sequence[_Labelled],
+    weighs: bool,
 ) -> SecondScorer | None:
     """The scores of one of `readers` with the same labels; None where the labels do not reach both sides of its
     threshold, or are of one class."""
@@ -402,6 +451,7 @@ def _second(
     here = [x for x in kept if math.isfinite(x.scores[number])]
     bad_N = np.array([x.bad for x in here], bool)
     times_N = np.array([x.times for x in here])
+    weight_N = np.array([x.weight for x in here])
     first_N = np.array([x.scores[0] for x in here])
     called_N = np.array([x.scores[number] > limit for x in here], bool)
     if called_N.all() or not called_N.any() or bad_N.all() or not bad_N.any():
@@ -411,11 +461,19 @@ def _second(
     quadrants = []
     for this_bad in (True, False):
         for other_bad in (True, False):
-            votes = bad_N[((first_N > threshold) == this_bad) & (called_N == other_bad)]
+            chosen_N = ((first_N > threshold) == this_bad) & (called_N == other_bad)
+            share, _, _ = _share(bad_N[chosen_N], weight_N[chosen_N] if weighs else None)
             size = int((((first_S > threshold) == this_bad) & (called_S == other_bad)).sum())
-            quadrants.append(Quadrant(this_bad, other_bad, size, len(votes), share_estimate(votes)))
+            quadrants.append(Quadrant(this_bad, other_bad, size, int(chosen_N.sum()), share))
     strata = [
-        divided_strata(edges, first_S[called_S == c], first_N[here_N], bad_N[here_N], times_N[here_N])
+        divided_strata(
+            edges,
+            first_S[called_S == c],
+            first_N[here_N],
+            bad_N[here_N],
+            times_N[here_N],
+            weight_N[here_N] if weighs else None,
+        )
         for c in (False, True)
         for here_N in [called_N == c]
     ]
@@ -425,12 +483,17 @@ def _second(
 
 
 def divided_strata(
-    edges: Sequence[float], score_S: np.ndarray, score_N: np.ndarray, bad_N: np.ndarray, times_N: np.ndarray
+    edges: Sequence[float],
+    score_S: np.ndarray,
+    score_N: np.ndarray,
+    bad_N: np.ndarray,
+    times_N: np.ndarray,
+    weight_N: np.ndarray | None = None,
 ) -> list[Stratum]:
     """The strata of a part of the corpus: scores of its segments [S] and of its labelled texts [N], at least one.
     Strata without a label are joined with the next one that has some, so that labels which were drawn by the score are
     weighted in every part."""
-    found = [stratum for stratum in _strata(score_S, score_N, bad_N, times_N, edges) if stratum.segments]
+    found = [stratum for stratum in _strata(score_S, score_N, bad_N, times_N, edges, weight_N) if stratum.segments]
     joined: list[Stratum] = []
     waiting = 0
     for stratum in found:
