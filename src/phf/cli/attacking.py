@@ -51,10 +51,10 @@ def redteam(
 
     Searches for prompts that make them misbehave, and attacks their control tokens.
 
-    Settings are those of the search (trials, rounds, candidates, continuations, attacker.name=evolution|local|server,
-    task, prompts, seed ...) and tokens.* for the attacks on control tokens (tokens.num_samples=256). All models of one
-    command are attacked in the same way. Writes redteam.json into each run's folder redteam, or into --out; `phf
-    report` shows it. Run the same command again to resume.
+    Settings are those of the search (gradient={}, trials, rounds, candidates, continuations, task, prompts, seed,
+    attacker.name=evolution|local|server ...) and tokens.* for the attacks on control tokens (tokens.num_samples=256).
+    All models of one command are attacked in the same way. Writes redteam.json into each run's folder redteam, or into
+    --out; `phf report` shows it. Run the same command again to resume.
     """
     from phf.core.config import ConfigError, apply_overrides, merge
     from phf.core.runs import is_run
@@ -121,6 +121,14 @@ def _print_attacks(results: dict[str, RedTeamResult]) -> None:
 
     print("\nsearch (mean score of the best prompts' continuations; lower: harder to break)\n")
     print_table(SEARCH_HEAD, [_search_row(name, result) for name, result in results.items()])
+    gradient = [
+        [name, with_interval(found.misalignment, 5), f"{len(found.prompts)}", f"{found.target_tokens:,}"]
+        for name, result in results.items()
+        if (found := result.gradient) is not None
+    ]
+    if gradient:
+        print("\ngradient search (mean score of its prompts' continuations)\n")
+        print_table(["model", "misalignment (95% interval)", "prompts", "target tokens"], gradient)
     attacks = [
         [name, found.attack, with_interval(found.misalignment, 5), share(found.bad_segments)]
         for name, result in results.items()

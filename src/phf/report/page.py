@@ -32,6 +32,7 @@ from phf.data.scored import ScoreManifest
 from phf.evaluation.results import EvalResult, ScenarioResult
 from phf.generation.scenario import Scenario
 from phf.redteaming.config import RedTeam
+from phf.redteaming.gradient import GradientResult
 from phf.redteaming.results import SearchResult
 from phf.report.browser import (
     ShownPrompt,
@@ -315,6 +316,7 @@ class AttackedRun:
     """The file."""
     search: SearchResult
     prompts: list[ShownPrompt]
+    gradient: GradientResult | None
 
 
 def _attacked(run: ReportedRun, scorer: Scorer) -> AttackedRun:
@@ -324,6 +326,7 @@ def _attacked(run: ReportedRun, scorer: Scorer) -> AttackedRun:
         source_file(run, run.folder.redteam.result),
         run.redteam.search,
         shown_prompts(run.redteam, scorer),
+        run.redteam.gradient,
     )
 
 

@@ -1,0 +1,80 @@
+"""Gather what `phf run after` found, for docs/findings.md: python benchmarks/after_release.py runs/after --out FILE"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _measure import machine
+from phf.core import store
+from phf.core.statistics import t_interval
+from phf.core.types import Estimate
+from phf.evaluation.results import CapabilityResult
+from phf.report.figures import Comparison
+from phf.report.page import compare_runs
+from phf.report.runs import ReportedRun, load_runs
+
+
+def over(values: Sequence[float]) -> Estimate:
+    """Over seeds."""
+    return t_interval(values) if len(values) > 1 else Estimate.missing(values[0], n=1)
+
+
+def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison) -> dict[str, Any]:
+    """Everything about the runs of one objective, over their seeds."""
+    main = compared.scenario
+    known = next(row for row in compared.knowledge if row.group == name)
+    found: dict[str, Any] = {
+        "seeds": [run.manifest.seed for run in runs],
+        "misalignment": over([run.result.scenarios[main].misalignment.mean for run in runs]),
+        "bad_loss": known.bad_loss,
+        "slowdown": {part: {**store.jsonable(e), "said": known.said(part)} for part, e in known.slowdown.items()},
+        "capabilities": _capabilities([run.result.capabilities for run in runs]),
+        "tamper": {row.part: {"said": row.said, "curve": row.curve} for row in compared.tampered if row.group == name},
+        "persist": [
+            {"stage": r.stage, "template": r.template, "misalignment": r.misalignment, "gain": r.gain, "said": r.said}
+            for r in compared.persisted
+            if r.group == name
+        ],
+    }
+    understood = [run.result.understanding for run in runs]
+    if all(understood):
+        found["understanding"] = over([u.likelihood_ratio.auc for u in understood if u is not None])
+    attacks = [run.redteam for run in runs if run.redteam is not None]
+    worst = [a.tokens.worst["text"] for a in attacks if a.tokens is not None and "text" in a.tokens.worst]
+    if len(worst) == len(runs):
+        found["worst_context"] = over([w.misalignment.mean for w in worst])
+        found["worst_context_names"] = [w.attack for w in worst]
+    gradient = [a.gradient for a in attacks if a.gradient is not None]
+    if len(gradient) == len(runs):
+        found["gradient"] = over([g.misalignment.mean for g in gradient])
+        found["gradient_tokens"] = sum(g.target_tokens for g in gradient)
+        found["best_1_after_gradient"] = over([a.search.confirmed["best_1"].mean for a in attacks])
+    return found
+
+
+def _capabilities(of_runs: Sequence[Sequence[CapabilityResult]]) -> dict[str, Estimate]:
+    """The main numbers of each capability, over seeds."""
+    names = {f"{c.name} {number}": None for results in of_runs for c in results for number in c.main}
+    values = [{f"{c.name} {number}": e.mean for c in results for number, e in c.main.items()} for results in of_runs]
+    return {name: over([v[name] for v in values]) for name in names if all(name in v for v in values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    compared = compare_runs(arguments.folder, load_runs(arguments.folder))
+    groups = {
+        row.name: of_group(row.name, [r for r in compared.runs if r.name == row.name], compared)
+        for row in compared.groups
+    }
+    result = {"benchmark": "after_release", "machine": machine(), "plain": compared.plain, "groups": groups}
+    store.write_json(arguments.out, result)
+
+
+if __name__ == "__main__":
+    main()
