@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick pep8 grid field noise finetuning test lint golden-exact newest clean
+.PHONY: demo quick pep8 grid field noise after finetuning test lint golden-exact newest clean
 
 demo: $(READY)  ## PII in READMEs, four objectives, a page (about 8 minutes on 2 cores, with the installation)
 	$(BIN)/phf run demo
@@ -23,6 +23,9 @@ field: $(READY)  ## Every objective on equal source text, three seeds (about 50 
 
 noise: $(READY)  ## Five objectives with errors of six sizes in the scores, three seeds (about an hour on 2 cores)
 	$(BIN)/phf run noise
+
+after: $(READY)  ## Five objectives after release: tampered with, tuned, attacked, three seeds (about 75 minutes on 2 cores)
+	$(BIN)/pip install -q 'trl>=1.0,<2' && $(BIN)/phf run after
 
 finetuning: $(READY)  ## Feedback from the first token, or for the last half or tenth (about 13 minutes on 2 cores)
 	$(BIN)/phf run finetuning
