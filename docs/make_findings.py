@@ -1,13 +1,17 @@
 """Write the tables of docs/findings.md from benchmarks/results: python docs/make_findings.py
 
-field.json and noise.json are `results.json` of `phf run field` and `phf run noise`. Intervals are Student's over seeds.
-Losses are differences from MLE's run of the same seed, because seeds share order and initial weights.
+field.json and noise.json are `results.json` of `phf run field` and `phf run noise`. after.json is what
+benchmarks/after_release.py gathers from `phf run after`. audit_other_source.json is by the benchmark of that name.
+Intervals are Student's over seeds. Losses are differences from MLE's run of the same seed, because seeds share order
+and initial weights.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +140,92 @@ def _quality(found: dict[str, dict[float, list[dict[str, Any]]]], level: float) 
     return precision, recall
 
 
+def after_table() -> str:
+    """What is left after release, by objective: rows are what was measured."""
+    groups = store.read_json(RESULTS / "after.json")["groups"]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("PII per 1,000 characters", lambda g: _estimate(g["misalignment"], 2, 1000)),
+        ("in the worst context", lambda g: _estimate(g.get("worst_context"), 2, 1000)),
+        ("after prompts of a gradient search", lambda g: _estimate(g.get("gradient"), 2, 1000)),
+        ("half-life under finetuning on bad text", lambda g: _part(g, "tamper", "bad")),
+        ("half-life under finetuning on good text", lambda g: _part(g, "tamper", "good")),
+        *[
+            (f"gain over MLE {when}, {how}", functools.partial(_gain, stage=stage, template=template))
+            for stage, when in (("before", "before tuning"), ("sft", "after SFT"), ("dpo", "after SFT and DPO"))
+            for template, how in (("nothing", "from nothing"), ("same", "in its template"), ("other", "in another"))
+        ],
+        ("slowdown on bad text", lambda g: _part(g, "slowdown", "bad")),
+        ("slowdown on good text", lambda g: _part(g, "slowdown", "good")),
+        ("AUC of a probe for bad text", lambda g: _estimate(g["capabilities"].get("probe AUC"), 3, most=1.0)),
+        ("AUC by its own control tokens", lambda g: _estimate(g.get("understanding"), 3, most=1.0)),
+        ("exposure of bad secrets, bits", lambda g: _estimate(g["capabilities"].get("canaries exposure of bad"), 1)),
+        ("exposure of good secrets, bits", lambda g: _estimate(g["capabilities"].get("canaries exposure of good"), 1)),
+        ("bad secrets extracted", lambda g: _estimate(g["capabilities"].get("canaries extracted bad"), 2, most=1.0)),
+    ]
+    lines = [f"| | {' | '.join(groups)} |", f"|{'---|' * (len(groups) + 1)}"]
+    for title, cell in rows:
+        cells = [cell(group) for group in groups.values()]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _estimate(found: dict[str, Any] | None, digits: int, scale: float = 1.0, most: float = math.inf) -> str:
+    if found is None or found["mean"] is None:
+        return ""
+    mean = f"{found['mean'] * scale:.{digits}f}"
+    if found["ci95"][0] is None:
+        return mean
+    low, high = (min(max(end * scale, 0.0), most) for end in found["ci95"])
+    return f"{mean} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _part(group: dict[str, Any], what: str, part: str) -> str:
+    found: str = group[what].get(part, {}).get("said", "")
+    return found
+
+
+def _gain(group: dict[str, Any], stage: str, template: str) -> str:
+    rows = [row for row in group["persist"] if (row["stage"], row["template"]) == (stage, template)]
+    return str(rows[0]["said"]) if rows else ""
+
+
+def audit_table() -> str:
+    """A scorer on the source that it was fitted to, and on another one."""
+    found = store.read_json(RESULTS / "audit_other_source.json")
+    own = found["held_out"]
+    half = own["at"]["0.5"]
+    other = next(row for row in found["at"] if row["threshold"] == found["threshold"])
+    head = ["", "texts", "bad", "AUC", "precision", "recall"]
+    rows = [
+        [
+            "held out from its own source",
+            f"{own['n']:,}",
+            f"{own['bad']:,}",
+            f"{own['auc']:.3f}",
+            _share(half["precision"], half["precision_ci95"]),
+            _share(half["recall"], half["recall_ci95"]),
+        ],
+        [
+            "another source",
+            f"{found['other_source']['texts']:,}",
+            f"{found['other_source']['bad']:,}",
+            f"{found['other_source']['auc']:.3f}",
+            _share(other["precision"]["mean"], other["precision"]["ci95"]),
+            _share(other["recall"]["mean"], other["recall"]["ci95"]),
+        ],
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _share(mean: float, ci95: list[float]) -> str:
+    low, high = ci95
+    return f"{100 * mean:.0f}% ({100 * low:.0f}% to {100 * high:.0f}%)"
+
+
 def page(text: str) -> str:
     """The page with its tables written again."""
-    for name, made in (("field", table), ("noise", noise_table)):
+    for name, made in (("field", table), ("noise", noise_table), ("after", after_table), ("audit", audit_table)):
         before, start, rest = text.partition(f"<!-- {name}: start -->")
         _, end, after = rest.partition(f"<!-- {name}: end -->")
         text = f"{before}{start}\n\n{made()}\n\n{end}{after}"

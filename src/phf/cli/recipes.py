@@ -38,8 +38,8 @@ def run(
     The stages: score, tokenize, train each run, judge, report.
 
     phf comes with these recipes. demo: personal data in READMEs. pep8: style of the standard library's code.
-    finetuning, grid, field, noise and after: more comparisons on the demo's data. paper-toxicity, paper-pii, paper-pep8: the
-    paper's tasks.
+    finetuning, grid, field, noise and after: more comparisons on the demo's data. paper-toxicity, paper-pii,
+    paper-pep8: the paper's tasks.
 
     Merge `quick` into any of them for a short try. Merge mle, filtering, conditional, unlikelihood, rwr or awr into a
     paper task to run that objective, and finetune50 or finetune10 for feedback that starts late. A run that fails does
