@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phf.core.config import ConfigError, to_plain, validate
-from phf.generation import server as server_module
+from phf.generation import requests
 from phf.generation.server import Answers, Server, ServerError
 
 GOOD = {"choices": [{"index": 0, "text": "fine", "finish_reason": "stop"}], "usage": {"total_tokens": 3}}
@@ -139,7 +139,7 @@ def test_an_answer_has_a_deadline_and_a_size(stub, monkeypatch):
     with pytest.raises(ServerError, match="not whole after 0.5 s"):
         Server(slow.url, "m", retries=0, timeout_s=0.5).complete(["p"], 4)
     assert time.monotonic() - start < 5
-    monkeypatch.setattr(server_module, "MAX_ANSWER_BYTES", 100)
+    monkeypatch.setattr(requests, "MAX_ANSWER_BYTES", 100)
     with pytest.raises(ServerError, match="larger than"):
         says(stub, GOOD | {"more": "x" * 1000}).complete(["p"], 4)
 

@@ -20,8 +20,9 @@ from phf.report.audit import write_audit
 from phf.report.format import verdict
 from phf.scorers import PII, Regex
 from phf.scorers.labels import Labels
-from phf.scoring.audit import audit, divided_strata, stratum_edges, weighted
+from phf.scoring.audit import audit
 from phf.scoring.score import add_scores, score_corpus
+from phf.scoring.strata import divided_strata, stratum_edges, weighted
 
 
 def scored(folder, scores):

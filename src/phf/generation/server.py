@@ -7,19 +7,17 @@ or none.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
-import queue
 import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import httpx
 from pydantic import Field, PlainSerializer
@@ -29,6 +27,7 @@ from phf.core import store
 from phf.core.config import STRICT, Plain
 from phf.core.random import key64
 from phf.core.types import PhfError
+from phf.generation.requests import in_threads, post_json
 
 TOLERANCE = 0.02
 """Largest difference in nats per token between the log-probabilities of a completion as given and as echoed."""
@@ -165,7 +164,7 @@ class Server:
             if attempt:
                 time.sleep(min(0.5 * 2**attempt, 20))
             try:
-                status, data = _post(f"{self.url.rstrip('/')}{path}", body, headers, self.timeout_s)
+                status, data = post_json(f"{self.url.rstrip('/')}{path}", body, headers, self.timeout_s)
             except httpx.HTTPError as error:
                 problem = str(error) or type(error).__name__
                 continue
@@ -372,90 +371,6 @@ class Server:
                 "same tokens, so it cannot be a reference; vLLM's are known to be right"
             )
         return len(tokens)
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
-    """`work` of each item, in order. The threads end with the process, so an interruption does not wait for requests in
-    flight; and no item is started after the first error, or once the caller stops reading."""
-    found: list[queue.Queue[tuple[bool, Any]]] = [queue.Queue(1) for _ in items]
-    places = iter(range(len(items)))
-    lock = threading.Lock()
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            with lock:
-                place = next(places, None)
-            if place is None:
-                return
-            try:
-                found[place].put((True, work(items[place])))
-            except BaseException as error:
-                found[place].put((False, error))
-
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=run, daemon=True).start()
-    try:
-        for result in found:
-            good, value = result.get()
-            if not good:
-                raise value
-            yield value
-    finally:
-        stop.set()
-
-
-@functools.lru_cache(maxsize=1)
-def _client() -> httpx.Client:
-    """One client for all requests and threads: creating one takes longer than a request to a local server."""
-    return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
-
-
-MAX_ANSWER_BYTES = 64 << 20
-
-
-def _post(url: str, body: Plain, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
-    """`_post_now` with an end after `timeout_s` seconds, whatever the server sends and however slowly."""
-    found: queue.Queue[Any] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            found.put(_post_now(url, body, headers, timeout_s))
-        except Exception as error:
-            found.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = found.get(timeout=timeout_s + 1)
-    except queue.Empty:
-        raise httpx.ReadTimeout(f"no answer after {timeout_s:g} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    status, data = answer
-    return int(status), bytes(data)
-
-
-def _post_now(url: str, body: Plain, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
-    """(status, body) of the answer to a POST. Raises httpx.HTTPError, also for an answer that is not whole after
-    `timeout_s` seconds or is larger than `MAX_ANSWER_BYTES`."""
-    deadline = time.monotonic() + timeout_s
-    data = json.dumps(body).encode()  # ASCII: a lone surrogate in a prompt has no UTF-8 form
-    headers = {"Content-Type": "application/json", **headers}
-    with _client().stream("POST", url, content=data, headers=headers, timeout=timeout_s) as answer:
-        parts = []
-        size = 0
-        for part in answer.iter_bytes():
-            parts.append(part)
-            size += len(part)
-            if size > MAX_ANSWER_BYTES:
-                raise httpx.ReadError(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
-            if time.monotonic() > deadline:
-                raise httpx.ReadTimeout(f"the answer was not whole after {timeout_s:g} s")
-        return answer.status_code, b"".join(parts)
 
 
 # Checking answers

@@ -30,7 +30,8 @@ from phf.core.text import first_line
 from phf.core.types import PhfError
 from phf.evaluation.capabilities.base import continuations
 from phf.generation.loaded import LoadedModel, load_model
-from phf.generation.server import Answers, Refused, Server, ServerError, in_threads
+from phf.generation.requests import in_threads
+from phf.generation.server import Answers, Refused, Server, ServerError
 from phf.labelling.rubric import REFUSED, Rubric, answer_text, parse_label, question
 
 MAX_CHARS = 8000
