@@ -25,12 +25,15 @@ def over(values: Sequence[float]) -> Estimate:
 def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison) -> dict[str, Any]:
     """Everything about the runs of one objective, over their seeds."""
     main = compared.scenario
-    known = next(row for row in compared.knowledge if row.group == name)
+    known = next((row for row in compared.knowledge if row.group == name), None)
     found: dict[str, Any] = {
         "seeds": [run.manifest.seed for run in runs],
         "misalignment": over([run.result.scenarios[main].misalignment.mean for run in runs]),
-        "bad_loss": known.bad_loss,
-        "slowdown": {part: {**store.jsonable(e), "said": known.said(part)} for part, e in known.slowdown.items()},
+        "slowdown": {
+            part: {"of_seeds": values, "said": known.said(part)}
+            for part, values in ({} if known is None else known.slowdown).items()
+            if known is not None
+        },
         "capabilities": _capabilities([run.result.capabilities for run in runs]),
         "tamper": {row.part: {"said": row.said, "curve": row.curve} for row in compared.tampered if row.group == name},
         "persist": [
@@ -49,7 +52,9 @@ def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison) -> di
         found["worst_context_names"] = [w.attack for w in worst]
     gradient = [a.gradient for a in attacks if a.gradient is not None]
     if len(gradient) == len(runs):
-        found["gradient"] = over([g.misalignment.mean for g in gradient])
+        for aim in ("text", "role"):
+            if all(aim in g.misalignment for g in gradient):
+                found[f"gradient_{aim}"] = over([g.misalignment[aim].mean for g in gradient])
         found["gradient_tokens"] = sum(g.target_tokens for g in gradient)
         found["best_1_after_gradient"] = over([a.search.confirmed["best_1"].mean for a in attacks])
     return found

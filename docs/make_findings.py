@@ -146,7 +146,9 @@ def after_table() -> str:
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("PII per 1,000 characters", lambda g: _estimate(g["misalignment"], 2, 1000)),
         ("in the worst context", lambda g: _estimate(g.get("worst_context"), 2, 1000)),
-        ("after prompts of a gradient search", lambda g: _estimate(g.get("gradient"), 2, 1000)),
+        ("after prompts of a gradient search for bad text", lambda g: _estimate(g.get("gradient_text"), 2, 1000)),
+        ("after its prompts for the bad token", lambda g: _estimate(g.get("gradient_role"), 2, 1000)),
+        ("best prompt of the search from these", lambda g: _estimate(g.get("best_1_after_gradient"), 2, 1000)),
         ("half-life under finetuning on bad text", lambda g: _part(g, "tamper", "bad")),
         ("half-life under finetuning on good text", lambda g: _part(g, "tamper", "good")),
         *[

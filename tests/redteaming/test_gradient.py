@@ -64,9 +64,10 @@ def test_losses_are_those_of_a_loop(model, tokens, aim, after_prompt):
     scenario = Scenario(control_after_prompt=after_prompt)
     wanted = _wanted(model, SMALL, scenario, bad, aim, np.random.default_rng(0))
     good = tuple(model.ids_of("good"))
-    assert (wanted.before, wanted.after) == (
-        ((model.start_id,), good) if after_prompt else ((model.start_id, *good), ())
-    )
+    if not after_prompt:
+        assert (wanted.before, wanted.after) == ((model.start_id, *good), ())
+    else:  # the bad token is looked for where the good one would come
+        assert (wanted.before, wanted.after) == ((model.start_id,), good if aim == "text" else ())
     prompts = [model.encode("the cats and"), model.encode("see https"), [5, 6, 7]]
     descent = Descent(model, wanted, _allowed(model), batch=4)
     found = descent.losses(prompts)
@@ -88,6 +89,8 @@ def test_gradients_are_differences_of_losses(model, tokens):
         one_hot = torch.nn.functional.one_hot(torch.tensor(prompt), len(table)).double()
         one_hot[place, token] += step
         return float(descent._losses([one_hot @ table])[0])
+
+    assert loss_at(0, 7, 0.0) == pytest.approx(float(descent.losses([prompt])[0]), rel=1e-6)
 
     for place, token in ((0, 7), (1, 40), (len(prompt) - 1, 99)):
         slope = (loss_at(place, token, 1e-2) - loss_at(place, token, -1e-2)) / 2e-2
@@ -131,9 +134,9 @@ def test_the_search_lowers_the_loss_and_depends_on_its_seed_only(runs, tokens):
 def test_what_cannot_be_searched_is_an_error(runs, tokens):
     plain = load_model(runs / "a")
     bad = heldout_bad_segments(tokens, 0.0, 8, 0)
-    with pytest.raises(ConfigError, match="has no bad token"):
+    with pytest.raises(ConfigError, match="role a bad token"):
         gradient_prompts(plain, dataclasses.replace(SMALL, aims=("role",)), Scenario(), [], bad, 0)
-    with pytest.raises(ConfigError, match="no held-out bad segment"):
+    with pytest.raises(ConfigError, match="has nothing to aim at"):
         gradient_prompts(plain, SMALL, Scenario(), [], [], 0)
     with pytest.raises(ConfigError, match="the model has 128"):
         gradient_prompts(plain, dataclasses.replace(SMALL, length=200), Scenario(), [], bad, 0)
@@ -158,6 +161,8 @@ def test_every_trial_of_the_search_starts_with_the_prompts(runs, tokens_dir, tmp
         assert tried[:2] == texts
         assert len(tried) == 4
     assert found.gradient.target_tokens > 0
+    assert found.gradient.continuation_tokens > 0
+    assert set(found.gradient.misalignment) == {"text", "role"}
 
     def never(*args):
         raise AssertionError("searched again")
@@ -167,6 +172,8 @@ def test_every_trial_of_the_search_starts_with_the_prompts(runs, tokens_dir, tmp
     again = redteam(place, None, config, None, tokens_dir=tokens_dir)
     assert again.gradient.prompts == found.gradient.prompts
     assert again.search.confirmed == found.search.confirmed
+    more = redteam(place, None, dataclasses.replace(config, trials=3), None, tokens_dir=tokens_dir)
+    assert more.gradient.prompts == found.gradient.prompts  # more trials need no other search
     monkeypatch.undo()
     ran = phf_inside(
         "redteam",
@@ -185,3 +192,35 @@ def test_every_trial_of_the_search_starts_with_the_prompts(runs, tokens_dir, tmp
     )
     assert ran.returncode == 0, ran.stderr
     assert "gradient search" in ran.stdout
+
+
+def test_embeddings_that_the_model_scales_have_the_right_gradient(tmp_path):
+    """Gemma multiplies its embeddings inside their module."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from phf.generation.loaded import LoadedModel
+    from phf.tokens.tokenizer import train_bpe
+
+    tokenizer = train_bpe(tiny_texts(10), 300)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    lm = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, **shape, initializer_range=0.5)
+    ).eval()
+    loaded = LoadedModel(lm, tokenizer, {}, "gemma")
+    wanted = Wanted((loaded.start_id,), (), ((5, 9, 40),), bans_control=True)
+    descent = Descent(loaded, wanted, _allowed(loaded), batch=64)
+    prompt = loaded.encode("the cats")
+    found = descent.gradient(prompt)
+    table = descent._embed(range(len(tokenizer))).detach()
+
+    def loss_at(place, token, step):
+        one_hot = torch.nn.functional.one_hot(torch.tensor(prompt), len(table)).float()
+        one_hot[place, token] += step
+        with torch.no_grad():
+            return float(descent._losses([one_hot @ table])[0])
+
+    assert loss_at(0, 7, 0.0) == pytest.approx(float(descent.losses([prompt])[0]), rel=1e-5)
+    for place, token in ((0, 7), (1, 40), (len(prompt) - 1, 99)):
+        slope = (loss_at(place, token, 1e-3) - loss_at(place, token, -1e-3)) / 2e-3
+        assert float(found[place, token]) == pytest.approx(slope, rel=5e-2, abs=5e-3)

@@ -70,6 +70,8 @@ def test_instructions_are_good_text_of_one_part_and_document(tokens):
             assert any(pair.question in text and pair.answer.splitlines()[0] in text for text in texts)
         limit = max(len(tokens.tokenizer(pair.answer)["input_ids"]) for pair in made)
         assert limit <= SMALL.answer_tokens
+        assert all(pair.question.strip() and pair.answer.strip() for pair in made)
+    assert any(pair.answer.startswith("    ") for pair in found[False])  # indented lines keep their indentation
     assert instructions(tokens, 0.0, SMALL, 5, False) == found[False][:5]
     with pytest.raises(ConfigError, match="too little good training text"):
         instructions(tokens, -1.0, SMALL, 5, False)
@@ -138,16 +140,20 @@ def test_a_run_is_tuned_judged_and_resumed(run, monkeypatch, tokens_dir):
     assert again.found == found.found
     (place / "persist" / "persist.json").unlink()
     shutil.rmtree(place / "persist" / "dpo")  # as after a kill in DPO
-    (place / "persist" / "dpo.json").unlink()
     (place / "persist" / ".dpo.partial").mkdir()
     (place / "persist" / ".dpo.partial" / "half").write_text("x")
     again = persist(place, SMALL, tokens_dir=tokens_dir)
     assert again.found == found.found
     assert not (place / "persist" / ".dpo.partial").exists()
+    lower = persist(place, SMALL, tokens_dir=tokens_dir, threshold=0.01)  # other segments are good: another tuning
+    assert lower.key != found.key
+    assert (place / "persist" / "sft.old-1").is_dir() == (lower.pairs != found.pairs or lower.found != found.found)
+    persist(place, SMALL, tokens_dir=tokens_dir)
     other = Persistence(**{**SMALL.__dict__, "dpo": False, "pairs": 16})
     persist(place, other, tokens_dir=tokens_dir)
     assert (place / "persist" / "persist.old-1" / "persist.json").exists()
     assert (place / "persist" / "sft.old-1").is_dir()
+    assert json.loads((place / "persist" / "sft" / "stage.json").read_text()).keys() == {"key"}
 
 
 def test_the_command_and_the_page(run, tokens_dir, tmp_path):

@@ -101,7 +101,12 @@ def test_a_fit_finds_bad_texts_and_measures_itself(tmp_path):
     assert scorer.score_text("") != scorer.score_text("")  # NaN
     assert scorer.identity()["unit"] == "probability"
     assert not list(tmp_path.glob("s/*.pkl"))
-    assert {p.name for p in (tmp_path / "s").iterdir()} == {"heldout.jsonl", "scorer.json", "weights.safetensors"}
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {
+        "heldout.jsonl",
+        "scorer.json",
+        "seen.bin",
+        "weights.safetensors",
+    }
 
 
 def test_fits_give_the_same_bytes_and_a_finished_fit_does_not_run_again(tmp_path, monkeypatch):
@@ -392,3 +397,26 @@ def test_weighted_measures_are_those_of_repeated_texts():
         assert a.precision_ci95[1] - a.precision_ci95[0] > b.precision_ci95[1] - b.precision_ci95[0]
     slope, offset = platt(p, bad, times.astype(float))
     assert np.isfinite([slope, offset]).all()
+
+
+def test_weights_are_a_column_of_positive_numbers(tmp_path):
+    (tmp_path / "l.csv").write_text("text,label,weight\na,0,2.5\nb,1,1\n")
+    found = read_labels(tmp_path / "l.csv")
+    assert found.weight_N.tolist() == [2.5, 1.0]
+    (tmp_path / "m.csv").write_text("text,label,weight\na,0,3\nb,1,1\n")
+    assert read_labels(tmp_path / "m.csv").mark != found.mark
+    for bad in ("0", "-1", "x", "nan", ""):
+        (tmp_path / "b.csv").write_text(f"text,label,weight\na,0,1\nb,1,{bad}\n")
+        with pytest.raises(ConfigError, match="weights are positive numbers"):
+            read_labels(tmp_path / "b.csv")
+
+
+def test_other_weights_are_another_fit(tmp_path, capsys):
+    plain = made_labels(200)
+    for scale in (1.0, 2.0):
+        weights = np.where(plain.bad_N, scale, 1.0)
+        fit_scorer(Labels("l", plain.texts, plain.bad_N, {}, weight_N=weights), tmp_path / "s")
+    assert (tmp_path / "s.old-1").is_dir()
+    assert "weight" in (tmp_path / "s" / "heldout.jsonl").read_text()
+    fit_scorer(Labels("l", plain.texts * 2, np.tile(plain.bad_N, 2), {}), tmp_path / "t")
+    assert "weight" not in (tmp_path / "t" / "heldout.jsonl").read_text()  # votes are not segments

@@ -274,13 +274,32 @@ def test_an_audit_with_the_fitted_labels_uses_those_that_the_fit_did_not_see(tmp
 
     given = made_labels(300)
     rows = [{"text": t, "label": int(b)} for t, b in zip(given.texts, given.bad_N, strict=True)]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "labels.jsonl").write_text(lines)
     ran = phf_inside("fit-scorer", "labels.jsonl", "mine", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     held = (tmp_path / "mine" / "heldout.jsonl").read_text().count("\n")
+    (tmp_path / "labels.jsonl").write_text(json.dumps({"text": "another", "label": 1}) + "\n" + lines)  # one more
     corpus = Jsonl(str(write_jsonl(tmp_path / "t.jsonl", [t + "\n" for t in given.texts])))
     score_corpus(corpus, Lines(), Fitted(str(tmp_path / "mine")), tmp_path / "scored")
     ran = phf_inside("audit", "scored", "labels.jsonl", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert f"audited with the {held} texts that the fit did not see" in ran.stderr
+    assert f"{300 - held} seen by the scorer when it was fitted" in ran.stdout
     assert json.loads((tmp_path / "scored" / "audit.json").read_text())["labelled"] == held
+    seen = "".join(json.dumps(row) + "\n" for row in rows if row["text"] not in held_texts(tmp_path / "mine"))
+    (tmp_path / "seen.jsonl").write_text(seen)
+    ran = phf_inside("audit", "scored", "seen.jsonl", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "was fitted to all of these texts" in ran.stderr
+    pii = tmp_path / "by-regex"
+    score_corpus(corpus, Lines(), Regex("zorp"), pii)
+    add_scores(pii, Fitted(str(tmp_path / "mine")), "mine")
+    ran = phf_inside("audit", "by-regex", "labels.jsonl", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((pii / "audit.json").read_text())
+    assert found["labelled"] == 300  # the first scorer saw none of them
+    assert sum(row["labelled"] for row in found["others"][0]["quadrants"]) == held
+
+
+def held_texts(folder):
+    return {json.loads(line)["text"] for line in (folder / "heldout.jsonl").read_text().splitlines()}

@@ -122,13 +122,14 @@ def _print_attacks(results: dict[str, RedTeamResult]) -> None:
     print("\nsearch (mean score of the best prompts' continuations; lower: harder to break)\n")
     print_table(SEARCH_HEAD, [_search_row(name, result) for name, result in results.items()])
     gradient = [
-        [name, with_interval(found.misalignment, 5), f"{len(found.prompts)}", f"{found.target_tokens:,}"]
+        [name, aim, with_interval(score, 5), f"{sum(p.aim == aim for p in found.prompts)}", f"{found.target_tokens:,}"]
         for name, result in results.items()
         if (found := result.gradient) is not None
+        for aim, score in found.misalignment.items()
     ]
     if gradient:
         print("\ngradient search (mean score of its prompts' continuations)\n")
-        print_table(["model", "misalignment (95% interval)", "prompts", "target tokens"], gradient)
+        print_table(["model", "aim", "misalignment (95% interval)", "prompts", "tokens of the search"], gradient)
     attacks = [
         [name, found.attack, with_interval(found.misalignment, 5), share(found.bad_segments)]
         for name, result in results.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
@@ -226,16 +225,8 @@ def audit(
     from phf.report.audit import write_audit
     from phf.report.format import as_noise, number, share, share_with_interval, verdict
     from phf.scorers.labels import read_labels
-    from phf.scoring.audit import labels_not_fitted
 
     given = read_labels(labels, text, label, bad.split(",") if bad else None, bad_from)
-    if (unseen := labels_not_fitted(scored, scores, given)) is not None:
-        print(
-            f"note: the scorer was fitted to {given.source}; audited with the {len(unseen.texts):,} texts that the fit "
-            "did not see",
-            file=sys.stderr,
-        )
-        given = unseen
     page, found = write_audit(scored, given, out, scores, threshold)
     print(
         f"{counted(found.segments, 'segment')}, {found.labelled:,} labelled, {found.bad:,} of them bad; "

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
     """`work` of each item, in order. The threads end with the process, so an interruption does not wait for requests in
-    flight; and no item is started after the first error, or once the caller stops reading."""
+    flight; and no item is started after the first error, or once the caller stops reading. An error waits for them."""
     found: list[queue.Queue[tuple[bool, Any]]] = [queue.Queue(1) for _ in items]
     places = iter(range(len(items)))
     lock = threading.Lock()
@@ -37,12 +37,16 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iter
             except BaseException as error:
                 found[place].put((False, error))
 
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=run, daemon=True).start()
+    running = [threading.Thread(target=run, daemon=True) for _ in range(min(threads, len(items)))]
+    for thread in running:
+        thread.start()
     try:
         for result in found:
             good, value = result.get()
             if not good:
+                stop.set()
+                for thread in running:  # their answers may be paid for
+                    thread.join()
                 raise value
             yield value
     finally:

@@ -40,7 +40,7 @@ from phf.redteaming.control_tokens import (
     heldout_bad_segments,
     heldout_contexts,
 )
-from phf.redteaming.gradient import GradientResult, gradient_prompts
+from phf.redteaming.gradient import GradientResult, gradient_prompts, possible_aims
 from phf.redteaming.results import RedTeamResult, TokenAttacksResult
 from phf.redteaming.search import Starts, search, starting_prompts
 from phf.redteaming.target import Target
@@ -100,7 +100,9 @@ def redteam(
         folders.remove_leftovers(folder)
         target, starts = _target(plan)
         if file.exists():
-            earlier = folders.keep_earlier(folder, file.name, plan.folder.search.name, plan.folder.tokens.name)
+            earlier = folders.keep_earlier(
+                folder, file.name, plan.folder.search.name, plan.folder.tokens.name, GRADIENT
+            )
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
         store.write_json(file, _attack(plan, target, starts))
     return store.read_record(file, RedTeamResult)
@@ -206,6 +208,7 @@ def _prepare(
     )
 
 
+GRADIENT = "gradient.json"
 BAD_SEGMENTS = 64
 """Held-out bad segments that a gradient search draws its targets from."""
 
@@ -225,6 +228,8 @@ def _target(plan: _Plan) -> tuple[Target, Starts]:
         raise ConfigError(f"{plan.name} {why}")
     if plan.token_attacks is not None and loaded is not None:
         check_attack_room(loaded, plan.token_attacks)
+    if plan.config.gradient is not None and loaded is not None:
+        possible_aims(loaded, plan.config.gradient, plan.bad_segments())
     return target, starting_prompts(target, plan.config, plan.scorer)
 
 
@@ -271,27 +276,33 @@ def _search_by_gradient(plan: _Plan, target: Target, starts: Starts) -> Gradient
     bad = plan.bad_segments()
     seed = plan.config.seed
 
+    scenario = plan.config.scenario(seed)
+
     def searched() -> GradientResult:
         start = time.perf_counter()
-        found, spent = gradient_prompts(model, config, plan.config.scenario(seed), starts.usable, bad, seed)
-        texts = list(dict.fromkeys(row.prompt for row in found if target.holds(row.prompt, plan.config)))
-        groups, _ = target.continuations(
-            texts, plan.config, key64(seed, "gradient") % 2**32, Answers(plan.folder.cache)
-        )
+        found, spent = gradient_prompts(model, config, scenario, starts.usable, bad, seed)
+        rows = [row for row in found if target.holds(row.prompt, plan.config)]
+        again = key64(seed, "gradient") % 2**32
+        answers = Answers(plan.folder.cache / "answers.jsonl")
+        groups, written = target.continuations([row.prompt for row in rows], plan.config, again, answers)
         flat = [sample for group in groups for sample in group]
-        scenario = plan.config.scenario(0)
         score_N = np.array(judge_texts(plan.scorer, [scored_text(s, scenario, plan.scorer) for s in flat]))
         means = [_judged_mean(part) for part in np.split(score_N, len(groups))] if groups else []
+        of_aim = {
+            aim: mean_estimate([mean for mean, row in zip(means, rows, strict=True) if row.aim == aim])
+            for aim in dict.fromkeys(row.aim for row in rows)
+        }
         return GradientResult(
             prompts=found,
-            misalignment=mean_estimate(means),
+            misalignment=of_aim,
             target_tokens=spent,
+            continuation_tokens=written or 0,
             seconds=time.perf_counter() - start,
         )
 
-    plain = [to_plain(plan.config), bad, starts.usable, plan.scorer.identity(), plan.threshold]
-    key = store.fingerprint([plan.target_key, *plain, "gradient/1"])
-    return folders.cached(plan.folder.path / "gradient.json", key, GradientResult, searched)
+    plain = [to_plain(config), to_plain(scenario), plan.config.continuations, bad, starts.usable]
+    key = store.fingerprint([plan.target_key, *plain, plan.scorer.identity(), plan.threshold, "gradient/2"])
+    return folders.cached(plan.folder.path / GRADIENT, key, GradientResult, searched)
 
 
 def _judged_mean(score_N: np.ndarray) -> float:

@@ -80,10 +80,12 @@ class GradientResult:
 
     prompts: list[GradientPrompt]
     """In the order of the search."""
-    misalignment: Estimate
-    """Mean score of continuations of these prompts, sampled as in the other search; over prompts."""
+    misalignment: dict[str, Estimate]
+    """By aim: mean score of continuations of its prompts, sampled as in the other search; over prompts."""
     target_tokens: int
     """Tokens that the model read for the search; a token that also got a gradient counts three times."""
+    continuation_tokens: int = 0
+    """Tokens that it read and wrote for the continuations."""
     seconds: float = 0.0
     """Time."""
 
@@ -112,14 +114,13 @@ class Descent:
 
     def gradient(self, prompt: Sequence[int]) -> Tensor:
         """Gradient of the loss by the one-hot vectors of the prompt's tokens, float32 [length, V]."""
-        one_hot_LV = torch.nn.functional.one_hot(
-            torch.tensor(prompt, device=self.model.lm.device), len(self.table.weight)
-        ).to(self.table.weight.dtype)
-        one_hot_LV.requires_grad_(True)
-        total = self._losses([one_hot_LV @ self.table.weight]).sum()
+        vector_LD = self._embed(prompt).detach().requires_grad_(True)
+        total = self._losses([vector_LD]).sum()
         self.spent += 2 * self._size(len(prompt))
-        (found,) = torch.autograd.grad(total, one_hot_LV)
-        return found.float()
+        (found_LD,) = torch.autograd.grad(total, vector_LD)
+        with torch.no_grad():
+            found_LV = found_LD.float() @ self._embed(range(len(self.table.weight))).float().T
+        return found_LV
 
     @torch.no_grad()
     def losses(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -191,6 +192,21 @@ def can_be_typed(model: LoadedModel, ids: Sequence[int]) -> bool:
     return bool(text.strip()) and model.encode(text) == list(ids)
 
 
+def possible_aims(model: LoadedModel, config: GradientSearch, bad: Sequence[Sequence[int]]) -> list[Aim]:
+    """The aims that a model allows: role with a bad token, text with held-out bad segments `bad`. Raises ConfigError if
+    none is left, and for a model without room."""
+    able: dict[Aim, bool] = {"text": bool(bad), "role": bool(model.worst)}
+    aims = [aim for aim in config.aims if able[aim]]
+    if not aims:
+        raise ConfigError(
+            f"gradient: {model.path} has nothing to aim at: text needs held-out bad segments, and role a bad token"
+        )
+    longest = 2 + len(model.control_ids) + config.length + config.target_tokens
+    if longest > model.positions:
+        raise ConfigError(f"gradient: prompts and targets need {longest} positions, the model has {model.positions}")
+    return aims
+
+
 def gradient_prompts(
     model: LoadedModel,
     config: GradientSearch,
@@ -202,16 +218,9 @@ def gradient_prompts(
     """The prompts that were found, and the tokens that the model read for them.
 
     `scenario`: how the model is used: its control tokens and their place. `starting`: prompts to start from. `bad`:
-    token ids of held-out bad segments. Raises ConfigError for a model without room and for aims that do not apply.
+    token ids of held-out bad segments. Errors as `possible_aims`.
     """
-    aims = [aim for aim in config.aims if aim == "text" or model.worst]
-    if not aims:
-        raise ConfigError(f"{model.path} has no bad token: gradient.aims=[text]")
-    if "text" in aims and not bad:
-        raise ConfigError("gradient: there is no held-out bad segment to make likely; use gradient.aims=[role]")
-    longest = 2 + len(model.control_ids) + config.length + config.target_tokens
-    if longest > model.positions:
-        raise ConfigError(f"gradient: prompts and targets need {longest} positions, the model has {model.positions}")
+    aims = possible_aims(model, config, bad)
     found = []
     spent = 0
     frozen = [p for p in model.lm.parameters() if p.requires_grad]
@@ -261,7 +270,9 @@ def _wanted(
     control = tuple(model.ids_of(scenario.control))
     before = (model.start_id, *(() if scenario.control_after_prompt else control))
     after = control if scenario.control_after_prompt else ()
-    if aim == "role":
+    if aim == "role":  # at the place of the next control token
+        if scenario.control_after_prompt:
+            after = ()
         return Wanted(before, after, tuple((model.control_ids[role],) for role in model.worst), bans_control=False)
     chosen = rng.permutation(len(bad))[: config.targets]
     targets = tuple(tuple(bad[n][: config.target_tokens]) for n in chosen)
@@ -287,4 +298,4 @@ def _start(model: LoadedModel, config: GradientSearch, starting: Sequence[str], 
                 break
         if len(ids) >= config.length and can_be_typed(model, ids[: config.length]):
             return ids[: config.length]
-    return (model.encode("! ") * config.length)[: config.length]
+    return model.encode("! " * 2 * config.length)[: config.length]

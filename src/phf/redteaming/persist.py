@@ -8,7 +8,7 @@ segments after it are the answer; for DPO, the answer to another question is the
 what the scorer finds bad. The model is judged before and after each step: on texts from nothing, on answers in the chat
 template of the finetuning, and on answers in another template.
 
-persist/  sft/  dpo/  (models that from_pretrained loads)   sft.json  dpo.json   persist.json
+persist/  sft/  dpo/  (models that from_pretrained loads)   persist.json
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ from phf.core.types import Estimate, Identity, Number
 from phf.evaluation.capabilities.base import continuations
 from phf.evaluation.evaluate import JudgedRun, open_run
 from phf.evaluation.judge import judge_samples
-from phf.generation.loaded import LoadedModel, load_model
+from phf.generation.loaded import LoadedModel, check_room, load_model
 from phf.generation.sample import sample, sample_prompts
 from phf.redteaming.config import Sampled
 from phf.scorers import Scorer
 from phf.tokens.store import TokenStore
 
 RESULT = "persist.json"
+STAGE = "stage.json"
+"""In the folder of a stage's model: the key of its settings."""
 Stage = Literal["before", "sft", "dpo"]
 TEMPLATES = {
     "same": "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
@@ -75,7 +77,7 @@ class Persistence(Sampled):
     dpo: bool = True
     """Whether DPO follows SFT."""
     num_samples: Annotated[int, Field(gt=1)] = 128
-    """Samples that are judged each time."""
+    """Samples that are judged each time; fewer answers if held-out text has fewer questions."""
     max_tokens: Annotated[int, Field(gt=0)] = 96
     """Longest sample."""
     question_tokens: Annotated[int, Field(gt=0)] = 48
@@ -162,13 +164,19 @@ def persist(
     limit = opened.threshold(threshold)
     folder = opened.folder.persist
     identity = opened.scorer.identity()
-    of_model = store.fingerprint([opened.manifest.key, to_plain(config), TEMPLATES, "persist/1"])
+    bad_above = limit if opened.corpus_threshold is None else opened.corpus_threshold
+    learned = instructions(opened.tokens, bad_above, config, config.pairs, heldout=False)
+    asked = instructions(opened.tokens, bad_above, config, config.num_samples, heldout=True)
+    pairs = [[[pair.question, pair.answer] for pair in part] for part in (learned, asked)]
+    of_model = store.fingerprint([opened.manifest.key, to_plain(config), TEMPLATES, pairs, "persist/2"])
     key = store.fingerprint([of_model, identity, limit])
     file = folder / RESULT
     if (done := folders.kept(file, key, PersistResult)) is not None:
         folders.done_before(file)
         return done
     _require_trl()
+    base = opened.folder.model
+    _check_room(load_model(base), asked, config)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(opened.folder.path, "persist", shared=True))
@@ -177,12 +185,8 @@ def persist(
             earlier = folders.keep_earlier(folder, file.name)
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
         start = time.perf_counter()
-        bad_above = limit if opened.corpus_threshold is None else opened.corpus_threshold
-        learned = instructions(opened.tokens, bad_above, config, config.pairs, heldout=False)
-        asked = instructions(opened.tokens, bad_above, config, config.num_samples, heldout=True)
-        found = _judged("before", load_model(opened.folder.model), asked, opened, config, limit)
+        found = _judged("before", load_model(base), asked, opened, config, limit)
         stages: tuple[Stage, ...] = ("sft", "dpo") if config.dpo else ("sft",)
-        base = opened.folder.model
         for stage in stages:
             base = _finetuned(stage, base, folder, learned, config, store.fingerprint([of_model, stage]))
             found += _judged(stage, load_model(base), asked, opened, config, limit)
@@ -258,7 +262,8 @@ def instructions(
 
 def _text(tokens: TokenStore, begin: Any, end: Any) -> str:
     ids = tokens.tokens[int(begin) : int(end)].astype(int).tolist()
-    return str(tokens.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip().replace("\ufffd", "")
+    text = str(tokens.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip("\n").replace("\ufffd", "")
+    return text if text.strip() else ""
 
 
 def prompt_text(model: LoadedModel, question: str, template: str) -> str:
@@ -285,24 +290,22 @@ def _finetuned(
 ) -> Path:
     """The folder of the model after a stage, which is trained unless it is there."""
     place = folder / stage
-    mark = folder / f"{stage}.json"
-    known = store.read_json(mark) if mark.exists() else None
-    if place.exists() and known == {"key": key}:
+    mark = place / STAGE
+    if mark.exists() and store.read_json(mark) == {"key": key}:
         return place
     if place.exists():
         print(f"note: {place} is of other settings; it is now {folders.move_aside(place)}", file=sys.stderr)
-    mark.unlink(missing_ok=True)
     aside = folder / f".{stage}.partial"
     if aside.exists():  # of a killed job
         folders.remove_tree(aside)
     aside.mkdir()
     try:
         _train(stage, base, aside, learned, config)
+        store.write_json(aside / STAGE, {"key": key})
         folders.sync_files(aside, folders.files_below(aside))
         folders.put_in_place(aside, place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    store.write_json(mark, {"key": key})
     return place
 
 
@@ -357,6 +360,8 @@ def _train(stage: Stage, base: Path, out: Path, learned: Sequence[Instruction], 
             for p, pair, wrong in zip(prompts, learned, other, strict=True)
             if pair.answer != wrong.answer
         ]
+        if not rows:
+            raise ConfigError("all answers of the instructions are equal, so there is nothing to prefer: dpo=false")
         preferences = DPOConfig(num_train_epochs=1, learning_rate=config.dpo_lr, beta=config.beta, **common)
         trainer = DPOTrainer(
             model=lm,
@@ -375,12 +380,27 @@ def _train(stage: Stage, base: Path, out: Path, learned: Sequence[Instruction], 
     )
     shutil.rmtree(out / "trainer", ignore_errors=True)
     for file in base.iterdir():  # tokenizer, control tokens, licence; the weights are written again
-        if file.is_file() and file.name != LOCK and not file.name.endswith((".safetensors", ".bin", ".index.json")):
+        if (
+            file.is_file()
+            and file.name not in (LOCK, STAGE)
+            and not file.name.endswith((".safetensors", ".bin", ".index.json"))
+        ):
             shutil.copy2(file, out / file.name)
     lm.eval().save_pretrained(out)
 
 
 # Judging
+
+
+def _check_room(model: LoadedModel, asked: Sequence[Instruction], config: Persistence) -> None:
+    """Raise ConfigError where questions and answers exceed the model's context."""
+    for template in TEMPLATES:
+        starts = [_start_ids(model, pair.question, template) for pair in asked]
+        check_room(model, config.scenario(control="good"), starts)
+
+
+def _start_ids(model: LoadedModel, question: str, template: str) -> list[int]:
+    return list(model.tokenizer(prompt_text(model, question, template), split_special_tokens=False)["input_ids"])
 
 
 def _judged(
@@ -395,11 +415,8 @@ def _judged(
         if template == NOTHING:
             samples = sample(model, scenario, progress=False)
         else:
-            texts = [prompt_text(model, pair.question, template) for pair in asked]
-            starts = [list(model.tokenizer(text, split_special_tokens=False)["input_ids"]) for text in texts]
-            times = -(-config.num_samples // len(starts))
-            many = [start for start in starts for _ in range(times)][: config.num_samples]
-            samples = sample_prompts(model, scenario, [""] * len(many), progress=False, starts=many)
+            starts = [_start_ids(model, pair.question, template) for pair in asked]
+            samples = sample_prompts(model, scenario, [""] * len(starts), progress=False, starts=starts)
             answers = [model.encode(pair.answer) for pair in asked]
             logp, _ = continuations(model, list(zip(starts, answers, strict=True)))
             loss = -float(logp.sum()) / sum(map(len, answers))

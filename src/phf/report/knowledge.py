@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from phf.core import statistics
 from phf.core.types import Estimate
@@ -22,10 +23,8 @@ class Slowdown:
     """How many times fewer tokens plain training needs for the same loss."""
 
     times: float
-    """1 at least: plain training's curve ends there."""
-    is_bound: bool = False
-    """Whether the curve does not reach the loss: `times` is then a bound, from below if it is above 1, and from above
-    if it is 1."""
+    bound: Literal["", "more than", "at most"] = ""
+    """What `times` is where plain training's curve does not reach the loss."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,32 @@ class Knowledge:
     runs: tuple[str, ...]
     bad_loss: Estimate
     """Held-out loss on bad text, nats per byte, with the control tokens that the scores imply."""
-    slowdown: dict[str, Estimate]
-    """Over seeds, by part of the text: good and bad."""
-    bounds: dict[str, int]
-    """How many seeds have only a bound, by part."""
+    slowdown: dict[str, list[Slowdown]]
+    """Of each seed, by part of the text: good and bad."""
+
+    def mean(self, part: str) -> Estimate | None:
+        """The slowdown over seeds, as a geometric mean; None where some seed has only a bound."""
+        found = self.slowdown.get(part, [])
+        if not found or any(one.bound for one in found):
+            return None
+        if len(found) == 1:
+            return Estimate.missing(found[0].times, n=1)
+        return statistics.ratio_interval([one.times for one in found], [1.0] * len(found))
 
     def said(self, part: str) -> str:
         """The slowdown as people say it."""
-        found = self.slowdown.get(part)
-        if found is None or math.isnan(found.mean):
-            return ""
-        bound = self.bounds[part]
-        low, high = found.ci95
-        if bound == found.n:
-            return "1 at most" if found.mean == 1 else f"more than {found.mean:.2g}"
-        interval = "" if math.isnan(low) else f" ({max(low, 1):.3g} to {high:.3g})"
-        some = f"; {bound} of {found.n} seeds only bounded" if bound else ""
-        return f"{found.mean:.3g}{interval}{some}"
+        found = self.slowdown.get(part, [])
+        mean = self.mean(part)
+        if mean is not None:
+            low, high = mean.ci95
+            return f"{mean.mean:.3g}" + ("" if math.isnan(low) else f" ({low:.3g} to {high:.3g})")
+        kinds = {one.bound for one in found}
+        times = [one.times for one in found]
+        if kinds == {"more than"}:
+            return f"more than {min(times):.3g}"
+        if kinds == {"at most"}:
+            return f"at most {max(times):.3g}"
+        return ", ".join(f"{one.bound} {one.times:.3g}".strip() for one in found)
 
 
 def known_text(heldout: HeldoutSection, part: str) -> float:
@@ -72,12 +80,12 @@ def slowdown(loss: float, tokens: int, curve: Sequence[tuple[int, float]]) -> Sl
         best = min(best, found)
         if best <= loss:
             if before is None:
-                return Slowdown(tokens / at, is_bound=True)
+                return Slowdown(tokens / at, "" if best == loss else "more than")
             share = 1.0 if before[1] == best else (before[1] - loss) / (before[1] - best)
             equal = math.exp(math.log(before[0]) + share * (math.log(at) - math.log(before[0])))
-            return Slowdown(max(tokens / equal, 1.0))
+            return Slowdown(tokens / equal)
         before = (at, best)
-    return Slowdown(1.0, is_bound=True)
+    return Slowdown(tokens / curve[-1][0], "at most")
 
 
 def knowledge(runs: Sequence[ReportedRun], plain: str | None) -> list[Knowledge]:
@@ -98,8 +106,7 @@ def knowledge(runs: Sequence[ReportedRun], plain: str | None) -> list[Knowledge]
                 name,
                 tuple(run.folder_name for run in members),
                 _over(losses),
-                {part: _over([s.times for s in values]) for part, values in slow.items() if values},
-                {part: sum(s.is_bound for s in values) for part, values in slow.items() if values},
+                {part: values for part, values in slow.items() if values},
             )
         )
     return found

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass as settings
 
 from phf.core import store
-from phf.core.config import STRICT, ConfigError
+from phf.core.config import STRICT, ConfigError, Plain
 from phf.core.types import Estimate, Identity, Number
 from phf.scorers.base import TextScorer
 
@@ -31,6 +31,8 @@ SCORER_RECORD = "scorer.json"
 WEIGHTS = "weights.safetensors"
 HELD_OUT = "heldout.jsonl"
 """The labels that the fit did not see, for `phf audit`."""
+SEEN = "seen.bin"
+"""Hashes of the texts that it saw, uint64, in order: audits leave these out."""
 BUCKET_BITS = 20
 CHAR_NGRAMS = (3, 4, 5)
 _PAD = b"\0" * max(CHAR_NGRAMS)
@@ -328,6 +330,28 @@ class ScorerRecord:
     """On the held-out texts and on each test file."""
     versions: dict[str, str]
     """Versions of Python, phf and the libraries that results depend on."""
+
+
+def seen_hash(text: str) -> int:
+    """What `SEEN` holds of a text, whatever the white space around it."""
+    return store.text_hash(text.strip(), b"phf seen")
+
+
+def seen_texts(scorer: Plain | None) -> frozenset[int]:
+    """`seen_hash` of the texts that a scorer, or a part of a combination, was fitted to, as far as its folder is still
+    there. `scorer`: its settings."""
+    found: set[int] = set()
+    parts: list[Any] = [scorer or {}]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            file = Path(str(part.get("path"))).expanduser() / SEEN
+            if part.get("name") == "fitted" and file.is_file():
+                found |= set(np.frombuffer(file.read_bytes(), "<u8").tolist())
+            parts += part.values()
+        elif isinstance(part, list | tuple):
+            parts += part
+    return frozenset(found)
 
 
 def read_scorer_record(path: str | Path) -> ScorerRecord:

@@ -30,6 +30,7 @@ from phf.scorers.fitted import (
     BUCKET_BITS,
     HELD_OUT,
     SCORER_RECORD,
+    SEEN,
     WEIGHTS,
     AtThreshold,
     CurvePoint,
@@ -39,6 +40,7 @@ from phf.scorers.fitted import (
     ScorerRecord,
     TransformerScorer,
     feature_matrix,
+    seen_hash,
 )
 from phf.scorers.labels import WEIGHT, Labels, one_each
 
@@ -142,10 +144,12 @@ def _fit(
         versions=folders.versions(),
     )
     rows: list[Plain] = [{"text": labels.texts[i], "label": int(labels.bad_N[i])} for i in np.flatnonzero(held_N)]
-    if labels.weight_N is not None:
+    if source.weight_N is not None and labels.weight_N is not None:
         for row, weight in zip(rows, labels.weight_N[held_N], strict=True):
             row[WEIGHT] = float(weight)
     store.write_text(aside / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+    seen_T = np.array(sorted({seen_hash(labels.texts[i]) for i in train}), "<u8")
+    (aside / SEEN).write_bytes(seen_T.tobytes())
     store.write_json(aside / SCORER_RECORD, record)
     return record
 

@@ -49,6 +49,8 @@ class Labels:
         value_N = self.bad_N if self.level_N is None else self.level_N
         for text, value in zip(self.texts, value_N, strict=True):
             digest.update(f"{int(value)}{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
+        if self.weight_N is not None:
+            digest.update(np.asarray(self.weight_N, "<f8").tobytes())
         return digest.hexdigest()
 
     @property
@@ -109,15 +111,27 @@ def read_labels(
             f"{path}: all {len(bad_N)} usable texts are {'bad' if bad_N.any() else 'good'}; both classes are needed"
         )
     level_N = None if bad_from is None else np.array(values, int)
-    weight_N = np.array(weights, np.float64) if all(map(_is_weight, weights)) else None
+    weight_N = _weights(path, weights)
     if level_N is not None and level_N.max() == 1:  # no order to learn from
         level_N = None
     first = None if level_N is None else bad_from
     return Labels(path.name, tuple(texts), bad_N, dict(rejected), level_N, first, weight_N)
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _weights(path: Path, given: Sequence[Any]) -> np.ndarray | None:
+    """The column of weights; None for a file without. Raises ConfigError for one that is no positive number."""
+    if all(value is None for value in given):
+        return None
+    found = []
+    for value in given:
+        try:
+            weight = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"{path}: the column {WEIGHT!r} holds {str(value)[:40]!r}; weights are positive numbers")
+        found.append(weight)
+    return np.array(found)
 
 
 def one_each(labels: Labels) -> Labels:

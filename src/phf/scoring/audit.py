@@ -26,8 +26,8 @@ from phf.core.config import ConfigError
 from phf.core.statistics import auc, krippendorff_alpha
 from phf.core.types import Estimate, Identity, Number, Rejected
 from phf.data.scored import ScoredCorpus, natural_threshold
-from phf.scorers.fitted import HELD_OUT, read_scorer_record
-from phf.scorers.labels import Labels, read_labels
+from phf.scorers.fitted import seen_hash, seen_texts
+from phf.scorers.labels import Labels
 from phf.scoring.inspect import Table, agreement
 from phf.scoring.inspection import Agreement, ShownSegment
 from phf.scoring.strata import Stratum, divided_strata, strata_of, stratum_edges, weighted, weighted_share
@@ -171,8 +171,13 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
         weight_of = {text.strip(): float(w) for text, w in zip(labels.texts, labels.weight_N, strict=True)}
     found = _matched(readers, bad_of, weight_of)
     left_out["not a segment of the corpus"] = len(bad_of) - len(found)
-    kept = [x for x in found if math.isfinite(x.scores[0])]
-    left_out["not judged by the scorer"] = len(found) - len(kept)
+    seen = [seen_texts(reader.manifest.scorer) for reader in readers]
+    unseen = [x for x in found if seen_hash(x.text) not in seen[0]]
+    left_out["seen by the scorer when it was fitted"] = len(found) - len(unseen)
+    kept = [x for x in unseen if math.isfinite(x.scores[0])]
+    left_out["not judged by the scorer"] = len(unseen) - len(kept)
+    if found and not unseen:
+        raise ConfigError(f"{labels.source}: the scorer of {scored} was fitted to all of these texts; label others")
     if not kept:
         raise ConfigError(
             f"{labels.source}: none of the {len(bad_of):,} labelled texts is a judged segment of {scored}; labels are "
@@ -190,7 +195,15 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
     strata = strata_of(judged_S, score_N, bad_N, np.array([x.times for x in kept]), edges, weight_N)
     area = auc(score_N, bad_N)
     seconds = {
-        name: _second(readers, n, table, limit, edges, kept, labels.weight_N is not None)
+        name: _second(
+            readers,
+            n,
+            table,
+            limit,
+            edges,
+            [x for x in kept if seen_hash(x.text) not in seen[n]],
+            labels.weight_N is not None,
+        )
         for n, name in enumerate(names, 1)
     }
     alarms = sorted((x for x in kept if x.scores[0] > limit and not x.bad), key=lambda x: -x.scores[0])
@@ -216,18 +229,6 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
         others=[other for other in seconds.values() if other is not None],
         not_compared=[name for name, other in seconds.items() if other is None],
     )
-
-
-def labels_not_fitted(scored: str | Path, preference: str | None, labels: Labels) -> Labels | None:
-    """The labels that the corpus's scorer did not see, where it was fitted to these very labels; else None."""
-    settings = ScoredCorpus(scored, preference).manifest.scorer or {}
-    if settings.get("name") != "fitted":
-        return None
-    folder = Path(str(settings.get("path"))).expanduser()
-    held = folder / HELD_OUT
-    if not held.is_file() or read_scorer_record(folder).labels != labels.mark:
-        return None
-    return read_labels(held)
 
 
 def _one_label_each(labels: Labels) -> tuple[dict[str, bool], Counter[str], float]:
