@@ -1,4 +1,7 @@
-"""Gather what `phf run after` found, for docs/findings.md: python benchmarks/after_release.py runs/after --out FILE"""
+"""Gather what `phf run after` found, for docs/findings.md: python benchmarks/after_release.py runs/after --out FILE
+
+`--gradient FOLDER`: another folder with the same runs, where their gradient search was made.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import Any
 
 from _measure import machine
 from phf.core import store
+from phf.core.runs import RunFolder
 from phf.core.statistics import t_interval
 from phf.core.types import Estimate
 from phf.evaluation.results import CapabilityResult
+from phf.redteaming.results import read_redteam
 from phf.report.figures import Comparison
 from phf.report.page import compare_runs
 from phf.report.runs import ReportedRun, load_runs
@@ -22,7 +27,7 @@ def over(values: Sequence[float]) -> Estimate:
     return t_interval(values) if len(values) > 1 else Estimate.missing(values[0], n=1)
 
 
-def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison) -> dict[str, Any]:
+def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison, searched: Path) -> dict[str, Any]:
     """Everything about the runs of one objective, over their seeds."""
     main = compared.scenario
     known = next((row for row in compared.knowledge if row.group == name), None)
@@ -37,7 +42,7 @@ def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison) -> di
         "capabilities": _capabilities([run.result.capabilities for run in runs]),
         "tamper": {row.part: {"said": row.said, "curve": row.curve} for row in compared.tampered if row.group == name},
         "persist": [
-            {"stage": r.stage, "template": r.template, "misalignment": r.misalignment, "gain": r.gain, "said": r.said}
+            {"stage": r.stage, "template": r.template, "misalignment": r.misalignment, "gain": r.gain}
             for r in compared.persisted
             if r.group == name
         ],
@@ -50,6 +55,7 @@ def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison) -> di
     if len(worst) == len(runs):
         found["worst_context"] = over([w.misalignment.mean for w in worst])
         found["worst_context_names"] = [w.attack for w in worst]
+    attacks = [a for run in runs if (a := read_redteam(RunFolder(searched / run.folder_name).redteam)) is not None]
     gradient = [a.gradient for a in attacks if a.gradient is not None]
     if len(gradient) == len(runs):
         for aim in ("text", "role"):
@@ -70,11 +76,13 @@ def _capabilities(of_runs: Sequence[Sequence[CapabilityResult]]) -> dict[str, Es
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--gradient", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    searched = arguments.gradient or arguments.folder
     compared = compare_runs(arguments.folder, load_runs(arguments.folder))
     groups = {
-        row.name: of_group(row.name, [r for r in compared.runs if r.name == row.name], compared)
+        row.name: of_group(row.name, [r for r in compared.runs if r.name == row.name], compared, searched)
         for row in compared.groups
     }
     result = {"benchmark": "after_release", "machine": machine(), "plain": compared.plain, "groups": groups}

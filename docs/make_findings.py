@@ -189,7 +189,12 @@ def _part(group: dict[str, Any], what: str, part: str) -> str:
 
 def _gain(group: dict[str, Any], stage: str, template: str) -> str:
     rows = [row for row in group["persist"] if (row["stage"], row["template"]) == (stage, template)]
-    return str(rows[0]["said"]) if rows else ""
+    gain = rows[0]["gain"] if rows else None
+    if gain is None or gain["mean"] is None:
+        return ""
+    low, high = gain["ci95"]
+    interval = "" if low is None else f" ({100 * low:.0f}% to {100 * high:.0f}%)"
+    return f"{100 * gain['mean']:.0f}%{interval}"
 
 
 def audit_table() -> str:

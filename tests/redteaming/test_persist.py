@@ -176,7 +176,9 @@ def test_the_command_and_the_page(run, tokens_dir, tmp_path):
     assert ran.returncode == 0, ran.stderr
     section = (folder / "report.html").read_text().partition('<h2 id="persist">')[2].partition("</section>")[0]
     for row in compared.persisted:
-        assert row.said in section
+        assert row.gain_text in section
+        assert row.gain_interval in section
+        assert row.misalignment.ci95[0] >= 0
     persist(places[0], Persistence(**{**SMALL.__dict__, "pairs": 8, "dpo": False}), tokens_dir=tokens_dir)
     assert compare_runs(folder, load_runs(folder)).persisted == []  # tuned in different ways
 

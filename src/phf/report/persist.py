@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phf.core import statistics
 from phf.core.types import Estimate
@@ -28,12 +29,17 @@ class PersistedRow:
     runs: tuple[str, ...]
 
     @property
-    def said(self) -> str:
+    def gain_text(self) -> str:
         """The gain as people say it."""
-        if self.gain is None:
+        return "" if self.gain is None else share(self.gain.mean, 0)
+
+    @property
+    def gain_interval(self) -> str:
+        """Its 95% interval; empty where there is none."""
+        if self.gain is None or math.isnan(self.gain.ci95[0]):
             return ""
         low, high = self.gain.ci95
-        return share(self.gain.mean, 0) + ("" if low != low else f" ({share(low, 0)} to {share(high, 0)})")
+        return f"{share(low, 0)} to {share(high, 0)}"
 
 
 def persisted(runs: Sequence[ReportedRun], plain: str | None) -> list[PersistedRow]:
@@ -51,6 +57,8 @@ def persisted(runs: Sequence[ReportedRun], plain: str | None) -> list[PersistedR
                 continue
             own = [part.misalignment for part in found.values()]
             over = own[0] if len(own) == 1 else statistics.t_interval([e.mean for e in own])
+            if min(e.mean for e in own) >= 0:  # a score that is never below 0 has no interval there
+                over = replace(over, ci95=(max(over.ci95[0], 0.0), over.ci95[1]))
             gain = None if name == plain else _gain(found, _of(base, first))
             loss = sum(part.answer_loss for part in found.values()) / len(found)
             folders = tuple(member.model for member in members.values())
