@@ -95,6 +95,7 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import phf.evaluation.evaluate
+    import phf.labelling.label
     import phf.redteaming.attack
     import phf.release
     import phf.scorers.fitting

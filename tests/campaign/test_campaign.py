@@ -19,7 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers import TINY_LLAMA
 from phf.core.locks import LOCK
+from phf.labelling.rubric import parse_rubric, question
+from phf.tokens.tokenizer import train_bpe
+from phf.training.lm import FromConfig, build_lm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")]
 
@@ -48,6 +52,7 @@ class Stage:
 STAGES = {
     "score": Stage("score corpus scored --scorer pii", "scored", points=24),
     "add": Stage("score scored --add links --scorer regex scorer.pattern=https?://\\S+", "scored", ("scored",)),
+    "label": Stage("label scored labels --rubric rubric.md --n 24 --by score --local judge", "labels", ("scored",)),
     "fit-scorer": Stage("fit-scorer labels.jsonl scorer", "scorer"),
     "tokenize": Stage("tokenize scored tokens --vocab-size 300 --heldout 0.2", "tokens", ("scored",), points=24),
     "train": Stage(f"train tokens run {TRAIN}", "run", ("scored", "tokens"), points=24),
@@ -126,6 +131,11 @@ def base(runner, tmp_path_factory) -> Path:
     rng = random.Random(1)
     rows = [{"text": f"{'awful' if n % 2 else 'nice'} {rng.random()}", "label": n % 2} for n in range(120)]
     (root / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rubric.md").write_text("- 0: no\n- 1: yes\n")
+    tokenizer = train_bpe([question(parse_rubric("- 0: no\n- 1: yes"), WORDS)] * 3, 400)
+    shape = TINY_LLAMA | {"max_position_embeddings": 512, "initializer_range": 0.3}
+    build_lm(FromConfig(shape), tokenizer, seed=0).save_pretrained(root / "judge")
+    tokenizer.save_pretrained(root / "judge")
     for name, stage in STAGES.items():
         before = root / f"{name}@before"
         before.mkdir()
@@ -142,7 +152,8 @@ def fresh(base: Path, name: str, root: Path) -> Path:
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(base / f"{name}@before", root)
     os.symlink(base / "corpus", root / "corpus")
-    os.symlink(base / "labels.jsonl", root / "labels.jsonl")
+    for name in ("labels.jsonl", "rubric.md", "judge"):
+        os.symlink(base / name, root / name)
     return root
 
 

@@ -104,7 +104,8 @@ def label_corpus(
     judges = sorted([*_earlier_people(out, source, rubric, drawing, judges), *judges], key=_person)
     titles = [judge.title for judge in judges]
     if len(set(titles)) < len(titles):
-        raise ConfigError(f"two judges have the name {titles[0]!r}, and the labels name their judge")
+        twice = next(title for title in titles if titles.count(title) > 1)
+        raise ConfigError(f"two judges have the name {twice!r}, and the labels name their judge")
     key = store.fingerprint(
         [source.fingerprint, rubric.text, to_plain(drawing), [j.identity() for j in judges], repeats, "label/1"]
     )
