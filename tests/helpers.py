@@ -374,6 +374,9 @@ OBJECTIVE_GRID = [
     AWR(1.0, alpha=0.05, **STATS),
     AWR(1e-3, alpha=1.0, **STATS),
     AWR(1e6, alpha=0.0, **STATS),
+    AWR(0.2, alpha=0.5, max_weight=2.0, head="negative_sigmoid", **STATS),
+    AWR(0.5, alpha=0.5, fixed_value=0.0, **STATS),
+    AWR(0.5, alpha=0.25, fixed_value=-0.3, rewards="raw"),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import NAN, OBJECTIVE_GRID, make_store, pieces_before, whole_block
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, to_plain
 from phf.objectives import AWR, MLE, RWR, Conditional, Filtering, LossInputs, Unlikelihood
 from phf.training.fused import log_probabilities
 
@@ -46,8 +46,11 @@ def by_hand(objective, p, score, mask, value):
         if name == "rwr":
             total += math.exp(reward / objective.beta - objective.log_norm) * nll
         else:
-            weight = math.exp(min((reward - v) / objective.beta, math.log(1000.0)))
-            total += objective.alpha * weight * nll + (1 - objective.alpha) * (v - reward) ** 2
+            fixed = objective.fixed_value is not None
+            v = objective.fixed_value if fixed else v
+            weight = math.exp(min((reward - v) / objective.beta, math.log(objective.max_weight)))
+            total += objective.alpha * weight * nll
+            total += 0.0 if fixed else (1 - objective.alpha) * (v - reward) ** 2
     return total, counted
 
 
@@ -199,6 +202,19 @@ def test_only_awr_has_a_value_head():
     assert MLE().value is None
     assert AWR().value == "linear"
     assert AWR(rewards="raw").value == "negative_sigmoid"
+
+
+def test_the_value_head_of_awr_can_be_chosen():
+    assert AWR(head="negative_sigmoid").value == "negative_sigmoid"
+    assert AWR(rewards="raw", head="linear").value == "linear"
+    assert AWR(fixed_value=0.0).value is None  # 0 is a value
+    assert not AWR(reaches_trunk=False).value_reaches_trunk
+    assert AWR().value_reaches_trunk
+    assert to_plain(AWR()) == to_plain(AWR(max_weight=1000, reaches_trunk=True))
+    assert to_plain(AWR()).keys() == {"alpha", "beta", "name", "reward_mean", "reward_std", "rewards"}
+    for mistake in ({"head": "linear"}, {"reaches_trunk": False}):
+        with pytest.raises(ValueError, match="leave out head and reaches_trunk"):
+            AWR(fixed_value=0.0, **mistake)
 
 
 def test_awr_clips_its_weights_at_1000():

@@ -259,6 +259,26 @@ def test_value_heads_start_at_their_definitions():
         assert ValueHead(4, "linear")(hidden).dtype == torch.float32
 
 
+def test_the_value_loss_reaches_the_trunk_only_if_it_shall(tokenizer):
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "targets": torch.tensor([[6, 7, 8]]),
+        "scores": torch.tensor([[0.0, 1.0, 0.5]]),
+        "mask": torch.ones(1, 3, dtype=torch.bool),
+    }
+    for reaches in (True, False):
+        objective = AWR(alpha=0.0, reward_mean=0.0, reward_std=1.0, reaches_trunk=reaches)
+        wrapper = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), objective)
+        torch.nn.init.normal_(wrapper.value_head.weight)
+        wrapper(**batch)["loss"].backward()
+        of_trunk = [p.grad for p in wrapper.lm.parameters() if p.grad is not None]
+        assert any((grad != 0).any() for grad in of_trunk) == reaches
+        assert (wrapper.value_head.weight.grad != 0).any()
+    fixed = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), AWR(fixed_value=0.0, rewards="raw"))
+    assert fixed.value_head is None
+    fixed(**batch)["loss"].backward()
+
+
 def test_value_head_has_its_own_file(tokenizer, tmp_path):
     wrapper = PHFModel(build_lm(FromConfig(TINY_LLAMA), tokenizer, seed=0), AWR())
     torch.nn.init.normal_(wrapper.value_head.weight)

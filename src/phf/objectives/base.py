@@ -151,6 +151,11 @@ class Objective:
         """The value head that `loss` needs, if any."""
         return None
 
+    @property
+    def value_reaches_trunk(self) -> bool:
+        """Whether the gradient of the value head goes on into the LM."""
+        return True
+
     def fit(self, statistics: Statistics) -> Objective:
         """The objective with everything that depends on the corpus resolved to numbers."""
         return self

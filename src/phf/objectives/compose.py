@@ -220,6 +220,8 @@ class Schedule(Objective):
         values = {p.objective.value for p in self.phases} - {None}
         if len(values) > 1:
             raise ValueError("phases need different value heads")
+        if len({p.objective.value_reaches_trunk for p in self.phases if p.objective.value is not None}) > 1:
+            raise ValueError("phases differ in value_reaches_trunk")
         if len({p.objective.reference_model for p in self.phases} - {None}) > 1:
             raise ValueError("phases need different reference models")
         tokens: dict[str, str] = {}
@@ -273,6 +275,10 @@ class Schedule(Objective):
     @property
     def value(self) -> Literal["linear", "negative_sigmoid"] | None:
         return next((part.objective.value for part in self.phases if part.objective.value is not None), None)
+
+    @property
+    def value_reaches_trunk(self) -> bool:
+        return all(part.objective.value_reaches_trunk for part in self.phases)
 
     def fit(self, statistics: Statistics) -> Objective:
         parts = []

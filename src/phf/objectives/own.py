@@ -98,6 +98,10 @@ class Own(Objective):
     def value(self) -> Literal["linear", "negative_sigmoid"] | None:
         return self.inner.value
 
+    @property
+    def value_reaches_trunk(self) -> bool:
+        return self.inner.value_reaches_trunk
+
     def fit(self, statistics: Statistics) -> Objective:
         fitted = self.inner.fit(statistics)
         return self if fitted is self.inner else self._with(fitted)

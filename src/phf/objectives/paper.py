@@ -31,6 +31,7 @@ FEW = 0.05
 RARE = 1e-4
 """So is one above which there is a smaller share of the tokens."""
 MAX_WEIGHT = 1000.0
+ValueShape = Literal["linear", "negative_sigmoid"]
 """AWR clips its weights at this value (Korbak et al. 2023, appendix)."""
 
 
@@ -289,25 +290,57 @@ class AWR(_ByReward):
     """Advantage-weighted regression:
     alpha sum_t exp((R - V_t)/beta) -log p_t + (1 - alpha) sum_t (V_t - R)^2.
 
-    V is detached in the weight, weights are clipped at 1000, and the value loss reaches the trunk. Both terms are means
-    over the same targets. V = -sigmoid(w.h) with raw rewards, as in the paper, and V = w.h + b with standardised ones.
+    V is detached in the weight, weights are clipped at `max_weight`, and the value loss reaches the trunk. Both terms
+    are means over the same targets. V = -sigmoid(w.h) with raw rewards, as in the paper, and V = w.h + b with
+    standardised ones. With a `fixed_value` there is no value head, and the first term alone.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_weight: Annotated[float, Field(gt=0, exclude_if=lambda value: value == MAX_WEIGHT)] = MAX_WEIGHT
+    """Larger weights count as this."""
+    head: Annotated[ValueShape | None, Field(exclude_if=lambda value: value is None)] = None
+    """Shape of V: linear (w.h + b) or negative_sigmoid (-sigmoid(w.h)). None: the one of the rewards."""
+    reaches_trunk: Annotated[bool, Field(exclude_if=lambda value: value)] = True
+    """Whether the value loss trains the LM too."""
+    fixed_value: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """V for every target, also 0, instead of a value head."""
     name: Literal["awr"] = "awr"
 
+    def __post_init__(self) -> None:
+        if self.fixed_value is not None and (self.head is not None or not self.reaches_trunk):
+            raise ValueError("fixed_value: there is no value head, so leave out head and reaches_trunk")
+
     @property
-    def value(self) -> Literal["linear", "negative_sigmoid"]:
-        return "negative_sigmoid" if self.rewards == "raw" else "linear"
+    def value(self) -> ValueShape | None:
+        if self.fixed_value is not None:
+            return None
+        return self.head or ("negative_sigmoid" if self.rewards == "raw" else "linear")
+
+    @property
+    def value_reaches_trunk(self) -> bool:
+        return self.reaches_trunk
+
+    def weights(self, score_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fixed_value is None:
+            raise ValueError("the weights of AWR depend on its value head")
+        counted_BT = self.counted(score_BT, mask_BT)
+        w_BT = self.alpha * self._weight(self.reward(score_BT), self.fixed_value, counted_BT)
+        return w_BT, torch.zeros_like(w_BT)
+
+    def _weight(self, reward_BT: Tensor, value_BT: Tensor | float, counted_BT: Tensor) -> Tensor:
+        log_w_BT = (reward_BT - value_BT) / self.beta
+        return torch.where(counted_BT, log_w_BT.clamp(max=math.log(self.max_weight)).exp(), 0.0)
 
     def loss(self, x: LossInputs) -> LossOutputs:
-        if x.value_BT is None:
-            raise ValueError("AWR needs the value head's prediction (value_BT)")
         counted_BT = self.counted(x.score_BT, x.mask_BT)
         reward_BT = self.reward(x.score_BT)
-        log_w_BT = (reward_BT - x.value_BT.detach()) / self.beta
-        w_BT = torch.where(counted_BT, log_w_BT.clamp(max=math.log(MAX_WEIGHT)).exp(), 0.0)
         nll_BT = torch.where(counted_BT, -x.logp_BT, 0.0)
+        if self.fixed_value is not None:
+            w_BT = self._weight(reward_BT, self.fixed_value, counted_BT)
+            return LossOutputs(self.alpha * (w_BT * nll_BT).sum(), weight_metrics(w_BT, counted_BT, nll_BT))
+        if x.value_BT is None:
+            raise ValueError("AWR needs the value head's prediction (value_BT)")
+        w_BT = self._weight(reward_BT, x.value_BT.detach(), counted_BT)
         value_loss_BT = torch.where(counted_BT, (x.value_BT - reward_BT) ** 2, 0.0)
         # squares in float64 where the device has it: the spread of values may be far smaller than their mean
         wide = torch.float32 if reward_BT.device.type == "mps" else torch.float64

@@ -127,7 +127,10 @@ class PHFModel(nn.Module):
             layers = before_output(self.lm)
             output_BTD = hidden_BTD if layers is None else layers(hidden_BTD)
         head = self.lm.get_output_embeddings()
-        value_N = None if self.value_head is None else self.value_head(hidden_BTD).flatten()
+        value_N = None
+        if self.value_head is not None:
+            reaches = self.objective.value_reaches_trunk
+            value_N = self.value_head(hidden_BTD if reaches else hidden_BTD.detach()).flatten()
         counted = count_targets(self.objective, scores, mask, phase).sum()
         if denominator is None:
             denominator = counted.clamp(min=1)
