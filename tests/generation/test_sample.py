@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import TINY_LLAMA
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, to_plain
 from phf.generation import sample as sample_module
 from phf.generation.decoding import GuidedDecoding, draw, uniform
 from phf.generation.loaded import LoadedModel, load_model, prompt_ids
@@ -227,6 +227,17 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(models, tmp_path
     assert [s.prompt for s in together] == ["the"] * 2 + ["the cat reads a line of text and"] * 2 + ["a"] * 2
     alone = sample(models["mle"], dataclasses.replace(scenario, batch=2))
     assert [s.text for s in alone] == [s.text for s in together]
+
+
+def test_a_prefix_goes_before_every_prompt(models, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "cats"}\n{"text": "dogs"}\n')
+    scenario = Scenario(num_samples=2, prompts=str(tmp_path / "p.jsonl"), max_tokens=12, prefix="the ")
+    found = sample(models["mle"], scenario)
+    assert [s.prompt for s in found] == ["the cats", "the dogs"]
+    plain = sample(models["mle"], Scenario(num_samples=2, max_tokens=12, prefix="the cats"))
+    assert [s.prompt for s in plain] == ["the cats"] * 2
+    assert plain[0].text == found[0].text
+    assert "prefix" not in to_plain(Scenario())
 
 
 def test_the_number_of_samples_is_exact(tmp_path):

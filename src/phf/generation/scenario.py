@@ -47,6 +47,8 @@ class Scenario:
     prompts: str | None = None
     """JSON lines or Parquet with a string `text` or `prompt` in each row: a file, or one that comes with phf
     (challenging_rtp, cursing_prompts, functions, functions_csnet, pii_prompts, pep8_prompts)."""
+    prefix: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """A text before every prompt, or before the sample where there are no prompts. It is part of the prompt."""
     samples_per_prompt: Annotated[int, Field(gt=0)] = 1
     score_prompt: bool = False
     """Score the prompt together with what the model wrote."""
@@ -155,8 +157,9 @@ def scenario_prompts(scenario: Scenario) -> list[str]:
 
     Raises ConfigError if the file has too few prompts for that many samples.
     """
+    prefix = scenario.prefix or ""
     if scenario.prompts is None:
-        return [""] * scenario.num_samples
+        return [prefix] * scenario.num_samples
     prompts = read_prompts(scenario.prompts)
     needed = -(-scenario.num_samples // scenario.samples_per_prompt)
     if needed > len(prompts):
@@ -165,4 +168,4 @@ def scenario_prompts(scenario: Scenario) -> list[str]:
             f"{scenario.num_samples} samples at {scenario.samples_per_prompt} per prompt need {needed} prompts, but "
             f"{scenario.prompts} has {len(prompts)}; use num_samples={most} at most"
         )
-    return [p for p in prompts[:needed] for _ in range(scenario.samples_per_prompt)][: scenario.num_samples]
+    return [prefix + p for p in prompts[:needed] for _ in range(scenario.samples_per_prompt)][: scenario.num_samples]
