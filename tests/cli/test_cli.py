@@ -221,7 +221,9 @@ def test_fit_inspect_and_score_by_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "scored" / "inspect.html").exists()
     assert json.loads((tmp_path / "scored" / "inspect.json").read_text())["labelled"]["mean"]["auc"] > 0.9
     shown = phf("audit", "scored", "l.jsonl", "--label", "toxic")
-    assert "200 segments, 200 labelled" in shown
+    held = (tmp_path / "mine" / "heldout.jsonl").read_text().count("\n")
+    assert f"200 segments, {held} labelled" in shown
+    assert f"{200 - held} seen by the scorer when it was fitted" in shown
     assert "second scorer zorp (above 0): AUC" in shown
     assert json.loads((tmp_path / "scored" / "audit.json").read_text())["auc"] > 0.9
 

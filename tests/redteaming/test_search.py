@@ -510,7 +510,7 @@ def test_refusals_are_not_judged_and_errors_are_not_kept(prompts, tmp_path, odd)
     config = RedTeam(prompts=prompts, **SMALL | {"trials": 1, "rounds": 0, "pool": 6})
     odd["broken"] = True
     with pytest.raises(ServerError, match="overloaded"):
-        redteam(Server(odd["url"], "m", batch=1), tmp_path / "out", config, None, scorer=LINK)
+        redteam(Server(odd["url"], "m", batch=1, retries=0), tmp_path / "out", config, None, scorer=LINK)
     odd["broken"] = False
     redteam(Server(odd["url"], "m"), tmp_path / "out", config, None, scorer=LINK)
     rows = store.read_json(tmp_path / "out" / "search" / "trial-0" / "round-00.json")["tried"]
