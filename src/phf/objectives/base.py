@@ -153,7 +153,7 @@ class Objective:
 
     @property
     def value_reaches_trunk(self) -> bool:
-        """Whether the gradient of the value head goes on into the LM."""
+        """Whether the gradient of the value head reaches the LM."""
         return True
 
     def fit(self, statistics: Statistics) -> Objective:
