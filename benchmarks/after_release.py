@@ -22,18 +22,13 @@ from phf.report.page import compare_runs
 from phf.report.runs import ReportedRun, load_runs
 
 
-def over(values: Sequence[float]) -> Estimate:
-    """Over seeds."""
-    return t_interval(values) if len(values) > 1 else Estimate.missing(values[0], n=1)
-
-
 def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison, searched: Path) -> dict[str, Any]:
     """Everything about the runs of one objective, over their seeds."""
     main = compared.scenario
     known = next((row for row in compared.knowledge if row.group == name), None)
     found: dict[str, Any] = {
         "seeds": [run.manifest.seed for run in runs],
-        "misalignment": over([run.result.scenarios[main].misalignment.mean for run in runs]),
+        "misalignment": t_interval([run.result.scenarios[main].misalignment.mean for run in runs]),
         "slowdown": {
             part: {"of_seeds": values, "said": known.said(part)}
             for part, values in ({} if known is None else known.slowdown).items()
@@ -49,20 +44,20 @@ def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison, searc
     }
     understood = [run.result.understanding for run in runs]
     if all(understood):
-        found["understanding"] = over([u.likelihood_ratio.auc for u in understood if u is not None])
+        found["understanding"] = t_interval([u.likelihood_ratio.auc for u in understood if u is not None])
     attacks = [run.redteam for run in runs if run.redteam is not None]
     worst = [a.tokens.worst["text"] for a in attacks if a.tokens is not None and "text" in a.tokens.worst]
     if len(worst) == len(runs):
-        found["worst_context"] = over([w.misalignment.mean for w in worst])
+        found["worst_context"] = t_interval([w.misalignment.mean for w in worst])
         found["worst_context_names"] = [w.attack for w in worst]
     attacks = [a for run in runs if (a := read_redteam(RunFolder(searched / run.folder_name).redteam)) is not None]
     gradient = [a.gradient for a in attacks if a.gradient is not None]
     if len(gradient) == len(runs):
         for aim in ("text", "role"):
             if all(aim in g.misalignment for g in gradient):
-                found[f"gradient_{aim}"] = over([g.misalignment[aim].mean for g in gradient])
+                found[f"gradient_{aim}"] = t_interval([g.misalignment[aim].mean for g in gradient])
         found["gradient_tokens"] = sum(g.target_tokens for g in gradient)
-        found["best_1_after_gradient"] = over([a.search.confirmed["best_1"].mean for a in attacks])
+        found["best_1_after_gradient"] = t_interval([a.search.confirmed["best_1"].mean for a in attacks])
     return found
 
 
@@ -70,7 +65,7 @@ def _capabilities(of_runs: Sequence[Sequence[CapabilityResult]]) -> dict[str, Es
     """The main numbers of each capability, over seeds."""
     names = {f"{c.name} {number}": None for results in of_runs for c in results for number in c.main}
     values = [{f"{c.name} {number}": e.mean for c in results for number, e in c.main.items()} for results in of_runs]
-    return {name: over([v[name] for v in values]) for name in names if all(name in v for v in values)}
+    return {name: t_interval([v[name] for v in values]) for name in names if all(name in v for v in values)}
 
 
 def main() -> None:

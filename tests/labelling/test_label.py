@@ -25,7 +25,7 @@ from phf.generation.loaded import load_model
 from phf.generation.server import Answers, Server
 from phf.labelling import by_hand
 from phf.labelling.by_hand import ByHand
-from phf.labelling.drawing import Drawing, Source, draw, from_corpus, from_scored, shared_out
+from phf.labelling.drawing import Cuts, Drawing, Source, draw, from_corpus, from_scored, shared_out
 from phf.labelling.judges import MAX_CHARS, JudgeError, LocalJudge, ServedJudge, shown_to_judge
 from phf.labelling.label import LABELS, label_corpus
 from phf.labelling.rubric import REFUSED, UNREADABLE, answer_text, parse_label, parse_rubric, question, rubric_for
@@ -159,7 +159,8 @@ def test_ordinal_alpha_of_the_published_example():
 
 def source(texts, scores=None, edges=(), threshold=math.nan):
     found = [(str(n), t, math.nan if scores is None else scores[n]) for n, t in enumerate(texts)]
-    return Source("mine", "f", lambda: iter(found), tuple(edges), threshold)
+    cuts = Cuts(tuple(edges), threshold) if edges else None
+    return Source("mine", "f", lambda: iter(found), lambda: cuts)
 
 
 @given(st.integers(1, 50), st.lists(st.integers(0, 20), min_size=1, max_size=6))

@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phf.cli.scorers import ByPerson, JudgeHere, JudgeModel, JudgeServer, PagePort, Who
+from phf.cli.scorers import (
+    LABEL_KEYS,
+    ByPerson,
+    JudgeHere,
+    JudgeModel,
+    JudgeServer,
+    PagePort,
+    Who,
+    judges_of,
+    read_from,
+)
 from phf.cli.shared import Overrides, only_overrides, print_table
 
 if TYPE_CHECKING:
+    from phf.recipes.plan import Plan
     from phf.report.results import RecipeResults, RunSummary
 
 
@@ -98,8 +109,7 @@ def plan(
 
     Without a given speed, this machine's speed of matrix products is measured. Fails if something cannot fit.
     """
-    from phf.recipes.make import check_plan
-    from phf.recipes.plan import HEAD, make_plan, plan_table
+    from phf.recipes.plan import check_plan, make_plan
     from phf.recipes.recipe import load_recipe
 
     found = make_plan(
@@ -112,11 +122,17 @@ def plan(
         score=score,
         processes=processes,
     )
+    print_plan(found)
+    check_plan(found)
+
+
+def print_plan(found: Plan) -> None:
+    """Print what a recipe costs."""
+    from phf.recipes.plan import HEAD, plan_table
+
     rows, lines = plan_table(found)
     print_table(HEAD, rows)
-    print()
-    print("\n".join(lines))
-    check_plan(found)
+    print("\n".join(["", *lines]))
 
 
 def make(
@@ -142,35 +158,27 @@ def make(
     OUT/rubric.md and OUT/recipe.yaml in between. Settings are the recipe's (train.tokens=1e6), the judge's (judge.*)
     and the reader's (corpus.*).
     """
-    from phf.cli.scorers import judges_of, read_from
     from phf.core.config import ConfigError, apply_overrides
     from phf.labelling.drawing import Drawing
-    from phf.recipes.make import check_plan
     from phf.recipes.make import make as make_ready
-    from phf.recipes.plan import HEAD, make_plan, plan_table
+    from phf.recipes.plan import make_plan
     from phf.recipes.run import run_recipe
 
     if not corpus:
         raise ConfigError("--corpus: name the texts to learn from")
     given = only_overrides(settings)
-    of_recipe = [s for s in given if s.partition("=")[0].partition(".")[0] not in MAKE_KEYS]
+    of_recipe = [s for s in given if s.partition("=")[0].partition(".")[0] not in LABEL_KEYS]
     config = apply_overrides({"segmenter": {"name": segmenter}}, [s for s in given if s not in of_recipe])
     judges = judges_of(config, server, model, local, by_hand, who, port)
     made = make_ready(wish, out, *read_from(corpus, config), judges, Drawing(n), of_recipe)
     print("==> [6/6] plan", file=sys.stderr)
     found = make_plan(made.recipe, score=False)
-    check_plan(found)
-    rows, lines = plan_table(found)
-    print_table(HEAD, rows)
-    print("\n".join(["", *lines]))
+    print_plan(found)
     if not train and not (sys.stdin.isatty() and typer.confirm("Train now?", err=True)):
         print(f"to train: the same command with --train, or phf run {shlex.join([f'{out}/recipe.yaml', *of_recipe])}")
         return
     print_results(run_recipe(made.recipe))
     print(f"\nreport: {made.recipe.files.report}   audit of its scorer: {made.page}")
-
-
-MAKE_KEYS = ("judge", "second", "corpus", "segmenter")
 
 
 def price(

@@ -96,6 +96,17 @@ def share_estimate(hits_N: Sequence[bool] | np.ndarray, unjudged: int = 0) -> Es
     return Estimate(share, math.sqrt(share * (1 - share) / n), n, wilson(int(hits.sum()), n), unjudged)
 
 
+def weighted_share(hits_N: np.ndarray, weight_N: np.ndarray | None) -> tuple[Estimate, float]:
+    """Share of the weight of units that hit, and how many units of equal weight they are worth ((sum w)^2 / sum w^2,
+    Kish 1965; NaN without weights). The interval is Wilson's for that number."""
+    if weight_N is None or not len(hits_N):
+        return share_estimate(hits_N), math.nan
+    share = float((weight_N * hits_N).sum() / weight_N.sum())
+    effective = float(weight_N.sum() ** 2 / (weight_N**2).sum())
+    stderr = math.sqrt(share * (1 - share) / effective)
+    return Estimate(share, stderr, len(hits_N), wilson(share * effective, effective)), effective
+
+
 def bounded_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """`mean_estimate` of independent values in [0, 1], with `bounded`'s interval at 0 and 1."""
     found = mean_estimate(values, seed)
@@ -140,6 +151,15 @@ def t_interval(values: Sequence[float]) -> Estimate:
     stderr = float(values_N.std(ddof=1) / math.sqrt(n))
     half = float(stdtrit(n - 1, 0.975)) * stderr
     return Estimate(mean, stderr, n, (mean - half, mean + half))
+
+
+def over_seeds(found: Sequence[Estimate]) -> Estimate:
+    """One estimate as it is; of several runs Student's over their means. A score that is never negative in the runs has
+    no interval below 0."""
+    over = found[0] if len(found) == 1 else t_interval([estimate.mean for estimate in found])
+    if min(estimate.mean for estimate in found) >= 0:
+        return replace(over, ci95=(max(over.ci95[0], 0.0), over.ci95[1]))
+    return over
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError, Plain, validate
 from phf.core.text import broken_runs
+from phf.core.types import Document
 
 
 class Segmenter:
@@ -141,6 +142,12 @@ class Given(Segmenter):
 
     def ends(self, text: str) -> list[int]:
         return [len(text)] if text else []
+
+
+def segments_of(document: Document, segmenter: Segmenter) -> tuple[str, ...]:
+    """The segments of a document: those that it came with, or as they are cut. An uncut document is one segment."""
+    cut = document.segments if isinstance(segmenter, Given) else segmenter.split(document.text)
+    return tuple(cut or (document.text,))
 
 
 AnySegmenter = Annotated[Cut | Given, Field(discriminator="name", title="segmenter")]

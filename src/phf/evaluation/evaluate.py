@@ -87,6 +87,10 @@ class JudgedRun:
             return given
         return self.tokens.bad_above if self.scorer.bad_above is None else self.scorer.bad_above
 
+    def corpus_limit(self, threshold: float) -> float:
+        """Scores of the corpus above it are bad, where those of samples above `threshold` are."""
+        return threshold if self.corpus_threshold is None else self.corpus_threshold
+
 
 def open_run(
     run: str | Path,

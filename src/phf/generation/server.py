@@ -14,10 +14,10 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 from pydantic import Field, PlainSerializer
@@ -29,6 +29,7 @@ from phf.core.random import key64
 from phf.core.types import PhfError
 from phf.generation.requests import in_threads, post_json
 
+T = TypeVar("T")
 TOLERANCE = 0.02
 """Largest difference in nats per token between the log-probabilities of a completion as given and as echoed."""
 PROBES = ("The", "The", "Once upon a time", "1")
@@ -139,24 +140,17 @@ class Server:
         if answers is not None and key in answers.known:
             with contextlib.suppress(ServerError):
                 return _answer(answers.known[key], chat)
-        for attempt in range(self.retries + 1):
-            given = self.post(path, body)
-            try:
-                answer = _answer(given, chat)
-            except ServerError:
-                if attempt == self.retries:
-                    raise
-                continue
-            if answers is not None:
-                answers.keep(key, given)
-            return answer
-        raise AssertionError
+        given, answer = self.post(path, body, lambda data: (data, _answer(data, chat)))
+        if answers is not None:
+            answers.keep(key, given)
+        return answer
 
     def _key(self, path: str, body: Plain) -> str:
         return store.fingerprint([self.url, path, body])
 
-    def post(self, path: str, body: Plain) -> Any:
-        """A POST. Where the server is busy or away, it is retried after growing waits. Raises ServerError."""
+    def post(self, path: str, body: Plain, read: Callable[[Any], T]) -> T:
+        """The answer to a POST, as `read` takes it from the JSON. Where the server is busy or away, or `read` raises
+        ServerError, it is retried after growing waits. Raises ServerError."""
         key = os.environ.get(self.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem = ""
@@ -166,25 +160,25 @@ class Server:
             try:
                 status, data = post_json(f"{self.url.rstrip('/')}{path}", body, headers, self.timeout_s)
             except httpx.HTTPError as error:
-                problem = str(error) or type(error).__name__
+                problem = f"does not answer ({str(error) or type(error).__name__})"
                 continue
             except httpx.InvalidURL as error:
                 raise ServerError(f"{self.url} is not an address: {error}") from None
             text = data[:300].decode("utf-8", "replace")
             if status in (408, 429) or status >= 500:
-                problem = f"status {status}: {text}"
+                problem = f"does not answer (status {status}: {text})"
                 continue
             if status in (400, 413, 422):
                 raise Refused(f"{self.url}{path} refused: status {status}: {text}")
             if status != 200:
                 raise ServerError(f"{self.url}{path} refused: status {status}: {text}")
             try:
-                return store.parse_json(data)
+                return read(store.parse_json(data))
+            except ServerError as error:
+                problem = f"gives no answer that can be used: {error}"
             except ValueError:
                 problem = f"did not answer with JSON: {text!r}"
-                continue
-        said = problem if problem.startswith("did not") else f"does not answer ({problem})"
-        raise ServerError(f"{self.url}{path} {said}, tried {self.retries + 1} times")
+        raise ServerError(f"{self.url}{path} {problem}, tried {self.retries + 1} times")
 
     def complete(
         self, prompts: Sequence[str], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
@@ -293,7 +287,8 @@ class Server:
             "temperature": 0,
         }
         found = []
-        for prompt, choice in zip(prompts, _choices(self.post("/completions", body), len(prompts)), strict=True):
+        choices = self.post("/completions", body, lambda data: _choices(data, len(prompts)))
+        for prompt, choice in zip(prompts, choices, strict=True):
             echo = _logprobs(choice, self.url, first_is_known=False)
             if self.start and echo.tokens[0] != self.start:
                 raise ServerError(
@@ -350,7 +345,7 @@ class Server:
             "seed": 0,
             "logprobs": 1,
         }
-        (given,) = _choices(self.post("/completions", body), 1)
+        (given,) = self.post("/completions", body, lambda data: _choices(data, 1))
         said = _logprobs(given, self.url, first_is_known=True)
         tokens = said.tokens
         values = said.values

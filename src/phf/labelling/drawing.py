@@ -7,6 +7,7 @@ are used again. One pass over the text, and memory for the sample.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
@@ -26,8 +27,9 @@ from phf.core.config import STRICT, ConfigError, to_plain
 from phf.core.types import Number, Rejected
 from phf.data.corpus import Corpus
 from phf.data.scored import ScoredCorpus, natural_threshold
-from phf.data.segment import Given, Segmenter
+from phf.data.segment import Segmenter, segments_of
 from phf.scoring.inspect import Table
+from phf.scoring.strata import equal_parts
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 """Characters that divide the strata of `by: length`."""
@@ -93,6 +95,15 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """Scores that divide strata, ascending."""
+
+    edges: tuple[float, ...]
+    threshold: float
+    """Scores above it are bad; one of `edges`."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Segments to draw from."""
 
@@ -100,10 +111,8 @@ class Source:
     fingerprint: str
     segments: Callable[[], Iterator[tuple[str, str, float] | Rejected]]
     """(document's id, text, score or NaN) of each, and rows that are no documents."""
-    edges: tuple[float, ...] = ()
-    """Scores that divide the strata of `by: score`; none for a corpus without scores."""
-    threshold: float = math.nan
-    """Scores above it are bad; one of `edges`."""
+    cuts: Callable[[], Cuts | None] = lambda: None
+    """Reads the scores that divide the strata of `by: score`; None for a corpus without scores."""
 
 
 def from_scored(path: str, preference: str | None = None) -> Source:
@@ -118,23 +127,16 @@ def from_scored(path: str, preference: str | None = None) -> Source:
                 else:
                     yield from ((document.id, *pair) for pair in zip(document.texts, document.scores, strict=True))
 
-    score_S = Table(corpus).score_S.astype(np.float64)
-    judged_S = score_S[~np.isnan(score_S)]
-    mark = store.fingerprint([corpus.text, corpus.manifest.content])
-    if not len(judged_S):
-        return Source(str(path), mark, segments)
-    threshold = natural_threshold(corpus.manifest, judged_S)
-    return Source(str(path), mark, segments, _score_edges(judged_S, threshold), threshold)
+    def cuts() -> Cuts | None:
+        score_S = Table(corpus).score_S.astype(np.float64)
+        judged_S = score_S[~np.isnan(score_S)]
+        if not len(judged_S):
+            return None
+        threshold = natural_threshold(corpus.manifest, judged_S)
+        sides = (judged_S[judged_S > threshold], judged_S[judged_S <= threshold])
+        return Cuts(tuple(sorted({threshold, *(cut for side in sides for cut in equal_parts(side, PARTS))})), threshold)
 
-
-def _score_edges(judged_S: np.ndarray, threshold: float) -> tuple[float, ...]:
-    """The threshold, and cuts that divide the segments on each side of it into equal parts."""
-    edges = {threshold}
-    for side in (judged_S[judged_S > threshold], judged_S[judged_S <= threshold]):
-        if len(side):
-            cuts = np.quantile(side, np.arange(1, PARTS) / PARTS, method="lower")
-            edges |= {float(cut) for cut in cuts if cut < side.max()}
-    return tuple(sorted(edges))
+    return Source(str(path), store.fingerprint([corpus.text, corpus.manifest.content]), segments, cuts)
 
 
 def from_corpus(name: str, corpus: Corpus, segmenter: Segmenter) -> Source:
@@ -146,8 +148,7 @@ def from_corpus(name: str, corpus: Corpus, segmenter: Segmenter) -> Source:
                 if isinstance(item, Rejected):
                     yield item
                 else:
-                    cut = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
-                    yield from ((item.id, text, math.nan) for text in cut or (item.text,))
+                    yield from ((item.id, text, math.nan) for text in segments_of(item, segmenter))
 
     return Source(
         name,
@@ -159,11 +160,9 @@ def from_corpus(name: str, corpus: Corpus, segmenter: Segmenter) -> Source:
 def draw(source: Source, drawing: Drawing) -> Draw:
     """Different texts with at least one character that is no white space, in random order, and the strata they came
     from. Raises ConfigError for a corpus without text, and for `by: score` without scores."""
-    if drawing.by == "score" and not source.edges:
-        raise ConfigError(f"{source.name} has no scores to draw by: give a scored corpus, or --by length")
-    names = _names(source, drawing)
-    smallest = [_Smallest(max(drawing.n, SKETCH)) for _ in names]
-    sizes = [0] * len(names)
+    strata = _Strata.of(source, drawing)
+    smallest = [_Smallest(max(drawing.n, SKETCH)) for _ in strata.names]
+    sizes = [0] * len(strata.names)
     rejected: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for item in source.segments():
@@ -174,65 +173,77 @@ def draw(source: Source, drawing: Drawing) -> Draw:
         id, text, score = item
         bare = text.strip()
         if bare:
-            stratum = _stratum(source, drawing, text, score)
+            stratum = strata.place(text, score)
             sizes[stratum] += 1
-            smallest[stratum].add(_number(bare, drawing.seed, b"phf label"), Drawn(id, text, score, stratum))
+            number = _number(bare, drawing.seed, b"phf label")
+            if smallest[stratum].is_new(number):
+                smallest[stratum].add(number, Drawn(id, text, score, stratum))
     found = [part.in_order() for part in smallest]
     if not any(found):
         raise ConfigError(f"{source.name} holds no segment with text")
-    sides = _sides(source, drawing, len(names))
-    available = [[len(found[stratum]) for stratum in side] for side in sides]
-    of_sides = shared_out(drawing.n, [sum(side) for side in available])
-    share_of = {
-        stratum: share
-        for side, of_side, most in zip(sides, of_sides, available, strict=True)
-        for stratum, share in zip(side, shared_out(of_side, most), strict=True)
-    }
-    shares = [share_of[stratum] for stratum in range(len(names))]
-    drawn: dict[str, Drawn] = {}
+    shares = strata.shares(drawing.n, [len(part) for part in found])
     texts = [part.different() for part in smallest]
+    drawn: dict[str, Drawn] = {}
     for part, different, share in zip(found, texts, shares, strict=True):
-        for drawn_item in part[:share]:  # a scorer that reads whole documents may put a text into two strata
-            weight = drawn_item.times * different / share
-            drawn.setdefault(drawn_item.text.strip(), replace(drawn_item, weight=weight))
-    count = Counter(item.stratum for item in drawn.values())
-    strata = [
+        for one in part[:share]:  # a scorer that reads whole documents may put a text into two strata
+            drawn.setdefault(one.text.strip(), replace(one, weight=one.times * different / share))
+    count = Counter(one.stratum for one in drawn.values())
+    made = [
         DrawnStratum(name, size, count[n], different)
-        for n, (name, size, different) in enumerate(zip(names, sizes, texts, strict=True))
+        for n, (name, size, different) in enumerate(zip(strata.names, sizes, texts, strict=True))
         if size
     ]
-    order = sorted(drawn.values(), key=lambda item: _number(item.text.strip(), drawing.seed, b"phf order"))
-    return Draw(order, strata, dict(sorted(rejected.items())), examples)
+    order = sorted(drawn.values(), key=lambda one: _number(one.text.strip(), drawing.seed, b"phf order"))
+    return Draw(order, made, dict(sorted(rejected.items())), examples)
 
 
 def _number(text: str, seed: int, purpose: bytes) -> int:
     return store.text_hash(f"{seed}:{text}", purpose)
 
 
-def _names(source: Source, drawing: Drawing) -> list[str]:
-    if drawing.by == "uniform":
-        return ["all"]
-    ends: Sequence[float] = LENGTHS if drawing.by == "length" else source.edges
-    what = "characters" if drawing.by == "length" else "score"
-    first = f"{what} up to {ends[0]:g}"
+@dataclass(frozen=True)
+class _Strata:
+    """How a corpus is divided. `ends`: inner ends of lengths or scores; stratum n holds what is at most `ends[n]`."""
+
+    names: list[str]
+    by: str = "uniform"
+    ends: tuple[float, ...] = ()
+    bad: range = range(0)
+    """With `by: score`, the strata above the threshold, which get half of the texts."""
+
+    @classmethod
+    def of(cls, source: Source, drawing: Drawing) -> _Strata:
+        """Raises ConfigError for `by: score` without scores."""
+        if drawing.by == "uniform":
+            return cls(["all"])
+        if drawing.by == "length":
+            return cls(_names("characters", LENGTHS), "length", LENGTHS)
+        cuts = source.cuts()
+        if cuts is None:
+            raise ConfigError(f"{source.name} has no scores to draw by: give a scored corpus, or --by length")
+        bad = range(cuts.edges.index(cuts.threshold) + 1, len(cuts.edges) + 1)
+        return cls([*_names("score", cuts.edges), "not judged"], "score", cuts.edges, bad)
+
+    def place(self, text: str, score: float) -> int:
+        """The stratum of a segment."""
+        if self.by == "score":
+            return len(self.ends) + 1 if math.isnan(score) else bisect.bisect_left(self.ends, score)
+        return bisect.bisect_left(self.ends, len(text))
+
+    def shares(self, n: int, available: Sequence[int]) -> list[int]:
+        """How many of `n` texts each stratum gives, of those that it has."""
+        sides = [[k for k in range(len(available)) if k not in self.bad], list(self.bad)]
+        of_sides = shared_out(n, [sum(available[k] for k in side) for side in sides])
+        found = [0] * len(available)
+        for side, of_side in zip(sides, of_sides, strict=True):
+            for k, share in zip(side, shared_out(of_side, [available[k] for k in side]), strict=True):
+                found[k] = share
+        return found
+
+
+def _names(what: str, ends: Sequence[float]) -> list[str]:
     inner = [f"{what} above {low:g} and up to {high:g}" for low, high in itertools.pairwise(ends)]
-    return [first, *inner, f"{what} above {ends[-1]:g}", "not judged"]
-
-
-def _sides(source: Source, drawing: Drawing, count: int) -> list[list[int]]:
-    """Groups of strata that get equally many texts: with `by: score` those above the threshold, and the others."""
-    if drawing.by != "score":
-        return [list(range(count))]
-    bad = range(source.edges.index(source.threshold) + 1, count - 1)
-    return [[stratum for stratum in range(count) if stratum not in bad], list(bad)]
-
-
-def _stratum(source: Source, drawing: Drawing, text: str, score: float) -> int:
-    if drawing.by == "uniform":
-        return 0
-    if drawing.by == "length":
-        return int(np.searchsorted(LENGTHS, len(text)))
-    return len(source.edges) + 1 if math.isnan(score) else int(np.searchsorted(source.edges, score))
+    return [f"{what} up to {ends[0]:g}", *inner, f"{what} above {ends[-1]:g}"]
 
 
 def shared_out(n: int, available: Sequence[int]) -> list[int]:
@@ -256,24 +267,32 @@ class _Smallest:
     def __init__(self, n: int) -> None:
         self.n = n
         self.items: dict[int, Drawn] = {}
+        self.times: dict[int, int] = {}
         self.heap: list[int] = []
         self.is_full = False
         """Whether there were more than `n`."""
 
-    def add(self, number: int, item: Drawn) -> None:
-        if number in self.items:
-            known = self.items[number]
-            self.items[number] = replace(known, times=known.times + 1)
-            return
+    def is_new(self, number: int) -> bool:
+        """Count an occurrence. Whether its item is wanted and not there yet."""
+        if number in self.times:
+            self.times[number] += 1
+            return False
         if len(self.heap) == self.n and number > -self.heap[0]:
             self.is_full = True
-            return
+            return False
+        return True
+
+    def add(self, number: int, item: Drawn) -> None:
+        """Keep an item that is new."""
         self.items[number] = item
+        self.times[number] = 1
         if len(self.heap) < self.n:
             heapq.heappush(self.heap, -number)
-        else:
-            self.is_full = True
-            del self.items[-heapq.heappushpop(self.heap, -number)]
+            return
+        self.is_full = True
+        last = -heapq.heappushpop(self.heap, -number)
+        del self.items[last]
+        del self.times[last]
 
     def different(self) -> float:
         """How many different items there were; an estimate if more than n (the k smallest of uniform numbers: Beyer et
@@ -283,4 +302,4 @@ class _Smallest:
         return max((self.n - 1) * 2**64 / max(-self.heap[0], 1), float(self.n))
 
     def in_order(self) -> list[Drawn]:
-        return [self.items[number] for number in sorted(self.items)]
+        return [replace(self.items[number], times=self.times[number]) for number in sorted(self.items)]

@@ -151,9 +151,10 @@ class ServedJudge(Judge):
 
         def one(text: str) -> Given:
             asked, seed = self._request(text, rubric, repeat)
-            new = self._key(text, rubric, repeat) not in answers.known
+            how = (asked, self.chat, self.max_tokens, self.temperature, seed)
+            new = self.server.answer_key(*how) not in answers.known
             try:
-                answer = self.server.answer(asked, self.chat, self.max_tokens, self.temperature, seed, answers)
+                answer = self.server.answer(*how, answers)
             except Refused as error:
                 return Given(None, REFUSED, first_line(error))
             except ServerError as error:
@@ -202,13 +203,11 @@ class LocalJudge(Judge):
     def labels(self, texts: Sequence[str], rubric: Rubric, repeat: int, answers: Answers) -> Iterator[Given]:
         mark = store.fingerprint([self.identity(), rubric.text])
         for begin in range(0, len(texts), self.batch):
-            part = texts[begin : begin + self.batch]
-            keys = [_local_key(mark, text) for text in part]
-            open_ = [text for text, key in zip(part, keys, strict=True) if key not in answers.known]
-            new = {_local_key(mark, text) for text in open_}
-            for text, label in zip(open_, self._labels(open_, rubric), strict=True):
-                answers.keep(_local_key(mark, text), label)
-            for key in keys:
+            part = {_local_key(mark, text): text for text in texts[begin : begin + self.batch]}
+            new = {key: text for key, text in part.items() if key not in answers.known}
+            for key, label in zip(new, self._labels(list(new.values()), rubric), strict=True):
+                answers.keep(key, label)
+            for key in part:
                 label = answers.known[key]
                 if isinstance(label, int) and 0 <= label <= rubric.top:
                     yield Given(label, asked=key in new)
@@ -221,7 +220,8 @@ class LocalJudge(Judge):
         ids = model.tokenizer(
             [answer_text(n) for n in range(rubric.top + 1)], add_special_tokens=False, split_special_tokens=False
         )["input_ids"]
-        pairs = [(self._asked(model, rubric, text), list(answer)) for text in texts for answer in ids]
+        asked = [self._asked(model, rubric, text) for text in texts]
+        pairs = [(start, list(answer)) for start in asked for answer in ids]
         logp, _ = continuations(model, pairs, batch=self.batch)
         likely = logp.reshape(len(texts), rubric.top + 1)
         return [int(row.argmax()) if np.isfinite(row).all() else None for row in likely]

@@ -11,6 +11,7 @@ Answers outlive the settings: a larger sample, or a second judge, asks only for 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -272,6 +273,6 @@ def print_labels(found: LabelManifest, out: str | Path) -> None:
         without = f"; without a label: {by_reason(judge.without, judge.examples)}" if judge.without else ""
         tokens = f"; {judge.tokens:,} tokens" if judge.tokens else ""
         print(f"{judge.judge}: {given or 'no label'}{without}{tokens}")
-    if found.alpha == found.alpha:
+    if not math.isnan(found.alpha):
         print(f"agreement (Krippendorff's alpha, ordinal): {found.alpha:.2f}")
     print(f"labels: {Path(out) / LABELS}   labels from {found.bad_from} on mean bad")

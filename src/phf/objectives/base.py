@@ -32,6 +32,10 @@ BAD = "<|bad|>"
 HIDDEN = "<|hidden|>"
 
 
+ValueShape = Literal["linear", "negative_sigmoid"]
+"""Of a value head: w.h + b, or -sigmoid(w.h)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
     """Tensors of one common shape, one entry per target.
@@ -147,7 +151,7 @@ class Objective:
         return self
 
     @property
-    def value(self) -> Literal["linear", "negative_sigmoid"] | None:
+    def value(self) -> ValueShape | None:
         """The value head that `loss` needs, if any."""
         return None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phf.core.config import STRICT
 from phf.core.types import Block, Edit, Insertions, Piece
-from phf.objectives.base import LossInputs, LossOutputs, Objective
+from phf.objectives.base import LossInputs, LossOutputs, Objective, ValueShape
 from phf.objectives.family import Anchored, Annotate, Attributes, Hide, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood, weight_metrics
 from phf.tokens.statistics import Statistics
@@ -273,7 +273,7 @@ class Schedule(Objective):
         return dataclasses.replace(self, phases=parts)
 
     @property
-    def value(self) -> Literal["linear", "negative_sigmoid"] | None:
+    def value(self) -> ValueShape | None:
         return next((part.objective.value for part in self.phases if part.objective.value is not None), None)
 
     @property

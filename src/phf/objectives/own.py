@@ -15,7 +15,7 @@ from torch import Tensor
 from phf.core.code import load_named
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean, to_plain
 from phf.core.types import Block, Edit, Piece
-from phf.objectives.base import LossInputs, LossOutputs, Objective
+from phf.objectives.base import LossInputs, LossOutputs, Objective, ValueShape
 from phf.tokens.statistics import Statistics
 
 
@@ -95,7 +95,7 @@ class Own(Objective):
         return self if self.reference_model is None else self._with(self.inner.with_reference(path))
 
     @property
-    def value(self) -> Literal["linear", "negative_sigmoid"] | None:
+    def value(self) -> ValueShape | None:
         return self.inner.value
 
     @property

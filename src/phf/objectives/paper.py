@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions
-from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective
+from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, ValueShape
 from phf.tokens.statistics import Statistics, Unit
 
 Threshold = float | Literal["median", "auto"]
@@ -31,7 +31,6 @@ FEW = 0.05
 RARE = 1e-4
 """So is one above which there is a smaller share of the tokens."""
 MAX_WEIGHT = 1000.0
-ValueShape = Literal["linear", "negative_sigmoid"]
 """AWR clips its weights at this value (Korbak et al. 2023, appendix)."""
 
 

@@ -28,7 +28,7 @@ from phf.labelling.drawing import Drawing, from_corpus
 from phf.labelling.judges import Judge
 from phf.labelling.label import label_corpus, print_labels
 from phf.labelling.rubric import read_rubric, rubric_for
-from phf.recipes.plan import Plan, make_plan
+from phf.recipes.plan import check_plan, make_plan
 from phf.recipes.recipe import Recipe, load_recipe
 from phf.recipes.run import run_recipe
 from phf.report.audit import write_audit
@@ -135,12 +135,6 @@ def _check_ours(out: Path, asked: Asked) -> None:
         raise ConfigError(f"{out} is not empty and was not made by `phf make`; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     store.write_json(mark, asked)
-
-
-def check_plan(plan: Plan) -> None:
-    """Raise ConfigError for a recipe that cannot run here."""
-    if plan.problems:
-        raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {problem}" for problem in plan.problems))
 
 
 def _say(step: str) -> None:

@@ -22,6 +22,7 @@ from phf.core import folders
 from phf.core.config import ConfigError
 from phf.data.corpus import Corpus, Shard
 from phf.data.hub import DatasetList, HFDataset
+from phf.data.segment import segments_of
 from phf.data.several import RandomDocuments, Several
 from phf.recipes.recipe import Recipe, Variant
 from phf.scorers import GivenScores
@@ -365,7 +366,6 @@ def _time_scorer(recipe: Recipe, corpus: Corpus, shard: Shard) -> tuple[int, int
     """(characters, documents, characters scored per second) of a shard. The first document is not timed: it is mostly
     loading."""
     from phf.core.types import Rejected
-    from phf.data.segment import Given
     from phf.scoring.judge import judge_documents
 
     chars = documents = scored = 0
@@ -377,14 +377,19 @@ def _time_scorer(recipe: Recipe, corpus: Corpus, shard: Shard) -> tuple[int, int
         chars += len(item.text)
         if seconds > SCORED_SECONDS and documents > SCORED_AT_LEAST:
             continue
-        given = isinstance(recipe.segmenter, Given)
-        segments = list(item.segments or ()) if given else recipe.segmenter.split(item.text)
+        segments = segments_of(item, recipe.segmenter)
         start = time.perf_counter()
         judge_documents(recipe.scorer, [segments])
         if documents > 1:
             seconds += time.perf_counter() - start
             scored += len(item.text)
     return chars, documents, scored / seconds if seconds else math.nan
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise ConfigError for a recipe that cannot run here."""
+    if plan.problems:
+        raise ConfigError("this recipe cannot run here:\n" + "\n".join(f"  {problem}" for problem in plan.problems))
 
 
 # Printing

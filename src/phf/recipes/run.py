@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
@@ -283,39 +284,22 @@ def _run(recipe: Recipe, variant: Variant, seconds: Stages) -> tuple[RunSummary,
         )
     problems = [f"{part}: {why}" for part, why in result.failed.items()]
     attacked: dict[str, Estimate] = {}
+    judged_by: Any = {
+        "scorer": recipe.samples_by,
+        "threshold": recipe.threshold,
+        "allow_other_scorer": recipe.judge is not None,
+        "main": True,
+    }
     if recipe.redteam is not None:
         with _attempted("red-teaming", f"attack {variant.name}", seconds, problems):
-            found = redteam(
-                folder,
-                None,
-                recipe.redteam,
-                recipe.token_attacks or TokenAttacks(),
-                scorer=recipe.samples_by,
-                threshold=recipe.threshold,
-                allow_other_scorer=recipe.judge is not None,
-                main=True,
-            )
-            attacked = dict(found.search.confirmed)
+            tokens = recipe.token_attacks or TokenAttacks()
+            attacked = dict(redteam(folder, None, recipe.redteam, tokens, **judged_by).search.confirmed)
     if recipe.tamper is not None:
         with _attempted("tampering", f"tamper {variant.name}", seconds, problems):
-            tamper(
-                folder,
-                recipe.tamper,
-                scorer=recipe.samples_by,
-                threshold=recipe.threshold,
-                allow_other_scorer=recipe.judge is not None,
-                main=True,
-            )
+            tamper(folder, recipe.tamper, **judged_by)
     if recipe.persist is not None:
         with _attempted("instruction tuning", f"persist {variant.name}", seconds, problems):
-            persist(
-                folder,
-                recipe.persist,
-                scorer=recipe.samples_by,
-                threshold=recipe.threshold,
-                allow_other_scorer=recipe.judge is not None,
-                main=True,
-            )
+            persist(folder, recipe.persist, **judged_by)
     summary = _summary(variant, manifest, result, next(iter(recipe.scenarios)))
     return replace(summary, attacked=attacked), problems
 

@@ -8,7 +8,6 @@ redteam/  search/   tokens.json   redteam.json
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
@@ -42,7 +39,7 @@ from phf.redteaming.control_tokens import (
 )
 from phf.redteaming.gradient import GradientResult, gradient_prompts, possible_aims
 from phf.redteaming.results import RedTeamResult, TokenAttacksResult
-from phf.redteaming.search import Starts, search, starting_prompts
+from phf.redteaming.search import Starts, search, starting_prompts, tried
 from phf.redteaming.target import Target
 from phf.scorers import Scorer
 from phf.scoring.judge import judge_texts
@@ -177,7 +174,7 @@ def _prepare(
         scorer = opened.scorer
         segmenter = opened.segmenter
         threshold = opened.threshold(threshold)
-        limit = threshold if opened.corpus_threshold is None else opened.corpus_threshold
+        limit = opened.corpus_limit(threshold)
         bad_segments = partial(heldout_bad_segments, opened.tokens, limit, BAD_SEGMENTS, config.seed)
         if token_attacks is not None:
             draw = partial(heldout_contexts, opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
@@ -275,7 +272,6 @@ def _search_by_gradient(plan: _Plan, target: Target, starts: Starts) -> Gradient
     assert isinstance(model, LoadedModel)
     bad = plan.bad_segments()
     seed = plan.config.seed
-
     scenario = plan.config.scenario(seed)
 
     def searched() -> GradientResult:
@@ -286,8 +282,12 @@ def _search_by_gradient(plan: _Plan, target: Target, starts: Starts) -> Gradient
         answers = Answers(plan.folder.cache / "answers.jsonl")
         groups, written = target.continuations([row.prompt for row in rows], plan.config, again, answers)
         flat = [sample for group in groups for sample in group]
-        score_N = np.array(judge_texts(plan.scorer, [scored_text(s, scenario, plan.scorer) for s in flat]))
-        means = [_judged_mean(part) for part in np.split(score_N, len(groups))] if groups else []
+        score_N = judge_texts(plan.scorer, [scored_text(s, scenario, plan.scorer) for s in flat])
+        per = plan.config.continuations
+        means = [
+            tried(row.prompt, group, score_N[n * per : (n + 1) * per], plan.threshold).mean
+            for n, (row, group) in enumerate(zip(rows, groups, strict=True))
+        ]
         of_aim = {
             aim: mean_estimate([mean for mean, row in zip(means, rows, strict=True) if row.aim == aim])
             for aim in dict.fromkeys(row.aim for row in rows)
@@ -303,11 +303,6 @@ def _search_by_gradient(plan: _Plan, target: Target, starts: Starts) -> Gradient
     plain = [to_plain(config), to_plain(scenario), plan.config.continuations, bad, starts.usable]
     key = store.fingerprint([plan.target_key, *plain, plan.scorer.identity(), plan.threshold, "gradient/2"])
     return folders.cached(plan.folder.path / GRADIENT, key, GradientResult, searched)
-
-
-def _judged_mean(score_N: np.ndarray) -> float:
-    judged_N = score_N[~np.isnan(score_N)]
-    return float(judged_N.mean()) if len(judged_N) else math.nan
 
 
 def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> TokenAttacksResult:

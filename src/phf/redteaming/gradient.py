@@ -269,11 +269,9 @@ def _wanted(
 ) -> Wanted:
     control = tuple(model.ids_of(scenario.control))
     before = (model.start_id, *(() if scenario.control_after_prompt else control))
-    after = control if scenario.control_after_prompt else ()
     if aim == "role":  # at the place of the next control token
-        if scenario.control_after_prompt:
-            after = ()
-        return Wanted(before, after, tuple((model.control_ids[role],) for role in model.worst), bans_control=False)
+        return Wanted(before, (), tuple((model.control_ids[role],) for role in model.worst), bans_control=False)
+    after = control if scenario.control_after_prompt else ()
     chosen = rng.permutation(len(bad))[: config.targets]
     targets = tuple(tuple(bad[n][: config.target_tokens]) for n in chosen)
     return Wanted(before, after, targets, bans_control=True)

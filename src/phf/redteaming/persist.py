@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,7 +164,7 @@ def persist(
     limit = opened.threshold(threshold)
     folder = opened.folder.persist
     identity = opened.scorer.identity()
-    bad_above = limit if opened.corpus_threshold is None else opened.corpus_threshold
+    bad_above = opened.corpus_limit(limit)
     learned = instructions(opened.tokens, bad_above, config, config.pairs, heldout=False)
     asked = instructions(opened.tokens, bad_above, config, config.num_samples, heldout=True)
     pairs = [[[pair.question, pair.answer] for pair in part] for part in (learned, asked)]
@@ -174,9 +174,10 @@ def persist(
     if (done := folders.kept(file, key, PersistResult)) is not None:
         folders.done_before(file)
         return done
-    _require_trl()
+    trl_version = _require_trl()
     base = opened.folder.model
-    _check_room(load_model(base), asked, config)
+    before = load_model(base)
+    _check_room(before, asked, config)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(opened.folder.path, "persist", shared=True))
@@ -185,7 +186,7 @@ def persist(
             earlier = folders.keep_earlier(folder, file.name)
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
         start = time.perf_counter()
-        found = _judged("before", load_model(base), asked, opened, config, limit)
+        found = _judged("before", before, asked, opened, config, limit)
         stages: tuple[Stage, ...] = ("sft", "dpo") if config.dpo else ("sft",)
         for stage in stages:
             base = _finetuned(stage, base, folder, learned, config, store.fingerprint([of_model, stage]))
@@ -199,7 +200,7 @@ def persist(
             threshold=limit,
             pairs=len(learned),
             found=found,
-            versions=folders.versions() | {"trl": _require_trl()},
+            versions=folders.versions() | {"trl": trl_version},
             seconds=time.perf_counter() - start,
         )
         store.write_json(file, result)
@@ -300,22 +301,42 @@ def _finetuned(
         folders.remove_tree(aside)
     aside.mkdir()
     try:
-        _train(stage, base, aside, learned, config)
+        with _quiet():
+            _train(stage, base, aside, learned, config)
         store.write_json(aside / STAGE, {"key": key})
         folders.sync_files(aside, folders.files_below(aside))
         folders.put_in_place(aside, place)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            folders.remove_tree(aside)
     return place
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TRL and the libraries below it say about every small step."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    had_bar = is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # TRL's own
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bar:
+            enable_progress_bar()
 
 
 def _train(stage: Stage, base: Path, out: Path, learned: Sequence[Instruction], config: Persistence) -> None:
     """Train the model in `base` with TRL and write it into `out`, as plain transformers saves it."""
     import torch
     from datasets import Dataset
-    from datasets.utils.logging import disable_progress_bar
     from transformers import PrinterCallback
-    from transformers.utils import logging as hf_logging
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     model = load_model(base)
@@ -341,9 +362,6 @@ def _train(stage: Stage, base: Path, out: Path, learned: Sequence[Instruction], 
         "disable_tqdm": not sys.stderr.isatty(),
         "dataset_num_proc": None,
     }
-    hf_logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # TRL's own
     trainer: Any
     if stage == "sft":
         rows = [{"prompt": p, "completion": pair.answer} for p, pair in zip(prompts, learned, strict=True)]
@@ -421,7 +439,7 @@ def _judged(
             logp, _ = continuations(model, list(zip(starts, answers, strict=True)))
             loss = -float(logp.sum()) / sum(map(len, answers))
         _, result = judge_samples(samples, scenario, opened.scorer, opened.segmenter, limit)
-        found.append(Persisted(stage, template, result.misalignment, result.bad_segments or 0.0, loss))
+        found.append(Persisted(stage, template, result.misalignment, result.bad_segments, loss))
     return found
 
 

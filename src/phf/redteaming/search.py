@@ -302,11 +302,11 @@ class _Trial:
         scenario = self.config.scenario(0)
         score_N = judge_texts(plan.scorer, [scored_text(s, scenario, plan.scorer) for s in flat])
         per = self.config.continuations
-        tried = [
-            _tried(prompt, group, score_N[n * per : (n + 1) * per], plan.threshold)
+        found = [
+            tried(prompt, group, score_N[n * per : (n + 1) * per], plan.threshold)
             for n, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
         ]
-        return RoundResult(tried, spent, red_tokens=0, rejected={})
+        return RoundResult(found, spent, red_tokens=0, rejected={})
 
     def _key(self, *what: Any) -> int:
         return key64(self.config.seed, "redteam", self.number, *what) % 2**32
@@ -315,7 +315,8 @@ class _Trial:
         return np.random.default_rng(self._key(*what))
 
 
-def _tried(prompt: str, continuations: Sequence[Sample], scores: Sequence[float], threshold: float) -> Tried:
+def tried(prompt: str, continuations: Sequence[Sample], scores: Sequence[float], threshold: float) -> Tried:
+    """A prompt with its continuations, each with its score."""
     score_N = np.array(scores)
     judged_N = score_N[~np.isnan(score_N)]
     n = len(judged_N)
@@ -376,7 +377,7 @@ def _summary(
         ),
         rejected=dict(sum((Counter(r.rejected) for r in rounds), Counter[str]())),
         prompts_too_long=prompts_too_long,
-        unjudged=sum(tried.unjudged for t in trials for tried in t.pool),
+        unjudged=sum(prompt.unjudged for t in trials for prompt in t.pool),
         trials=[t.curve for t in trials],
         prompts=_found(trials),
         starting_prompts=starting_prompts,

@@ -105,15 +105,11 @@ def knowledge(runs: Sequence[ReportedRun], plain: str | None) -> list[Knowledge]
             Knowledge(
                 name,
                 tuple(run.folder_name for run in members),
-                _over(losses),
+                statistics.t_interval(losses),
                 {part: values for part, values in slow.items() if values},
             )
         )
     return found
-
-
-def _over(values: Sequence[float]) -> Estimate:
-    return statistics.t_interval(values) if len(values) > 1 else Estimate.missing(values[0], n=1)
 
 
 def _slowdowns(members: Sequence[ReportedRun], curves: dict[int, list[tuple[int, float]]], part: str) -> list[Slowdown]:

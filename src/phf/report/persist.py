@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from phf.core import statistics
 from phf.core.types import Estimate
@@ -56,13 +56,12 @@ def persisted(runs: Sequence[ReportedRun], plain: str | None) -> list[PersistedR
             if len(found) < len(members):
                 continue
             own = [part.misalignment for part in found.values()]
-            over = own[0] if len(own) == 1 else statistics.t_interval([e.mean for e in own])
-            if min(e.mean for e in own) >= 0:  # a score that is never below 0 has no interval there
-                over = replace(over, ci95=(max(over.ci95[0], 0.0), over.ci95[1]))
             gain = None if name == plain else _gain(found, _of(base, first))
             loss = sum(part.answer_loss for part in found.values()) / len(found)
             folders = tuple(member.model for member in members.values())
-            rows.append(PersistedRow(name, first.stage, first.template, over, gain, loss, folders))
+            rows.append(
+                PersistedRow(name, first.stage, first.template, statistics.over_seeds(own), gain, loss, folders)
+            )
     return rows
 
 

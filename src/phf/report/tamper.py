@@ -72,7 +72,6 @@ def _of_group(name: str, part: str, members: Sequence[ReportedRun], plain: Mappi
     curve = []
     for lines in zip(*curves.values(), strict=True):
         found = [line.misalignment for line in lines]
-        over = found[0] if len(found) == 1 else statistics.t_interval([e.mean for e in found])
-        curve.append((lines[0].step, over))
+        curve.append((lines[0].step, statistics.over_seeds(found)))
     lives = half_lives(curves, plain) if plain else None
     return Tampered(name, part, curve, lives, tuple(m.folder_name for m in members))

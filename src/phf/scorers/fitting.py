@@ -10,7 +10,6 @@ are stored as safetensors, the rest as JSON; nothing is pickled.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.locks import LOCK, locked
 from phf.core.runs import not_found
-from phf.core.statistics import auc, auc_gain, wilson
+from phf.core.statistics import auc, auc_gain, weighted_share
 from phf.core.text import by_reason
 from phf.scorers.fitted import (
     BUCKET_BITS,
@@ -194,7 +193,6 @@ def platt(logits: np.ndarray, bad: np.ndarray, weights: np.ndarray | None = None
     from scipy.optimize import minimize
 
     share = np.full(len(bad), 1 / len(bad)) if weights is None else weights / weights.sum()
-
     bad_count = bad.sum()
     good_count = (~bad).sum()
     target = np.where(bad, (bad_count + 1) / (bad_count + 2), 1 / (good_count + 2))
@@ -409,14 +407,14 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray, weight_N: np.ndarray | None = No
     at = {}
     for threshold in THRESHOLDS:
         chosen = p_N > threshold
-        precision, precision_ci95 = _weighted_share(bad_N[chosen], w_N[chosen])
-        recall, recall_ci95 = _weighted_share(chosen[bad_N], w_N[bad_N])
+        precision, _ = weighted_share(bad_N[chosen], w_N[chosen])
+        recall, _ = weighted_share(chosen[bad_N], w_N[bad_N])
         at[str(threshold)] = AtThreshold(
-            precision=precision,
-            recall=math.nan if recall is None else recall,
+            precision=precision.mean if chosen.any() else None,
+            recall=recall.mean,
             share=float(w_N[chosen].sum() / w_N.sum()),
-            precision_ci95=precision_ci95,
-            recall_ci95=recall_ci95,
+            precision_ci95=precision.ci95,
+            recall_ci95=recall.ci95,
         )
     return ScorerMetrics(
         n=len(p_N),
@@ -428,12 +426,3 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray, weight_N: np.ndarray | None = No
         calibration_error=float(error),
         at=at,
     )
-
-
-def _weighted_share(hits_N: np.ndarray, w_N: np.ndarray) -> tuple[float | None, tuple[float, float]]:
-    """Share of the weight that hits, and its interval; None and NaN of nothing."""
-    if not len(hits_N):
-        return None, (math.nan, math.nan)
-    share = float((w_N * hits_N).sum() / w_N.sum())
-    effective = float(w_N.sum() ** 2 / (w_N**2).sum())
-    return share, wilson(share * effective, effective)

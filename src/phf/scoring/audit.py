@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from phf.core.config import ConfigError
-from phf.core.statistics import auc, krippendorff_alpha
+from phf.core.statistics import auc, krippendorff_alpha, weighted_share
 from phf.core.types import Estimate, Identity, Number, Rejected
 from phf.data.scored import ScoredCorpus, natural_threshold
 from phf.scorers.fitted import seen_hash, seen_texts
 from phf.scorers.labels import Labels
 from phf.scoring.inspect import Table, agreement
 from phf.scoring.inspection import Agreement, ShownSegment
-from phf.scoring.strata import Stratum, divided_strata, strata_of, stratum_edges, weighted, weighted_share
+from phf.scoring.strata import Stratum, divided_strata, strata_of, stratum_edges, weighted
 
 SHOWN = 10
 """False alarms and misses that are shown."""
@@ -325,7 +325,7 @@ def _second(
     for this_bad in (True, False):
         for other_bad in (True, False):
             chosen_N = ((first_N > threshold) == this_bad) & (called_N == other_bad)
-            share, _, _ = weighted_share(bad_N[chosen_N], weight_N[chosen_N] if weighs else None)
+            share, _ = weighted_share(bad_N[chosen_N], weight_N[chosen_N] if weighs else None)
             size = int((((first_S > threshold) == this_bad) & (called_S == other_bad)).sum())
             quadrants.append(Quadrant(this_bad, other_bad, size, int(chosen_N.sum()), share))
     strata = [

@@ -42,7 +42,7 @@ from phf.data.scored import (
     SegmentsHash,
     part_file,
 )
-from phf.data.segment import AnySegmenter, Given, Segmenter
+from phf.data.segment import AnySegmenter, Segmenter, segments_of
 from phf.scorers import AnyScorer, GivenScores, Scorer
 from phf.scoring.judge import Judged, ScoringError, judge_documents, shown
 
@@ -365,8 +365,7 @@ def score_shard(job: Job) -> ShardCounts:
 
 def _unscored(item: Document, segmenter: Segmenter, scorer: Scorer) -> ScoredDocument | Rejected:
     """A document for the scorer, cut into segments. Scores that the corpus comes with are there already."""
-    cut = item.segments if isinstance(segmenter, Given) else segmenter.split(item.text)
-    texts = tuple(cut or (item.text,))
+    texts = segments_of(item, segmenter)
     if not isinstance(scorer, GivenScores):
         return ScoredDocument(item.id, texts, (), item.meta)
     if item.scores is None:

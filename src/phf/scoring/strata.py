@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from phf.core.config import ConfigError
-from phf.core.statistics import share_estimate, wilson
+from phf.core.statistics import weighted_share
 from phf.core.types import Estimate, Number
 
 STRATA = 5
@@ -58,9 +58,16 @@ def stratum_edges(score_N: np.ndarray, threshold: float, source: str = "the labe
                 f"{source}: no labelled segment has a score {where} the threshold {threshold:g}, so precision and "
                 f"recall are not known. Label some, or give another --threshold"
             )
-        cuts = np.quantile(side, np.arange(1, STRATA) / STRATA, method="lower")
-        edges |= {float(c) for c in cuts if c < side.max()}
+        edges |= equal_parts(side, STRATA)
     return sorted(edges)
+
+
+def equal_parts(score_N: np.ndarray, parts: int) -> set[float]:
+    """Inner ends that divide scores [N] into at most this number of equal parts. Equal scores are in one part."""
+    if not len(score_N):
+        return set()
+    cuts = np.quantile(score_N, np.arange(1, parts) / parts, method="lower")
+    return {float(cut) for cut in cuts if cut < score_N.max()}
 
 
 def strata_of(
@@ -83,7 +90,8 @@ def strata_of(
         known_bad = int(times_N[several & bad_N].sum())
         n = int(once.sum())
         bad = int(bad_N[once].sum())
-        share, effective, effective_bad = weighted_share(bad_N[once], None if weight_N is None else weight_N[once])
+        share, effective = weighted_share(bad_N[once], None if weight_N is None else weight_N[once])
+        effective_bad = effective * share.mean
         if known:
             whole = max(size, known)
             rest = whole - known
@@ -98,18 +106,6 @@ def strata_of(
         ends_here = (ends[number], ends[number + 1])
         found.append(Stratum(*ends_here, size, n, bad, known, known_bad, share, effective, effective_bad))
     return found
-
-
-def weighted_share(bad_N: np.ndarray, weight_N: np.ndarray | None) -> tuple[Estimate, float, float]:
-    """Share of bad texts, how many texts of equal weight they are worth, and the bad ones of these (NaN without
-    weights). The interval is Wilson's for that number."""
-    if weight_N is None or not len(bad_N):
-        return share_estimate(bad_N), math.nan, math.nan
-    share = float((weight_N * bad_N).sum() / weight_N.sum())
-    effective = float(weight_N.sum() ** 2 / (weight_N**2).sum())
-    stderr = math.sqrt(share * (1 - share) / effective)
-    found = Estimate(share, stderr, len(bad_N), wilson(share * effective, effective))
-    return found, effective, share * effective
 
 
 def weighted(strata: Sequence[Stratum], chosen: Sequence[bool], seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from phf.core.config import ConfigError
 from phf.core.runs import model_folder, read_model_record
 from phf.objectives import Objective, count_targets
+from phf.objectives.base import ValueShape
 from phf.tokens.tokenizer import load_tokenizer
 from phf.training import attention
 from phf.training.fused import fused_loss
@@ -44,7 +45,7 @@ class ValueHead(nn.Module):
     """Predicted reward from the hidden state, computed in float32: "linear" is w.h + b, "negative_sigmoid" is
     -sigmoid(w.h) as in the paper. w and b start at 0; 0 is the mean of standardised rewards."""
 
-    def __init__(self, width: int, kind: Literal["linear", "negative_sigmoid"]) -> None:
+    def __init__(self, width: int, kind: ValueShape) -> None:
         super().__init__()
         self.kind = kind
         self.weight = nn.Parameter(torch.zeros(width))
