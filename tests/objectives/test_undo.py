@@ -31,6 +31,7 @@ OBJECTIVES = {
     "conditional": HALF | {"drop": 0.3},
     "unlikelihood": HALF,
     "masking": HALF,
+    "sgtm": HALF,
     "rwr": {"rewards": "raw"},
     "awr": {"rewards": "raw"},
     "tag": HALF | {"p": 0.4},

@@ -62,6 +62,7 @@ def lines(run, file="metrics.jsonl"):
     "objective, launch",
     [
         pytest.param("masking", LAUNCH, id="torchrun"),
+        pytest.param("sgtm", LAUNCH, id="torchrun-in-parts", marks=pytest.mark.slow),
         pytest.param("awr", ACCELERATE, id="accelerate", marks=pytest.mark.slow),
     ],
 )

@@ -154,7 +154,8 @@ def _check(objective: Objective) -> None:
     """Raise ConfigError for an objective that a file with a weight per token does not hold."""
     if len(objective.timeline) > 1:
         raise ConfigError(f"{objective.name} changes during training, so its stream cannot be exported once")
-    if objective.value is not None or objective.reference_model is not None:
+    more = (objective.value, objective.reference_model, objective.removable)
+    if any(needed is not None for needed in more):
         raise ConfigError(f"{objective.name} needs more than a weight per token: train it with `phf train`")
 
 

@@ -52,6 +52,8 @@ def check_objective(objective: Objective) -> None:
         raise ConfigError(f"{objective.name} needs a value head, which OLMo-core's models do not have")
     if objective.reference_model is not None:
         raise ConfigError(f"{objective.name} compares with a reference model; train it with `phf train`")
+    if objective.removable is not None:
+        raise ConfigError(f"{objective.name} trains a part of the model apart; train it with `phf train`")
 
 
 class RowLoader(DataLoaderBase):  # type: ignore[misc]

@@ -14,12 +14,12 @@ from pydantic import BeforeValidator, Field
 
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, count_targets
 from phf.objectives.compose import Each, Schedule, Single
-from phf.objectives.family import Anchored, Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
+from phf.objectives.family import SGTM, Anchored, Annotate, Attributes, Hide, Metadata, Quantile, Tag, Weights
 from phf.objectives.own import Own, spelled_out
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood
 
 AnyObjective = Annotated[
-    Single | Metadata | Each | Schedule | Own,
+    Single | SGTM | Metadata | Each | Schedule | Own,
     Field(discriminator="name", title="objective"),
     BeforeValidator(spelled_out),
 ]
@@ -36,6 +36,7 @@ __all__ = [
     "GOOD",
     "MLE",
     "RWR",
+    "SGTM",
     "Anchored",
     "Annotate",
     "AnyObjective",

@@ -37,6 +37,19 @@ ValueShape = Literal["linear", "negative_sigmoid"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Removable:
+    """A part of each layer that bad text trains and that is removed from the finished model.
+
+    `heads`: key-value heads, with the queries that read them. `neurons`: share of the MLP's. `without`: share of the
+    rows whose good targets are learned with the part switched off.
+    """
+
+    heads: int
+    neurons: float
+    without: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LossInputs:
     """Tensors of one common shape, one entry per target.
 
@@ -144,6 +157,11 @@ class Objective:
     @property
     def reference_model(self) -> str | None:
         """The reference model whose log-probabilities `loss` gets, as a path."""
+        return None
+
+    @property
+    def removable(self) -> Removable | None:
+        """The part of the model that bad targets train alone, if any."""
         return None
 
     def with_reference(self, path: str) -> Objective:

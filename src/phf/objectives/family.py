@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions, Piece
-from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective
+from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective, Removable
 from phf.objectives.paper import MLE, AtThreshold, ByThreshold, at_most, weight_metrics
 from phf.tokens.statistics import Statistics, Unit
 
@@ -314,6 +314,33 @@ class Anchored(ByThreshold):
         kl_BT = torch.where(held_BT, kl_BT, 0.0)
         metrics = {"nll_good": nll_BT.detach().sum(), "kl_bad": kl_BT.detach().sum(), "bad_targets": bad_BT.sum()}
         return LossOutputs(nll_BT.sum() + self.beta * kl_BT.sum(), metrics)
+
+
+@dataclass(frozen=True, config=STRICT)
+class SGTM(ByThreshold):
+    """Selective gradient masking: -log p on all targets, where bad ones train only a part of each layer, which is
+    removed from the finished model (Shilov et al. 2025, arXiv 2512.05648; gradient routing: arXiv 2410.04332).
+
+    The part is `heads` key-value heads with the queries that read them, and a share `neurons` of the MLP's neurons. In
+    a share `without` of the rows, good targets are learned with the part switched off. In the others they train the
+    whole model. The loss of bad targets is computed by a second forward and backward pass over the rows that have any.
+    """
+
+    heads: Annotated[int, Field(ge=0)] = 1
+    neurons: Annotated[float, Field(ge=0, lt=1)] = 1 / 16
+    without: Annotated[float, Field(ge=0, le=1)] = 0.1
+    name: Literal["sgtm"] = "sgtm"
+
+    @property
+    def removable(self) -> Removable:
+        return Removable(self.heads, self.neurons, self.without)
+
+    def loss(self, x: LossInputs) -> LossOutputs:
+        good_BT, bad_BT = self._good(x)
+        good = torch.where(good_BT, -x.logp_BT, 0.0).sum()
+        bad = torch.where(bad_BT, -x.logp_BT, 0.0).sum()
+        metrics = {"nll_good": good.detach(), "nll_bad": bad.detach(), "bad_targets": bad_BT.sum()}
+        return LossOutputs(good + bad, metrics)
 
 
 @dataclass(frozen=True, config=STRICT)

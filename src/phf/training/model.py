@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from phf.core.config import ConfigError
 from phf.core.runs import model_folder, read_model_record
 from phf.objectives import Objective, count_targets
-from phf.objectives.base import ValueShape
+from phf.objectives.base import LossOutputs, ValueShape
 from phf.tokens.tokenizer import load_tokenizer
 from phf.training import attention
 from phf.training.fused import fused_loss
 from phf.training.lm import swap_conv1d, swap_gelu
 from phf.training.probe import before_output, logit_shape
+from phf.training.removable import RemovablePart
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -96,6 +97,7 @@ class PHFModel(nn.Module):
             attention.swap(lm)
         elif lm.config._attn_implementation == attention.NAME:
             lm.set_attn_implementation("sdpa")
+        self.part = None if objective.removable is None else RemovablePart(lm, objective.removable)
         self.end_of_text = end_of_text
         if end_of_text is not None and not attention.keeps_documents_apart(lm, end_of_text):
             raise ConfigError(
@@ -117,6 +119,52 @@ class PHFModel(nn.Module):
         """`input_ids`, `targets`, `scores` (for several preferences [B, T, preferences]), `mask`, `phase` and
         `reference` are [B, T]. Returns {"loss", "metrics"}: the sum over counted
         targets divided by `denominator` (default: the number of counted targets in the batch), and sums of metrics."""
+        counted = count_targets(self.objective, scores, mask, phase).sum()
+        if denominator is None:
+            denominator = counted.clamp(min=1)
+        if self.part is None:
+            out = self._loss(input_ids, targets, scores, mask, denominator, phase, reference)
+        else:
+            out = self._in_parts(self.part, input_ids, targets, scores, mask, denominator)
+        return {"loss": out.loss_sum, "metrics": out.metrics | {"counted": counted, "targets": mask.sum()}}
+
+    def _in_parts(
+        self,
+        part: RemovablePart,
+        input_ids: Tensor,
+        targets: Tensor,
+        scores: Tensor,
+        mask: Tensor,
+        denominator: Tensor | float,
+    ) -> LossOutputs:
+        """The loss of the good targets, which reaches the whole model, and that of the bad ones, which reaches only its
+        removable part."""
+        assert self.objective.bad_above is not None, "an objective with a removable part tells good from bad"
+        bad_BT = mask & (scores > self.objective.bad_above)
+        rows_B = bad_BT.any(1)
+        taught: Tensor | float = 0.0
+        metrics: dict[str, Tensor] = {}
+        if rows_B.any():
+            with part.on(rows_B[rows_B]):
+                bad = self._loss(input_ids[rows_B], targets[rows_B], scores[rows_B], bad_BT[rows_B], denominator)
+                taught = part.taught(bad.loss_sum)
+            metrics = bad.metrics
+        with part.on(part.drawn(input_ids)):
+            good = self._loss(input_ids, targets, scores, mask & ~bad_BT, denominator)
+        metrics = {name: value + metrics.get(name, 0) for name, value in good.metrics.items()}
+        return LossOutputs(good.loss_sum + taught, metrics)
+
+    def _loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        scores: Tensor,
+        mask: Tensor,
+        denominator: Tensor | float,
+        phase: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> LossOutputs:
+        """The loss divided by `denominator`, and sums of metrics."""
         device = input_ids.device.type
         dtype = self.autocast_dtype
         if dtype is None and torch.is_autocast_enabled(device):
@@ -132,9 +180,6 @@ class PHFModel(nn.Module):
         if self.value_head is not None:
             reaches = self.objective.value_reaches_trunk
             value_N = self.value_head(hidden_BTD if reaches else hidden_BTD.detach()).flatten()
-        counted = count_targets(self.objective, scores, mask, phase).sum()
-        if denominator is None:
-            denominator = counted.clamp(min=1)
         if isinstance(denominator, Tensor):
             denominator = denominator.to(torch.promote_types(hidden_BTD.dtype, torch.float32))
         divide_last = (dtype or hidden_BTD.dtype) == torch.float16  # gradients divided first would underflow
@@ -156,10 +201,7 @@ class PHFModel(nn.Module):
             shape=self.logit_shape,
             scale=1.0 if divide_last else 1 / denominator,
         )
-        return {
-            "loss": out.loss_sum / denominator if divide_last else out.loss_sum,
-            "metrics": out.metrics | {"counted": counted, "targets": mask.sum()},
-        }
+        return LossOutputs(out.loss_sum / denominator, out.metrics) if divide_last else out
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, T, D] of the trunk."""

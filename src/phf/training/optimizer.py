@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from phf.training.config import TrainConfig
+from phf.training.removable import RemovablePart
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block of a matrix as a parameter of its own: columns or rows that get an update of their own."""
+
+    view: nn.Parameter
+    whole: nn.Parameter
+    dim: int
+    start: int
+
+    @classmethod
+    def of(cls, whole: nn.Parameter, dim: int, start: int, stop: int) -> Block:
+        return cls(nn.Parameter(whole.detach().narrow(dim, start, stop - start)), whole, dim, start)
+
+    def take_gradient(self) -> None:
+        gradient = self.whole.grad
+        self.view.grad = (
+            gradient if gradient is None else gradient.narrow(self.dim, self.start, self.view.shape[self.dim])
+        )
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -28,9 +50,11 @@ class MuonAdamW(torch.optim.Optimizer):
         muon_lr: float,
         betas: tuple[float, float],
         fused: bool = True,
+        blocks: Sequence[Block] = (),
     ) -> None:
         """`matrices`, `others`: groups of parameters with their `weight_decay`; those without a parameter do not
-        count. Raises ValueError if there is none."""
+        count. `blocks`: the parameters that are blocks of others. Raises ValueError if there is no parameter."""
+        self._blocks = tuple(blocks)
         adamw, muon = ([group for group in groups if group["params"]] for groups in (others, matrices))
         parts: list[torch.optim.Optimizer] = []
         if adamw:  # first, because the first group's learning rate is logged
@@ -52,8 +76,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None if closure is None else closure()
+        for block in self._blocks:
+            block.take_gradient()
         for part in self._parts:
             part.step()
+        for block in self._blocks:
+            block.view.grad = None
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -61,17 +89,24 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
 
-def make_muon(model: nn.Module, lm: Any, config: TrainConfig, decays: Iterable[str]) -> MuonAdamW:
+def make_muon(
+    model: nn.Module, lm: Any, config: TrainConfig, decays: Iterable[str], part: RemovablePart | None = None
+) -> MuonAdamW:
     """Muon for the matrices of the LM's trunk, AdamW for embeddings, the output layer, vectors, the value head, and
-    experts that are kept in one tensor of three dimensions. `decays`: names of the parameters with weight decay."""
+    experts that are kept in one tensor of three dimensions. `decays`: names of the parameters with weight decay.
+    Muon's update of a matrix mixes its rows, so a matrix that holds some of a removable `part` is updated in blocks."""
     apart = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     apart |= {id(p) for p in lm.get_output_embeddings().parameters()}
     decays = set(decays)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    blocks: list[Block] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 and id(parameter) not in apart
-            groups.setdefault((is_matrix, name in decays), []).append(parameter)
+            inside = part.blocks(parameter) if is_matrix and part is not None else []
+            made = [Block.of(parameter, *place) for place in inside]
+            blocks += made
+            groups.setdefault((is_matrix, name in decays), []).extend([b.view for b in made] or [parameter])
 
     def of(is_matrix: bool) -> list[dict[str, Any]]:
         return [
@@ -85,4 +120,5 @@ def make_muon(model: nn.Module, lm: Any, config: TrainConfig, decays: Iterable[s
         lr=config.lr,
         muon_lr=config.lr if config.muon_lr is None else config.muon_lr,
         betas=config.betas,
+        blocks=blocks,
     )

@@ -93,7 +93,7 @@ def train(
     if plan.writer:
         for remark in plan.objective.remarks(plan.tokens.statistics):
             print(remark if remark.startswith("warning: ") else f"note: {remark}", file=sys.stderr)
-    _check_surroundings(config, judged=bool(callbacks))
+    _check_surroundings(config, judged=bool(callbacks), removable=plan.objective.removable is not None)
     with contextlib.ExitStack() as held:
         built = _build(plan, callbacks, held)
         if not _run(plan, built, stop_after):
@@ -286,8 +286,9 @@ def _code_of(objective: Objective) -> str:
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _check_surroundings(config: TrainConfig, judged: bool) -> None:
-    """Raise ConfigError for a tracker that is not installed, and for a launcher that `config` does not work with."""
+def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> None:
+    """Raise ConfigError for a tracker that is not installed, for a launcher that `config` does not work with, and for
+    settings that do not go with an objective's removable part."""
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     known = get_available_reporting_integrations()
@@ -304,6 +305,11 @@ def _check_surroundings(config: TrainConfig, judged: bool) -> None:
         raise ConfigError(
             "train.shard divides a model over processes: start this command with torchrun (docs/scaling.md)"
         )
+    if removable and (config.shard or config.gradient_checkpointing):
+        setting = "shard" if config.shard else "gradient_checkpointing"
+        raise ConfigError(f"train.{setting} does not work with sgtm, which trains parts of the model apart")
+    if removable and config.compile is True:
+        print("note: sgtm is not compiled", file=sys.stderr)
     if config.shard and judged:
         raise ConfigError(
             "train.shard: judging during training needs the whole model on one process; leave monitor out and judge "
@@ -340,7 +346,7 @@ def _build(plan: _Plan, callbacks: tuple[TrainerCallback, ...], held: contextlib
     parameters = num_parameters(lm)
     if plan.writer:
         print(f"model: {lm.config.model_type}, {parameters:,} parameters", file=sys.stderr)
-    compiled = pick_compile(config, parameters) and can_compile()
+    compiled = plan.objective.removable is None and pick_compile(config, parameters) and can_compile()
     wrapper = PHFModel(
         lm,
         plan.objective,
@@ -516,6 +522,8 @@ def _finish(plan: _Plan, built: _Built) -> TrainManifest | None:
     config = plan.config
     manifest = plan.tokens.manifest
     built.trainer.accelerator.wait_for_everyone()
+    if built.wrapper.part is not None:
+        built.wrapper.part.remove(plan.seed)
     with disk_full_error(plan.run.path):
         built.trainer.save_model_now(plan.run.model, config.steps)
     if not plan.writer:

@@ -201,7 +201,7 @@ class PHFTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.config.optimizer == "muon" and self.optimizer is None:
             decays = self.get_decay_parameter_names(self.wrapper)
-            self.optimizer = make_muon(self.wrapper, self.wrapper.lm, self.config, decays)
+            self.optimizer = make_muon(self.wrapper, self.wrapper.lm, self.config, decays, self.wrapper.part)
         return super().create_optimizer(model)
 
     # loss
