@@ -12,10 +12,10 @@ import pytest
 from helpers import tiny_recipe
 from phf.core import store
 from phf.core.runs import NoiseCounts, RunFolder
-from phf.recipes.recipe import load_recipe
+from phf.recipes.recipe import _as_tag, load_recipe
 from phf.recipes.run import run_recipe
 from phf.report.measures import Group, Value
-from phf.report.noise import noise_curves
+from phf.report.noise import TAG, noise_curves
 from phf.tokens.noise import ScorerNoise
 
 SIZES = {"segments": 100, "bad": 20}
@@ -54,6 +54,20 @@ def test_the_page_shows_every_level_with_what_the_manifests_count(folder):
             expected = [wrong, counts["precision"], counts["recall"]]
         np.testing.assert_allclose(shown, expected)
     assert (folder / "report" / "noise.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "noise",
+    ["scorer_noise0.2", "scorer_noise1e-05", "scorer_noise-missed0.1-false_alarms0.2", "scorer_noise-audit"],
+)
+def test_levels_of_one_objective_are_one_curve(noise):
+    assert TAG.sub("", f"masking-{noise}") == "masking"
+    assert TAG.sub("", f"masking-{noise}-lr0.1") == "masking-lr0.1"
+
+
+def test_the_file_of_an_audit_is_in_the_names_of_runs():
+    assert _as_tag("scored-1/audit.json") == "-audit"
+    assert _as_tag("other-audit.json") == "-other_audit"
 
 
 def test_judging_sees_no_errors(folder):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from helpers import make_store, output_of, train_config, train_tiny
 from phf.core.config import ConfigError, apply_overrides, validate
 from phf.core.random import uniforms
 from phf.objectives import Each, Filtering, Masking
+from phf.report.audit import write_audit
+from phf.scorers.labels import Labels
 from phf.tokens import noise as noise_module
 from phf.tokens import store as store_module
-from phf.tokens.noise import ScorerNoise
+from phf.tokens.noise import ScorerNoise, noise_of_audit
 from phf.training.config import TrainConfig
 
 NOISE = ScorerNoise(missed=0.3, false_alarms=0.1)
@@ -104,6 +108,73 @@ def test_what_is_no_share_is_refused(setting):
     given = apply_overrides({"tokens": 1e6}, [f"scorer_noise={setting}"])
     with pytest.raises(ConfigError, match="scorer_noise"):
         validate(given, TrainConfig, "here")
+
+
+def audited(folder, threshold=0.0):
+    """The audit of a corpus whose segments score 0 to 1.5, by labels that are wrong near the threshold."""
+    rng = np.random.default_rng(1)
+    score = np.float32(rng.random(600) * 1.5 - 0.5)
+    folder.mkdir()
+    table = {"texts": [[f"s{n}\n"] for n in range(600)], "scores": [[float(s)] for s in score]}
+    pq.write_table(pa.table(table), folder / "a.parquet")
+    bad = score + rng.normal(0, 0.2, 600) > 0
+    labels = Labels("labels.jsonl", tuple(f"s{n}" for n in range(600)), bad, {})
+    page, found = write_audit(folder, labels, threshold=threshold)
+    return page.with_suffix(".json"), found, score, bad
+
+
+def test_the_errors_of_an_audit_are_where_it_found_them(store, tmp_path):
+    path, audit, score, bad = audited(tmp_path / "scored")
+    noise = validate(apply_overrides({"tokens": 1e6}, [f"scorer_noise={path}"]), TrainConfig, "here").scorer_noise
+    assert noise.threshold == 0
+    assert len(noise.by_score) == len(audit.strata) > 4
+    low = -np.inf
+    for end, share in noise.by_score:  # every text of the corpus has a label, so the shares are plain counts
+        high = np.inf if end is None else end
+        here = (score > low) & (score <= high)
+        assert share == pytest.approx(float(((score > 0) != bad)[here].mean()), abs=1e-6)
+        low = high
+    shares = [share for _, share in noise.by_score]
+    assert max(shares) > 10 * min(shares)
+
+    noisy = store.with_noise(noise, seed=7)
+    drawn = uniforms(2000, 7, "scorer noise")
+    expected = []
+    for n, value in enumerate(store.score_S):
+        chance = next(
+            share for end, share in noise.by_score if end is None or value <= np.float32(end) or value != value
+        )
+        expected.append(bool(drawn[n] < chance) and value == value)
+    changed = (seen(noisy) > 0) != (store.score_S > 0)
+    np.testing.assert_array_equal(changed, expected)
+    assert noisy.noise_counts.missed == 0 < noisy.noise_counts.false_alarms  # far above the threshold nothing is wrong
+
+
+def test_errors_of_another_threshold_are_refused(store, tmp_path):
+    path, *_ = audited(tmp_path / "scored", threshold=0.25)
+    with pytest.raises(ConfigError, match=r"the audit is about the threshold 0.25.*--threshold 0"):
+        store.with_noise(noise_of_audit(path), seed=0)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("nowhere.json", "no audit that can be read"),
+        ("{by_score: [[0.1, 0.5]]}", "the last must be null"),
+        ("{by_score: [[0.5, 0.1], [0.2, 0.1], [null, 0]]}", "must rise"),
+        ("{by_score: [[null, 0.1]], missed: 0.1}", "takes the place of missed"),
+    ],
+)
+def test_errors_by_score_that_cannot_be(setting, message):
+    given = apply_overrides({"tokens": 1e6}, [f"scorer_noise={setting}"])
+    with pytest.raises(ConfigError, match=message):
+        validate(given, TrainConfig, "here")
+
+
+def test_no_audit_is_an_error(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="no audit that can be read"):
+        noise_of_audit(tmp_path / "x.json")
 
 
 def test_a_run_says_what_its_objective_saw(store, tmp_path, tokens_dir):

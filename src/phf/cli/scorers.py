@@ -247,6 +247,7 @@ def audit(
     )
     print(verdict(found))
     print(f"to train as if a perfect scorer were as wrong: {as_noise(found)}")
+    print(f"or with its errors where they are, by score: train.scorer_noise={page.with_suffix('.json')}")
     for other in found.others:
         at = other.at
         print(

@@ -402,7 +402,11 @@ class Recipe:
 
 def _as_tag(value: Any) -> str:
     """A value of the grid in the names of runs."""
-    return "".join(f"-{k}{v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+    if isinstance(value, Mapping):
+        return "".join(f"-{k}{v}" for k, v in value.items())
+    if isinstance(value, str) and value.endswith(".json"):  # the file of an audit
+        return "-" + re.sub(r"\W", "_", Path(value).stem)
+    return str(value)
 
 
 def _checked(value: Any, type_: Any, prefix: str, grid: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from phf.report.measures import Group, Value
 from phf.report.runs import ReportedRun
 
 _NUMBER = r"\d[\d.]*(?:e[+-]?\d+)?"
-TAG = re.compile(rf"-scorer_noise(?:{_NUMBER}|(?:-(?:missed|false_alarms){_NUMBER})+)(?=-|$)")
+TAG = re.compile(rf"-scorer_noise(?:{_NUMBER}|(?:-(?:missed|false_alarms){_NUMBER})+|-[A-Za-z_]\w*)(?=-|$)")
 """What a recipe's grid puts into the names of groups."""
 
 
