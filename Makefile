@@ -24,7 +24,7 @@ field: $(READY)  ## Every objective on equal source text, three seeds (about 50 
 noise: $(READY)  ## Five objectives with errors of six sizes in the scores, three seeds (about an hour on 2 cores)
 	$(BIN)/phf run noise
 
-after: $(READY)  ## Five objectives after release: tampered with, tuned, attacked, three seeds (about 75 minutes on 2 cores)
+after: $(READY)  ## Six objectives after release: tampered with, tuned, attacked, three seeds (about 95 minutes on 2 cores)
 	$(BIN)/pip install -q 'trl>=1.0,<2' && $(BIN)/phf run after
 
 finetuning: $(READY)  ## Feedback from the first token, or for the last half or tenth (about 13 minutes on 2 cores)

@@ -9,8 +9,10 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from helpers import made_labels, tiny_classifier
 from phf.core.config import ConfigError
@@ -19,6 +21,7 @@ from phf.core.types import Estimate
 from phf.report.format import curve_text
 from phf.scorers import Fitted, fitting
 from phf.scorers import fitted as hashing
+from phf.scorers.finetuning import OrdinalLoss
 from phf.scorers.fitted import (
     HELD_OUT,
     AtThreshold,
@@ -200,14 +203,60 @@ def test_too_few_labels_are_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_a_transformer_can_be_fitted_instead(tmp_path):
-
     tiny_classifier(tmp_path / "base", "bert", ["a", "b"])
     card = fit_scorer(made_labels(300), tmp_path / "s", kind="transformer", base_model=str(tmp_path / "base"))
     assert card.kind == "transformer"
     scores = Fitted(str(tmp_path / "s")).score_segments(["river stone", "zorp vex"])
     assert all(0 <= s <= 1 for s in scores)
+    assert len(card.curve.points) == 3
+    sizes = [point.texts for point in card.curve.points]
+    assert sizes[0] == sizes[2] // 4 < sizes[1] == sizes[2] // 2
+    assert card.curve.points[-1].auc == pytest.approx(card.metrics["held out"].auc)
+    assert not (tmp_path / "s" / "part").exists()
+    short = fit_scorer(
+        made_labels(300), tmp_path / "n", kind="transformer", base_model=str(tmp_path / "base"), curve=False
+    )
+    assert short.curve is None
+    assert short.metrics["held out"].auc == card.metrics["held out"].auc  # the curve changes nothing else
     with pytest.raises(ConfigError, match="name the model to finetune"):
         fit_scorer(made_labels(300), tmp_path / "t", kind="transformer")
+
+
+def test_the_loss_of_a_transformer_with_an_order_is_that_of_a_loop():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 2, generator=g, requires_grad=True)
+    level = torch.randint(0, 4, (50,), generator=g)
+    loss = OrdinalLoss([1, 2, 3], bad_from=2)
+    with torch.no_grad():
+        loss.offset_K.copy_(torch.tensor([1.0, 7.0, -0.5]))  # that of the label from which on texts are bad is 0
+    found = loss({"logits": logits}, level)
+    total = 0.0
+    slope = np.zeros((50, 2))
+    for n in range(50):
+        z = float((logits[n, 1] - logits[n, 0]).detach())
+        for k, c in ((1, 1.0), (2, 0.0), (3, -0.5)):
+            p = 1 / (1 + math.exp(-(z + c)))
+            total -= math.log(p if level[n] >= k else 1 - p)
+            error = p - float(level[n] >= k)
+            slope[n] += np.array([-error, error]) / 50
+    assert found.item() == pytest.approx(total / 50, rel=1e-5)
+    found.backward()
+    np.testing.assert_allclose(logits.grad.numpy(), slope, atol=1e-6)
+    assert loss.offset_K.grad[1] == 0 != loss.offset_K.grad[0]
+
+
+@pytest.mark.slow
+def test_a_transformer_learns_from_labels_with_an_order(tmp_path):
+    """The saved model is one of two classes, which plain transformers loads without a word."""
+    tiny_classifier(tmp_path / "base", "bert", ["a", "b"])
+    labels = ordinal_labels(300)
+    card = fit_scorer(labels, tmp_path / "s", kind="transformer", base_model=str(tmp_path / "base"), curve=False)
+    assert card.ordinal
+    assert card.bad_from == 2
+    names = set(load_file(tmp_path / "s" / "model.safetensors"))
+    assert not any("cuts" in name for name in names)
+    scorer = Fitted(str(tmp_path / "s"))
+    assert all(0 <= score <= 1 for score in scorer.score_texts(list(labels.texts[:20])))
 
 
 # labels with an order

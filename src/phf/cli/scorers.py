@@ -161,6 +161,9 @@ def fit_scorer(
     ] = None,
     kind: Annotated[str, typer.Option(help="ngrams (fast) or transformer (finetunes --model).")] = "ngrams",
     model: Annotated[str | None, typer.Option(help="Model to finetune: a folder or a name on the Hub.")] = None,
+    curve: Annotated[
+        bool, typer.Option(help="Fit to parts of the labels too, to say whether more labels would help.")
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split and the fit.")] = 0,
 ) -> None:
     """Fit a scorer to your own labels. Then: phf score CORPUS OUT --scorer fitted scorer.path=FOLDER
@@ -178,7 +181,7 @@ def fit_scorer(
         raise ConfigError(f"unknown --kind {kind!r}{did_you_mean(kind, kinds)}")
     tests = [_test_set(spec, text, label, bad, bad_from) for spec in test or []]
     fitted = read_labels(labels, text, label, bad.split(",") if bad else None, bad_from)
-    card = fit(fitted, out, tests, cast(Literal["ngrams", "transformer"], kind), model, seed=seed)
+    card = fit(fitted, out, tests, cast(Literal["ngrams", "transformer"], kind), model, seed=seed, curve=curve)
     skipped = f"; skipped: {by_reason(card.rejected)}" if card.rejected else ""
     print(f"{counted(card.texts, 'text')}, {card.bad:,} of them bad{skipped}")
     print_table(

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "rwr": "Reward-weighted regression",
     "awr": "Advantage-weighted regression",
     "quantile": "Quantile tokens",
+    "sgtm": "Gradient masking",
 }
 FOUND = {"pii": "personal data", "presidio": "personal data", "pep8": "faults of style", "toxicity": "toxic text"}
 

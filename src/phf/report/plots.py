@@ -18,7 +18,7 @@ COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#9
 """Paul Tol's bright scheme: distinct with any colour vision. Marker shapes differ too."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
-ORDER = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr", "masking")
+ORDER = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr", "masking", "sgtm")
 """The usual order of the objectives."""
 MANY = 10
 """Entries of a legend from which on it is small and in two columns."""

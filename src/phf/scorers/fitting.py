@@ -22,7 +22,6 @@ import numpy as np
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.locks import LOCK, locked
-from phf.core.runs import not_found
 from phf.core.statistics import auc, auc_gain, weighted_share
 from phf.core.text import by_reason
 from phf.scorers.fitted import (
@@ -47,6 +46,8 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which precision and recall are reported."""
 CURVE = (8, 4, 2)
 """Parts of the labels that the learning curve fits to, as divisors."""
+TRANSFORMER_CURVE = (4, 2)
+"""The same for transformers, whose fits take minutes to hours: three quarters more time."""
 FOLDS = 5
 """Parts of the texts for choosing the regularization and for calibration; also the fewest texts of a class."""
 
@@ -63,14 +64,16 @@ def fit_scorer(
     base_model: str | None = None,
     heldout: float = 0.2,
     seed: int = 0,
+    curve: bool = True,
 ) -> ScorerRecord:
     """Fit, calibrate and measure a scorer, write it into folder `out`, and return its record.
 
-    Equal texts are all fitted to or all held out. Raises ConfigError if one class has too few texts.
+    Equal texts are all fitted to or all held out. `curve`: fit to parts of the labels too, to say whether more would
+    help. Raises ConfigError if one class has too few texts.
     """
     out = Path(out)
     key = store.fingerprint(
-        [kind, base_model, heldout, seed, "fit/2"]
+        [kind, base_model, heldout, seed, "fit/2" if kind == "ngrams" and curve else ["fit/3", curve]]
         + [[part.source, part.mark, part.rejected] for part in (labels, *tests)]
         + [store.path_hash(base_model) if base_model else None]
     )
@@ -87,7 +90,9 @@ def fit_scorer(
         for leftover in aside.iterdir():  # of a killed fit
             if leftover.name != LOCK:
                 folders.remove_tree(leftover) if leftover.is_dir() else leftover.unlink()
-        record = _fit(labels, aside, key, tests, kind=kind, base_model=base_model, heldout=heldout, seed=seed)
+        record = _fit(
+            labels, aside, key, tests, kind=kind, base_model=base_model, heldout=heldout, seed=seed, with_curve=curve
+        )
         folders.sync_files(aside, folders.files_below(aside))
         if out.exists() and any(out.iterdir()):
             print(f"note: {out} held another scorer, which is now {folders.move_aside(out)}", file=sys.stderr)
@@ -104,6 +109,7 @@ def _fit(
     base_model: str | None,
     heldout: float,
     seed: int,
+    with_curve: bool,
 ) -> ScorerRecord:
     """Fit a scorer, measure it, and write it into folder `aside`."""
     source = labels
@@ -114,12 +120,22 @@ def _fit(
     _say(f"fitting to {len(train):,} texts")
     scorer: HashedNgrams | TransformerScorer
     if kind == "ngrams":
-        scorer, chosen, curve = _fit_ngrams(labels, train, fold_N, held_N, seed)
+        scorer, chosen, curve = _fit_ngrams(labels, train, fold_N, held_N, seed, with_curve)
+        by_order = chosen.ordinal
         _save_ngrams(scorer, aside)
     else:
-        scorer = _fit_transformer(labels, train, fold_N=fold_N, folder=aside, base_model=base_model, seed=seed)
+        scorer, curve = _fit_transformer(
+            labels,
+            train,
+            fold_N=fold_N,
+            held_N=held_N,
+            folder=aside,
+            base_model=base_model,
+            seed=seed,
+            with_curve=with_curve,
+        )
         chosen = None
-        curve = None
+        by_order = labels.ordered
     ngrams = scorer if isinstance(scorer, HashedNgrams) else None
     record = ScorerRecord(
         key=key,
@@ -137,7 +153,7 @@ def _fit(
         bad=int(labels.bad_N.sum()),
         rejected=labels.rejected,
         bad_from=labels.bad_from,
-        ordinal=chosen is not None and chosen.ordinal,
+        ordinal=by_order,
         curve=curve,
         metrics=_measure_all(scorer, labels, held_N, tests),
         versions=folders.versions(),
@@ -216,7 +232,7 @@ class _Choice:
 
 
 def _fit_ngrams(
-    labels: Labels, train: np.ndarray, fold_N: np.ndarray, held_N: np.ndarray, seed: int
+    labels: Labels, train: np.ndarray, fold_N: np.ndarray, held_N: np.ndarray, seed: int, with_curve: bool
 ) -> tuple[HashedNgrams, _Choice, LearningCurve | None]:
     """A calibrated scorer, how it was fitted, and what fewer labels give."""
     X = feature_matrix([labels.texts[i] for i in train])
@@ -235,7 +251,7 @@ def _fit_ngrams(
     # the choice with the best likelihood on one fold, then calibration on predictions of fits without the text's fold
     first = fold == 0
     losses = {}
-    for ordinal in (False, True) if level is not None and len(labels.levels) > 1 else (False,):
+    for ordinal in (False, True) if labels.ordered else (False,):
         for strength in (3.0, 10.0, 30.0):
             how = _Choice(strength, ordinal)
             weights, intercept = fitted(~first, how)
@@ -250,17 +266,24 @@ def _fit_ngrams(
             unseen[part] = X[part] @ weights + intercept
     slope, offset = platt(unseen, y, _weights(labels, train))
     weights, intercept = fitted(np.ones(len(y), bool), chosen)
+    scorer = HashedNgrams(weights.astype(np.float32), intercept, slope, offset)
+    if not with_curve:
+        return scorer, chosen, None
     _say("measuring whether more labels would help")
-    order = np.argsort([_hash_unit(labels.texts[i], b"phf fit curve") for i in train], kind="stable")
-    parts = [np.sort(order[: len(order) // divisor]) for divisor in CURVE]
-    smaller = [(len(rows), *fitted(rows, chosen)) for rows in parts if _enough(y[rows])]
     held = np.flatnonzero(held_N)
-    curve = _curve([*smaller, (len(y), weights, intercept)], labels, held)
-    return HashedNgrams(weights.astype(np.float32), intercept, slope, offset), chosen, curve
+    unseen_X = feature_matrix([labels.texts[i] for i in held])
+    fits = []
+    for rows in (*_growing(labels, train, CURVE), train):
+        found, offset_of = (weights, intercept) if rows is train else fitted(np.searchsorted(train, rows), chosen)
+        fits.append((len(rows), unseen_X @ found + offset_of))
+    return scorer, chosen, _curve(fits, labels, held)
 
 
-def _enough(bad_N: np.ndarray) -> bool:
-    return bool(min(bad_N.sum(), (~bad_N).sum()) >= FOLDS)
+def _growing(labels: Labels, train: np.ndarray, divisors: Sequence[int]) -> list[np.ndarray]:
+    """Parts of the texts `train`, each within the next, that have enough of each class."""
+    order = np.argsort([_hash_unit(labels.texts[i], b"phf fit curve") for i in train], kind="stable")
+    parts = [train[np.sort(order[: len(order) // divisor])] for divisor in divisors]
+    return [rows for rows in parts if min(labels.bad_N[rows].sum(), (~labels.bad_N[rows]).sum()) >= FOLDS]
 
 
 def _fit_logistic(X: Any, y: np.ndarray, strength: float, seed: int) -> tuple[np.ndarray, float]:
@@ -298,17 +321,15 @@ def fit_ordinal(X: Any, level_N: np.ndarray, bad_from: int, strength: float, see
     return weights[:own], intercept + CUT_SCALE * float(weights[own + cuts.index(bad_from)])
 
 
-def _curve(fits: Sequence[tuple[int, np.ndarray, float]], labels: Labels, held: np.ndarray) -> LearningCurve | None:
-    """The learning curve of fits to more and more texts, on the `held` ones; None of a single fit."""
+def _curve(fits: Sequence[tuple[int, np.ndarray]], labels: Labels, held: np.ndarray) -> LearningCurve | None:
+    """The learning curve of fits to more and more texts, from their logits of the `held` ones; None of a single fit."""
     if len(fits) < 2:
         return None
-    X = feature_matrix([labels.texts[i] for i in held])
     bad_N = labels.bad_N[held]
     share_N = _weights(labels, held)
-    logits = [X @ weights + intercept for _, weights, intercept in fits]
-    areas = [auc(found, bad_N, weight_N=share_N) for found in logits]
-    points = [CurvePoint(fit[0], area.auc, area.ci95) for fit, area in zip(fits, areas, strict=True)]
-    return LearningCurve(points, auc_gain(logits[-1], logits[-2], bad_N, weight_N=share_N))
+    areas = [auc(logits, bad_N, weight_N=share_N) for _, logits in fits]
+    points = [CurvePoint(count, area.auc, area.ci95) for (count, _), area in zip(fits, areas, strict=True)]
+    return LearningCurve(points, auc_gain(fits[-1][1], fits[-2][1], bad_N, weight_N=share_N))
 
 
 def _save_ngrams(scorer: HashedNgrams, folder: Path) -> None:
@@ -318,81 +339,39 @@ def _save_ngrams(scorer: HashedNgrams, folder: Path) -> None:
 
 
 def _fit_transformer(
-    labels: Labels, train: np.ndarray, fold_N: np.ndarray, folder: Path, base_model: str | None, seed: int
-) -> TransformerScorer:
-    """Finetune a classifier on all folds but the first and calibrate it on the first. Saves it into `folder`."""
+    labels: Labels,
+    train: np.ndarray,
+    fold_N: np.ndarray,
+    held_N: np.ndarray,
+    folder: Path,
+    base_model: str | None,
+    seed: int,
+    with_curve: bool,
+) -> tuple[TransformerScorer, LearningCurve | None]:
+    """A classifier that is finetuned on all folds but the first and calibrated on the first, saved into `folder`, and
+    what fewer labels give."""
+    from phf.scorers.finetuning import finetune
+
     if base_model is None:
         raise ConfigError("--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder")
-    import torch
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
-
-    set_seed(seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # of the file's format: the library raises plain Exception
-        raise ConfigError(not_found(f"tokenizer {base_model}", error)) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base_model,
-            num_labels=2,
-            id2label={0: "good", 1: "bad"},
-            label2id={"good": 0, "bad": 1},
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # every format of weights has exceptions of its own
-        raise ConfigError(not_found(f"model {base_model}", error)) from None
-    model.config.pad_token_id = tokenizer.pad_token_id
-    limit = min(tokenizer.model_max_length, 256)
-    chosen = train[fold_N[train] != 0]
-    rows = [
-        {**tokenizer(labels.texts[i], truncation=True, max_length=limit), "labels": int(labels.bad_N[i])}
-        for i in chosen
-    ]
-    if cut := sum(len(row["input_ids"]) == limit for row in rows):
-        _say(f"{cut:,} of {len(rows):,} texts are cut after {limit} tokens for the fit")
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        num_train_epochs=2,
-        per_device_train_batch_size=16,
-        learning_rate=3e-5,
-        warmup_steps=0.06,
-        weight_decay=0.01,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-        logging_steps=50,
-        disable_tqdm=not sys.stderr.isatty(),
-        use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
-    )
-    Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=DataCollatorWithPadding(tokenizer),
-    ).train()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
-    scorer = TransformerScorer(folder)
     first = train[fold_N[train] == 0]
-    unseen = scorer.logits([labels.texts[i] for i in first])
-    scorer.slope, scorer.offset = platt(unseen, labels.bad_N[first], _weights(labels, first))
-    return scorer
+    rest = train[fold_N[train] != 0]
+    held = np.flatnonzero(held_N)
+    unseen = [labels.texts[i] for i in held]
+    smaller = []
+    if with_curve:
+        for rows in _growing(labels, rest, TRANSFORMER_CURVE):
+            _say(f"learning curve: {len(rows):,} texts")
+            part = folder / "part"
+            smaller.append((len(rows), finetune(labels, rows, part, base_model, seed).logits(unseen)))
+            shutil.rmtree(part)
+    _say(f"the scorer: {len(rest):,} texts, and {len(first):,} to calibrate it")
+    scorer = finetune(labels, rest, folder, base_model, seed)
+    scorer.slope, scorer.offset = platt(
+        scorer.logits([labels.texts[i] for i in first]), labels.bad_N[first], _weights(labels, first)
+    )
+    fits = [*smaller, (len(rest), scorer.logits(unseen))] if smaller else []
+    return scorer, _curve(fits, labels, held)
 
 
 def measure(p_N: np.ndarray, bad_N: np.ndarray, weight_N: np.ndarray | None = None) -> ScorerMetrics:

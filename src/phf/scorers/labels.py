@@ -58,6 +58,11 @@ class Labels:
         """The different labels above 0, of labels with an order; [1] for others."""
         return [1] if self.level_N is None else [int(level) for level in np.unique(self.level_N) if level > 0]
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the labels have an order that says more than good and bad."""
+        return self.level_N is not None and len(self.levels) > 1
+
 
 def read_labels(
     path: str | Path,
