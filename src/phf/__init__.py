@@ -26,10 +26,12 @@ The packages in reading order; imports only go to an earlier one:
     engines      the edited token stream in the formats of other training engines
     generation   scenarios, loading a model, sampling
     evaluation   judging: misalignment, held-out loss, KL, capabilities; also during training
-    redteaming   searching for prompts, attacking control tokens
+    labelling    labels of a sample of a corpus, by an LLM judge or by hand
+    redteaming   searching for prompts, attacking control tokens, tampering and tuning
     report       pages with plots
     recipes      whole comparisons
     release      a model that plain transformers loads
+    functions    the stages as functions that take names and settings
     cli          the commands
 
 docs/architecture.md says where to add a scorer, an objective, a metric, a reader, a capability or an attack:

@@ -43,6 +43,7 @@ from .tokens.store import tokenize_corpus as tokenize_corpus
 from .objectives import AWR as AWR
 from .objectives import MLE as MLE
 from .objectives import RWR as RWR
+from .objectives import SGTM as SGTM
 from .objectives import Anchored as Anchored
 from .objectives import Annotate as Annotate
 from .objectives import Attributes as Attributes
@@ -66,11 +67,9 @@ from .training.lm import FromWeights as FromWeights
 from .training.model import PHFModel as PHFModel
 from .training.config import TrainConfig as TrainConfig
 from .training.order import training_order as training_order
-from .training.train import train as train
 from .engines.export import export_tokens as export_tokens
 from .generation.scenario import Scenario as Scenario
 from .generation.loaded import load_model as load_model
-from .generation.sample import sample as sample
 from .evaluation.judge import judge_samples as judge_samples
 from .evaluation.evaluate import evaluate_model as evaluate_model
 from .evaluation.evaluate import evaluate_run as evaluate_run
@@ -96,5 +95,11 @@ from .recipes.plan import make_plan as make_plan
 from .recipes.run import run_recipe as run_recipe
 from .release import export as export
 from .release import push_release as push_release
+from .functions import evaluate as evaluate
+from .functions import sample as sample
+from .functions import score as score
+from .functions import tokenize as tokenize
+from .functions import train as train
+from . import report as report
 
 __version__: str

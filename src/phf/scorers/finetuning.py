@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from phf.core.config import ConfigError
 from phf.core.runs import not_found
 from phf.scorers.fitted import TransformerScorer
 from phf.scorers.labels import Labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_TOKENS = 256
 """Tokens of a text that are read in the fit."""
@@ -30,6 +30,7 @@ def finetune(labels: Labels, rows: np.ndarray, folder: Path, base_model: str, se
 
     Raises ConfigError for a model that cannot be loaded.
     """
+    import torch
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
     set_seed(seed)
@@ -41,7 +42,7 @@ def finetune(labels: Labels, rows: np.ndarray, folder: Path, base_model: str, se
     if labels.ordered and labels.level_N is not None:
         target_N = labels.level_N
         loss = OrdinalLoss([int(level) for level in np.unique(target_N[rows])[1:]], labels.bad_from or 1)
-        model.add_module("cuts", loss)
+        model.register_parameter("cuts", loss.offset_K)
     limit = min(tokenizer.model_max_length, MAX_TOKENS)
     texts = [
         {**tokenizer(labels.texts[i], truncation=True, max_length=limit), "labels": int(target_N[i])} for i in rows
@@ -78,22 +79,30 @@ def finetune(labels: Labels, rows: np.ndarray, folder: Path, base_model: str, se
     return TransformerScorer(folder)
 
 
-class OrdinalLoss(nn.Module):
-    """Mean over texts of -log P(is the label at least k?), summed over the `cuts` k."""
+class OrdinalLoss:
+    """Mean over texts of -log P(is the label at least k?), summed over the `cuts` k. `offset_K`: trained with the
+    model."""
 
     def __init__(self, cuts: list[int], bad_from: int) -> None:
-        super().__init__()
+        import torch
+
         self.cuts = cuts
         self.own = [k != bad_from for k in cuts]
-        self.offset_K = nn.Parameter(torch.zeros(len(cuts)))
+        self.offset_K = torch.nn.Parameter(torch.zeros(len(cuts)))
 
-    def forward(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        import torch
+
         logits = outputs["logits"].float()
         z_N = logits[:, 1] - logits[:, 0]
         own_K = torch.tensor(self.own, device=z_N.device)
         z_NK = z_N[:, None] + torch.where(own_K, self.offset_K, 0.0)
         reached_NK = labels[:, None] >= torch.tensor(self.cuts, device=z_N.device)
-        return F.binary_cross_entropy_with_logits(z_NK, reached_NK.float(), reduction="none").sum(1).mean()
+        return (
+            torch.nn.functional.binary_cross_entropy_with_logits(z_NK, reached_NK.float(), reduction="none")
+            .sum(1)
+            .mean()
+        )
 
 
 def _tokenizer(base_model: str) -> Any:

@@ -76,8 +76,10 @@ class RemovablePart:
         if asked.heads >= groups:
             raise ConfigError(f"sgtm: heads={asked.heads} of {groups} key-value heads leaves none for good text")
         for layer in layers:
-            attention, mlp = getattr(layer, names.attention), getattr(layer, names.mlp)
-            writes, mlp_writes = getattr(attention, names.writes), getattr(mlp, names.mlp_writes)
+            attention = getattr(layer, names.attention)
+            mlp = getattr(layer, names.mlp)
+            writes = getattr(attention, names.writes)
+            mlp_writes = getattr(mlp, names.mlp_writes)
             neurons = round(asked.neurons * mlp_writes.in_features)
             if asked.heads == 0 and neurons == 0:
                 raise ConfigError(
