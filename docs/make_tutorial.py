@@ -28,7 +28,8 @@ folder gets Parquet files and a manifest with what was counted and skipped.""",
     """\
 scored = phf.score("installed_packages", "scored", scorer="pii", segmenter="lines")
 counts = scored.counts
-print(f"{counts.documents} documents, {counts.segments:,} lines, {counts.bad_segments / counts.segments:.1%} of them bad")""",
+bad = counts.bad_segments / counts.segments
+print(f"{counts.documents} documents, {counts.segments:,} lines, {bad:.1%} of them bad")""",
     """\
 Look before you train: what does a threshold call bad? `phf inspect scored/` writes this as a page.""",
     """\
@@ -44,7 +45,8 @@ print(f"{tokens.counts.train_tokens:,} tokens for training, vocabulary {tokens.v
     """\
 ## 3. Train two models on the same text
 
-`mle` is ordinary training. `conditional` puts a good or a bad token before every line, and writes after the good one.""",
+`mle` is ordinary training. `conditional` puts a good or a bad token before every line, and writes after the good
+one.""",
     """\
 settings = {"tokens": TOKENS, "context": 256, "batch_rows": 8, "optimizer": "muon", "lr": 1.6e-2, "muon_lr": 8e-3}
 for name in ("mle", "conditional"):

@@ -131,11 +131,57 @@ def test_the_page_is_safe_and_quiet_in_a_browser(tmp_path):
         assert tab.title() == "phf: scores of pep8"
         assert messages == []
         assert requests == [page.as_uri()]
-        assert tab.locator("script").count() == 0
+        assert tab.locator("script:not([type])").count() == 1  # the page's own
+        _slide(tab, found)
         assert tab.locator("#examples ~ .level .doc").count() > 5
         assert tab.evaluate("document.documentElement.scrollWidth") <= 391  # wide tables scroll in themselves
         assert "onerror=alert" in tab.content()
         browser.close()
+
+
+def _slide(tab, found) -> None:
+    """The slider by keyboard: counts, colours and the segments on both sides follow."""
+    assert tab.locator("#at").inner_text() == "0"
+    tab.locator("#threshold").focus()
+    tab.keyboard.press("End")
+    last = found.thresholds[-1]
+    assert float(tab.locator("#at").inner_text()) == pytest.approx(last.threshold, rel=1e-4)
+    bad = round(last.bad_segments * found.counts.segments)
+    assert int(tab.locator("#bad-count").inner_text().replace(",", "")) == bad
+    coloured = [float(s) for s in tab.locator(".seg.bad").evaluate_all("rows => rows.map(r => r.dataset.s)")]
+    assert all(score > last.threshold for score in coloured)
+    tab.keyboard.press("Home")
+    assert tab.locator(".seg.bad").count() > len(coloured)
+    marks = tab.locator("#above mark")
+    assert marks.count() > 0
+    assert {marks.nth(0).get_attribute("title")} <= {"W191", "E225", "E902", "W605", "W291", "E999"} | {
+        label for row in found.near for _, _, label in row.finds
+    }
+    shown = tab.locator("#above pre").all_inner_texts()
+    assert len(shown) == len(set(shown)) > 0  # equal segments once
+
+
+def test_the_segments_next_to_a_threshold_by_hand(tmp_path):
+    rows = [([f"t{n}"], [n / 10]) for n in range(12)] + [(["t4", "t4 ", "", "zero"], [0.4, 0.4, 0.9, float("nan")])]
+    found = inspect_scores(scored(tmp_path / "s", rows), threshold=0.45)
+    step = next(row for row in found.around if row.threshold == np.float32(0.45))
+    assert [found.near[n].text for n in step.above] == [f"t{n}" for n in range(5, 12)]
+    assert [found.near[n].text for n in step.below] == ["t4", "t3", "t2", "t1", "t0"]  # equal texts once
+    assert [row.threshold for row in found.around] == [row.threshold for row in found.thresholds]
+    many = [([f"x{n}"], [0.0]) for n in range(30)] + [([f"y{n}"], [1.0 + n]) for n in range(30)]
+    r = inspect_scores(scored(tmp_path / "m", many), threshold=0.0)
+    step = r.around[0]
+    assert [r.near[n].text for n in step.above] == [f"y{n}" for n in range(10)]
+    assert [r.near[n].text for n in step.below] == [f"x{n}" for n in range(10)]  # of equal scores the first documents
+
+
+def test_finds_are_marked_and_escaped(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", ["see <b>http://x.org</b> & more\n", "fine\n"] * 3)
+    score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "s")
+    page, found = write_inspection(tmp_path / "s")
+    assert [kind for row in found.near for _, _, kind in row.finds] == ["match"]
+    assert 'see &lt;b&gt;<mark title="match">http' in page.read_text()
+    assert '<span class="seg bad"' in page.read_text()
 
 
 def test_personal_data_is_masked_on_the_page(tmp_path):
@@ -144,7 +190,7 @@ def test_personal_data_is_masked_on_the_page(tmp_path):
     score_corpus(Jsonl(str(path)), Lines(), PII(), tmp_path / "s")
     page, _ = write_inspection(tmp_path / "s")
     assert "joe.miller" not in page.read_text()
-    assert "write to •••" in page.read_text()
+    assert 'write to <mark title="masked">•••.••••••@•••••••.•••</mark> today' in page.read_text()
 
 
 def test_personal_data_is_masked_whichever_scores_are_shown(tmp_path, monkeypatch):

@@ -28,8 +28,8 @@ from phf.core.types import Number, Rejected
 from phf.data.corpus import Corpus
 from phf.data.scored import ScoredCorpus, natural_threshold
 from phf.data.segment import Segmenter, segments_of
-from phf.scoring.inspect import Table
 from phf.scoring.strata import equal_parts
+from phf.scoring.table import Table
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 """Characters that divide the strata of `by: length`."""

@@ -328,7 +328,7 @@ class SGTM(ByThreshold):
 
     heads: Annotated[int, Field(ge=0)] = 1
     neurons: Annotated[float, Field(ge=0, lt=1)] = 1 / 16
-    without: Annotated[float, Field(ge=0, le=1)] = 0.1
+    without: Annotated[float, Field(ge=0, le=1)] = 1.0
     name: Literal["sgtm"] = "sgtm"
 
     @property

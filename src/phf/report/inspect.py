@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from phf.core import folders, store
-from phf.core.config import ConfigError
+from phf.core.config import ConfigError, Plain
 from phf.core.text import visible
 from phf.data.scored import ScoredCorpus
 from phf.report import plots
-from phf.report.page import environment
+from phf.report.page import environment, script_digest, script_json
 from phf.scorers import Scorer
-from phf.scorers.masking import mask, mask_links
+from phf.scorers.masking import find_spans, mask, mask_links
 from phf.scoring.inspect import inspect_scores
-from phf.scoring.inspection import Agreement, ExampleLevel, Inspection, ShownDocument, ShownSegment
+from phf.scoring.inspection import Agreement, ExampleLevel, Inspection, NearSegment, ShownDocument, ShownSegment
 from phf.scoring.judge import scorer_for_pages
 from phf.tokens.store import TokenStore
 
 SHOWN_CHARS = 4000
 """Characters of a document on the page."""
+NEAR_CHARS = 600
+"""Characters of a segment near a threshold."""
+MASKED = re.compile(r"\S*•\S*")
+"""Personal data that is masked."""
 
 
 def write_inspection(
@@ -43,8 +49,10 @@ def write_inspection(
     target = page_of(scored, out, "inspect.html")
     tokens = None if tokens_dir is None else segment_tokens(scored, tokens_dir)
     scorers = masking_scorers(scored)
-    found = masked(inspect_scores(scored, preference, threshold, label, tokens), scorers)
-    page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers)))
+    found = inspect_scores(scored, preference, threshold, label, tokens)
+    finder = scorer_for_pages(ScoredCorpus(scored, preference).manifest.scorer)
+    found = masked(found, scorers, finder)
+    page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers), finder))
     write_page(target, page, found)
     return target, found
 
@@ -95,8 +103,9 @@ def masking_scorers(scored: str | Path) -> list[Scorer]:
     return scorers
 
 
-def masked(found: Inspection, scorers: Sequence[Scorer]) -> Inspection:
-    """The same numbers with personal data masked in every text, and with long texts cut."""
+def masked(found: Inspection, scorers: Sequence[Scorer], finder: Scorer) -> Inspection:
+    """The same numbers with personal data masked in every text, with long texts cut, and with what `finder` finds in
+    the segments near thresholds."""
     return replace(
         found,
         examples=[
@@ -105,7 +114,17 @@ def masked(found: Inspection, scorers: Sequence[Scorer]) -> Inspection:
         ],
         worst_segments=masked_segments(found.worst_segments, scorers),
         agreement=[masked_agreement(other, scorers) for other in found.agreement],
+        near=[
+            replace(row, text=_masked_text(row.text, scorers)[:NEAR_CHARS], finds=_finds(row.text, finder))
+            for row in found.near
+        ],
     )
+
+
+def _finds(text: str, finder: Scorer) -> list[tuple[int, int, str]]:
+    """What a scorer finds in the shown part of a text."""
+    spans = find_spans(text[:SHOWN_CHARS], finder) or []
+    return [(span.start, min(span.end, NEAR_CHARS), span.label) for span in spans if span.start < NEAR_CHARS]
 
 
 def masked_segments(rows: Sequence[ShownSegment], scorers: Sequence[Scorer]) -> list[ShownSegment]:
@@ -150,11 +169,12 @@ class ColouredDocument:
     html: Markup
 
 
-def template_values(found: Inspection, is_masked: bool) -> dict[str, Any]:
+def template_values(found: Inspection, is_masked: bool, finder: Scorer) -> dict[str, Any]:
     """Everything that the template shows."""
-    shown = [score for level in found.examples for d in level.documents for _, score in d.segments]
-    positive = np.sort([score for score in shown if score > 0])
     unit = found.identity.get("unit", "score")
+    limit = np.float32(found.threshold)
+    chosen = next(n for n, row in enumerate(found.thresholds) if np.float32(row.threshold) == limit)
+    source = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "inspect.js")[0]
     return {
         "s": found,
         "name": store.as_path(found.scored).name,
@@ -167,27 +187,92 @@ def template_values(found: Inspection, is_masked: bool) -> dict[str, Any]:
         ),
         "threshold_plot": Markup(plots.thresholds(found.thresholds)),
         "length_plot": Markup(plots.by_length(found.length)),
-        "examples": [(level, _coloured_documents(level, positive)) for level in found.examples],
+        "examples": [(level, _coloured_documents(level, found.threshold, finder)) for level in found.examples],
+        "worst": [
+            (row, marked(row.text, _shown_finds(row.text, finder), found.threshold, row.score))
+            for row in found.worst_segments
+        ],
+        "chosen": chosen,
+        "step": found.thresholds[chosen],
+        "above": [_near(found, n) for n in found.around[chosen].above],
+        "below": [_near(found, n) for n in found.around[chosen].below],
+        "finds": any(row.finds for row in found.near),
+        "page_data": Markup(script_json(_slider(found))),
+        "script": Markup(source),
+        "digest": script_digest(source),
     }
 
 
-def _coloured_documents(level: ExampleLevel, positive: np.ndarray) -> list[ColouredDocument]:
-    return [ColouredDocument(d.id, d.mean, _coloured(d, positive)) for d in level.documents]
+def _near(found: Inspection, number: int) -> tuple[NearSegment, Markup]:
+    row = found.near[number]
+    return row, marked(row.text, row.finds)
 
 
-def _coloured(document: ShownDocument, positive: np.ndarray) -> Markup:
-    """A document's segments as escaped HTML, each coloured by the rank of its score among `positive`, the sorted scores
-    above 0."""
-    pieces = []
-    for text, score in document.segments:
-        if np.isnan(score):
-            pieces.append(Markup('<span class="seg none" title="not judged">{}</span>').format(visible(text)))
-        elif score <= 0 or not len(positive):
-            pieces.append(Markup("{}").format(visible(text)))
-        else:
-            heat = round(75 * float(np.searchsorted(positive, score, side="right")) / len(positive))
-            span = Markup('<span class="seg" style="--h:{}" title="{}">{}</span>')
-            pieces.append(span.format(heat, f"{score:.6g}", visible(text)))
+def _slider(found: Inspection) -> Plain:
+    """What the page's script reads. `t` threshold, `s`, `c`, `k`, `d`, `f` shares of segments, characters and tokens,
+    documents with a bad segment, documents that filtering keeps; `a`, `b` places in `near` above and below."""
+    return {
+        "steps": [
+            {
+                "t": row.threshold,
+                "s": row.bad_segments,
+                "c": row.bad_chars,
+                "k": row.bad_tokens,
+                "d": row.documents_with_bad,
+                "f": row.documents_kept_by_filtering,
+                "a": near.above,
+                "b": near.below,
+            }
+            for row, near in zip(found.thresholds, found.around, strict=True)
+        ],
+        "near": [{"i": visible(n.id), "p": _pieces(n.text, n.finds), "s": n.score} for n in found.near],
+        "segments": found.counts.segments,
+    }
+
+
+def _coloured_documents(level: ExampleLevel, threshold: float, finder: Scorer) -> list[ColouredDocument]:
+    return [ColouredDocument(d.id, d.mean, _coloured(d, threshold, finder)) for d in level.documents]
+
+
+def _coloured(document: ShownDocument, threshold: float, finder: Scorer) -> Markup:
+    """A document's segments as escaped HTML: red above the threshold, dashed where they were not judged."""
+    pieces = [marked(text, _shown_finds(text, finder), threshold, score) for text, score in document.segments]
     if document.cut:
         pieces.append(Markup(' <span class="soft">… (cut here)</span>'))
     return Markup("").join(pieces)
+
+
+def _shown_finds(text: str, finder: Scorer) -> list[tuple[int, int, str]]:
+    """What a scorer finds in a text that is shown. In masked text, the dots are what was found."""
+    dots = [(m.start(), m.end(), "masked") for m in MASKED.finditer(text)]
+    if finder.finds_personal_data:
+        return dots
+    return dots + [(span.start, span.end, span.label) for span in find_spans(text, finder) or []]
+
+
+def marked(
+    text: str, finds: Sequence[tuple[int, int, str]], threshold: float | None = None, score: float | None = None
+) -> Markup:
+    """A text as escaped HTML with its finds marked. With a score, coloured by the threshold."""
+    inner = Markup("").join(
+        Markup('<mark title="{}">{}</mark>').format(kind, piece) if kind else Markup("{}").format(piece)
+        for piece, kind in _pieces(text, finds)
+    )
+    if score is None or threshold is None:
+        return inner
+    if np.isnan(score):
+        return Markup('<span class="seg none" title="not judged">{}</span>').format(inner)
+    bad = " bad" if np.float32(score) > np.float32(threshold) else ""
+    return Markup('<span class="seg{}" data-s="{}" title="{}">{}</span>').format(bad, score, f"{score:.6g}", inner)
+
+
+def _pieces(text: str, finds: Sequence[tuple[int, int, str]]) -> list[tuple[str, str]]:
+    """(text, kind of the find or "") in order; of finds that overlap, the first."""
+    pieces = []
+    at = 0
+    for start, end, kind in sorted(finds):
+        if start >= at and end > start:
+            pieces += [(visible(text[at:start]), ""), (visible(text[start:end]), kind)]
+            at = end
+    pieces.append((visible(text[at:]), ""))
+    return [piece for piece in pieces if piece[0]]

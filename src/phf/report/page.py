@@ -80,7 +80,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
     beside = target.with_suffix("")
     shown = template_values(folder, compared, scorer)
     script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = script_digest(script)
     template = environment().get_template("page.html.j2")
     shown["audited"] = read_audit(folder, compared.runs[0].result)
     shown["audit_page"] = os.path.relpath(RecipeFolder(folder).scored / "audit.html", target.parent)
@@ -178,7 +178,7 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "scored": scored,
         "packages": _packages(scored),
         "tokens": None if first.result.data is None else first.result.data.tokens,
-        "page_data": Markup(_json(_page_data(folder, compared, scorer, limit))),
+        "page_data": Markup(script_json(_page_data(folder, compared, scorer, limit))),
     }
 
 
@@ -218,6 +218,11 @@ def _packages(scored: ScoreManifest | None) -> dict[str, str]:
 # For the page's script
 
 
+def script_digest(script: str) -> str:
+    """The hash by which a page names its own script."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def _page_data(folder: Path, compared: Comparison, scorer: Scorer, limit: int) -> Plain:
     """What the page's script reads: samples, and where every number comes from."""
     return {
@@ -240,7 +245,7 @@ def _page_data(folder: Path, compared: Comparison, scorer: Scorer, limit: int) -
     }
 
 
-def _json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that cannot end the script element around it."""
     text = json.dumps(store.jsonable(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -28,9 +28,10 @@ from phf.core.types import Estimate, Identity, Number, Rejected
 from phf.data.scored import ScoredCorpus, natural_threshold
 from phf.scorers.fitted import seen_hash, seen_texts
 from phf.scorers.labels import Labels
-from phf.scoring.inspect import Table, agreement
+from phf.scoring.inspect import agreement
 from phf.scoring.inspection import Agreement, ShownSegment
 from phf.scoring.strata import Stratum, divided_strata, strata_of, stratum_edges, weighted
+from phf.scoring.table import Table
 
 SHOWN = 10
 """False alarms and misses that are shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from phf.core.types import Identity, Number
 
@@ -135,6 +135,32 @@ class ShownSegment:
 
 
 @dataclass(frozen=True)
+class NearSegment:
+    """A segment near a threshold."""
+
+    id: str
+    """Id of its document."""
+    text: str
+    """The segment."""
+    score: float
+    """Its score."""
+    finds: list[tuple[int, int, str]] = field(default_factory=list)
+    """(start, end, kind) of what the scorer found in it, if it says so."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """The different segments next to a threshold, nearest first, as places in `near`."""
+
+    threshold: float
+    """Scores above it are bad."""
+    above: list[int]
+    """Segments just above it."""
+    below: list[int]
+    """Segments just not above it."""
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How two scorers agree on the segments that both judged. Shares are of these segments."""
 
@@ -242,3 +268,7 @@ class Inspection:
     """Agreement with each of the other scores of the corpus."""
     labelled: Labelled | None
     """Agreement with labels in the documents; null without labels."""
+    near: list[NearSegment] = field(default_factory=list)
+    """Segments near the thresholds."""
+    around: list[Around] = field(default_factory=list)
+    """For each of `thresholds`, the segments next to it."""
