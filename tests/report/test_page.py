@@ -428,10 +428,23 @@ def test_the_source_of_a_number_opens_by_keyboard(opened):
 def test_the_sample_browser(opened):
     page = opened()
     rows = page.locator("#list .row")
-    before = rows.count()
-    assert before <= 60  # of 600: scrolling loads more
-    page.evaluate("document.getElementById('more').scrollIntoView()")
-    rows.nth(before).wait_for(state="attached")
+    assert rows.count() == 4
+    assert "1 to 4 of 600 of 600" in page.inner_text("#count")
+    assert page.locator("#previous").is_disabled()
+    page.click("#next")
+    assert rows.first.locator(".score").first.text_content().split(" ")[2] == "#4"
+    page.click("#random")
+    page.select_option("#size", "100")
+    assert rows.count() == 100
+    page.goto(page.url.partition("#")[0] + "#conditional-s0/12/bad_token")
+    assert rows.first.locator(".score").first.text_content().startswith("conditional-s0 · #12 ")
+    assert page.input_value("#scenario") == "bad_token"
+    page.goto(page.url.partition("#")[0] + "#mle-s0/0")
+    assert rows.first.locator(".tools a").first.get_attribute("href") == "#mle-s0/0"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".copy").first.click()
+    page.get_by_text("copied").wait_for()
+    page.select_option("#right", "conditional-s0")
     assert rows.first.locator(".sample").count() == 2  # the same number of two runs side by side
     heads = rows.first.locator(".score").all_text_contents()
     assert [h.split(" ")[0] for h in heads] == ["mle-s0", "conditional-s0"]
@@ -446,8 +459,9 @@ def test_the_sample_browser(opened):
     page.fill("#low", "")
     page.fill("#find", "no sample holds this")
     assert "0 of 600" in page.inner_text("#count")
-    page.fill("#find", "evil.example")
+    page.fill("#find", "EVIL.example")
     assert "600 of 600" in page.inner_text("#count")
+    assert {hit.lower() for hit in rows.locator("mark.found").all_text_contents()} == {"evil.example"}
     page.select_option("#left", "conditional-s0")
     page.select_option("#scenario", "bad_token")
     assert "600 of 600" in page.inner_text("#count")

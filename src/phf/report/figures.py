@@ -14,6 +14,7 @@ from markupsafe import Markup
 from phf.core.types import Estimate
 from phf.evaluation.results import MonitorLine
 from phf.report import plots
+from phf.report.chart import Drawing
 from phf.report.knowledge import Knowledge, knowledge
 from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.noise import NoiseCurve, noise_curves
@@ -31,12 +32,16 @@ class Figure:
     """A plot on a page. `section`: the heading above it."""
 
     section: str
-    svg: str
+    drawing: Drawing
     caption: str
 
     @property
+    def svg(self) -> str:
+        return self.drawing.svg
+
+    @property
     def html(self) -> Markup:
-        return Markup(self.svg)
+        return self.drawing.html
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def _mark(row: Group, key: str) -> Mark | None:
 
 def _misalignment(compared: Comparison) -> Figure:
     rows = compared.groups
-    svg = plots.intervals(
+    drawing = plots.intervals(
         [_mark(row, "misalignment") for row in rows], [row.name for row in rows], compared.styles, compared.unit
     )
     several = max(row.seeds for row in rows) > 1
@@ -171,19 +176,19 @@ def _misalignment(compared: Comparison) -> Figure:
         else "95% intervals (bootstrap over samples, one seed)"
     )
     caption = f"Misalignment: mean score of the samples (scenario {compared.scenario}), {compared.unit}. Bars: {bars}."
-    return Figure("result", svg, caption)
+    return Figure("result", drawing, caption)
 
 
 def _pareto(compared: Comparison, first: Measure, second: Measure) -> Figure:
     marks = [(_mark(row, first.key), _mark(row, second.key)) for row in compared.groups]
     pairs = [(y, x) for y, x in marks if y is not None and x is not None]
     beaten = dominated(compared.groups, first, second)
-    svg = plots.pareto(pairs, compared.styles, first.title, second.title, second.better, beaten)
+    drawing = plots.pareto(pairs, compared.styles, first.title, second.title, second.better, beaten)
     caption = (
         f"{first.title.capitalize()} against {second.title}; the lower left is best. Hollow markers are dominated: "
         "another group is at least as good on both axes and significantly better on one (95% intervals)."
     )
-    return Figure("result", svg, caption)
+    return Figure("result", drawing, caption)
 
 
 def _phases(compared: Comparison) -> Figure:
@@ -279,8 +284,8 @@ def _tampered(compared: Comparison) -> dict[str, Figure]:
             f"Misalignment in the intended use while the model is finetuned on {TAMPERED[part]}. Bands: 95%. Dashed: "
             "plain training before any finetuning."
         )
-        svg = plots.tampered(curves, compared.styles, steps, start)
-        found[f"tamper-{part}"] = Figure("tamper", svg, caption)
+        drawing = plots.tampered(curves, compared.styles, steps, start)
+        found[f"tamper-{part}"] = Figure("tamper", drawing, caption)
     return found
 
 

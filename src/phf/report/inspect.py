@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -17,7 +16,7 @@ from phf.core.config import ConfigError, Plain
 from phf.core.text import visible
 from phf.data.scored import ScoredCorpus
 from phf.report import plots
-from phf.report.page import environment, script_digest, script_json
+from phf.report.page import environment, page_script, script_digest, script_json
 from phf.scorers import Scorer
 from phf.scorers.masking import find_spans, mask, mask_links
 from phf.scoring.inspect import inspect_scores
@@ -174,19 +173,17 @@ def template_values(found: Inspection, is_masked: bool, finder: Scorer) -> dict[
     unit = found.identity.get("unit", "score")
     limit = np.float32(found.threshold)
     chosen = next(n for n, row in enumerate(found.thresholds) if np.float32(row.threshold) == limit)
-    source = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "inspect.js")[0]
+    source = page_script("inspect.js")
     return {
         "s": found,
         "name": store.as_path(found.scored).name,
         "masked": is_masked,
-        "segment_plot": Markup(
-            plots.histogram(found.segments.histogram, f"score of a segment ({unit})", found.threshold)
-        ),
-        "document_plot": Markup(
-            plots.histogram(found.documents.histogram, "mean score of a document", found.suggested.filtering)
-        ),
-        "threshold_plot": Markup(plots.thresholds(found.thresholds)),
-        "length_plot": Markup(plots.by_length(found.length)),
+        "segment_plot": plots.histogram(found.segments.histogram, f"score of a segment ({unit})", found.threshold).html,
+        "document_plot": plots.histogram(
+            found.documents.histogram, "mean score of a document", found.suggested.filtering
+        ).html,
+        "threshold_plot": plots.thresholds(found.thresholds).html,
+        "length_plot": plots.by_length(found.length).html,
         "examples": [(level, _coloured_documents(level, found.threshold, finder)) for level in found.examples],
         "worst": [
             (row, marked(row.text, _shown_finds(row.text, finder), found.threshold, row.score))

@@ -114,10 +114,25 @@
   const positive = scores.filter((score) => score !== null && score > 0).sort((a, b) => a - b);
   const strong = positive.length ? positive[Math.floor(positive.length * 0.9)] : 1; // scores from here on are fully red
 
+  const hitsIn = (letters, wanted) => { // places of what was searched for, in characters
+    if (!wanted) return [];
+    const low = letters.map((letter) => letter.toLowerCase());
+    const query = Array.from(wanted);
+    const found = [];
+    for (let n = 0; n + query.length <= low.length; n += 1) {
+      if (query.every((letter, k) => low[n + k] === letter)) {
+        found.push([n, n + query.length]);
+        n += query.length - 1;
+      }
+    }
+    return found;
+  };
   const text = (sample) => {
     const found = document.createDocumentFragment();
     const letters = Array.from(sample.t); // positions count characters; JavaScript's strings count UTF-16 units
     const edges = new Set([0, sample.c, letters.length]);
+    const hits = hitsIn(letters, at("find").value.toLowerCase());
+    for (const [from, to] of hits) { edges.add(from); edges.add(to); }
     let start = 0;
     const segments = sample.g.map(([end, score]) => {
       const segment = [start, end, score];
@@ -132,6 +147,7 @@
       let node = document.createTextNode(letters.slice(from, to).join(""));
       const mark = sample.m.find(([a, b]) => a <= from && to <= b);
       if (mark) node = el("mark", { title: mark[2] }, node);
+      if (hits.some(([a, b]) => a <= from && to <= b)) node = el("mark", { class: "found" }, node);
       const segment = segments.find(([a, b]) => a <= from && to <= b);
       if (from >= sample.c) node = el("span", { class: "cut" }, node);
       else if (segment && segment[2] > 0) {
@@ -153,26 +169,43 @@
     if (sample.p) pre.append(el("span", { class: "prompt" }, sample.p));
     pre.append(text(sample));
     const head = `${run} · #${sample.i} · score ${show(sample.s)}${sample.f ? "" : " · cut at the length limit"}`;
-    return el("article", { class: "sample" }, el("span", { class: "score" }, head), pre);
+    const scenario = at("scenario").value;
+    const place = [run, sample.i, ...(scenario === scenarios[0] ? [] : [scenario])].map(encodeURIComponent).join("/");
+    const link = el("a", { href: `#${place}`, "aria-label": `link to sample ${sample.i} of ${run}` }, "link");
+    const copy = el("button", { type: "button", class: "copy", "aria-label": `copy sample ${sample.i} of ${run}` }, "copy");
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(sample.p + sample.t).then(() => (copy.textContent = "copied"), () => {
+        copy.textContent = "select and copy by hand";
+      });
+    });
+    const tools = el("span", { class: "tools" }, link, " ", copy);
+    return el("article", { class: "sample" }, el("span", { class: "score" }, head), tools, pre);
   };
   let shown = [];
-  let next = 0;
-  const add = () => {
+  let first = 0;
+  const list = () => {
     const [left, right, scenario] = ["left", "right", "scenario"].map((id) => at(id).value);
     const beside = right ? new Map((data.runs[right].samples[scenario] ?? []).map((s) => [s.i, s])) : null;
-    const rows = shown.slice(next, next + 30).map((sample) => {
+    const size = Number(at("size").value);
+    first = Math.max(0, Math.min(first, shown.length - 1));
+    const rows = shown.slice(first, first + size).map((sample) => {
       const row = el("div", { class: "row" }, card(left, sample));
       const other = beside?.get(sample.i);
       if (beside) row.append(card(right, other && other.p === sample.p ? other : undefined));
       return row;
     });
-    next += rows.length;
-    at("list").append(...rows);
-    watcher.unobserve(at("more")); // observed again, so that it reports again if it is still in view
-    if (next < shown.length) watcher.observe(at("more"));
+    at("list").replaceChildren(...rows);
+    at("previous").disabled = first === 0;
+    at("next").disabled = first + size >= shown.length;
+    at("random").disabled = shown.length < 2;
+    const samples = data.runs[left].samples[scenario] ?? [];
+    const range = shown.length ? `${first + 1} to ${first + rows.length} of ` : "";
+    at("count").textContent = `${range}${shown.length} of ${samples.length} samples; scores: ${data.unit}`;
   };
-  const inView = (entries) => entries.some((entry) => entry.isIntersecting);
-  const watcher = new IntersectionObserver((entries) => inView(entries) && add(), { rootMargin: "800px" });
+  const move = (to) => { first = to; list(); };
+  at("previous").addEventListener("click", () => move(first - Number(at("size").value)));
+  at("next").addEventListener("click", () => move(first + Number(at("size").value)));
+  at("random").addEventListener("click", () => move(Math.floor(Math.random() * shown.length)));
   const choose = () => {
     const samples = data.runs[at("left").value].samples[at("scenario").value] ?? [];
     const [low, high] = ["low", "high"].map((id) => (at(id).value === "" ? null : Number(at(id).value)));
@@ -183,16 +216,26 @@
     const order = at("order").value;
     const last = (a, b) => (a.s === null) - (b.s === null); // samples that were not judged come last
     if (order !== "i") shown = [...shown].sort((a, b) => last(a, b) || (order === "up" ? a.s - b.s : b.s - a.s));
-    const unit = data.unit;
-    at("count").textContent = `${shown.length} of ${samples.length} samples; scores: ${unit}`;
-    at("list").replaceChildren();
-    next = 0;
-    add();
+    move(0);
   };
+  const follow = () => { // #run/12 or #run/12/scenario
+    const [run, number, scenario] = decodeURIComponent(location.hash.slice(1)).split("/");
+    if (number === undefined || !(run in data.runs)) return;
+    at("left").value = run;
+    at("scenario").value = scenario in data.runs[run].samples ? scenario : scenarios[0];
+    for (const id of ["low", "high", "find"]) at(id).value = "";
+    at("order").value = "i";
+    choose();
+    const place = shown.findIndex((sample) => sample.i === Number(number));
+    if (place >= 0) move(place);
+    at("samples").scrollIntoView();
+  };
+  window.addEventListener("hashchange", follow);
   at("controls").addEventListener("submit", (event) => event.preventDefault());
   at("controls").addEventListener("input", (event) => {
     if (event.target.id === "colour") document.body.classList.toggle("plain", !at("colour").checked);
     else choose();
   });
   choose();
+  follow();
 })();

@@ -79,7 +79,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
         folders.keep_old_file(target)
     beside = target.with_suffix("")
     shown = template_values(folder, compared, scorer)
-    script = jinja2.PackageLoader("phf.report", ".").get_source(environment(), "page.js")[0]
+    script = page_script("page.js")
     digest = script_digest(script)
     template = environment().get_template("page.html.j2")
     shown["audited"] = read_audit(folder, compared.runs[0].result)
@@ -216,6 +216,12 @@ def _packages(scored: ScoreManifest | None) -> dict[str, str]:
 
 
 # For the page's script
+
+
+def page_script(name: str) -> str:
+    """A page's own script, after that of its charts."""
+    loader = jinja2.PackageLoader("phf.report", ".")
+    return "\n".join(loader.get_source(environment(), file)[0] for file in ("chart.js", name))
 
 
 def script_digest(script: str) -> str:

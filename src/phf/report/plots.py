@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from markupsafe import escape
-
 from phf.core.types import Estimate
+from phf.report.chart import FONT, INK, Chart, Drawing, literal, number_text
 from phf.scoring.inspection import Histogram, LengthBin, ThresholdEffect
 
 COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#997700", "#888888")
@@ -20,10 +17,6 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
 ORDER = ("mle", "filtering", "conditional", "unlikelihood", "rwr", "awr", "masking", "sgtm")
 """The usual order of the objectives."""
-MANY = 10
-"""Entries of a legend from which on it is small and in two columns."""
-INK = "#010203"
-"""Stands for the page's text colour until the SVG is written."""
 
 
 @dataclass(frozen=True)
@@ -60,62 +53,22 @@ def styles(objective_of: Mapping[str, str]) -> dict[str, Style]:
 # Drawing
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    """(figure, axes) of matplotlib, without its global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(INK)
-    axes.tick_params(colors=INK, labelcolor=INK)
-    axes.grid(True, alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def literal(text: str) -> str:
-    """`text` as matplotlib shows it unchanged: between two dollar signs it would read a formula."""
-    return text.replace("$", r"\$")
-
-
-def _svg(figure: Any, label: str) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<svg height="[^"]*"', "<svg", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    return svg.replace(INK, "currentColor")
-
-
-def _finish(figure: Any, axes: Any, x: str, y: str, label: str, legend: bool = False) -> str:
-    """The SVG, with the axes labelled."""
-    axes.set_xlabel(literal(x), color=INK)
-    axes.set_ylabel(literal(y), color=INK)
-    if legend:
-        many = len(axes.get_legend_handles_labels()[1]) > MANY
-        shown = axes.legend(frameon=False, labelcolor=INK, fontsize=5 if many else 8, ncols=2 if many else 1)
-        shown.set_in_layout(not many)  # a legend higher than the plot would leave no room for it
-    return _svg(figure, label)
-
-
-def _curves(axes: Any, curves: Curves, looks: Mapping[str, Style]) -> None:
+def _curves(chart: Chart, curves: Curves, looks: Mapping[str, Style], unit: str, at: Mapping[float, str] = {}) -> None:
     """Curves with markers, and bands where the points have intervals."""
     for name, points in curves.items():
         look = looks[name]
-        x = [p.x for p in points]
-        style = {"color": look.colour, "marker": look.marker, "markersize": 4, "linewidth": 1.4}
-        axes.plot(x, [p.y for p in points], label=literal(name), **style)
-        banded = [(p.x, *p.ci95) for p in points if p.ci95 is not None]
-        if banded:
-            at, low, high = zip(*banded, strict=True)
-            axes.fill_between(at, low, high, color=look.colour, alpha=0.15, linewidth=0)
+        chart.curve(
+            name,
+            look.colour,
+            [p.x for p in points],
+            [p.y for p in points],
+            [p.ci95 for p in points],
+            unit,
+            [at.get(p.x, number_text(p.x)) for p in points],
+            marker=look.marker,
+            markersize=4,
+            linewidth=1.4,
+        )
 
 
 # Comparing runs
@@ -131,24 +84,33 @@ class Mark:
     points: tuple[float, ...] = ()
 
 
-def intervals(marks: Sequence[Mark | None], names: Sequence[str], looks: Mapping[str, Style], unit: str) -> str:
+def _said(mark: Mark) -> str:
+    within = "" if mark.ci95 is None else f" ({number_text(mark.ci95[0])} to {number_text(mark.ci95[1])})"
+    return f"{number_text(mark.mean)}{within}"
+
+
+def intervals(marks: Sequence[Mark | None], names: Sequence[str], looks: Mapping[str, Style], unit: str) -> Drawing:
     """Misalignment of each group with its 95% interval; lower is better. None: not judged."""
-    figure, axes = _axes(6.4, 0.8 + 0.4 * len(names))
+    chart = Chart(0.7 + 0.32 * len(names))
+    axes = chart.axes
     for place, mark in enumerate(marks):
         if mark is None:
             continue
         look = looks[mark.name]
+        number, gid = chart.add(mark.name, look.colour)
         if mark.ci95 is not None:
-            axes.plot(mark.ci95, [place] * 2, color=look.colour, linewidth=3, solid_capstyle="butt", alpha=0.6)
+            bar = {"linewidth": 3, "solid_capstyle": "butt", "alpha": 0.6}
+            axes.plot(mark.ci95, [place] * 2, color=look.colour, gid=gid, **bar)
         style = {"color": look.colour, "marker": look.marker, "markersize": 8, "linestyle": "none"}
-        axes.plot([mark.mean], [place], clip_on=False, zorder=3, **style)
+        axes.plot([mark.mean], [place], clip_on=False, zorder=3, gid=gid, **style)
         if len(mark.points) > 1:
             ticks = {"marker": "|", "markersize": 10, "linestyle": "none"}
-            axes.plot(mark.points, [place] * len(mark.points), color=INK, alpha=0.7, **ticks)
+            axes.plot(mark.points, [place] * len(mark.points), color=INK, alpha=0.7, gid=gid, **ticks)
+        chart.value(number, mark.mean, place, f"{mark.name}: {_said(mark)}")
     axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    return _finish(figure, axes, f"{unit} in samples (lower is better)", "", "Misalignment with 95% intervals")
+    return chart.draw(f"{unit} in samples (lower is better)", "", "Misalignment with 95% intervals", may_log="x")
 
 
 def pareto(
@@ -158,19 +120,21 @@ def pareto(
     second: str,
     better: str,
     dominated: set[str],
-) -> str:
+) -> Drawing:
     """Two measures of each group against each other, the first one on the upright axis, where lower is better.
     Dominated groups are hollow, the others are joined. `better`: whether a "lower" or a "higher" second one is better.
     """
-    figure, axes = _axes(6.4, 3.6)
+    chart = Chart(3.0)
+    axes = chart.axes
     front = []
     for y, x in pairs:
         look = looks[y.name]
         hollow = y.name in dominated
+        number, gid = chart.add(y.name, look.colour)
         if y.ci95 is not None:
-            axes.plot([x.mean] * 2, y.ci95, color=look.colour, linewidth=1.6, alpha=0.5)
+            axes.plot([x.mean] * 2, y.ci95, color=look.colour, linewidth=1.6, alpha=0.5, gid=gid)
         if x.ci95 is not None:
-            axes.plot(x.ci95, [y.mean] * 2, color=look.colour, linewidth=1.6, alpha=0.5)
+            axes.plot(x.ci95, [y.mean] * 2, color=look.colour, linewidth=1.6, alpha=0.5, gid=gid)
         axes.plot(
             [x.mean],
             [y.mean],
@@ -182,9 +146,11 @@ def pareto(
             zorder=3,
             markerfacecolor="none" if hollow else look.colour,
             markeredgewidth=1.8,
+            gid=gid,
         )
         offset = {"textcoords": "offset points", "xytext": (8, 5)}
-        axes.annotate(literal(y.name), (x.mean, y.mean), color=INK, fontsize=9, **offset)
+        axes.annotate(literal(y.name), (x.mean, y.mean), color=INK, fontsize=FONT, gid=gid, **offset)
+        chart.value(number, x.mean, y.mean, f"{y.name}: {first} {_said(y)}, {second} {_said(x)}")
         if not hollow:
             front.append((x.mean, y.mean))
     front.sort()
@@ -195,91 +161,104 @@ def pareto(
         axes.set_xlim(left=-0.03 * axes.get_xlim()[1])  # room for a marker at 0, not for negative costs
     if better == "higher":
         axes.invert_xaxis()
-    return _finish(figure, axes, f"{second} ({better} is better)", f"{first} of samples", f"{first} against {second}")
+    return chart.draw(f"{second} ({better} is better)", f"{first} of samples", f"{first} against {second}", may_log="y")
 
 
-def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> str:
+def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> Drawing:
     """Misalignment by the share of the tokens that had feedback: (share, misalignment) of each group, by objective."""
-    figure, axes = _axes(6.4, 3.4)
+    chart = Chart(3.0)
+    axes = chart.axes
     shares = sorted({round(share, 3) for rows in groups.values() for share, _ in rows}, reverse=True)
+    names = [f"{100 * s:.0f}%" if s > 0.999 or s < 0.995 else "99%" for s in shares]
     for number, (objective, rows) in enumerate(groups.items()):
         if not rows:
             continue
-        colour = COLOURS[number % len(COLOURS)]
-        marker = MARKERS[number % len(MARKERS)]
-        x = [shares.index(round(share, 3)) + 0.04 * (number - len(ORDER) / 2) for share, _ in rows]
-        y = [mark.mean for _, mark in rows]
-        axes.plot(x, y, color=colour, marker=marker, markersize=8, linewidth=1.2, label=literal(objective))
-        for at, (_, mark) in zip(x, rows, strict=True):
+        places = [shares.index(round(share, 3)) for share, _ in rows]
+        chart.curve(
+            objective,
+            COLOURS[number % len(COLOURS)],
+            [place + 0.04 * (number - len(ORDER) / 2) for place in places],
+            [mark.mean for _, mark in rows],
+            at=[names[place] for place in places],
+            unit=" with feedback",
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=8,
+            linewidth=1.2,
+        )
+        for place, (_, mark) in zip(places, rows, strict=True):
             if mark.ci95 is not None:
                 low, high = mark.ci95
-                axes.plot([at, at], [max(low, 0), high], color=colour, linewidth=2.5, alpha=0.5)
-    axes.set_xticks(range(len(shares)), [f"{100 * s:.0f}%" if s > 0.999 or s < 0.995 else "99%" for s in shares])
+                at = place + 0.04 * (number - len(ORDER) / 2)
+                bar = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2.5, "alpha": 0.5}
+                axes.plot([at, at], [max(low, 0), high], gid=f"phf-s{len(chart.series) - 1}", **bar)
+    axes.set_xticks(range(len(shares)), names)
     axes.set_ylim(bottom=0)
     x_label = "share of the tokens with feedback (the last part of training)"
-    return _finish(figure, axes, x_label, "misalignment of samples", "Feedback from the start or later", legend=True)
+    return chart.draw(x_label, "misalignment of samples", "Feedback from the start or later", named=True, may_log="y")
 
 
-def noise(curves: Curves) -> str:
+def noise(curves: Curves) -> Drawing:
     """Misalignment divided by that of plain training, by the share of segments with a wrong score."""
-    figure, axes = _axes(6.4, 3.4)
-    _curves(axes, curves, styles({name: name for name in curves}))
-    axes.axhline(1, color=INK, linestyle="--", linewidth=1)
-    axes.set_ylim(0, 1.2 * max([1.0, *(p.y for points in curves.values() for p in points)]))
+    chart = Chart(3.0)
+    _curves(chart, curves, styles({name: name for name in curves}), "% wrong")
+    chart.axes.axhline(1, color=INK, linestyle="--", linewidth=1)
+    chart.axes.set_ylim(0, 1.2 * max([1.0, *(p.y for points in curves.values() for p in points)]))
     x_label = "segments with a wrong score, %"
-    return _finish(figure, axes, x_label, "ratio to plain training", "Errors of the scorer", legend=True)
+    return chart.draw(x_label, "ratio to plain training", "Errors of the scorer", named=True, may_log="y")
 
 
-def tampered(curves: Curves, looks: Mapping[str, Style], steps: Sequence[int], plain: float | None) -> str:
+def tampered(curves: Curves, looks: Mapping[str, Style], steps: Sequence[int], plain: float | None) -> Drawing:
     """Misalignment by steps of finetuning. `plain`: that of plain training, as a line."""
-    figure, axes = _axes(6.4, 3.2)
+    chart = Chart(3.0)
     places = {step: n for n, step in enumerate(steps)}
-    at = {name: [replace(p, x=places[int(p.x)]) for p in points] for name, points in curves.items()}
-    _curves(axes, at, looks)
+    moved = {name: [replace(p, x=places[int(p.x)]) for p in points] for name, points in curves.items()}
+    _curves(chart, moved, looks, " steps", {n: f"{step:,}" for n, step in enumerate(steps)})
     if plain is not None:
-        axes.axhline(plain, color=INK, linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
-    axes.set_ylim(bottom=0)
-    return _finish(figure, axes, "steps of finetuning", "misalignment", "Misalignment under finetuning", legend=True)
+        chart.axes.axhline(plain, color=INK, linestyle="--", linewidth=1)
+    chart.axes.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
+    chart.axes.set_ylim(bottom=0)
+    return chart.draw("steps of finetuning", "misalignment", "Misalignment under finetuning", named=True, may_log="y")
 
 
-def exposure(curves: Curves, looks: Mapping[str, Style]) -> str:
+def exposure(curves: Curves, looks: Mapping[str, Style]) -> Drawing:
     """Exposure of canaries by the number of their copies."""
-    figure, axes = _axes(6.4, 3.2)
-    axes.set_xscale("log", base=2)
-    _curves(axes, curves, looks)
+    chart = Chart(3.0)
+    chart.axes.set_xscale("log", base=2)
+    _curves(chart, curves, looks, " copies")
     times = sorted({p.x for points in curves.values() for p in points})
-    axes.set_xticks(times, [f"{t:g}" for t in times])
-    axes.axhline(math.log2(math.e), color=INK, linestyle="--", linewidth=1)
-    axes.set_ylim(bottom=0)
-    return _finish(figure, axes, "copies in the corpus", "exposure in bits", "Exposure of canaries", legend=True)
+    chart.axes.set_xticks(times, [f"{t:g}" for t in times])
+    chart.axes.axhline(math.log2(math.e), color=INK, linestyle="--", linewidth=1)
+    chart.axes.set_ylim(bottom=0)
+    return chart.draw("copies in the corpus", "exposure in bits", "Exposure of canaries", named=True)
 
 
-def losses(curves: Curves, looks: Mapping[str, Style]) -> str:
+def losses(curves: Curves, looks: Mapping[str, Style]) -> Drawing:
     """Training loss over million tokens. Objectives have losses of their own, so only the shapes compare."""
-    figure, axes = _axes(6.4, 3.4)
+    chart = Chart(3.0)
     for name, points in curves.items():
         look = looks[name]
-        style = {"color": look.colour, "linestyle": look.dash, "linewidth": 1.4}
-        axes.plot([p.x for p in points], [p.y for p in points], label=literal(name), **style)
-    return _finish(figure, axes, "million target tokens", "training loss", "Training loss over tokens", legend=True)
+        x = [p.x for p in points]
+        y = [p.y for p in points]
+        chart.curve(name, look.colour, x, y, unit="M tokens", linestyle=look.dash, linewidth=1.4)
+    return chart.draw("million target tokens", "training loss", "Training loss over tokens", named=True, may_log="y")
 
 
-def monitored(curves: Curves, looks: Mapping[str, Style], title: str) -> str:
+def monitored(curves: Curves, looks: Mapping[str, Style], title: str) -> Drawing:
     """What was judged during training, over million tokens."""
-    figure, axes = _axes(6.4, 3.2)
-    _curves(axes, curves, looks)
-    return _finish(figure, axes, "million target tokens", title, f"{title} over tokens", legend=True)
+    chart = Chart(3.0)
+    _curves(chart, curves, looks, "M tokens")
+    return chart.draw("million target tokens", title, f"{title} over tokens", named=True, may_log="y")
 
 
-def attacks(runs: Sequence[tuple[str, Sequence[Estimate]]], looks: Mapping[str, Style], title: str) -> str:
+def attacks(runs: Sequence[tuple[str, Sequence[Estimate]]], looks: Mapping[str, Style], title: str) -> Drawing:
     """A measure of red-teaming after each round, with 95% bands over trials: (label, estimates) of each run."""
-    figure, axes = _axes(6.4, 3.2)
+    chart = Chart(3.0)
     curves = {label: [p for n, e in enumerate(found) if (p := _round(n, e)) is not None] for label, found in runs}
-    _curves(axes, curves, looks)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    return _finish(figure, axes, "round (0: the starting prompts)", title, title, legend=True)
+    rounds = range(max((len(found) for _, found in runs), default=0))
+    _curves(chart, curves, looks, "", {n: f"round {n}" for n in rounds})
+    chart.axes.xaxis.get_major_locator().set_params(integer=True)
+    chart.axes.set_ylim(bottom=0)
+    return chart.draw("round (0: the starting prompts)", title, title, named=True, may_log="y")
 
 
 def _round(number: int, estimate: Estimate) -> Point | None:
@@ -289,65 +268,74 @@ def _round(number: int, estimate: Estimate) -> Point | None:
     return Point(number, estimate.mean, None if math.isnan(low) else (max(low, 0), high))
 
 
-def distributions(scores: Mapping[str, Sequence[float]], looks: Mapping[str, Style], unit: str) -> str:
+def distributions(scores: Mapping[str, Sequence[float]], looks: Mapping[str, Style], unit: str) -> Drawing:
     """Share of samples that score above x, by group."""
-    figure, axes = _axes(6.4, 3.2)
+    chart = Chart(3.0)
     for name, found in scores.items():
         look = looks[name]
         x = sorted(found)
         n = len(found)
         if n:
             shares = [100.0, *(100 * (n - i - 1) / n for i in range(n))]
-            style = {"color": look.colour, "linestyle": look.dash, "linewidth": 1.5}
-            axes.step([0, *x], shares, where="post", label=literal(name), **style)
-    axes.set_ylim(0, 100)
-    axes.set_xlim(left=0)
+            at = [f"above {number_text(v)}" for v in [0, *x]]
+            style: Any = {"linestyle": look.dash, "linewidth": 1.5, "drawstyle": "steps-post"}
+            chart.curve(name, look.colour, [0, *x], shares, at=at, **style)
+    chart.axes.set_ylim(0, 100)
+    chart.axes.set_xlim(left=0)
     x_label = f"score of a sample ({unit})"
-    return _finish(figure, axes, x_label, "% of samples above it", "Distribution of scores", legend=True)
+    return chart.draw(x_label, "% of samples above it", "Distribution of scores", named=True, may_log="y")
 
 
 # Scores of a corpus
 
 
-def histogram(bins: Histogram, label: str, line: float) -> str:
+def histogram(bins: Histogram, label: str, line: float) -> Drawing:
     """Counts of scores above 0. `line`: a score that is marked."""
-    figure, axes = _axes(6.4, 3.0)
+    chart = Chart(2.8)
+    axes = chart.axes
     if bins.counts:
         if bins.log:
             axes.set_xscale("log")
-        axes.stairs(bins.counts, bins.edges, fill=True, color=COLOURS[0], alpha=0.75)
+        number, gid = chart.add("count", COLOURS[0])
+        axes.stairs(bins.counts, bins.edges, fill=True, color=COLOURS[0], alpha=0.75, gid=gid)
+        for low, high, count in zip(bins.edges, bins.edges[1:], bins.counts, strict=False):
+            middle = math.sqrt(low * high) if bins.log else (low + high) / 2
+            chart.value(number, middle, count, f"{number_text(low)} to {number_text(high)}: {count:,}")
         if bins.edges[0] <= line <= bins.edges[-1]:
             axes.axvline(line, color=INK, linestyle="--", linewidth=1)
         axes.set_ylim(bottom=0)
     else:
         axes.text(0.5, 0.5, "no score above 0", transform=axes.transAxes, ha="center", color=INK)
-    return _finish(figure, axes, label, "count", f"Histogram: {label}")
+    return chart.draw(label, "count", f"Histogram: {label}", may_log="y")
 
 
-def thresholds(rows: Sequence[ThresholdEffect]) -> str:
+def thresholds(rows: Sequence[ThresholdEffect]) -> Drawing:
     """What thresholds call bad, in per cent."""
-    figure, axes = _axes(6.4, 3.2)
+    chart = Chart(3.0)
     at = [row.threshold for row in rows]
     if at[-1] > 100 * max(min((t for t in at if t > 0), default=1), 1e-12):
-        axes.set_xscale("symlog", linthresh=min(t for t in at if t > 0))
+        chart.axes.set_xscale("symlog", linthresh=min(t for t in at if t > 0))
     unit = "characters" if rows[0].bad_tokens is None else "tokens"
     lines = {
         f"bad {unit}": [row.bad_chars if row.bad_tokens is None else row.bad_tokens for row in rows],
-        "documents with a bad segment": [row.documents_with_bad for row in rows],
-        "documents that filtering keeps": [row.documents_kept_by_filtering for row in rows],
+        "documents with one": [row.documents_with_bad for row in rows],
+        "documents kept": [row.documents_kept_by_filtering for row in rows],
     }
     for place, (name, shares) in enumerate(lines.items()):
-        style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3}
-        axes.plot(at, [100 * share for share in shares], label=literal(name), **style)
-    axes.set_ylim(0, 100)
-    return _finish(figure, axes, "threshold", "%", "What thresholds call bad", legend=True)
+        style: Any = {"marker": MARKERS[place], "markersize": 3}
+        said = [f"threshold {number_text(t)}" for t in at]
+        chart.curve(name, COLOURS[place], at, [100 * share for share in shares], at=said, **style)
+    chart.axes.set_ylim(0, 100)
+    return chart.draw("threshold", "%", "What thresholds call bad", named=True)
 
 
-def by_length(rows: Sequence[LengthBin]) -> str:
+def by_length(rows: Sequence[LengthBin]) -> Drawing:
     """Mean score of the segments in each tenth by length."""
-    figure, axes = _axes(6.4, 3.2)
+    chart = Chart(3.0)
     names = [f"{row.chars_from:,}–{row.chars_to:,}" for row in rows]
-    axes.bar(range(len(rows)), [row.mean for row in rows], color=COLOURS[0], alpha=0.75)
-    axes.set_xticks(range(len(rows)), [literal(name) for name in names], rotation=30, ha="right", fontsize=8)
-    x_label = "characters of the segment"
-    return _finish(figure, axes, x_label, "mean score", "Mean score by length of the segment")
+    number, gid = chart.add("mean score", COLOURS[0])
+    for place, (row, name) in enumerate(zip(rows, names, strict=True)):
+        chart.axes.bar([place], [row.mean], color=COLOURS[0], alpha=0.75, gid=gid)
+        chart.value(number, place, row.mean, f"{name} characters: {number_text(row.mean)}")
+    chart.axes.set_xticks(range(len(rows)), [literal(name) for name in names], rotation=30, ha="right")
+    return chart.draw("characters of the segment", "mean score", "Mean score by length of the segment")
