@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick pep8 grid field noise after finetuning test lint golden-exact newest clean
+.PHONY: demo quick pep8 grid field noise after finetuning test lint site golden-exact newest clean
 
 demo: $(READY)  ## PII in READMEs, four objectives, a page (about 8 minutes on 2 cores, with the installation)
 	$(BIN)/phf run demo
@@ -37,6 +37,9 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+site: $(READY)  ## The documentation as a site, in site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 golden-exact: $(READY)  ## Train at another commit and here, compare bit for bit: make golden-exact REV=main
 	@test -n "$(REV)" || { echo "usage: make golden-exact REV=COMMIT"; exit 2; }
 	$(BIN)/python tests/golden/exact.py $(REV)
@@ -59,4 +62,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site

@@ -65,7 +65,7 @@ for name in ("mle", "conditional"):
     axes.plot([line["tokens"] for line in lines], [line["loss"] for line in lines], label=name)
 axes.set_xlabel("tokens")
 axes.set_ylabel("training loss")
-axes.legend()""",
+legend = axes.legend()""",
     """\
 ## 4. Judge their texts
 
@@ -76,9 +76,10 @@ for name in ("mle", "conditional"):
     result = phf.evaluate(f"runs/{name}", num_samples=128, max_tokens=96)
     judged = result.scenarios["unconditional"].misalignment
     low, high = judged.ci95
+    loss = result.heldout.main
     print(
         f"{name}: {1000 * judged.mean:.1f} per 1,000 characters ({1000 * low:.1f} to {1000 * high:.1f}); "
-        f"loss on good text {result.heldout.good:.2f}, on bad text {result.heldout.bad:.2f}"
+        f"loss on good text {loss.good.nats_per_byte:.2f}, on bad text {loss.bad.nats_per_byte:.2f}"
     )""",
     """\
 With so few tokens, the models write badly, and the seed matters: a claim needs several seeds and a larger budget (`phf

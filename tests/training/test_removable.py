@@ -218,7 +218,7 @@ def test_the_part_is_off_outside_training_and_then_removed(kind):
         if where.any() and p.ndim == 2:
             assert (p[where] != before[name][where]).all()
             columns = [which for end, (which, _) in PARTS[kind].items() if name.endswith(end)] == ["columns"]
-            assert (p[where] == 0).all() == columns  # what reads is drawn anew: later training can use the place
+            assert (p[where] == 0).all() == columns  # what reads has new values: later training can use them
 
 
 def test_samples_during_training_lack_the_part():

@@ -1,8 +1,8 @@
 """A chart as SVG text that takes its colours from the page, with its values in it.
 
-matplotlib draws. What it does not have is added: a circle with a title over every value, which browsers show when the
-pointer is there; a class for everything of one series (s0, s1, ...), so that a page can hide it; a second drawing on a
-logarithmic axis; and names at the ends of lines that keep clear of each other.
+matplotlib draws, and phf adds what it lacks. A circle over every value has a title, which browsers show when the
+pointer is there. Everything of one series has a class (s0, s1, ...), so that a page can hide it. There may be a second
+drawing on a logarithmic axis. Names at the ends of lines keep clear of each other.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@
   // a click on a heading sorts its table, numbers as numbers
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
+    table.classList.toggle("wide", heads.length > 8); // on paper, each of its rows is a list
+    for (const row of table.tBodies[0].rows) {
+      [...row.cells].forEach((cell, column) => { cell.dataset.label = heads[column]?.textContent ?? ""; });
+    }
     heads.forEach((head, column) => {
       const button = el("button", { type: "button" }, ...head.childNodes);
       head.append(button);

@@ -24,9 +24,9 @@ MAX_TOKENS = 256
 def finetune(labels: Labels, rows: np.ndarray, folder: Path, base_model: str, seed: int) -> TransformerScorer:
     """A classifier of two classes, good and bad, finetuned on the texts `rows` and saved into `folder`, not calibrated.
 
-    With an order in the labels, the model is that of proportional odds (McCullagh 1980), as for n-grams: the logit of
-    P(label >= k) is the logit of being bad plus a number of its own for each k, which is 0 for the label from which on
-    texts are bad.
+    With an order in the labels, the model is that of proportional odds (McCullagh 1980), as for n-grams. The logit of
+    P(label >= k) is the logit of being bad plus a number of its own for each k. The number is 0 for the label from which
+    on texts are bad.
 
     Raises ConfigError for a model that cannot be loaded.
     """

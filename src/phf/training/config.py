@@ -37,8 +37,8 @@ class TrainConfig:
     --token-scores`)."""
     scorer_noise: Annotated[AnyNoise, Field(exclude_if=lambda value: value is None)] = None
     """Errors added to the scores that the objective sees, to learn what a worse scorer would do: {missed: share of the
-    bad segments, false_alarms: share of the good ones}, one number for both, or the audit.json of `phf audit`, for the
-    errors that it found in each range of the scores. Judging sees none of them."""
+    bad segments, false_alarms: share of the good ones}, or one number for both. The path of an audit's `audit.json`
+    stands for the errors that it found in each range of the scores. Judging sees none of them."""
     mixture: MixtureConfig | None = None
     """How often documents are read in an epoch, by what a column of the corpus says about them."""
     context: Annotated[int, Field(gt=0)] = 1024

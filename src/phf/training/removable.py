@@ -163,8 +163,8 @@ class RemovablePart:
         return [(dim, a, b) for a, b in itertools.pairwise(edges)]
 
     def remove(self, seed: int) -> None:
-        """Remove the part for good. What it wrote is 0, and what it read is drawn anew like the rest of its matrix: the
-        model is the same as with zeros, and later training can use the place."""
+        """Remove the part for good. What it wrote is 0, and what it read gets new random values like the rest of its
+        matrix: the model is the same as with zeros, and later training can use the place."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for s in self.weights:
