@@ -25,8 +25,8 @@ def finetune(labels: Labels, rows: np.ndarray, folder: Path, base_model: str, se
     """A classifier of two classes, good and bad, finetuned on the texts `rows` and saved into `folder`, not calibrated.
 
     With an order in the labels, the model is that of proportional odds (McCullagh 1980), as for n-grams. The logit of
-    P(label >= k) is the logit of being bad plus a number of its own for each k. The number is 0 for the label from which
-    on texts are bad.
+    P(label >= k) is the logit of being bad plus a number of its own for each k. The number is 0 for the label from
+    which on texts are bad.
 
     Raises ConfigError for a model that cannot be loaded.
     """
