@@ -36,9 +36,10 @@ from phf.redteaming.persist import Persistence, persist
 from phf.release import export
 from phf.report.audit import write_audit
 from phf.report.browser import shown_samples
-from phf.report.format import number, verdict
+from phf.report.chart import number_text
+from phf.report.format import Scale, number, scale_of, three, verdict
 from phf.report.inspect import write_inspection
-from phf.report.measures import Group, Measure, Value, dominated, groups
+from phf.report.measures import Group, Measure, Value, _over_seeds, dominated, groups
 from phf.report.page import compare_runs, write_report
 from phf.report.runs import load_runs
 from phf.scorers import Regex
@@ -486,8 +487,8 @@ def test_segments_are_coloured_by_their_scores_and_finds_are_marked(browser, fol
     assert "".join(row.locator(".seg").all_text_contents()) == texts[1] + texts[3]
     assert row.locator("mark").all_text_contents() == ["https://x.y/z", "https://x.y", "https://x.y"]
     titles = row.locator(".seg").evaluate_all("all => all.map((e) => e.title)")
-    assert titles[0] == "score of the segment: 0.06000"
-    assert titles[-1] == "score of the segment: 0.07000, match"
+    assert titles[0] == "score of the segment: 60.0"
+    assert titles[-1] == "score of the segment: 70.0, match"
     page.uncheck("#colour")
     assert row.locator(".seg").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
 
@@ -754,6 +755,37 @@ def test_the_page_does_not_depend_on_the_working_directory(folder, tmp_path, mon
         assert write_report(folder).read_text() == expected
     finally:
         shutil.move(tmp_path / "elsewhere", folder / "scored")
+
+
+def test_scores_per_character_are_shown_per_1000(folder):
+    """In the table and the charts; files keep them as they are."""
+    page = (folder / "report.html").read_text()
+    compared = compare_runs(folder, load_runs(folder))
+    assert compared.scale == Scale(1000.0, "matches per 1,000 characters")
+    row = compared.groups[0]
+    value = row.values["misalignment"]
+    shown = three(1000 * value.mean)
+    assert f'data-m="misalignment">{shown}</button><small>{three(1000 * value.ci95[0])} to' in page
+    assert "in matches per 1,000 characters" in page
+    chart = (folder / "report" / "misalignment.svg").read_text()
+    assert f"<title>{row.name}: {number_text(1000 * value.mean)} (" in chart
+    assert scale_of("probability") == Scale(1.0, "probability")
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(12.345, "12.3"), (0.0012345, "0.00123"), (0.0, "0"), (1234.5, "1,234"), (0.00001234, "1.2e-05"), (99.96, "100.0")],
+)
+def test_three_digits(value, text):
+    assert three(value) == text
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    wide = [Value(v) for v in (0.0, 0.5, 1.0)]
+    assert _over_seeds("hit_rate", wide).ci95 == (0.0, 1.0)
+    assert _over_seeds("misalignment", wide).ci95[0] == 0.0
+    assert _over_seeds("misalignment", wide).ci95[1] > 1.0
+    assert _over_seeds("good", wide).ci95[0] < 0.0
 
 
 def test_numbers_and_odd_characters():

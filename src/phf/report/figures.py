@@ -15,6 +15,7 @@ from phf.core.types import Estimate
 from phf.evaluation.results import MonitorLine
 from phf.report import plots
 from phf.report.chart import Drawing
+from phf.report.format import Scale, scale_of
 from phf.report.knowledge import Knowledge, knowledge
 from phf.report.measures import Group, Measure, dominated, preference_key
 from phf.report.noise import NoiseCurve, noise_curves
@@ -56,6 +57,11 @@ class Comparison:
     """The main scenario."""
     unit: str
     """Of the scores."""
+
+    @property
+    def scale(self) -> Scale:
+        """How scores are shown."""
+        return scale_of(self.unit)
 
     @property
     def first_seeds(self) -> list[ReportedRun]:
@@ -141,12 +147,12 @@ def figures(compared: Comparison) -> dict[str, Figure]:
         "Training loss. Objectives have losses of their own, so only the shapes compare.",
     )
     scores = {
-        run.name: [s.score for s in run.samples[compared.scenario] if not math.isnan(s.score)]
+        run.name: [compared.scale.factor * s.score for s in run.samples[compared.scenario] if not math.isnan(s.score)]
         for run in compared.first_seeds
     }
     found["distribution"] = Figure(
         "scores",
-        plots.distributions(scores, compared.styles, compared.unit),
+        plots.distributions(scores, compared.styles, compared.scale.unit),
         f"Share of samples that score above a value (scenario {compared.scenario}).",
     )
     return found
@@ -159,15 +165,28 @@ def front(compared: Comparison, first: Measure, second: Measure) -> list[str]:
     return [name for name in both if name not in beaten]
 
 
-def _mark(row: Group, key: str) -> Mark | None:
-    value = row.values.get(key)
-    return None if value is None else Mark(row.name, value.mean, value.ci95, value.points)
+def _mark(row: Group, measure: Measure) -> Mark | None:
+    """A group's number as it is shown."""
+    value = row.values.get(measure.key)
+    if value is None:
+        return None
+    k = 1.0 if measure.scale is None else measure.scale.factor
+    ci95 = None if value.ci95 is None else (k * value.ci95[0], k * value.ci95[1])
+    return Mark(row.name, k * value.mean, ci95, tuple(k * point for point in value.points))
+
+
+def _point(x: float, estimate: Estimate, k: float = 1.0) -> Point:
+    low, high = estimate.ci95
+    return Point(x, k * estimate.mean, None if math.isnan(low) else (k * low, k * high))
 
 
 def _misalignment(compared: Comparison) -> Figure:
     rows = compared.groups
     drawing = plots.intervals(
-        [_mark(row, "misalignment") for row in rows], [row.name for row in rows], compared.styles, compared.unit
+        [_mark(row, compared.measures["misalignment"]) for row in rows],
+        [row.name for row in rows],
+        compared.styles,
+        compared.scale.unit,
     )
     several = max(row.seeds for row in rows) > 1
     bars = (
@@ -175,12 +194,14 @@ def _misalignment(compared: Comparison) -> Figure:
         if several
         else "95% intervals (bootstrap over samples, one seed)"
     )
-    caption = f"Misalignment: mean score of the samples (scenario {compared.scenario}), {compared.unit}. Bars: {bars}."
+    caption = (
+        f"Misalignment: mean score of the samples (scenario {compared.scenario}), {compared.scale.unit}. Bars: {bars}."
+    )
     return Figure("result", drawing, caption)
 
 
 def _pareto(compared: Comparison, first: Measure, second: Measure) -> Figure:
-    marks = [(_mark(row, first.key), _mark(row, second.key)) for row in compared.groups]
+    marks = [(_mark(row, first), _mark(row, second)) for row in compared.groups]
     pairs = [(y, x) for y, x in marks if y is not None and x is not None]
     beaten = dominated(compared.groups, first, second)
     drawing = plots.pareto(pairs, compared.styles, first.title, second.title, second.better, beaten)
@@ -197,7 +218,7 @@ def _phases(compared: Comparison) -> Figure:
         objective: [
             (row.share, mark)
             for row in compared.groups
-            if row.objective == objective and (mark := _mark(row, "misalignment")) is not None
+            if row.objective == objective and (mark := _mark(row, compared.measures["misalignment"])) is not None
         ]
         for objective in objectives
     }
@@ -235,8 +256,18 @@ def _attacks(compared: Comparison) -> dict[str, Figure]:
     looks = {run.folder_name: compared.styles[run.name] for run in compared.attacked}
     found = {}
     for measure, title in ATTACK_TITLES.items():
-        curves = [(r.folder_name, r.redteam.search.curves[measure]) for r in compared.attacked if r.redteam is not None]
-        caption = f"Red-teaming: {title}, mean score of the continuations. Bands: 95% over trials."
+        curves = {
+            run.folder_name: [
+                _point(n, estimate, compared.scale.factor)
+                for n, estimate in enumerate(run.redteam.search.curves[measure])
+                if not math.isnan(estimate.mean)
+            ]
+            for run in compared.attacked
+            if run.redteam is not None
+        }
+        caption = (
+            f"Red-teaming: {title}, mean score of the continuations, {compared.scale.unit}. Bands: 95% over trials."
+        )
         found[f"attacks-{measure}"] = Figure("attacks", plots.attacks(curves, looks, title), caption)
     return found
 
@@ -275,14 +306,16 @@ def _tampered(compared: Comparison) -> dict[str, Figure]:
     for part in dict.fromkeys(row.part for row in compared.tampered):
         members = [row for row in compared.tampered if row.part == part]
         curves = {
-            row.group: [Point(step, e.mean, None if math.isnan(e.ci95[0]) else e.ci95) for step, e in row.curve]
+            row.group: [_point(step, estimate, compared.scale.factor) for step, estimate in row.curve]
             for row in members
         }
-        start = next((row.curve[0][1].mean for row in members if row.group == compared.plain), None)
+        start = next(
+            (compared.scale.factor * row.curve[0][1].mean for row in members if row.group == compared.plain), None
+        )
         steps = [step for step, _ in members[0].curve]
         caption = (
-            f"Misalignment in the intended use while the model is finetuned on {TAMPERED[part]}. Bands: 95%. Dashed: "
-            "plain training before any finetuning."
+            f"Misalignment in the intended use while the model is finetuned on {TAMPERED[part]}, "
+            f"{compared.scale.unit}. Bands: 95%. Dashed: plain training before any finetuning."
         )
         drawing = plots.tampered(curves, compared.styles, steps, start)
         found[f"tamper-{part}"] = Figure("tamper", drawing, caption)
@@ -301,8 +334,9 @@ def _monitored(compared: Comparison) -> dict[str, Figure]:
     def loss_on(part: str) -> Callable[[MonitorLine], Estimate | None]:
         return lambda line: None if line.heldout is None else Estimate.missing(line.heldout.get(part, math.nan))
 
+    scores = f"Misalignment of samples during training, {compared.scale.unit}; 95% bands."
     wanted: Sequence[tuple[str, Callable[[MonitorLine], Estimate | None], str, str]] = (
-        ("misalignment", misalignment, "misalignment", "Misalignment of samples during training; 95% bands."),
+        ("misalignment", misalignment, "misalignment", scores),
         ("good", loss_on("good"), "held-out loss on good text", _loss_caption("good")),
         ("bad", loss_on("bad"), "held-out loss on bad text", _loss_caption("bad")),
         (
@@ -314,7 +348,8 @@ def _monitored(compared: Comparison) -> dict[str, Figure]:
     )
     found = {}
     for name, value_of, title, caption in wanted:
-        curves = {run.name: _curve(run, value_of) for run in compared.first_seeds}
+        k = compared.scale.factor if name == "misalignment" else 1.0
+        curves = {run.name: _curve(run, value_of, k) for run in compared.first_seeds}
         curves = {group: points for group, points in curves.items() if points}
         if curves:
             found[f"monitor-{name}"] = Figure("curves", plots.monitored(curves, compared.styles, title), caption)
@@ -325,14 +360,9 @@ def _loss_caption(part: str) -> str:
     return f"Held-out loss on {part} text during training, in nats per byte."
 
 
-def _curve(run: ReportedRun, value_of: Callable[[MonitorLine], Estimate | None]) -> list[Point]:
-    points = []
-    for line in run.monitor:
-        value = value_of(line)
-        if value is not None and not math.isnan(value.mean):
-            band = None if math.isnan(value.ci95[0]) else value.ci95
-            points.append(Point(_millions(run, line.tokens), value.mean, band))
-    return points
+def _curve(run: ReportedRun, value_of: Callable[[MonitorLine], Estimate | None], k: float) -> list[Point]:
+    found = [(line.tokens, value_of(line)) for line in run.monitor]
+    return [_point(_millions(run, n), e, k) for n, e in found if e is not None and not math.isnan(e.mean)]
 
 
 def _millions(run: ReportedRun, tokens: int) -> float:

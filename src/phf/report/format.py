@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from phf.core.types import Estimate
@@ -23,6 +24,33 @@ def number(value: float | None, digits: int = 4) -> str:
     if value != 0 and abs(value) < 10**-digits:
         return f"{value:.1e}"
     return f"{value:.{digits}f}"
+
+
+def three(value: float) -> str:
+    """A number with three digits that count: 12.3, 0.00123."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:,.{max(2 - math.floor(math.log10(abs(value))), 0)}f}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a page shows scores: times `factor`, in `unit`."""
+
+    factor: float
+    unit: str
+
+    def text(self, score: float | None) -> str:
+        return MISSING if score is None or math.isnan(score) else three(self.factor * score)
+
+
+def scale_of(unit: str) -> Scale:
+    """Scores per character are shown per 1,000 characters."""
+    if "per character" in unit or "/char" in unit:
+        return Scale(1000.0, unit.replace("per character", "per 1,000 characters").replace("/char", "/1,000 chars"))
+    return Scale(1.0, unit)
 
 
 def share(value: float | None, digits: int = 1) -> str:

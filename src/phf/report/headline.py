@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from phf.report.format import scale_of
 from phf.report.measures import Group, Value
 
 SAME_LOSS = 1.01
@@ -126,14 +126,7 @@ def _name(row: Group) -> str:
 
 def _amount(value: float, unit: str, bare: bool = False) -> str:
     """A mean score as people say it, with at most three digits."""
-    if "per character" in unit or "/char" in unit:
-        shown = _three(1000 * value)
-        return shown if bare else f"{shown} per 1,000 characters"
-    return _three(value) if bare else f"{_three(value)} on average"
-
-
-def _three(value: float) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = max(2 - math.floor(math.log10(abs(value))), 0)
-    return f"{value:.{min(digits, 6)}f}"
+    scale = scale_of(unit)
+    if bare:
+        return scale.text(value)
+    return f"{scale.text(value)} {'on average' if scale.factor == 1 else 'per 1,000 characters'}"

@@ -16,7 +16,7 @@ from phf.core import statistics
 from phf.core.statistics import AUC
 from phf.core.types import Estimate
 from phf.evaluation.results import CapabilityResult, HeldoutSection, HeldoutSlice, Interval, ScenarioResult
-from phf.report.format import number, share
+from phf.report.format import Scale, number, share
 from phf.report.runs import ReportedRun
 
 
@@ -32,6 +32,8 @@ class Measure:
     about: str
     percent: bool = False
     """Whether the number is shown in per cent."""
+    scale: Scale | None = None
+    """How it is shown, if it is a score."""
 
     def text(self, value: Value) -> str:
         return self._show(value.mean)
@@ -40,6 +42,8 @@ class Measure:
         return "" if value.ci95 is None else " to ".join(map(self._show, value.ci95))
 
     def _show(self, value: float) -> str:
+        if self.scale is not None:
+            return self.scale.text(value)
         return (share if self.percent else number)(value, self.digits)
 
 
@@ -209,6 +213,19 @@ NEVER_NEGATIVE = (
     "worst_context",
 )
 """Student's interval can reach below 0, these numbers cannot."""
+AT_MOST_1 = (
+    *(measure.key for measure in MEASURES if measure.percent),
+    "understanding",
+    "distinct_1",
+    "distinct_2",
+    "distinct_1_within",
+    "distinct_2_within",
+    "self_bleu_5",
+    "self_bleu_5_characters",
+)
+"""Shares. Student's interval can reach beyond 0 and 1, these numbers cannot."""
+SCORES = ("misalignment", "worst_of_25", "q99", "attacked_1", "attacked_10", "worst_context")
+"""Measures that are scores."""
 SCENARIO_NUMBERS = (
     "bad_segments",
     "distinct_1",
@@ -449,8 +466,12 @@ def _over_seeds(key: str, found: Sequence[Value]) -> Value:
         value = found[0]
     else:
         value = Value.of(statistics.t_interval(points), found[0].source)
-    if key.partition(": ")[0] in NEVER_NEGATIVE and value.ci95 is not None:
-        value = replace(value, ci95=(max(value.ci95[0], 0.0), value.ci95[1]))
+    if value.ci95 is not None:
+        low, high = value.ci95
+        kind = key.partition(": ")[0]
+        low = max(low, 0.0) if kind in NEVER_NEGATIVE or kind in AT_MOST_1 else low
+        high = min(high, 1.0) if kind in AT_MOST_1 else high
+        value = replace(value, ci95=(low, high))
     return replace(value, points=points)
 
 

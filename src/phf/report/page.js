@@ -14,6 +14,14 @@
     return value !== 0 && Math.abs(value) < 10 ** -digits ? value.toExponential(1) : value.toFixed(digits);
   };
 
+  const three = (value) => { // three digits that count
+    if (value === null || value === undefined || value === 0) return value === 0 ? "0" : "–";
+    if (Math.abs(value) < 1e-4) return value.toExponential(1);
+    return value.toFixed(Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value)))));
+  };
+  const { factor } = data.scale;
+  const score = (value) => three(value === null || value === undefined ? null : value * factor);
+
   // a click on a heading sorts its table, numbers as numbers
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
@@ -83,7 +91,7 @@
     document.getElementById("from-value").textContent = `${button.textContent}${interval}: ${measure.about}.`;
     const runs = document.getElementById("from-runs");
     runs.replaceChildren();
-    const scale = measure.percent ? 100 : 1;
+    const scale = measure.percent ? 100 : measure.scale?.factor ?? 1;
     for (const name of [...data.groups[g], ...(m === "ratio" ? data.groups.mle ?? [] : [])]) {
       const run = data.runs[name];
       const value = run.values[m] ?? (m === "ratio" ? run.values.misalignment : undefined);
@@ -91,7 +99,9 @@
       const line = (title, text) => list.append(el("dt", {}, title), el("dd", {}, text));
       if (value) {
         const n = value.n ? `, n = ${value.n}` : "";
-        const mean = show(value.mean === null ? null : value.mean * scale, m === "ratio" ? 5 : measure.digits);
+        const shown = value.mean === null ? null : value.mean * scale;
+        const own = m === "ratio" ? data.measures.misalignment.scale : measure.scale;
+        const mean = own ? three(m === "ratio" ? value.mean * own.factor : shown) : show(shown, measure.digits);
         line(m in run.values ? "this run" : "computed from", `${mean}${measure.percent ? "%" : ""}${n}`);
         line("file", value.source);
       }
@@ -155,7 +165,7 @@
       const segment = segments.find(([a, b]) => a <= from && to <= b);
       if (from >= sample.c) node = el("span", { class: "cut" }, node);
       else if (segment && segment[2] > 0) {
-        const title = `score of the segment: ${show(segment[2])}${mark ? `, ${mark[2]}` : ""}`;
+        const title = `score of the segment: ${score(segment[2])}${mark ? `, ${mark[2]}` : ""}`;
         const span = el("span", { class: "seg", title }, node);
         span.style.setProperty("--a", String(Math.round(12 + 48 * Math.min(1, segment[2] / strong))));
         node = span;
@@ -172,7 +182,7 @@
     const pre = el("pre");
     if (sample.p) pre.append(el("span", { class: "prompt" }, sample.p));
     pre.append(text(sample));
-    const head = `${run} · #${sample.i} · score ${show(sample.s)}${sample.f ? "" : " · cut at the length limit"}`;
+    const head = `${run} · #${sample.i} · score ${score(sample.s)}${sample.f ? "" : " · cut at the length limit"}`;
     const scenario = at("scenario").value;
     const place = [run, sample.i, ...(scenario === scenarios[0] ? [] : [scenario])].map(encodeURIComponent).join("/");
     const link = el("a", { href: `#${place}`, "aria-label": `link to sample ${sample.i} of ${run}` }, "link");
@@ -204,7 +214,7 @@
     at("random").disabled = shown.length < 2;
     const samples = data.runs[left].samples[scenario] ?? [];
     const range = shown.length ? `${first + 1} to ${first + rows.length} of ` : "";
-    at("count").textContent = `${range}${shown.length} of ${samples.length} samples; scores: ${data.unit}`;
+    at("count").textContent = `${range}${shown.length} of ${samples.length} samples; scores: ${data.scale.unit}`;
   };
   const move = (to) => { first = to; list(); };
   at("previous").addEventListener("click", () => move(first - Number(at("size").value)));
@@ -215,7 +225,8 @@
     const [low, high] = ["low", "high"].map((id) => (at(id).value === "" ? null : Number(at(id).value)));
     const find = at("find").value.toLowerCase();
     shown = samples.filter((s) =>
-      (low === null || (s.s !== null && s.s >= low)) && (high === null || (s.s !== null && s.s <= high)) &&
+      (low === null || (s.s !== null && s.s * factor >= low)) &&
+      (high === null || (s.s !== null && s.s * factor <= high)) &&
       (!find || s.t.toLowerCase().includes(find) || s.p.toLowerCase().includes(find)));
     const order = at("order").value;
     const last = (a, b) => (a.s === null) - (b.s === null); // samples that were not judged come last

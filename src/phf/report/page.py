@@ -16,7 +16,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,14 @@ from phf.report.browser import (
     shown_samples,
 )
 from phf.report.figures import Comparison, figures, front
-from phf.report.format import number, plain, share, verdict
+from phf.report.format import number, plain, scale_of, share, verdict
 from phf.report.headline import Headline, headline
 from phf.report.measures import (
     DIVERSITY,
     MAIN,
     OF_PREFERENCES,
     RATIO,
+    SCORES,
     all_measures,
     as_csv,
     groups,
@@ -121,6 +122,9 @@ def compare_runs(folder: Path, runs: list[ReportedRun]) -> Comparison:
     if any("ratio" in row.values for row in rows):
         measures["ratio"] = RATIO
     unit = runs[0].result.identity.get("unit", "score")
+    for key in SCORES:
+        if key in measures:
+            measures[key] = replace(measures[key], scale=scale_of(unit))
     return Comparison(runs, rows, measures, common[0], unit)
 
 
@@ -167,6 +171,7 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "fronts": [(first.title, second.title, front(compared, first, second)) for first, second in compared.pairs],
         "other_rows": _other_scenarios(compared),
         "labels": _labels(compared),
+        "score_text": compared.scale.text,
         "attacked": [_attacked(run, scorer) for run in compared.attacked],
         "attack_table": attack_table(
             {run.folder_name: run.redteam.tokens for run in runs if run.redteam and run.redteam.tokens}
@@ -232,7 +237,7 @@ def script_digest(script: str) -> str:
 def _page_data(folder: Path, compared: Comparison, scorer: Scorer, limit: int) -> Plain:
     """What the page's script reads: samples, and where every number comes from."""
     return {
-        "unit": compared.unit,
+        "scale": compared.scale,
         "threshold": compared.runs[0].result.threshold,
         "groups": {row.name: row.runs for row in compared.groups},
         "measures": compared.measures,

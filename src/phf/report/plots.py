@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phf.core.types import Estimate
 from phf.report.chart import FONT, INK, Chart, Drawing, literal, number_text
 from phf.scoring.inspection import Histogram, LengthBin, ThresholdEffect
 
@@ -250,22 +249,14 @@ def monitored(curves: Curves, looks: Mapping[str, Style], title: str) -> Drawing
     return chart.draw("million target tokens", title, f"{title} over tokens", named=True, may_log="y")
 
 
-def attacks(runs: Sequence[tuple[str, Sequence[Estimate]]], looks: Mapping[str, Style], title: str) -> Drawing:
-    """A measure of red-teaming after each round, with 95% bands over trials: (label, estimates) of each run."""
+def attacks(curves: Curves, looks: Mapping[str, Style], title: str) -> Drawing:
+    """A measure of red-teaming after each round, with 95% bands over trials."""
     chart = Chart(3.0)
-    curves = {label: [p for n, e in enumerate(found) if (p := _round(n, e)) is not None] for label, found in runs}
-    rounds = range(max((len(found) for _, found in runs), default=0))
+    rounds = range(1 + max((int(p.x) for points in curves.values() for p in points), default=0))
     _curves(chart, curves, looks, "", {n: f"round {n}" for n in rounds})
     chart.axes.xaxis.get_major_locator().set_params(integer=True)
     chart.axes.set_ylim(bottom=0)
     return chart.draw("round (0: the starting prompts)", title, title, named=True, may_log="y")
-
-
-def _round(number: int, estimate: Estimate) -> Point | None:
-    low, high = estimate.ci95
-    if math.isnan(estimate.mean):
-        return None
-    return Point(number, estimate.mean, None if math.isnan(low) else (max(low, 0), high))
 
 
 def distributions(scores: Mapping[str, Sequence[float]], looks: Mapping[str, Style], unit: str) -> Drawing:
