@@ -92,6 +92,14 @@ def test_names_keep_clear_and_stay_inside(wanted):
         assert found == pytest.approx(wanted)
 
 
+def test_names_at_points_do_not_cover_each_other():
+    points = [(Mark(name, y, None), Mark(name, x, None)) for name, x, y in (("aaaa", 1, 1), ("bbbb", 1.01, 1.02))]
+    looks = {name: Style("#4477aa", "o") for name in ("aaaa", "bbbb")}
+    svg = plots.pareto(points, looks, "first", "second", "lower", set()).svg
+    heights = [float(re.search(rf' y="([\d.]+)"[^>]*>{name}</text>', svg)[1]) for name in ("aaaa", "bbbb")]
+    assert abs(heights[0] - heights[1]) > 10
+
+
 def test_numbers_have_at_most_four_digits():
     assert [number_text(v) for v in (0.0123461, 12345.6, 1.5, 0.0)] == ["0.01235", "12,346", "1.5", "0"]
 

@@ -774,7 +774,14 @@ def test_scores_per_character_are_shown_per_1000(folder):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(12.345, "12.3"), (0.0012345, "0.00123"), (0.0, "0"), (1234.5, "1,234"), (0.00001234, "1.2e-05"), (99.96, "100.0")],
+    [
+        (12.345, "12.3"),
+        (0.0012345, "0.00123"),
+        (0.0, "0"),
+        (1234.5, "1,234"),
+        (0.00001234, "1.2e-05"),
+        (99.96, "100.0"),
+    ],
 )
 def test_three_digits(value, text):
     assert three(value) == text

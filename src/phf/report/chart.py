@@ -69,6 +69,8 @@ class Chart:
     series: list[tuple[str, str]] = field(default_factory=list)
     values: list[tuple[int, float, float, str]] = field(default_factory=list)
     ends: list[tuple[int, float]] = field(default_factory=list)
+    beside: list[Any] = field(default_factory=list)
+    """Names at points."""
 
     def __post_init__(self) -> None:
         from matplotlib.figure import Figure
@@ -91,6 +93,11 @@ class Chart:
         """A value that is shown where the pointer is."""
         if math.isfinite(x) and math.isfinite(y):
             self.values.append((series, x, y, said))
+
+    def name_point(self, name: str, x: float, y: float, gid: str) -> None:
+        """A name at a point. It moves up where another one is."""
+        style = {"textcoords": "offset points", "color": INK, "fontsize": FONT, "gid": gid}
+        self.beside.append(self.axes.annotate(literal(name), (x, y), xytext=(8, 5), **style))
 
     def curve(
         self,
@@ -189,11 +196,30 @@ class Chart:
         for n, height in enumerate(_apart(wanted, FONT * 1.15, low, high)):
             names[n].set_position((5, height - heights[n]))
 
+    def _lift(self) -> None:
+        """Move names at points up, from the lowest one on, until each has its place."""
+        self.figure.draw_without_rendering()
+        scale = 72 / self.figure.dpi
+        taken: list[tuple[float, float, float]] = []
+        found = [(name, *(float(v) * scale for v in self.axes.transData.transform(name.xy))) for name in self.beside]
+        for name, x, y in sorted(found, key=lambda row: row[2]):
+            if not (math.isfinite(x) and math.isfinite(y)):
+                continue
+            left = x + 8
+            right = left + 0.58 * FONT * len(name.get_text())
+            place = y + 5
+            while any(abs(place - up) < FONT * 1.1 and left < b and a < right for a, b, up in taken):
+                place += 1
+            taken.append((left, right, place))
+            name.set_position((8, place - y))
+
     def _svg(self, label: str, names: Sequence[Any]) -> str:
         import matplotlib
 
         if names:
             self._spread(names)
+        if self.beside:
+            self._lift()
         buffer = io.StringIO()
         options: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif", "font.size": FONT}
         with matplotlib.rc_context(options):

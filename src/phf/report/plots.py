@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phf.report.chart import FONT, INK, Chart, Drawing, literal, number_text
+from phf.report.chart import INK, Chart, Drawing, literal, number_text
 from phf.scoring.inspection import Histogram, LengthBin, ThresholdEffect
 
 COLOURS = ("#4477aa", "#ccbb44", "#228833", "#ee6677", "#aa3377", "#66ccee", "#997700", "#888888")
@@ -109,7 +109,7 @@ def intervals(marks: Sequence[Mark | None], names: Sequence[str], looks: Mapping
     axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    return chart.draw(f"{unit} in samples (lower is better)", "", "Misalignment with 95% intervals", may_log="x")
+    return chart.draw(f"{unit} (lower is better)", "", "Misalignment with 95% intervals", may_log="x")
 
 
 def pareto(
@@ -147,8 +147,7 @@ def pareto(
             markeredgewidth=1.8,
             gid=gid,
         )
-        offset = {"textcoords": "offset points", "xytext": (8, 5)}
-        axes.annotate(literal(y.name), (x.mean, y.mean), color=INK, fontsize=FONT, gid=gid, **offset)
+        chart.name_point(y.name, x.mean, y.mean, gid)
         chart.value(number, x.mean, y.mean, f"{y.name}: {first} {_said(y)}, {second} {_said(x)}")
         if not hollow:
             front.append((x.mean, y.mean))
