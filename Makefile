@@ -38,7 +38,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 site: $(READY)  ## The documentation as a site, in site/; open site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 golden-exact: $(READY)  ## Train at another commit and here, compare bit for bit: make golden-exact REV=main
 	@test -n "$(REV)" || { echo "usage: make golden-exact REV=COMMIT"; exit 2; }

@@ -49,7 +49,7 @@ def sample(
     Settings: num_samples, max_tokens, temperature, top_p, top_k, control, guidance, prompts, seed ... (a.b=c). A server
     that speaks OpenAI's completions, such as vLLM, needs server.model=NAME.
     """
-    from phf.core.config import ConfigError, apply_overrides
+    from phf.core.config import ConfigError, apply_overrides, is_setting
     from phf.core.folders import keep_old_file
     from phf.generation.loaded import load_model
     from phf.generation.sample import sample as draw_samples
@@ -57,6 +57,8 @@ def sample(
     from phf.generation.scenario import Scenario
     from phf.generation.server import Server
 
+    if is_setting(out) and not Path(out).exists():
+        raise ConfigError(f"{out} is a setting; the file to write comes before it: phf sample MODEL OUT {out}")
     if Path(out).is_dir() or Path(out).is_symlink() or (Path(out).exists() and not Path(out).is_file()):
         raise ConfigError(f"{out} is a folder, a link or a device; give the name of an ordinary file to write")
     config = apply_overrides({}, only_overrides(settings))

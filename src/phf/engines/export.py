@@ -12,17 +12,16 @@ that is written is not written again after an interruption.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, to_plain
+from phf.core.progress import Progress
 from phf.engines.formats import WRITERS, Format, Shard
 from phf.objectives import Objective
 from phf.tokens.edited import Edited, Stream
@@ -114,7 +113,7 @@ def export_tokens(
         save_tokenizer(tokenizer, out / "tokenizer")
         total = ShardCounts(0, 0, 0, 0, {})
         parts = list(_parts(stream, shard_tokens))
-        for number, blocks in enumerate(tqdm(parts, desc="exporting", unit="shard", disable=None, file=sys.stderr)):
+        for number, blocks in enumerate(Progress(parts, desc="exporting", unit="shard")):
             done = out / f".shard-{number:05d}.json"
             if not done.exists():
                 shard = _shard(stream, blocks, objective, dtype)

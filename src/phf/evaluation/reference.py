@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.locks import Busy
+from phf.core.progress import Progress
 from phf.core.runs import TrainManifest, weights_mark
 from phf.core.types import Edit
 from phf.evaluation.heldout import token_logp
@@ -136,12 +136,10 @@ def _write(model: LoadedModel, tokens: TokenStore, aside: Path, made_with: Plain
     with open(aside, "r+b" if have else "wb") as out:
         out.truncate(2 * starts[first] if starts else 0)
         out.seek(0, os.SEEK_END)
-        bar = tqdm(
+        bar = Progress(
             range(first, tokens.num_blocks),
             desc="reference",
             unit="block",
-            disable=None,
-            file=sys.stderr,
             initial=first,
         )
         with torch.inference_mode():

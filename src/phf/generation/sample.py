@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
 
 from phf.core import store
 from phf.core.config import ConfigError
 from phf.core.device import tune_allocator
+from phf.core.progress import Progress
 from phf.core.random import key64
 from phf.core.types import Sample
 from phf.generation.decoding import draw, guide, pad_left, uniform
@@ -68,7 +67,7 @@ def sample_prompts(
     check_room(model, scenario, starts)
     tune_allocator()
     samples: list[Sample] = []
-    bar = tqdm(total=len(prompts), desc="sampling", unit="sample", disable=None if progress else True, file=sys.stderr)
+    bar = Progress(total=len(prompts), desc="sampling", unit="sample", silent=not progress)
     check_can_be_sampled(model.lm, model.path)
     width = scenario.batch if scenario.safe_beam is None else max(scenario.batch // scenario.safe_beam // WIDTH, 1)
     with bar, torch.inference_mode():

@@ -11,7 +11,6 @@ import bisect
 import heapq
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
-from tqdm import tqdm
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, to_plain
+from phf.core.progress import Progress
 from phf.core.types import Number, Rejected
 from phf.data.corpus import Corpus
 from phf.data.scored import ScoredCorpus, natural_threshold
@@ -120,7 +119,7 @@ def from_scored(path: str, preference: str | None = None) -> Source:
     corpus = ScoredCorpus(path, preference)
 
     def segments() -> Iterator[tuple[str, str, float] | Rejected]:
-        for file in tqdm(corpus.files, desc="drawing", unit="file", disable=None, file=sys.stderr):
+        for file in Progress(corpus.files, desc="drawing", unit="file"):
             for document in corpus.read(file):
                 if isinstance(document, Rejected):
                     yield document
@@ -143,7 +142,7 @@ def from_corpus(name: str, corpus: Corpus, segmenter: Segmenter) -> Source:
     """The segments of a corpus that was not scored."""
 
     def segments() -> Iterator[tuple[str, str, float] | Rejected]:
-        for shard in tqdm(corpus.plan(), desc="drawing", unit="shard", disable=None, file=sys.stderr):
+        for shard in Progress(corpus.plan(), desc="drawing", unit="shard"):
             for item in corpus.read(shard):
                 if isinstance(item, Rejected):
                     yield item

@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
-from tqdm import tqdm
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, to_plain
+from phf.core.progress import Progress
 from phf.core.random import key64
 from phf.core.runs import model_folder
 from phf.core.text import first_line
@@ -256,7 +256,7 @@ def with_progress(judge: Judge, given: Iterator[Given], total: int, to_ask: int)
     without = 0
     asked = 0
     start = time.monotonic()
-    with tqdm(given, total=total, desc=f"labels of {judge.title}", unit="text", disable=None, file=sys.stderr) as bar:
+    with Progress(given, total=total, desc=f"labels of {judge.title}", unit="text") as bar:
         for found in bar:
             without += found.label is None
             asked += found.asked

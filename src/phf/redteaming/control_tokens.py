@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from phf.core.config import ConfigError
+from phf.core.progress import Progress
 from phf.core.random import key64
 from phf.core.types import Sample
 from phf.data.segment import Segmenter
@@ -257,7 +256,7 @@ def attack_tokens(
     found: list[TokenAttack] = []
     intended: list[Sample] = []
     planned = attacks(model, config, contexts)
-    for attack in tqdm(planned, desc="attacking control tokens", unit="attack", disable=None, file=sys.stderr):
+    for attack in Progress(planned, desc="attacking control tokens", unit="attack"):
         scored, result = judged(attack, config.seed)
         if attack.intended:
             intended = scored

@@ -17,7 +17,6 @@ prompts that are found join the starting prompts of the other search.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, Literal
@@ -27,9 +26,9 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm import tqdm
 
 from phf.core.config import STRICT, ConfigError
+from phf.core.progress import Progress
 from phf.core.random import key64
 from phf.core.types import Estimate, Number
 from phf.generation.loaded import LoadedModel
@@ -228,7 +227,7 @@ def gradient_prompts(
         parameter.requires_grad_(False)
     total = len(aims) * config.prompts * config.steps
     try:
-        with tqdm(total=total, desc="gradient search", unit="step", disable=None, file=sys.stderr) as bar:
+        with Progress(total=total, desc="gradient search", unit="step") as bar:
             for aim in aims:
                 for number in range(config.prompts):
                     rng = np.random.default_rng(key64(seed, "gradient", aim, number))

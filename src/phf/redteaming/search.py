@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, to_plain
+from phf.core.progress import Progress
 from phf.core.random import key64
 from phf.core.statistics import t_interval
 from phf.core.types import Estimate, PhfError, Sample
@@ -96,7 +96,7 @@ def search(
         len(starts.found) + min(config.pool, len(starts.usable)) + config.rounds * config.candidates + config.confirm
     )
     trials = []
-    with tqdm(total=per_trial * config.trials, desc="attacking", unit="prompt", disable=None, file=sys.stderr) as bar:
+    with Progress(total=per_trial * config.trials, desc="attacking", unit="prompt") as bar:
         for number in range(config.trials):
             at = bar.n
             trials.append(_Trial(number, plan, bar).run())

@@ -55,7 +55,9 @@ def scale_of(unit: str) -> Scale:
 
 def share(value: float | None, digits: int = 1) -> str:
     """A share in per cent."""
-    return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+    if value is None or math.isnan(value):
+        return MISSING
+    return f"{round(100 * value, digits) + 0.0:.{digits}f}%"  # adding 0 makes -0 a 0
 
 
 def with_interval(estimate: Estimate, digits: int) -> str:

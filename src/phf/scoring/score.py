@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter
-from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import Plain, to_plain
 from phf.core.device import num_cpus
+from phf.core.progress import Progress
 from phf.core.text import by_reason, counted
 from phf.core.types import Document, PhfError, Rejected, ScoredDocument
 from phf.data.canaries import AnyCorpus
@@ -227,9 +227,7 @@ def _run_jobs(jobs: Sequence[Job], workers: int, executor: Executor | None, out:
         todo = [job for job in todo if not job.mark.exists()]
         if todo:
             raise ScoringError(f"{len(todo)} of {len(jobs)} shards are not done; run the same command again to resume")
-    bar = tqdm(
-        total=len(jobs), initial=len(jobs) - len(todo), desc="scoring", unit="shard", disable=None, file=sys.stderr
-    )
+    bar = Progress(total=len(jobs), initial=len(jobs) - len(todo), desc="scoring", unit="shard")
     seen: Counter[str] = Counter()
     with bar:
         start = time.monotonic()

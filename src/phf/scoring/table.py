@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from phf.core import store
+from phf.core.progress import Progress
 from phf.core.types import Rejected, ScoredDocument
 from phf.data.scored import ScoredCorpus, read_table
 
@@ -27,7 +26,7 @@ class Table:
         counts = []
         files = []
         rows = []
-        for number, file in enumerate(tqdm(corpus.files, desc="reading", unit="file", disable=None, file=sys.stderr)):
+        for number, file in enumerate(Progress(corpus.files, desc="reading", unit="file")):
             if corpus.preference is None:
                 table = read_table(file, ["texts", "scores"])
                 given = table["scores"]

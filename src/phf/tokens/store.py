@@ -29,10 +29,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
+from phf.core.progress import Progress
 from phf.core.runs import NoiseCounts, from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
 from phf.data.canaries import is_left_out, without_canaries
@@ -204,7 +204,7 @@ def _make_store(
     """Make everything but the scores."""
     loaded = _make_tokenizer(tokenizer, corpus, heldout, out / "tokenizer")
     parts = []
-    for number, file in enumerate(tqdm(corpus.files, desc="tokenizing", unit="shard", disable=None, file=sys.stderr)):
+    for number, file in enumerate(Progress(corpus.files, desc="tokenizing", unit="shard")):
         part = out / f"part-{number:05d}.npz"
         if not part.exists():
             tokenize_part(corpus, file, Part(loaded, heldout, getattr(tokenizer, "lossy", False)), part)

@@ -69,6 +69,7 @@ def trainer_arguments(
         disable_tqdm=True,
         ddp_timeout=timeout_s,
         report_to=list(config.report_to) or "none",
+        run_name=folder.parent.name,
     )
     if arguments.n_gpu > 1:
         print("note: only one GPU is used; to use all of them, start this command with torchrun", file=sys.stderr)

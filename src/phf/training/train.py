@@ -286,6 +286,20 @@ def _code_of(objective: Objective) -> str:
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
+TRACKERS = {
+    "clearml": "clearml",
+    "comet_ml": "comet-ml",
+    "dvclive": "dvclive",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""Trackers that transformers knows, and their packages."""
+
+
 def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> None:
     """Raise ConfigError for a tracker that is not installed, for a launcher that `config` does not work with, and for
     settings that do not go with an objective's removable part."""
@@ -294,7 +308,9 @@ def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> N
     known = get_available_reporting_integrations()
     for tracker in config.report_to:
         if tracker not in known:
-            raise ConfigError(f"train.report_to: {tracker!r} is not an installed tracker{did_you_mean(tracker, known)}")
+            install = f"; to install it: pip install {TRACKERS[tracker]}" if tracker in TRACKERS else ""
+            near = "" if install else did_you_mean(tracker, known)
+            raise ConfigError(f"train.report_to: {tracker!r} is not an installed tracker{near}{install}")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise ConfigError(
             "accelerate is configured for its own FSDP. Use accelerate launch with plain data-parallel training "
@@ -308,6 +324,12 @@ def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> N
     if removable and (config.shard or config.gradient_checkpointing):
         setting = "shard" if config.shard else "gradient_checkpointing"
         raise ConfigError(f"train.{setting} does not work with sgtm, which trains parts of the model apart")
+    if config.tokens < config.step_tokens:
+        print(
+            f"note: tokens={config.tokens:g} is less than one step of {config.batch_rows} x {config.context} targets; "
+            "the run makes one step",
+            file=sys.stderr,
+        )
     if removable and config.compile is True:
         print("note: sgtm is not compiled", file=sys.stderr)
     if config.shard and judged:
