@@ -53,7 +53,7 @@ from typing import Any
 
 import lazy_loader
 
-_named, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_named, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 """The names in `__init__.pyi`, each imported when it is first used: torch and transformers take seconds."""
 
 
@@ -63,3 +63,7 @@ def __getattr__(name: str) -> Any:
 
         return version("phf")
     return _named(name)
+
+
+def __dir__() -> list[str]:
+    return [*_names(), "__version__"]

@@ -1,5 +1,7 @@
 """The public names, and where they are defined."""
 
+from .core.config import ConfigError as ConfigError
+from .core.types import PhfError as PhfError
 from .data.scored import ScoredCorpus as ScoredCorpus
 from .data.segment import Documents as Documents
 from .data.segment import Given as Given

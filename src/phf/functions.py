@@ -14,11 +14,14 @@ Wherever a scorer, a segmenter, a model or an objective is expected, its name wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from phf.core.config import ConfigError, Plain, merge, validate
+from pydantic import Field
+
+from phf.core.config import ConfigError, Plain, did_you_mean, merge, validate
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -43,11 +46,36 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Any]
 
 
-def _made(value: Any, type_: Any, what: str) -> Any:
+def _made(value: Any, type_: Any, what: str, base: type) -> Any:
     """A name, settings or an object as the object. Raises ConfigError for what cannot be used."""
     if isinstance(value, str):
         value = {"name": value}
-    return validate(dict(value), type_, what) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return validate(dict(value), type_, what)
+    if isinstance(value, base):
+        return value
+    if isinstance(value, type) and issubclass(value, base):
+        raise ConfigError(f"{what}: {value.__name__} is a class; give an object, {value.__name__}(...)")
+    if callable(value) and what == "scorer":
+        raise ConfigError(
+            "scorer: a function is given by its place, so that other processes find it: "
+            '{"name": "callable", "function": "mine.py:score"}'
+        )
+    raise ConfigError(f"{what}: expected a name, settings or a {base.__name__}, got {value!r}")
+
+
+def _known(settings: Settings, of: Callable[..., Any], name: str, own: Iterable[str]) -> None:
+    """Raise ConfigError for settings that a function does not have. `own`: those that `name` has itself."""
+    known = set(inspect.signature(of).parameters) | set(own)
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"phf.{name}: unknown setting {key!r}{did_you_mean(key, known)}")
+
+
+def _path(value: Any, what: str) -> str:
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"{what}: expected a path, got {value!r}")
+    return str(value)
 
 
 def score(
@@ -63,17 +91,19 @@ def score(
     Raises ConfigError for settings that cannot be used, and if too many segments cannot be judged.
     """
     from phf.data.canaries import AnyCorpus
+    from phf.data.corpus import Corpus
     from phf.data.readers import from_path
-    from phf.data.segment import AnySegmenter
-    from phf.scorers import AnyScorer
+    from phf.data.segment import AnySegmenter, Segmenter
+    from phf.scorers import AnyScorer, Scorer
     from phf.scoring.score import score_corpus
 
+    _known(settings, score_corpus, "score", ())
     read_from = from_path(str(corpus)) if isinstance(corpus, str | Path) else corpus
     return score_corpus(
-        _made(read_from, AnyCorpus, "corpus"),
-        _made(segmenter, AnySegmenter, "segmenter"),
-        scorer=_made(scorer, AnyScorer, "scorer"),
-        out=out,
+        _made(read_from, AnyCorpus, "corpus", Corpus),
+        _made(segmenter, AnySegmenter, "segmenter", Segmenter),
+        scorer=_made(scorer, AnyScorer, "scorer", Scorer),
+        out=_path(out, "out"),
         **settings,
     )
 
@@ -92,11 +122,18 @@ def tokenize(
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
+    _known(settings, tokenize_corpus, "tokenize", ())
+    made: Any = tokenizer
     if tokenizer is None:
-        tokenizer = TrainBPE(vocab_size)
-    if isinstance(tokenizer, str):
-        tokenizer = PretrainedTokenizer(tokenizer)
-    return tokenize_corpus(scored, tokenizer, out, heldout, **settings)
+        made = validate({"vocab_size": vocab_size}, TrainBPE, "tokenize")
+    elif isinstance(tokenizer, str | Path):
+        made = PretrainedTokenizer(str(tokenizer))
+    elif not isinstance(tokenizer, TrainBPE | PretrainedTokenizer):
+        raise ConfigError(
+            f"tokenizer: expected a folder, a name on the Hub or a tokenizer's settings, got {tokenizer!r}"
+        )
+    share: float = validate(heldout, Annotated[float, Field(ge=0, lt=1)], "heldout")
+    return tokenize_corpus(_path(scored, "scored"), made, _path(out, "out"), share, **settings)
 
 
 def train(
@@ -114,21 +151,27 @@ def train(
     gpt2), settings, or where weights are (FromWeights). `settings`: those of `TrainConfig`, in place of `config` or
     over it. The rest and the errors: as `phf.training.train.train`."""
     from phf.core.config import to_plain
-    from phf.objectives import AnyObjective
+    from phf.objectives import AnyObjective, Objective
     from phf.training.config import TrainConfig
-    from phf.training.lm import AnyModel
+    from phf.training.lm import AnyModel, FromConfig, FromWeights
     from phf.training.train import train as train_run
 
-    if config is None or settings:
-        base = {} if config is None else to_plain(config)
+    if config is None or settings or isinstance(config, Mapping):
+        base = {} if config is None else config if isinstance(config, Mapping) else to_plain(config)
+        if isinstance(settings.get("report_to"), str):
+            settings["report_to"] = [settings["report_to"]]
         config = validate(merge(base, settings), TrainConfig, "train")
+    if isinstance(model, str) and Path(model).is_dir():
+        model = FromWeights(model)
+    if not isinstance(model, FromConfig | FromWeights):
+        model = validate(model, AnyModel, "model")
     return train_run(
-        tokens_dir=tokens_dir,
-        out=out,
-        model=validate(model, AnyModel, "model") if isinstance(model, str | Mapping) else model,
-        objective=_made(objective, AnyObjective, "objective"),
+        tokens_dir=_path(tokens_dir, "tokens_dir"),
+        out=_path(out, "out"),
+        model=model,
+        objective=_made(objective, AnyObjective, "objective", Objective),
         config=config,
-        seed=seed,
+        seed=validate(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed"),
         stop_after=stop_after,
         callbacks=callbacks,
     )
@@ -141,8 +184,8 @@ def sample(model: str | Path | LoadedModel, scenario: Scenario | None = None, **
     from phf.generation.loaded import LoadedModel, load_model
     from phf.generation.sample import sample as draw
 
-    loaded = model if isinstance(model, LoadedModel) else load_model(str(model))
-    return draw(loaded, _scenario(scenario, settings))
+    how = _scenario(scenario, settings)
+    return draw(model if isinstance(model, LoadedModel) else load_model(_path(model, "model")), how)
 
 
 def evaluate(
@@ -159,33 +202,44 @@ def evaluate(
     """Judge a run and return what `eval.json` holds. `scenarios`: by name; None: one with the `settings`, those of
     `Scenario`. `scorer`: None: the corpus's own. `kl`: settings of `KL`, for example {"reference": {"path": "gpt2"}}.
     Errors as `evaluate_run`, which has more settings; `evaluate_model` judges models from elsewhere."""
-    from phf.evaluation.capabilities import AnyCapability
+    from phf.evaluation.capabilities import AnyCapability, Capability
     from phf.evaluation.evaluate import evaluate_run
     from phf.evaluation.kl import KL
-    from phf.scorers import AnyScorer
+    from phf.scorers import AnyScorer, Scorer
 
     if scenarios is not None and settings:
         raise ConfigError("evaluate: give scenarios or the settings of one, not both")
-    if isinstance(kl, Mapping):
+    if scenarios is not None and not isinstance(scenarios, Mapping):
+        raise ConfigError(f"scenarios: expected scenarios by name, got {scenarios!r}")
+    if isinstance(kl, str | Path):
+        kl = {"reference": {"path": str(kl)}}
+    if not (kl is None or isinstance(kl, KL)):
         given: Plain = merge({"reference": {"name": "local"}}, kl)
         kl = validate(given, KL, "kl")
+    if isinstance(capabilities, str | Mapping):
+        capabilities = [{"name": capabilities} if isinstance(capabilities, str) else capabilities]
     one = _scenario(None, settings)
+    asked = scenarios or {"prompted" if one.prompts else "unconditional": one}
     return evaluate_run(
-        run,
-        dict(scenarios) if scenarios is not None else {"prompted" if one.prompts else "unconditional": one},
-        threshold=threshold,
-        scorer=None if scorer is None else _made(scorer, AnyScorer, "scorer"),
+        _path(run, "run"),
+        {name: _scenario(scenario, {}) for name, scenario in asked.items()},
+        threshold=None if threshold is None else validate(threshold, float, "threshold"),
+        scorer=None if scorer is None else _made(scorer, AnyScorer, "scorer", Scorer),
         allow_other_scorer=allow_other_scorer,
         kl_from=kl,
-        capabilities=[_made(each, AnyCapability, "capabilities") for each in capabilities],
+        capabilities=[_made(each, AnyCapability, "capabilities", Capability) for each in capabilities],
     )
 
 
-def _scenario(scenario: Scenario | None, settings: Settings) -> Scenario:
+def _scenario(scenario: Any, settings: Settings) -> Scenario:
+    """A scenario, or settings of one, with further `settings`."""
     from phf.core.config import to_plain
     from phf.generation.scenario import Scenario
 
-    if scenario is not None and not settings:
+    if isinstance(scenario, Scenario) and not settings:
         return scenario
-    found: Scenario = validate(merge({} if scenario is None else to_plain(scenario), settings), Scenario, "scenario")
+    base = {} if scenario is None else scenario if isinstance(scenario, Mapping) else to_plain(scenario)
+    if not isinstance(base, Mapping):
+        raise ConfigError(f"scenario: expected settings or a Scenario, got {scenario!r}")
+    found: Scenario = validate(merge(base, settings), Scenario, "scenario")
     return found

@@ -267,3 +267,10 @@ def test_a_folder_does_not_shadow_a_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert load_recipe(["demo"]).title
+
+
+def test_a_setting_of_another_level_is_named():
+    from phf.recipes.recipe import TrainStage
+
+    with pytest.raises(ConfigError, match=r"lr: unknown key \(did you mean train.lr\?\)"):
+        load([], ["model=tiny", "train.tokens=1e4", "lr=1"], TrainStage)

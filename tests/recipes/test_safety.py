@@ -86,7 +86,7 @@ def test_overlays_add_no_part_that_the_recipe_leaves_out(tmp_path, settings):
         ({"scenarios": {"p": {"prompts": "functions", "num_samples": 10**6}}}, "scenarios.p: .*use num_samples"),
         ({"capabilities": [{"name": "lambada", "path": "/no/lambada.jsonl"}]}, "capabilities.0: .*no such file"),
         ({"capabilities": [{"name": "humaneval", "path": "x"}]}, "capabilities.0: .*run_untrusted_code"),
-        ({"redteam": {"trials": 1}}, "redteam: no starting prompts are known for scorer 'regex'"),
+        ({"redteam": {"trials": 1, "prompts": "/no/prompts.jsonl"}}, "redteam: .*does not exist"),
         ({"kl": {"reference": {"name": "local", "path": "./nowhere"}}}, "kl.reference.path"),
     ],
 )

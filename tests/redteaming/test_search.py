@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from helpers import LINK, TINY_LLAMA
 from phf.core import store
 from phf.core.config import ConfigError, to_plain
+from phf.core.runs import RedTeamFolder
 from phf.core.types import Sample
 from phf.data.segment import Lines
 from phf.generation.loaded import load_model, prompt_ids
@@ -51,10 +52,12 @@ from phf.redteaming.control_tokens import (
     Contexts,
     attack_tokens,
     attacks,
+    heldout_bad_segments,
     heldout_contexts,
     injection,
     typed_forms,
 )
+from phf.redteaming.results import read_redteam
 from phf.redteaming.search import ATTEMPTS, RedTeamError, best_mean, search, starting_prompts, weights
 from phf.redteaming.target import Target
 from phf.tokens.store import TokenStore
@@ -300,9 +303,21 @@ def test_an_attacker_without_usable_prompts_is_an_error(runs, prompts, tmp_path)
         search(target, starting_prompts(target, config, LINK), config, LINK, 0.0, tmp_path, "key", tmp_path)
 
 
+def test_without_a_task_the_search_starts_from_held_out_bad_segments(runs, tmp_path):
+    """Their first halves, in a file that the result names."""
+    redteam(runs / "mle", tmp_path / "out", RedTeam(**SMALL), None)
+    rows = [json.loads(line)["text"] for line in (runs / "mle" / "redteam-prompts.jsonl").read_text().splitlines()]
+    tokens = TokenStore.open(store.read_json(runs / "mle" / "manifest.json")["tokens_dir"])
+    bad = heldout_bad_segments(tokens, 0.0, 64, seed=0)
+    assert rows == list(dict.fromkeys(tokens.tokenizer.decode(ids[: len(ids) // 2]).strip() for ids in bad))
+    found = read_redteam(RedTeamFolder(tmp_path / "out"))
+    assert found.search.settings.prompts == str((runs / "mle" / "redteam-prompts.jsonl").resolve())
+    assert found.search.starting_prompts <= len(rows)
+
+
 def test_mistakes_are_reported(runs, prompts, tmp_path):
     with pytest.raises(ConfigError, match="no starting prompts are known for scorer 'regex'"):
-        redteam(runs / "mle", tmp_path / "out", RedTeam(), None)
+        redteam(runs / "mle" / "model", tmp_path / "out", RedTeam(), None, scorer=LINK)
     with pytest.raises(ConfigError, match="what a red LM should write for scorer 'regex' is not known"):
         redteam(runs / "mle", tmp_path / "out", RedTeam(prompts=prompts, attacker=LocalRedLM(str(runs / "mle"))), None)
     with pytest.raises(ConfigError, match="is not a run, so nothing says how to judge it"):

@@ -93,8 +93,10 @@ def test_names_keep_clear_and_stay_inside(wanted):
 
 
 def test_names_at_points_do_not_cover_each_other():
-    points = [(Mark(name, y, None), Mark(name, x, None)) for name, x, y in (("aaaa", 1, 1), ("bbbb", 1.01, 1.02))]
-    looks = {name: Style("#4477aa", "o") for name in ("aaaa", "bbbb")}
+    points = [
+        (Mark(name, y, None), Mark(name, x, None)) for name, x, y in (("aaaa", 1, 1), ("bbbb", 1.01, 1.02), ("c", 3, 5))
+    ]
+    looks = {name: Style("#4477aa", "o") for name in ("aaaa", "bbbb", "c")}
     svg = plots.pareto(points, looks, "first", "second", "lower", set()).svg
     heights = [float(re.search(rf' y="([\d.]+)"[^>]*>{name}</text>', svg)[1]) for name in ("aaaa", "bbbb")]
     assert abs(heights[0] - heights[1]) > 10

@@ -12,7 +12,7 @@ from phf.report.runs import equal_budgets
 
 
 def group(name, misalignment, good, bad, spread=0.05, objective=None):
-    def value(mean):
+    def value(mean, spread=spread):
         return Value(mean, ci95=(mean * (1 - spread), mean * (1 + spread)))
 
     return Group(
@@ -20,7 +20,7 @@ def group(name, misalignment, good, bad, spread=0.05, objective=None):
         objective=objective or name,
         share=1.0,
         runs=(f"{name}-s0",),
-        values={"misalignment": value(misalignment), "good": value(good), "bad": value(bad)},
+        values={"misalignment": value(misalignment), "good": value(good, spread / 10), "bad": value(bad)},
         samples=512,
         unjudged=0,
         empty=0,
@@ -63,6 +63,29 @@ def test_what_overlaps_is_not_called_better():
     found = headline([MLE, near, group("masking", 0.004, 1.45, 1.4)], UNIT, "pii")
     assert found.sentences[-1] == "Not clearly less than plain training: Filtering."
     assert found.sentences[0].startswith("Loss masking wrote 3.4 times less")
+
+
+def test_the_ratio_over_seeds_decides_and_is_named_with_its_interval():
+    """The unpaired intervals overlap, the paired ratio does not reach 1; the sentence says what the table says."""
+    plain = Value(10.0, ci95=(7.0, 13.0), points=(9.0, 10.0, 11.0))
+    own = Value(7.5, ci95=(4.5, 10.5), points=(6.5, 7.5, 8.5))
+    rows = [group("mle", 10, 1.4, 1.3), group("filtering", 7.5, 1.41, 1.3, spread=0.5)]
+    rows[0].values["misalignment"] = plain
+    rows[1].values.update({"misalignment": own, "ratio": Value(0.74, ci95=(0.5, 0.8), points=(0.7, 0.75, 0.77))})
+    said = headline(rows, "probability", "toxicity").sentences
+    assert said[0].startswith("Filtering wrote 1.4 (1.2 to 2.0) times less toxic text than plain training")
+    assert "at about the same loss on good text" in said[0]
+    rows[1].values["good"] = Value(1.45, ci95=(1.3, 1.6))
+    assert (
+        "with no clear difference in the loss on good text (1.450 against" in headline(rows, UNIT, "pii").sentences[0]
+    )
+    rows[1].values["ratio"] = Value(0.74, ci95=(0.5, 1.1), points=(0.7, 0.75, 0.77))
+    assert headline(rows, UNIT, "pii").best is None
+
+
+def test_where_nothing_was_found_nothing_is_compared():
+    found = headline([group("mle", 0.0, 1.4, 1.3), group("masking", 0.0, 1.4, 1.3)], UNIT, "pii")
+    assert found.sentences == ["No run wrote any personal data, so there is nothing to compare: judge more samples."]
 
 
 @pytest.mark.parametrize(

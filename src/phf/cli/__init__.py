@@ -15,7 +15,7 @@ from phf.cli.about import explain, ls
 from phf.cli.attacking import persist, redteam, tamper
 from phf.cli.data import check, inspect, push, score, tokenize
 from phf.cli.judging import compare, evaluate, report, sample
-from phf.cli.recipes import make, plan, price, run
+from phf.cli.recipes import demo, init, make, plan, price, run
 from phf.cli.scorers import audit, fit_scorer, label
 from phf.cli.training import export, export_tokens, reference, rows, train
 from phf.core.threads import wait_briefly
@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "init": init,
     "run": run,
     "make": make,
     "plan": plan,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -79,6 +80,64 @@ def run(
     print_results(results)
     if only is None:
         print(f"\nreport: {loaded.files.report}   numbers: {loaded.files.results}")
+
+
+INIT = """\
+# A comparison of phf: run it with `phf run {name}`, see what it costs with `phf plan {name}`.
+# `phf help train.lr` explains a setting, `phf ls` lists scorers, objectives and readers.
+title: My own preference
+out: runs/mine
+
+corpus: {{name: jsonl, path: texts.jsonl}}  # one JSON object with a "text" per line; or a folder, Parquet, a dataset
+segmenter: {{name: lines}}                  # what gets a score: lines, sentences, paragraphs, documents
+scorer: {{name: pii}}                       # toxicity, pep8, regex, fitted (your labels), callable (your function)
+tokenizer: {{name: bpe, vocab_size: 4096}}  # or {{name: pretrained, path: gpt2}}
+heldout: 0.1                              # share of the documents that no model trains on
+
+model: tiny                               # small, gpt2, or settings of your own
+train:
+  tokens: 2e6                             # the budget of each run
+  context: 256
+  batch_rows: 8
+  optimizer: muon
+  muon_lr: 8e-3
+  lr: 1.6e-2
+
+objectives:                               # runs that are compared; plain training first
+  mle: {{name: mle}}
+  conditional: {{name: conditional, drop: 0.01}}
+  unlikelihood: {{name: unlikelihood}}
+seeds: [0]                                # [0, 1, 2] for intervals over seeds
+
+scenarios:                                # how samples are drawn and judged
+  unconditional: {{num_samples: 512, max_tokens: 192, temperature: 0.7, top_p: 0.9}}
+kl: {{reference: {{name: local, path: mle-s0}}, num_samples: 128, max_tokens: 48}}
+redteam: {{trials: 2, rounds: 4, candidates: 6, continuations: 16, confirm: 10, max_tokens: 48}}
+"""
+
+
+def init(
+    recipe: Annotated[str, typer.Argument(metavar="[FILE]", help="File to write.")] = "recipe.yaml",
+) -> None:
+    """Write a recipe with comments, to change and to run."""
+    from phf.core.config import ConfigError
+    from phf.core.store import write_text
+
+    if Path(recipe).suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{recipe}: give a file that ends in .yaml")
+    if Path(recipe).exists():
+        raise ConfigError(f"{recipe} exists already; give another name")
+    write_text(recipe, INIT.format(name=recipe))
+    print(f"{recipe}: change corpus and scorer, then: phf plan {recipe}; phf run {recipe}")
+
+
+def demo(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[quick] [a.b=c]...", help="As for `phf run`.")
+    ] = None,
+) -> None:
+    """The whole method on text that every machine has: `phf run demo`."""
+    run(["demo", *(arguments or [])], dry_run=False, only=None, list_commands=False)
 
 
 def plan(

@@ -370,6 +370,9 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
         }
         renamed = RENAMED.get(key)
         hint = f" (renamed to {renamed!r})" if renamed in known else did_you_mean(key, known)
+        within = [name for name in sorted(known) if key in _fields_of(type_, (*loc[:-1], name))]
+        if "did you mean" not in hint and within:
+            hint = f" (did you mean {' or '.join(f'{name}.{key}' for name in within)}?)"
         return [*path, key], f"unknown key{hint}"
     if kind in ("missing", "missing_argument"):
         return path, "missing"
@@ -405,6 +408,12 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
         return path, f"expected {wanted}, got {_short(given)}"
     message = error["msg"].removeprefix("Value error, ")
     return path, message if isinstance(given, Mapping) else f"{message}, got {_short(given)}"
+
+
+def _fields_of(type_: Any, loc: tuple[Any, ...]) -> set[str]:
+    """Names of the settings at a place."""
+    found, _ = _types_at(type_, loc)
+    return {f.name for t in found for o in _options(t) if dataclasses.is_dataclass(o) for f in dataclasses.fields(o)}
 
 
 Problem = tuple[list[str], str]
@@ -465,7 +474,9 @@ def validate(
     for path, message in problems:
         if earlier is None or (path, message) in earlier:
             place = where
-        elif any(other[: len(path)] == path for other, _ in earlier):  # these hid what else was wrong there
+        elif where != COMMAND_LINE and any(
+            other[: len(path)] == path for other, _ in earlier
+        ):  # it hid what else was wrong
             place = f"{where} with {COMMAND_LINE}"
         else:
             place = COMMAND_LINE

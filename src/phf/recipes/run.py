@@ -34,7 +34,7 @@ from phf.evaluation.results import EvalResult
 from phf.generation.scenario import read_prompts, scenario_prompts
 from phf.recipes.canaries import check_canaries, check_placed_canaries
 from phf.recipes.recipe import Recipe, Variant
-from phf.redteaming.config import TokenAttacks, task_of
+from phf.redteaming.config import TokenAttacks, has_prompts, task_of
 from phf.report.results import RecipeResults, RunSummary, ScenarioSummary, best_settings
 from phf.tokens.store import reference_file
 from phf.training.lm import FromWeights
@@ -100,7 +100,8 @@ def check_inputs(recipe: Recipe) -> None:
             capability.check_inputs()
     if recipe.redteam is not None:
         with _in_setting("redteam"):
-            read_prompts(task_of(recipe.redteam, recipe.samples_by)[1])
+            if has_prompts(recipe.redteam, recipe.samples_by):
+                read_prompts(task_of(recipe.redteam, recipe.samples_by)[1])
     _check_preferences(recipe)
     if recipe.canaries is not None:
         with _in_setting("canaries"):

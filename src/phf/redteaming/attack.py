@@ -8,9 +8,10 @@ redteam/  search/   tokens.json   redteam.json
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from phf.evaluation.judge import scored_text
 from phf.generation.loaded import LoadedModel, load_model
 from phf.generation.scenario import Scenario, prompts_path
 from phf.generation.server import Answers, Server
-from phf.redteaming.config import RedTeam, TokenAttacks, task_of
+from phf.redteaming.config import RedTeam, TokenAttacks, has_prompts, task_of
 from phf.redteaming.control_tokens import (
     Contexts,
     attack_tokens,
@@ -43,6 +44,7 @@ from phf.redteaming.search import Starts, search, starting_prompts, tried
 from phf.redteaming.target import Target
 from phf.scorers import Scorer
 from phf.scoring.judge import judge_texts
+from phf.tokens.store import TokenStore
 
 
 def redteam(
@@ -189,6 +191,8 @@ def _prepare(
         folder = RunFolder(run).redteam
     else:
         raise ConfigError(f"{name} is not a run: give the folder to write into with --out FOLDER")
+    if run is not None and not has_prompts(config, scorer):
+        config = replace(config, prompts=own_prompts(run, opened.tokens, bad_segments()))
     return _Plan(
         model=model,
         name=name,
@@ -203,6 +207,23 @@ def _prepare(
         target_key=_target_key(model, name),
         bad_segments=bad_segments,
     )
+
+
+OWN_PROMPTS = "redteam-prompts.jsonl"
+
+
+def own_prompts(run: Path, tokens: TokenStore, bad: Sequence[Sequence[int]]) -> str:
+    """A file of starting prompts for a scorer without a task: the first halves of held-out bad segments. Raises
+    ConfigError if there are none."""
+    texts = [tokens.tokenizer.decode(ids[: max(len(ids) // 2, 1)]).strip() for ids in bad]
+    rows = [json.dumps({"text": text}) for text in dict.fromkeys(texts) if text]
+    if not rows:
+        raise ConfigError(
+            f"{run}: no held-out segment is bad, so there are no prompts to start from: give prompts=FILE"
+        )
+    path = (run / OWN_PROMPTS).resolve()
+    store.write_text(path, "".join(f"{row}\n" for row in rows))
+    return str(path)
 
 
 GRADIENT = "gradient.json"

@@ -94,6 +94,12 @@ class RedTeam:
         )
 
 
+def has_prompts(config: RedTeam, scorer: Scorer) -> bool:
+    """Whether the settings, their task or the scorer's task name starting prompts."""
+    judged_by = str(scorer.identity()["name"])
+    return config.prompts is not None or (config.task or {"presidio": "pii"}.get(judged_by, judged_by)) in TASKS
+
+
 def task_of(config: RedTeam, scorer: Scorer) -> tuple[str, str]:
     """(what red LMs must write, file of starting prompts) from the settings, their task or the scorer's task. Raises
     ConfigError if none of them says."""

@@ -18,9 +18,9 @@ from markupsafe import Markup, escape
 
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
-WIDTH = 4.9
+WIDTH = 4.5
 """Inches. At the width that pages give a chart, letters of `FONT` points are at least 11 pixels high."""
-FONT = 10.5
+FONT = 11.2
 MANY = 10
 """Series from which on names stand in a legend, not at the lines."""
 LONG = 22

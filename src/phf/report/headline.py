@@ -46,9 +46,13 @@ def headline(rows: Sequence[Group], unit: str, scorer: str) -> Headline:
     what = FOUND.get(scorer, "bad text")
     others = [row for row in rows if row is not base and "misalignment" in row.values]
     better = sorted(
-        (row for row in others if _below(row.values["misalignment"], plain)),
+        (row for row in others if _below(row, plain)),
         key=lambda r: r.values["misalignment"].mean,
     )
+    if not plain.mean and not any(row.values["misalignment"].mean for row in others):
+        return Headline(
+            [f"No run wrote any {what}, so there is nothing to compare: judge more samples."], None, base.name
+        )
     if not better:
         amount = _amount(plain.mean, unit)
         said = f"No objective wrote less {what} than plain training ({amount}): the 95% intervals overlap."
@@ -71,9 +75,7 @@ def _sentence(row: Group, base: Group, unit: str, what: str) -> str:
     plain = base.values["misalignment"].mean
     amounts = f"{_amount(own, unit, bare=True)} against {_amount(plain, unit)}"
     if own > 0:
-        ratio = plain / own
-        times = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
-        start = f"{_name(row)} wrote {times} times less {what} than plain training ({amounts})"
+        start = f"{_name(row)} wrote {_times(row, plain / own)} times less {what} than plain training ({amounts})"
     else:
         start = f"{_name(row)} wrote no {what} in {row.samples:,} samples (plain training {_amount(plain, unit)})"
     forgets = ""
@@ -81,6 +83,20 @@ def _sentence(row: Group, base: Group, unit: str, what: str) -> str:
         bad = [r.values["bad"].mean for r in (row, base)]
         forgets = f" It no longer models bad text ({bad[0]:.2f} against {bad[1]:.2f})."
     return f"{start}{_cost(row, base)}.{forgets}"
+
+
+def _times(row: Group, plainly: float) -> str:
+    """How many times less a group wrote, by the column of the table, with its interval. `plainly`: by the means."""
+    ratio = row.values.get("ratio")
+    if ratio is None or not ratio.mean > 0:
+        return _short(plainly)
+    if ratio.ci95 is None or not ratio.ci95[0] > 0:
+        return _short(1 / ratio.mean)
+    return f"{_short(1 / ratio.mean)} ({_short(1 / ratio.ci95[1])} to {_short(1 / ratio.ci95[0])})"
+
+
+def _short(times: float) -> str:
+    return f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
 
 
 def _cost(row: Group, base: Group) -> str:
@@ -91,10 +107,12 @@ def _cost(row: Group, base: Group) -> str:
     plain = base.values["good"].mean
     pair = f"({own:.3f} against {plain:.3f} nats per byte)"
     ratio = own / plain
-    if ratio <= SAME_LOSS:
-        found = (
-            f" at about the same loss on good text {pair}" if ratio > 0.99 else f" at a lower loss on good text {pair}"
-        )
+    if 1 / SAME_LOSS < ratio <= SAME_LOSS:
+        found = f" at about the same loss on good text {pair}"
+    elif _overlap(row.values["good"], base.values["good"]):
+        found = f" with no clear difference in the loss on good text {pair}"
+    elif ratio < 1:
+        found = f" at a lower loss on good text {pair}"
     else:
         found = f" at a loss on good text that is {100 * (ratio - 1):.1f}% higher {pair}"
     return found
@@ -110,11 +128,20 @@ def _forgets(row: Group, base: Group) -> bool:
     return _loss_ratio(row, base, "bad") >= MUCH_WORSE
 
 
-def _below(own: Value, plain: Value) -> bool:
-    """Whether a number is significantly smaller: the 95% intervals do not overlap."""
-    if own.ci95 is None or plain.ci95 is None:
+def _below(row: Group, plain: Value) -> bool:
+    """Whether a group wrote significantly less: the 95% intervals do not overlap, or that of the ratio over seeds ends
+    below 1."""
+    own = row.values["misalignment"]
+    ratio = row.values.get("ratio")
+    if ratio is not None and ratio.ci95 is not None and len(own.points) > 1 and ratio.ci95[1] < 1:
+        return True
+    return own.ci95 is not None and plain.ci95 is not None and own.ci95[1] < plain.ci95[0]
+
+
+def _overlap(a: Value, b: Value) -> bool:
+    if a.ci95 is None or b.ci95 is None:
         return False
-    return own.ci95[1] < plain.ci95[0]
+    return a.ci95[0] <= b.ci95[1] and b.ci95[0] <= a.ci95[1]
 
 
 def _name(row: Group) -> str:

@@ -224,6 +224,8 @@ AT_MOST_1 = (
     "self_bleu_5_characters",
 )
 """Shares. Student's interval can reach beyond 0 and 1, these numbers cannot."""
+SHARE_NAMES = ("extracted", "accuracy", "AUC", "pass@")
+"""Parts of the names of capabilities' numbers that are shares."""
 SCORES = ("misalignment", "worst_of_25", "q99", "attacked_1", "attacked_10", "worst_context")
 """Measures that are scores."""
 SCENARIO_NUMBERS = (
@@ -469,8 +471,9 @@ def _over_seeds(key: str, found: Sequence[Value]) -> Value:
     if value.ci95 is not None:
         low, high = value.ci95
         kind = key.partition(": ")[0]
-        low = max(low, 0.0) if kind in NEVER_NEGATIVE or kind in AT_MOST_1 else low
-        high = min(high, 1.0) if kind in AT_MOST_1 else high
+        is_share = kind in AT_MOST_1 or any(part in kind for part in SHARE_NAMES)
+        low = max(low, 0.0) if kind in NEVER_NEGATIVE or is_share else low
+        high = min(high, 1.0) if is_share else high
         value = replace(value, ci95=(low, high))
     return replace(value, points=points)
 

@@ -53,6 +53,17 @@
     });
   }
 
+  // what scrolls sideways can be reached by keyboard, and says that there is more
+  for (const box of document.querySelectorAll(".scroll")) {
+    const look = () => {
+      const more = box.scrollWidth > box.clientWidth + 1;
+      box.classList.toggle("more", more && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+      if (more) box.tabIndex = 0;
+    };
+    box.addEventListener("scroll", look);
+    new ResizeObserver(look).observe(box);
+  }
+
   // downloads of plots and numbers work without the files next to the page
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a[download]");
@@ -234,16 +245,26 @@
     move(0);
   };
   const follow = () => { // #run/12 or #run/12/scenario
-    const [run, number, scenario] = decodeURIComponent(location.hash.slice(1)).split("/");
-    if (number === undefined || !(run in data.runs)) return;
+    let asked = location.hash.slice(1);
+    try { asked = decodeURIComponent(asked); } catch { return; }
+    const [run, number, scenario] = asked.split("/");
+    if (number === undefined) return;
+    if (!(run in data.runs)) {
+      at("count").textContent = `there is no run ${run} on this page`;
+      at("samples").scrollIntoView();
+      return;
+    }
     at("left").value = run;
+    if (at("right").value === run) at("right").value = names.find((name) => name !== run) ?? "";
     at("scenario").value = scenario in data.runs[run].samples ? scenario : scenarios[0];
     for (const id of ["low", "high", "find"]) at(id).value = "";
     at("order").value = "i";
     choose();
     const place = shown.findIndex((sample) => sample.i === Number(number));
     if (place >= 0) move(place);
+    else at("count").textContent = `${run} has no sample ${number} on this page; ${at("count").textContent}`;
     at("samples").scrollIntoView();
+    if (place >= 0) at("list").querySelector(".tools a")?.focus({ preventScroll: true });
   };
   window.addEventListener("hashchange", follow);
   at("controls").addEventListener("submit", (event) => event.preventDefault());
