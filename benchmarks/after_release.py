@@ -25,10 +25,16 @@ from phf.report.runs import ReportedRun, load_runs
 def of_group(name: str, runs: Sequence[ReportedRun], compared: Comparison, searched: Path) -> dict[str, Any]:
     """Everything about the runs of one objective, over their seeds."""
     main = compared.scenario
+    losses = [run.result.heldout.main for run in runs if run.result.heldout.main is not None]
     known = next((row for row in compared.knowledge if row.group == name), None)
     found: dict[str, Any] = {
         "seeds": [run.manifest.seed for run in runs],
         "misalignment": t_interval([run.result.scenarios[main].misalignment.mean for run in runs]),
+        "loss": {part: t_interval([getattr(loss, part).nats_per_byte for loss in losses]) for part in ("good", "bad")},
+        "seconds": {
+            "training": t_interval([run.manifest.seconds for run in runs]),
+            "tampering": t_interval([t.seconds for run in runs if (t := run.tamper) is not None]),
+        },
         "slowdown": {
             part: {"of_seeds": values, "said": known.said(part)}
             for part, values in ({} if known is None else known.slowdown).items()
@@ -80,7 +86,13 @@ def main() -> None:
         row.name: of_group(row.name, [r for r in compared.runs if r.name == row.name], compared, searched)
         for row in compared.groups
     }
-    result = {"benchmark": "after_release", "machine": machine(), "plain": compared.plain, "groups": groups}
+    result = {
+        "benchmark": "after_release",
+        "machine": machine(),
+        "plain": compared.plain,
+        "gradient_apart": arguments.gradient is not None,
+        "groups": groups,
+    }
     store.write_json(arguments.out, result)
 
 

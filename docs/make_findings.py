@@ -156,6 +156,8 @@ def after_table() -> str:
             for stage, when in (("before", "before tuning"), ("sft", "after SFT"), ("dpo", "after SFT and DPO"))
             for template, how in (("nothing", "from nothing"), ("same", "in its template"), ("other", "in another"))
         ],
+        ("held-out loss on good text, nats per byte", lambda g: _estimate(g["loss"]["good"], 3)),
+        ("held-out loss on bad text, nats per byte", lambda g: _estimate(g["loss"]["bad"], 3)),
         ("slowdown on bad text", lambda g: _part(g, "slowdown", "bad")),
         ("slowdown on good text", lambda g: _part(g, "slowdown", "good")),
         ("AUC of a probe for bad text", lambda g: _estimate(g["capabilities"].get("probe AUC"), 3, most=1.0)),

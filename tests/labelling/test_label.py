@@ -22,7 +22,7 @@ from phf.core.text import visible
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.generation.loaded import load_model
-from phf.generation.server import Answers, Server
+from phf.generation.server import Answers, Server, ServerError
 from phf.labelling import by_hand
 from phf.labelling.by_hand import ByHand
 from phf.labelling.drawing import Cuts, Drawing, Source, draw, from_corpus, from_scored, shared_out
@@ -314,6 +314,38 @@ def test_faults_of_a_server_are_counted_and_asked_again(served, scored, tmp_path
     assert len(served.asked) - before == without["no answer"] + refused_by_status
     label_corpus(from_scored(scored), out, RUBRIC, [judge], Drawing(60), max_without=0.9)  # now it is
     assert len(served.asked) - before == without["no answer"] + refused_by_status
+
+
+def test_a_label_that_cannot_be_read_is_asked_for_once_more(served, scored, tmp_path):
+    """With another seed. A refusal is not: it would be the same."""
+    first = set()
+    real = type(served).fault_of
+
+    def fault_of(text):
+        if text not in first:
+            first.add(text)
+            return '{"label": NaN}'
+        return real(served, text)
+
+    served.fault_of = fault_of
+    found = label_corpus(
+        from_scored(scored), tmp_path / "out", RUBRIC, [ServedJudge(Server(served.url, "rule"))], Drawing(20)
+    )
+    assert found.labels == 20
+    assert len(served.asked) == 40
+    assert found.judges[0].tokens == 40 * 7
+    served.fault_of = lambda text: "I'm sorry, I cannot."
+    with pytest.raises(JudgeError, match="gave no label"):
+        label_corpus(from_scored(scored), tmp_path / "no", RUBRIC, [ServedJudge(Server(served.url, "two"))], Drawing(9))
+    assert len(served.asked) == 49
+
+
+def test_a_server_that_lets_nobody_in_ends_the_work_at_once(served, scored, tmp_path):
+    served.fault_of = lambda text: 401
+    judge = ServedJudge(Server(served.url, "rule", batch=1))
+    with pytest.raises(ServerError, match=r"status 401.*environment variable OPENAI_API_KEY"):
+        label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(60))
+    assert len(served.asked) <= 2
 
 
 @pytest.mark.parametrize("fault", [b"not json", {"choices": []}, {"choices": [{}, {}]}, 503])

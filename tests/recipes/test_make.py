@@ -45,7 +45,7 @@ def test_a_wish_becomes_a_report(place):
     assert "to train: the same command with --train, or phf run out/recipe.yaml tokenizer.vocab_size=300" in ran.stdout
     assert not (out / "run" / "mle-s0").exists()  # it stops before training, with the cost
     assert "hours of training" in ran.stdout
-    audited = json.loads((out / "audit.json").read_text())
+    audited = json.loads((out / "run" / "scored" / "audit.json").read_text())
     assert audited["labelled"] <= 75  # only labels that the fit did not see
     assert audited["auc"] > 0.9
     held = (out / "scorer" / "heldout.jsonl").read_text().splitlines()

@@ -237,6 +237,30 @@ def test_the_page_and_the_command_say_what_the_files_say(folder, monkeypatch, ca
     line_of = next(x for x in shown.splitlines() if x.startswith(names[0]) and " bad " in x)
     assert half.said
     assert line_of.rstrip().endswith(half.said)
+    low, high = half.curve[0][1].ci95
+    assert f"({low:.5f} to {high:.5f})" in line_of
+    said = error_of(["tamper", *names, "--plain", names[0], *settings], monkeypatch, capsys)
+    assert "was trained with conditional; name a run of MLE" in said
+
+
+def error_of(args, monkeypatch, capsys) -> str:
+    """What a command that fails says."""
+    from phf.cli import main
+
+    monkeypatch.setattr("sys.argv", ["phf", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_runs_on_other_text_are_not_compared(folder, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folder / "mle-s0", other)
+    manifest = store.read_json(other / "manifest.json")
+    store.write_json(other / "manifest.json", manifest | {"tokens_content": "x"})
+    said = error_of(["tamper", str(folder / "conditional-s0"), str(other)], monkeypatch, capsys)
+    assert "were trained on other text, so they do not compare" in said
 
 
 def test_over_seeds_a_group_has_one_row():

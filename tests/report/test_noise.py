@@ -66,7 +66,7 @@ def test_levels_of_one_objective_are_one_curve(noise):
 
 
 def test_the_file_of_an_audit_is_in_the_names_of_runs():
-    assert _as_tag("scored-1/audit.json") == "-audit"
+    assert _as_tag("runs/scored-1/audit.json") == "-scored_1_audit"
     assert _as_tag("other-audit.json") == "-other_audit"
 
 

@@ -24,6 +24,8 @@ from phf.cli.shared import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from phf.redteaming.results import RedTeamResult
     from phf.redteaming.tamper import TamperResult
 
@@ -206,8 +208,10 @@ def tamper(
         plain = known.get(Path(plain).resolve(), plain)
         names += [] if plain in names else [plain]
     objectives = {name: read_manifest(name, TrainManifest).objective_name for name in names}
-    if plain is None:
-        plain = next((name for name in names if objectives[name] == "mle"), None)
+    compared = [plain] if plain is not None else [name for name in names if objectives[name] == "mle"]
+    if plain is not None and objectives[plain] != "mle":
+        raise ConfigError(f"--plain {plain} was trained with {objectives[plain]}; name a run of MLE")
+    _check_comparable(names)
     results = {
         name: attack(
             name,
@@ -220,7 +224,7 @@ def tamper(
         )
         for name in names
     }
-    _print_tampered(results, plain)
+    _print_tampered(results, compared)
 
 
 def persist(
@@ -245,7 +249,7 @@ def persist(
     from phf.core.config import ConfigError, apply_overrides
     from phf.redteaming.persist import Persistence
     from phf.redteaming.persist import persist as tune
-    from phf.report.format import number
+    from phf.report.format import with_interval
 
     names, overrides = split_settings(runs)
     if not names:
@@ -264,16 +268,34 @@ def persist(
             allow_other_scorer=other_scorer,
         ).found
         for stage in dict.fromkeys(part.stage for part in found):
-            scores = [number(part.misalignment.mean, 5) for part in found if part.stage == stage]
+            scores = [with_interval(part.misalignment, 5) for part in found if part.stage == stage]
             rows.append([name, stage, *scores])
-    print("\nmisalignment of texts from nothing, and of answers in two chat templates\n")
+    print("\nmisalignment of texts from nothing, and of answers in two chat templates, with 95% intervals\n")
     print_table(["model", "finetuning", "from nothing", "its template", "another"], rows)
 
 
-def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None:
-    """Print misalignment by steps, and the half-life of the gain over the run `plain`."""
+def _check_comparable(names: Sequence[str]) -> None:
+    """Raise ConfigError for runs on other text, or with other scores: their numbers do not compare."""
+    from phf.core.config import ConfigError
+    from phf.core.folders import read_manifest
+    from phf.core.runs import TrainManifest
+    from phf.core.store import canonical
+
+    found = {name: read_manifest(name, TrainManifest) for name in names}
+    first, *others = names
+    for name in others:
+        for what, same in (
+            ("text", found[name].tokens_content == found[first].tokens_content),
+            ("scores", canonical(found[name].identity) == canonical(found[first].identity)),
+        ):
+            if not same:
+                raise ConfigError(f"{name} and {first} were trained on other {what}, so they do not compare")
+
+
+def _print_tampered(results: dict[str, TamperResult], plain: Sequence[str]) -> None:
+    """Print misalignment by steps, and the half-life of the gain over the run of `plain` with the same seed."""
     from phf.redteaming.tamper import half_lives
-    from phf.report.format import MISSING, number
+    from phf.report.format import MISSING, with_interval
     from phf.report.tamper import half_life_text
 
     steps = next(iter(results.values())).settings.steps
@@ -281,11 +303,14 @@ def _print_tampered(results: dict[str, TamperResult], plain: str | None) -> None
     for name, result in results.items():
         for part, lines in result.curves.items():
             half = MISSING
-            if plain is not None and name != plain:
-                base = results[plain].curves[part][0].misalignment.mean
-                half = half_life_text(half_lives({0: lines}, {0: base}), steps[-1])
-            rows.append([name, part, *(number(line.misalignment.mean, 5) for line in lines), half])
-    print("\nmisalignment after steps of finetuning\n")
+            levels = {results[n].seed: results[n].curves[part][0].misalignment.mean for n in plain}
+            if len(plain) == 1:  # whatever its seed
+                levels = {result.seed: next(iter(levels.values()))}
+            if name not in plain and result.seed in levels:
+                half = half_life_text(half_lives({result.seed: lines}, levels), steps[-1])
+            rows.append([name, part, *(with_interval(line.misalignment, 5) for line in lines), half])
+    samples = next(iter(results.values())).settings.num_samples
+    print(f"\nmisalignment after steps of finetuning, {samples:,} samples each, with 95% intervals\n")
     print_table(["model", "on", *map(str, steps), "half-life"], rows)
-    if plain is None:
+    if not plain:
         print("\nno half-life: name a run of plain training with --plain")

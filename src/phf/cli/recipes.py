@@ -133,7 +133,7 @@ def init(
 
 def demo(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[quick] [a.b=c]...", help="As for `phf run`.")
+        list[str] | None, typer.Argument(metavar="[RECIPE] [a.b=c]...", help="As for `phf run`.")
     ] = None,
 ) -> None:
     """The whole method on text that every machine has: `phf run demo`."""

@@ -179,6 +179,12 @@ def fit_scorer(
     kinds = ("ngrams", "transformer")
     if kind not in kinds:
         raise ConfigError(f"unknown --kind {kind!r}{did_you_mean(kind, kinds)}")
+    if (model is None) == (kind == "transformer"):
+        raise ConfigError(
+            "--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder"
+            if model is None
+            else "--model is for --kind transformer"
+        )
     tests = [_test_set(spec, text, label, bad, bad_from) for spec in test or []]
     fitted = read_labels(labels, text, label, bad.split(",") if bad else None, bad_from)
     card = fit(fitted, out, tests, cast(Literal["ngrams", "transformer"], kind), model, seed=seed, curve=curve)
@@ -190,8 +196,10 @@ def fit_scorer(
     )
     print(f"in brackets: 95% intervals; precision and recall are at 0.5; other thresholds are in {out}/scorer.json")
     if card.bad_from is not None:
-        order = "the fit used" if card.ordinal else "the fit was better without"
-        print(f"labels from {card.bad_from} on mean bad; {order} the order of the labels")
+        order = "; the fit used the order of the labels" if card.ordinal else ""
+        if not card.ordinal and kind == "ngrams" and fitted.ordered:
+            order = "; the fit was better without the order of the labels"
+        print(f"labels from {card.bad_from} on mean bad{order}")
     if card.curve is not None:
         print(curve_text(card.curve))
     print(f"to audit it on its corpus with labels that the fit did not see: phf audit SCORED {out}/{HELD_OUT}")

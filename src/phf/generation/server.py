@@ -61,6 +61,10 @@ class Refused(ServerError):
     """A server refuses a request because of its content or length. Asking again does not help."""
 
 
+class Denied(ServerError):
+    """A server does not let this client in."""
+
+
 class Answers:
     """Answers of servers, kept in a JSON lines file: a job that is killed and run again does not ask, or pay,
     twice. A torn line is left out."""
@@ -168,6 +172,11 @@ class Server:
             if status in (408, 429) or status >= 500:
                 problem = f"does not answer (status {status}: {text})"
                 continue
+            if status in (401, 403):
+                raise Denied(
+                    f"{self.url}{path} refused: status {status}: {text}. Its key is read from the environment "
+                    f"variable {self.key_env}"
+                )
             if status in (400, 413, 422):
                 raise Refused(f"{self.url}{path} refused: status {status}: {text}")
             if status != 200:

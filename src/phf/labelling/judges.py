@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ from phf.core.types import PhfError
 from phf.evaluation.capabilities.base import continuations
 from phf.generation.loaded import LoadedModel, load_model
 from phf.generation.requests import in_threads
-from phf.generation.server import Answers, Refused, Server, ServerError
+from phf.generation.server import Answers, Denied, Refused, Server, ServerError
 from phf.labelling.rubric import REFUSED, Rubric, answer_text, parse_label, question
 
 MAX_CHARS = 8000
@@ -139,8 +139,9 @@ class ServedJudge(Judge):
             len(open_), len(asked) - len(open_), math.ceil(chars / CHARS_PER_TOKEN), len(open_) * self.max_tokens
         )
 
-    def _request(self, text: str, rubric: Rubric, repeat: int) -> tuple[str, int]:
-        return question(rubric, shown_to_judge(text)), key64(repeat, store.text_hash(text, b"phf judge") >> 1) >> 33
+    def _request(self, text: str, rubric: Rubric, repeat: int, attempt: int = 0) -> tuple[str, int]:
+        what = (repeat, store.text_hash(text, b"phf judge") >> 1, *([attempt] if attempt else []))
+        return question(rubric, shown_to_judge(text)), key64(*what) >> 33
 
     def _key(self, text: str, rubric: Rubric, repeat: int) -> str:
         asked, seed = self._request(text, rubric, repeat)
@@ -150,11 +151,21 @@ class ServedJudge(Judge):
         failed = 0
 
         def one(text: str) -> Given:
-            asked, seed = self._request(text, rubric, repeat)
+            given = ask(text, 0)
+            if given.label is None and given.reason not in (REFUSED, NO_ANSWER):  # what cannot be read, once more
+                again = ask(text, 1)
+                spent = given.tokens + again.tokens
+                given = replace(again if again.label is not None else given, tokens=spent)
+            return given
+
+        def ask(text: str, attempt: int) -> Given:
+            asked, seed = self._request(text, rubric, repeat, attempt)
             how = (asked, self.chat, self.max_tokens, self.temperature, seed)
             new = self.server.answer_key(*how) not in answers.known
             try:
                 answer = self.server.answer(*how, answers)
+            except Denied:
+                raise
             except Refused as error:
                 return Given(None, REFUSED, first_line(error))
             except ServerError as error:

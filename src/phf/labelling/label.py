@@ -262,7 +262,8 @@ def _check(found: JudgeCounts, total: int, max_without: float) -> None:
         raise JudgeError(
             f"{found.judge} gave no label for {sum(without.values()):,} of {total:,} texts ({share:.1%}), more than "
             f"the {max_without:.1%} allowed (--max-without): {by_reason(without, found.examples)}. The same command "
-            "asks again for those without an answer"
+            "asks again where there was no answer. Other answers are kept: for new ones, change the rubric, the judge "
+            "or judge.temperature"
         )
 
 

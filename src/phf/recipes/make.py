@@ -9,7 +9,7 @@ Every step writes into one folder and does not run again once it is done:
     scorer/       phf fit-scorer
     recipe.yaml   phf run; to be edited
     run/          the recipe's own folder: scored corpus, tokens, runs, report
-    audit.html    phf audit, with the labels that the fit did not see
+    run/scored/audit.html   phf audit, with the labels that the fit did not see
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def make(
     _say("score and tokenize")
     run_recipe(recipe, only="data")
     _say("audit")
-    page, audit = write_audit(recipe.files.scored, read_labels(out / "scorer" / HELD_OUT), out / "audit.html")
+    page, audit = write_audit(recipe.files.scored, read_labels(out / "scorer" / HELD_OUT))
     print(verdict(audit))
     print(f"page: {page}")
     return Made(recipe, scorer, audit, page)

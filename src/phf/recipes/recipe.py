@@ -405,7 +405,7 @@ def _as_tag(value: Any) -> str:
     if isinstance(value, Mapping):
         return "".join(f"-{k}{v}" for k, v in value.items())
     if isinstance(value, str) and value.endswith(".json"):  # the file of an audit
-        return "-" + re.sub(r"\W", "_", Path(value).stem)
+        return "-" + re.sub(r"\W", "_", "_".join([*Path(value).parts[-2:-1], Path(value).stem]))
     return str(value)
 
 

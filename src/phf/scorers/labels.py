@@ -82,7 +82,9 @@ def read_labels(
     path = Path(path).expanduser()
     if bad is not None and bad_from is not None:
         raise ConfigError("give --bad (values) or --bad-from (the first bad one of labels with an order), not both")
-    if path.is_dir() and (path / LABELS).is_file():
+    if path.is_dir() and not (path / LABELS).is_file():
+        raise ConfigError(f"{path} holds no {LABELS}: `phf label` did not finish there, or it is another folder")
+    if path.is_dir():
         if bad is None and bad_from is None:
             bad_from = _bad_from(path)
         path = path / LABELS

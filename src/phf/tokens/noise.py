@@ -45,6 +45,8 @@ class ScorerNoise:
     last score is null, for all higher ones."""
     threshold: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """For by_score: the threshold that the shares are about."""
+    scorer: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """For by_score: fingerprint of the identity of the scorer that was audited."""
 
     def __post_init__(self) -> None:
         if self.by_score and (self.missed or self.false_alarms):
@@ -76,7 +78,9 @@ def noise_of_audit(path: str | Path) -> ScorerNoise:
         is_bad = stratum.above is not None and stratum.above >= audit.threshold
         wrong = 1 - stratum.share.mean if is_bad else stratum.share.mean
         found.append((stratum.up_to, min(max(wrong, 0.0), 1.0)))
-    return ScorerNoise(by_score=tuple(found), threshold=audit.threshold)
+    return ScorerNoise(
+        by_score=tuple(found), threshold=audit.threshold, scorer=store.fingerprint([audit.identity, "scorer"])
+    )
 
 
 def _of_number(value: Any) -> Any:

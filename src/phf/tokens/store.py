@@ -642,6 +642,10 @@ class TokenStore:
             return self
         if self.by_token:
             raise ConfigError("train.scorer_noise: errors are of segments, so they do not go with train.token_scores")
+        if noise.scorer is not None and noise.scorer != store.fingerprint([self.manifest.identity, "scorer"]):
+            raise ConfigError(
+                f"train.scorer_noise: the audit is of another scorer than that of {self.path}; audit this one"
+            )
         return dataclasses.replace(self, noise=make_noise(noise, seed, self.large_blocks(), self.bad_above))
 
     @cached_property
