@@ -250,7 +250,7 @@ def error_of(args, monkeypatch, capsys) -> str:
     monkeypatch.setattr("sys.argv", ["phf", *args])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     return capsys.readouterr().err
 
 
