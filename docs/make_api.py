@@ -20,7 +20,7 @@ ordinary modules with a docstring at the top. `help(phf.NAME)` shows the same te
 
 
 def signature(thing: object) -> str:
-    """The parameters by name, with simple defaults. Types are in the source."""
+    """The parameters with their types and simple defaults."""
     try:
         parameters = inspect.signature(thing).parameters.values()  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -39,8 +39,33 @@ def signature(thing: object) -> str:
             default = f"={p.default!r}"
         else:
             default = "=..."
-        shown.append(f"{star}{p.name}{default}")
+        kind = type_text(p.annotation)
+        if kind:
+            default = f" = {default[1:]}" if default else ""
+            kind = f": {kind}"
+        shown.append(f"{star}{p.name}{kind}{default}")
     return f"({', '.join(shown)})"
+
+
+class _Plain(ast.NodeTransformer):
+    """`Annotated[float, Field(gt=0)]` as `float`."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id == "Annotated" and isinstance(node.slice, ast.Tuple):
+            return node.slice.elts[0]
+        return node
+
+
+def type_text(annotation: object) -> str:
+    """A type as people write it; nothing for none."""
+    if annotation is inspect.Parameter.empty:
+        return ""
+    if not isinstance(annotation, str):
+        return (
+            annotation.__name__ if isinstance(annotation, type) else re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(annotation))
+        )
+    return ast.unparse(_Plain().visit(ast.parse(annotation, mode="eval")))
 
 
 def as_markdown(doc: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -53,13 +54,18 @@ def ls(
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}")
     indent = "" if kind else "  "
+    cut = False
     for one in (kind,) if kind else KINDS:
         if not kind:
             print(f"{one}:")
         rows = list(_recipes() if one == "recipes" else _members_of(one))
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
-            print(indent + name.ljust(width + 2) + textwrap.shorten(text, 78 - width - len(indent), placeholder=" ..."))
+            shown = textwrap.shorten(text, 78 - width - len(indent), placeholder=" ...")
+            cut |= shown != text
+            print(indent + name.ljust(width + 2) + shown)
+    if cut:
+        print("phf help KIND.NAME says all, for example: phf help objective.conditional", file=sys.stderr)
 
 
 def _imported(name: str) -> Any:
@@ -74,7 +80,9 @@ def _members_of(kind: str) -> Iterator[tuple[str, str]]:
         from phf.training.lm import MODELS
 
         for name, settings in MODELS.items():
-            yield name, f"A small or known model from scratch: {settings['model_type']}"
+            width = settings.get("hidden_size", 768)
+            layers = settings.get("num_hidden_layers", 12)
+            yield name, f"A model from scratch: {settings['model_type']}, {layers} layers of width {width}."
     for cls in _classes(_imported(UNIONS[kind])):
         yield str(_tag(cls)), _first_sentence(cls)
 
@@ -96,7 +104,13 @@ def explain(
 
     first, *path = setting.split("=")[0].split(".")
     if first not in PLACES:
-        raise ConfigError(f"unknown setting {first!r}{did_you_mean(first, PLACES)}")
+        named_so = [
+            f"{place}.{first}"
+            for place in PLACES
+            if any(f.name == first for cls in _classes(_imported(PLACES[place])) for f in dataclasses.fields(cls))
+        ]
+        hint = f" (did you mean {' or '.join(named_so)}?)" if named_so else did_you_mean(first, PLACES)
+        raise ConfigError(f"unknown setting {first!r}{hint}")
     classes = _classes(_imported(PLACES[first]))
     shown = first
     found: list[tuple[type, Any]] = []
