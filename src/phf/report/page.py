@@ -162,7 +162,12 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "pairs": _pairs(compared, said, scorer),
         "main": compared.scenario,
         "settings": first.result.scenarios[compared.scenario].scenario,
-        "main_columns": [key for key in (*MAIN, *by_preferences(compared), *compared.capabilities) if key in measures],
+        "main_columns": [
+            key
+            for key in (*MAIN, *by_preferences(compared), *compared.capabilities)
+            if key in measures and not key.startswith("canaries")
+        ],
+        "memorised_columns": [key for key in compared.capabilities if key.startswith("canaries")],
         "diversity_columns": [key for key in DIVERSITY if key in measures],
         "seeds": sorted({run.manifest.seed for run in runs}),
         "best": best,
