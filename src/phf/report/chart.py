@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,8 @@ MANY = 10
 """Series from which on names stand in a legend, not at the lines."""
 LONG = 22
 """Letters of a name from which on names stand in a legend too."""
+LABEL = 36
+"""Letters of a line of the label below a chart."""
 MOST_VALUES = 80
 """Values of a series with a circle, at most."""
 LOG_FROM = 5
@@ -130,7 +133,7 @@ class Chart:
     def draw(self, x: str, y: str, label: str, named: bool = False, may_log: Axis | None = None) -> Drawing:
         """The finished chart, with the axes labelled. `named`: lines have names. `may_log`: the axis that may be
         logarithmic."""
-        self.axes.set_xlabel(literal(x), color=INK, fontsize=FONT)
+        self.axes.set_xlabel(literal("\n".join(textwrap.wrap(x, LABEL))), color=INK, fontsize=FONT)
         self.axes.set_ylabel(literal(y), color=INK, fontsize=FONT)
         names: list[Any] = []
         if named and (len(self.series) > MANY or max(len(name) for name, _ in self.series) > LONG):
