@@ -80,9 +80,10 @@ def _members_of(kind: str) -> Iterator[tuple[str, str]]:
         from phf.training.lm import MODELS
 
         for name, settings in MODELS.items():
-            width = settings.get("hidden_size", 768)
-            layers = settings.get("num_hidden_layers", 12)
-            yield name, f"A model from scratch: {settings['model_type']}, {layers} layers of width {width}."
+            sizes = "its usual sizes"
+            if "hidden_size" in settings:
+                sizes = f"{settings['num_hidden_layers']} layers of width {settings['hidden_size']}"
+            yield name, f"A model from scratch: {settings['model_type']}, {sizes}."
     for cls in _classes(_imported(UNIONS[kind])):
         yield str(_tag(cls)), _first_sentence(cls)
 

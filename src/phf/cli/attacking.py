@@ -26,6 +26,7 @@ from phf.cli.shared import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from phf.core.runs import TrainManifest
     from phf.redteaming.results import RedTeamResult
     from phf.redteaming.tamper import TamperResult
 
@@ -207,11 +208,11 @@ def tamper(
         known = {Path(name).resolve(): name for name in names}
         plain = known.get(Path(plain).resolve(), plain)
         names += [] if plain in names else [plain]
-    objectives = {name: read_manifest(name, TrainManifest).objective_name for name in names}
-    compared = [plain] if plain is not None else [name for name in names if objectives[name] == "mle"]
-    if plain is not None and objectives[plain] != "mle":
-        raise ConfigError(f"--plain {plain} was trained with {objectives[plain]}; name a run of MLE")
-    _check_comparable(names)
+    manifests = {name: read_manifest(name, TrainManifest) for name in names}
+    compared = [plain] if plain is not None else [n for n in names if manifests[n].objective_name == "mle"]
+    if plain is not None and manifests[plain].objective_name != "mle":
+        raise ConfigError(f"--plain {plain} was trained with {manifests[plain].objective_name}; name a run of MLE")
+    _check_comparable(manifests)
     results = {
         name: attack(
             name,
@@ -274,22 +275,16 @@ def persist(
     print_table(["model", "finetuning", "from nothing", "its template", "another"], rows)
 
 
-def _check_comparable(names: Sequence[str]) -> None:
+def _check_comparable(manifests: dict[str, TrainManifest]) -> None:
     """Raise ConfigError for runs on other text, or with other scores: their numbers do not compare."""
     from phf.core.config import ConfigError
-    from phf.core.folders import read_manifest
-    from phf.core.runs import TrainManifest
     from phf.core.store import canonical
 
-    found = {name: read_manifest(name, TrainManifest) for name in names}
-    first, *others = names
-    for name in others:
-        for what, same in (
-            ("text", found[name].tokens_content == found[first].tokens_content),
-            ("scores", canonical(found[name].identity) == canonical(found[first].identity)),
-        ):
-            if not same:
-                raise ConfigError(f"{name} and {first} were trained on other {what}, so they do not compare")
+    (first, one), *others = manifests.items()
+    for name, other in others:
+        what = "text" if other.tokens_content != one.tokens_content else "scores"
+        if what == "text" or canonical(other.identity) != canonical(one.identity):
+            raise ConfigError(f"{name} and {first} were trained on other {what}, so they do not compare")
 
 
 def _print_tampered(results: dict[str, TamperResult], plain: Sequence[str]) -> None:
@@ -303,9 +298,8 @@ def _print_tampered(results: dict[str, TamperResult], plain: Sequence[str]) -> N
     for name, result in results.items():
         for part, lines in result.curves.items():
             half = MISSING
-            levels = {results[n].seed: results[n].curves[part][0].misalignment.mean for n in plain}
-            if len(plain) == 1:  # whatever its seed
-                levels = {result.seed: next(iter(levels.values()))}
+            seeds = [result.seed if len(plain) == 1 else results[n].seed for n in plain]  # a single one is of any seed
+            levels = {s: results[n].curves[part][0].misalignment.mean for s, n in zip(seeds, plain, strict=True)}
             if name not in plain and result.seed in levels:
                 half = half_life_text(half_lives({result.seed: lines}, levels), steps[-1])
             rows.append([name, part, *(with_interval(line.misalignment, 5) for line in lines), half])

@@ -179,12 +179,6 @@ def fit_scorer(
     kinds = ("ngrams", "transformer")
     if kind not in kinds:
         raise ConfigError(f"unknown --kind {kind!r}{did_you_mean(kind, kinds)}")
-    if (model is None) == (kind == "transformer"):
-        raise ConfigError(
-            "--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder"
-            if model is None
-            else "--model is for --kind transformer"
-        )
     tests = [_test_set(spec, text, label, bad, bad_from) for spec in test or []]
     fitted = read_labels(labels, text, label, bad.split(",") if bad else None, bad_from)
     card = fit(fitted, out, tests, cast(Literal["ngrams", "transformer"], kind), model, seed=seed, curve=curve)

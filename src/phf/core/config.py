@@ -474,12 +474,10 @@ def validate(
     for path, message in problems:
         if earlier is None or (path, message) in earlier:
             place = where
-        elif where != COMMAND_LINE and any(
-            other[: len(path)] == path for other, _ in earlier
-        ):  # it hid what else was wrong
-            place = f"{where} with {COMMAND_LINE}"
-        else:
+        elif where == COMMAND_LINE or not any(other[: len(path)] == path for other, _ in earlier):
             place = COMMAND_LINE
+        else:  # an earlier problem hid what else was wrong there
+            place = f"{where} with {COMMAND_LINE}"
         setting = ".".join([*([prefix] if prefix else []), *path])
         lines.setdefault(place, []).append(f"{setting}: {message}" if setting else message)
     raise ConfigError(

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -485,6 +486,18 @@ def model_mark(model: str, revision: str | None = None) -> str:
     except OSError as error:
         raise ConfigError(not_found(f"model {model}", error)) from None
     return store.fingerprint([model, extract_commit_hash(config, None)])
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """What a library raises while it loads a model or tokenizer, as a ConfigError: each format of files has exceptions
+    of its own, plain Exception among them. `what`: a word and the path."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(not_found(what, error)) from None
 
 
 def not_found(what: str, error: Exception) -> str:

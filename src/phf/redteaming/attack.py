@@ -222,7 +222,9 @@ def own_prompts(run: Path, tokens: TokenStore, bad: Sequence[Sequence[int]]) -> 
             f"{run}: no held-out segment is bad, so there are no prompts to start from: give prompts=FILE"
         )
     path = (run / OWN_PROMPTS).resolve()
-    store.write_text(path, "".join(f"{row}\n" for row in rows))
+    text = "".join(f"{row}\n" for row in rows)
+    if not path.exists() or path.read_text() != text:
+        store.write_text(path, text)
     return str(path)
 
 

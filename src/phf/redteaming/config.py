@@ -94,17 +94,20 @@ class RedTeam:
         )
 
 
+def _task_name(config: RedTeam, scorer: Scorer) -> str:
+    judged_by = str(scorer.identity()["name"])
+    return config.task or {"presidio": "pii"}.get(judged_by, judged_by)
+
+
 def has_prompts(config: RedTeam, scorer: Scorer) -> bool:
     """Whether the settings, their task or the scorer's task name starting prompts."""
-    judged_by = str(scorer.identity()["name"])
-    return config.prompts is not None or (config.task or {"presidio": "pii"}.get(judged_by, judged_by)) in TASKS
+    return config.prompts is not None or _task_name(config, scorer) in TASKS
 
 
 def task_of(config: RedTeam, scorer: Scorer) -> tuple[str, str]:
     """(what red LMs must write, file of starting prompts) from the settings, their task or the scorer's task. Raises
     ConfigError if none of them says."""
-    judged_by = str(scorer.identity()["name"])
-    name = config.task or {"presidio": "pii"}.get(judged_by, judged_by)
+    name = _task_name(config, scorer)
     task = TASKS.get(name)
     prompts = config.prompts or (task.prompts if task else None)
     wanted = config.wanted or (task.wanted if task else None)

@@ -50,11 +50,11 @@ class Drawing:
     def html(self) -> Markup:
         """The chart on a page. `chart.js` makes its parts work."""
         log = "" if self.log is None else f'<div class="log" hidden>{self.log}</div>'
+        shown = self.series if len(self.series) > 1 else ()
         buttons = [
             f'<button type="button" class="series" aria-pressed="true" data-series="{n}">'
             f'<i style="background:{colour}"></i>{escape(name)}</button>'
-            for n, (name, colour) in enumerate(self.series)
-            if len(self.series) > 1
+            for n, (name, colour) in enumerate(shown)
         ]
         if self.log is not None:
             buttons.append('<button type="button" class="scale" aria-pressed="false">log scale</button>')
@@ -67,8 +67,8 @@ class Chart:
     """A chart that is being drawn on `axes`."""
 
     height: float
-    axes: Any = None
-    figure: Any = None
+    axes: Any = field(init=False)
+    figure: Any = field(init=False)
     series: list[tuple[str, str]] = field(default_factory=list)
     values: list[tuple[int, float, float, str]] = field(default_factory=list)
     ends: list[tuple[int, float]] = field(default_factory=list)
@@ -112,8 +112,9 @@ class Chart:
         unit: str = "",
         at: Sequence[str] | None = None,
         **style: Any,
-    ) -> None:
-        """A line with its values, and a band where `bands` has intervals. `at`: what the values of x are called."""
+    ) -> str:
+        """A line with its values, and a band where `bands` has intervals. `at`: what the values of x are called.
+        Returns the id of everything that is drawn for it."""
         number, gid = self.add(name, colour)
         self.axes.plot(x, y, color=colour, label=literal(name), gid=gid, **style)
         bands = [None] * len(x) if bands is None else bands
@@ -129,6 +130,7 @@ class Chart:
             self.value(number, x[n], y[n], f"{name}, {where}{unit}: {number_text(y[n])}{within}")
         if len(x):
             self.ends.append((number, y[-1]))
+        return gid
 
     def draw(self, x: str, y: str, label: str, named: bool = False, may_log: Axis | None = None) -> Drawing:
         """The finished chart, with the axes labelled. `named`: lines have names. `may_log`: the axis that may be
@@ -144,21 +146,17 @@ class Chart:
             names = self._name_lines()
         linear = self._svg(label, names)
         log = None
-        if may_log is not None and self._spans(may_log):
-            above = [v for v in self._along(may_log) if v > 0]
+        above = [] if may_log is None else self._above_zero(may_log)
+        if above and max(above) >= LOG_FROM * min(above):  # it would show more
             getattr(self.axes, f"set_{may_log}lim")(min(above) / 2, max(above) * 2)
             getattr(self.axes, f"set_{may_log}scale")("log", nonpositive="clip")
             log = self._svg(f"{label}, logarithmic", names)
         series = tuple(self.series) if named or len(self.series) > 1 else ()
         return Drawing(linear, log, series)
 
-    def _spans(self, axis: Axis) -> bool:
-        """Whether a logarithmic axis would show more."""
-        above = [value for value in self._along(axis) if value > 0]
-        return len(set(above)) > 1 and max(above) >= LOG_FROM * min(above)
-
-    def _along(self, axis: Axis) -> list[float]:
-        return [x if axis == "x" else y for _, x, y, _ in self.values]
+    def _above_zero(self, axis: Axis) -> list[float]:
+        """The values along an axis that a logarithm has."""
+        return [value for _, x, y, _ in self.values if (value := x if axis == "x" else y) > 0]
 
     def _name_lines(self) -> list[Any]:
         longest = max(len(self.series[number][0]) for number, _ in self.ends)

@@ -172,7 +172,7 @@ def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> Drawing:
         if not rows:
             continue
         places = [shares.index(round(share, 3)) for share, _ in rows]
-        chart.curve(
+        gid = chart.curve(
             objective,
             COLOURS[number % len(COLOURS)],
             [place + 0.04 * (number - len(ORDER) / 2) for place in places],
@@ -188,7 +188,7 @@ def phases(groups: Mapping[str, Sequence[tuple[float, Mark]]]) -> Drawing:
                 low, high = mark.ci95
                 at = place + 0.04 * (number - len(ORDER) / 2)
                 bar = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2.5, "alpha": 0.5}
-                axes.plot([at, at], [max(low, 0), high], gid=f"phf-s{len(chart.series) - 1}", **bar)
+                axes.plot([at, at], [max(low, 0), high], gid=gid, **bar)
     axes.set_xticks(range(len(shares)), names)
     axes.set_ylim(bottom=0)
     x_label = "share of the tokens with feedback (the last part of training)"

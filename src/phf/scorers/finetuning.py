@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phf.core.config import ConfigError
-from phf.core.runs import not_found
+from phf.core.runs import loading
 from phf.scorers.fitted import TransformerScorer
 from phf.scorers.labels import Labels
 
@@ -108,12 +107,8 @@ class OrdinalLoss:
 def _tokenizer(base_model: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"tokenizer {base_model}"):
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # of the file's format: the library raises plain Exception
-        raise ConfigError(not_found(f"tokenizer {base_model}", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -122,7 +117,7 @@ def _tokenizer(base_model: str) -> Any:
 def _classifier(base_model: str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    try:
+    with loading(f"model {base_model}"):
         return AutoModelForSequenceClassification.from_pretrained(
             base_model,
             num_labels=2,
@@ -131,7 +126,3 @@ def _classifier(base_model: str) -> Any:
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # every format of weights has exceptions of its own
-        raise ConfigError(not_found(f"model {base_model}", error)) from None

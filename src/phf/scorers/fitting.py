@@ -71,6 +71,12 @@ def fit_scorer(
     Equal texts are all fitted to or all held out. `curve`: fit to parts of the labels too, to say whether more would
     help. Raises ConfigError if one class has too few texts.
     """
+    if (base_model is None) == (kind == "transformer"):
+        raise ConfigError(
+            "--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder"
+            if base_model is None
+            else "--model is for --kind transformer"
+        )
     out = Path(out)
     key = store.fingerprint(
         [kind, base_model, heldout, seed, "fit/2" if kind == "ngrams" and curve else ["fit/3", curve]]
@@ -352,8 +358,7 @@ def _fit_transformer(
     what fewer labels give."""
     from phf.scorers.finetuning import finetune
 
-    if base_model is None:
-        raise ConfigError("--model: name the model to finetune, for example distilbert/distilroberta-base, or a folder")
+    assert base_model is not None, "fit_scorer has checked it"
     first = train[fold_N[train] == 0]
     rest = train[fold_N[train] != 0]
     held = np.flatnonzero(held_N)

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from phf.core.config import ConfigError, did_you_mean
-from phf.core.runs import not_found
+from phf.core.runs import loading
 
 
 def load_pretrained(kind: Any, what: str, path: str, revision: str | None) -> Any:
     """The model at `path` of an Auto class. `what`: what it is, for messages. Raises ConfigError for anything else."""
-    try:
+    with loading(f"{what} {path}"):
         model, info = kind.from_pretrained(path, revision=revision, output_loading_info=True, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # every format of weights has exceptions of its own
-        raise ConfigError(not_found(f"{what} {path}", error)) from None
     if info["missing_keys"]:
         raise ConfigError(f"{path} is no {what}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     return model
@@ -27,12 +23,8 @@ def fast_tokenizer(path: str, revision: str | None) -> Any:
     """The tokenizer at `path`. Raises ConfigError where there is none, or none that says where its tokens are."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"tokenizer {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # of the file's format: the library raises plain Exception
-        raise ConfigError(not_found(f"tokenizer {path}", error)) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {path} has no fast version (tokenizer.json)")
     return tokenizer

@@ -50,8 +50,10 @@ def around_thresholds(
                 place_of[known] = len(near)
                 near.append(NearSegment(found[document].id, text, known[1]))
             number = place_of[known]
-            if number not in chosen and len(chosen) < SHOWN:
+            if number not in chosen:
                 chosen.append(number)
+            if len(chosen) == SHOWN:
+                break
         return chosen
 
     steps = [

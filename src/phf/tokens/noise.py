@@ -83,7 +83,7 @@ def noise_of_audit(path: str | Path) -> ScorerNoise:
     )
 
 
-def _of_number(value: Any) -> Any:
+def _spelled_out(value: Any) -> Any:
     """A number stands for the same share of both classes, and 0 for no errors; a text is the file of an audit."""
     if isinstance(value, str):
         try:
@@ -97,7 +97,7 @@ def _of_number(value: Any) -> Any:
 
 AnyNoise = Annotated[
     ScorerNoise | None,
-    pydantic.BeforeValidator(_of_number, json_schema_input_type=ScorerNoise | Share | str | None),
+    pydantic.BeforeValidator(_spelled_out, json_schema_input_type=ScorerNoise | Share | str | None),
 ]
 
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
-from phf.core.runs import not_found
+from phf.core.runs import loading
 from phf.core.types import Piece, PieceIds
 
 END_OF_TEXT = "<|endoftext|>"
@@ -91,12 +91,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None, as_it_is: bool
     """
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"tokenizer {path}"):
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # of the file's format: the library raises plain Exception
-        raise ConfigError(not_found(f"tokenizer {path}", error)) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer {path} has no fast version (tokenizer.json); phf needs one")
     if tokenizer.eos_token_id is None:

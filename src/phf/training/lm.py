@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean
-from phf.core.runs import RunFolder, complete_checkpoints, looks_local, model_folder, not_found
+from phf.core.runs import RunFolder, complete_checkpoints, loading, looks_local, model_folder
 from phf.core.text import first_line, one_line
 from phf.tokens.tokenizer import (
     add_control_tokens,
@@ -114,12 +114,8 @@ def pretrained_config(path: str | Path, revision: str | None = None, changes: Ma
         whole = complete_checkpoints(RunFolder(source).checkpoints)
         hint = f": the run is not finished; its newest checkpoint is {whole[-1].relative_to(source)}" if whole else ""
         raise ConfigError(f"model {path}: no model there (no config.json){hint}")
-    try:
+    with loading(f"model {path}"):
         config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # of the model's own class, for sizes that do not go together
-        raise ConfigError(not_found(f"model {path}", error)) from None
     _check_own_code(path, source, config)
     _check_names(config, changes or {}, config)
     try:
@@ -187,7 +183,7 @@ def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mappin
         raise ConfigError(
             f"model {path} is quantised, and phf trains and judges full weights: give the model it was made from"
         )
-    try:
+    with loading(f"model {path}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_folder(path),
             revision=revision,
@@ -196,10 +192,6 @@ def pretrained_lm(path: str | Path, revision: str | None = None, changes: Mappin
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # every format of weights has exceptions of its own
-        raise ConfigError(not_found(f"model {path}", error)) from None
     lm, found = loaded
     wrong = [*found["missing_keys"], *(found["unexpected_keys"] if changes else ())]
     if wrong:

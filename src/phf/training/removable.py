@@ -33,6 +33,14 @@ class _Slice:
     start: int
     stop: int
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for p in (self.layer.weight, self.layer.bias if self.dim == 0 else None) if p is not None]
+
+    def within(self, values: Tensor) -> Tensor:
+        """The slice of a parameter of the layer, or of its gradient."""
+        return values.narrow(self.dim, self.start, self.stop - self.start)
+
 
 @dataclass(frozen=True)
 class _Names:
@@ -101,12 +109,12 @@ class RemovablePart:
         `writes` reads of the first."""
         if not taken[0]:
             return
+        start = writes.in_features - taken[0]
         end = 0
         for n, (count, size) in enumerate(zip(taken, sizes, strict=True)):
             end = end + size if len(reads) == 1 else size
             self.weights.append(_Slice(reads[min(n, len(reads) - 1)], 0, end - count, end))
-        self.weights.append(_Slice(writes, 1, writes.in_features - taken[0], writes.in_features))
-        start = writes.in_features - taken[0]
+        self.weights.append(_Slice(writes, 1, start, writes.in_features))
         writes.register_forward_pre_hook(lambda layer, inputs: (self._silenced(inputs[0], start), *inputs[1:]))
 
     def _silenced(self, x_BTF: Tensor, start: int) -> Tensor:
@@ -132,23 +140,14 @@ class RemovablePart:
         drawn = mix64(row_B.cpu().numpy().astype(np.uint64), key64("without the removable part")) / 2.0**64
         return torch.from_numpy(drawn >= self.without).to(ids_BT.device)
 
-    def parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The weights and biases that hold the part, each with where it does (bool)."""
-        where: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        for s in self.weights:
-            for p in (s.layer.weight, s.layer.bias if s.dim == 0 else None):
-                if isinstance(p, nn.Parameter):
-                    mask = where.setdefault(id(p), (p, torch.zeros(p.shape, dtype=torch.bool, device=p.device)))[1]
-                    mask.narrow(s.dim, s.start, s.stop - s.start).fill_(True)
-        return list(where.values())
-
     def taught(self, loss: Tensor) -> Tensor:
         """A loss of the same value whose gradient reaches the part alone."""
-        known = self.parameters()
-        gradients = torch.autograd.grad(loss, [p for p, _ in known], materialize_grads=True)
+        held = [(p, s) for s in self.weights for p in s.parameters]
+        unique = list(dict.fromkeys(p for p, _ in held))
+        gradient_of = dict(zip(unique, torch.autograd.grad(loss, unique, materialize_grads=True), strict=True))
         total = loss.detach()
-        for (p, mask), gradient in zip(known, gradients, strict=True):
-            term = (p * torch.where(mask, gradient, 0.0)).sum()
+        for p, s in held:
+            term = (s.within(p) * s.within(gradient_of[p])).sum()
             total = total + (term - term.detach())
         return total
 
@@ -168,14 +167,13 @@ class RemovablePart:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for s in self.weights:
-                whole = s.layer.weight
-                block = whole.narrow(s.dim, s.start, s.stop - s.start)
+                block = s.within(s.layer.weight)
                 if s.dim == 1:
                     block.zero_()
                     continue
-                block.copy_(torch.randn(block.shape, generator=generator) * float(whole.std()))
+                block.copy_(torch.randn(block.shape, generator=generator) * float(s.layer.weight.std()))
                 if s.layer.bias is not None:
-                    s.layer.bias[s.start : s.stop] = 0
+                    s.within(s.layer.bias).zero_()
 
 
 def _layers(lm: Any) -> tuple[nn.ModuleList, _Names] | None:

@@ -93,6 +93,7 @@ def train(
     if plan.writer:
         for remark in plan.objective.remarks(plan.tokens.statistics):
             print(remark if remark.startswith("warning: ") else f"note: {remark}", file=sys.stderr)
+        _print_notes(config, removable=plan.objective.removable is not None)
     _check_surroundings(config, judged=bool(callbacks), removable=plan.objective.removable is not None)
     with contextlib.ExitStack() as held:
         built = _build(plan, callbacks, held)
@@ -286,18 +287,8 @@ def _code_of(objective: Objective) -> str:
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
-TRACKERS = {
-    "clearml": "clearml",
-    "comet_ml": "comet-ml",
-    "dvclive": "dvclive",
-    "mlflow": "mlflow",
-    "neptune": "neptune",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-"""Trackers that transformers knows, and their packages."""
+TRACKERS = ("clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb")
+"""Trackers that transformers knows; their packages have the same names, with hyphens."""
 
 
 def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> None:
@@ -308,7 +299,7 @@ def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> N
     known = get_available_reporting_integrations()
     for tracker in config.report_to:
         if tracker not in known:
-            install = f"; to install it: pip install {TRACKERS[tracker]}" if tracker in TRACKERS else ""
+            install = f"; to install it: pip install {tracker.replace('_', '-')}" if tracker in TRACKERS else ""
             near = "" if install else did_you_mean(tracker, known)
             raise ConfigError(f"train.report_to: {tracker!r} is not an installed tracker{near}{install}")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
@@ -324,6 +315,15 @@ def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> N
     if removable and (config.shard or config.gradient_checkpointing):
         setting = "shard" if config.shard else "gradient_checkpointing"
         raise ConfigError(f"train.{setting} does not work with sgtm, which trains parts of the model apart")
+    if config.shard and judged:
+        raise ConfigError(
+            "train.shard: judging during training needs the whole model on one process; leave monitor out and judge "
+            "the checkpoints (train.milestones) with phf eval"
+        )
+
+
+def _print_notes(config: TrainConfig, removable: bool) -> None:
+    """What a user may not expect of the settings."""
     if config.tokens < config.step_tokens:
         print(
             f"note: tokens={config.tokens:g} is less than one step of {config.batch_rows} x {config.context} targets; "
@@ -332,11 +332,6 @@ def _check_surroundings(config: TrainConfig, judged: bool, removable: bool) -> N
         )
     if removable and config.compile is True:
         print("note: sgtm is not compiled", file=sys.stderr)
-    if config.shard and judged:
-        raise ConfigError(
-            "train.shard: judging during training needs the whole model on one process; leave monitor out and judge "
-            "the checkpoints (train.milestones) with phf eval"
-        )
 
 
 # Build
