@@ -365,6 +365,8 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(served, scored, tmp_pa
     found = label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(20))
     assert found.labels == 20
     assert len(served.asked) == 40
+    reason = "status 503" if fault == 503 else "no JSON" if fault == b"not json" else "an answer that cannot be used"
+    assert found.judges[0].asked_again[reason] == 20
 
 
 def test_another_field_of_the_corpus_is_another_corpus(served, tmp_path):

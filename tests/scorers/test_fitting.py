@@ -444,6 +444,10 @@ def test_weighted_measures_are_those_of_repeated_texts():
         a, b = weighted.at[threshold], repeated.at[threshold]
         assert (a.precision, a.recall, a.share) == pytest.approx((b.precision, b.recall, b.share))
         assert a.precision_ci95[1] - a.precision_ci95[0] > b.precision_ci95[1] - b.precision_ci95[0]
+    for name in ("average_precision", "brier"):
+        low, high = getattr(weighted, f"{name}_ci95")
+        assert low < getattr(weighted, name) < high
+        assert high - low > np.subtract(*getattr(repeated, f"{name}_ci95")[::-1])
     slope, offset = platt(p, bad, times.astype(float))
     assert np.isfinite([slope, offset]).all()
 

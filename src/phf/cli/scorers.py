@@ -291,5 +291,5 @@ def _metrics_row(name: str, found: ScorerMetrics) -> list[str]:
         within(found.auc, found.auc_ci95),
         within(half.precision, half.precision_ci95),
         within(half.recall, half.recall_ci95),
-        number(found.calibration_error, 3),
+        within(found.calibration_error, found.calibration_error_ci95),
     ]

@@ -297,6 +297,14 @@ def corpus_of(tokens: TokenStore) -> ScoredCorpus:
     return corpus
 
 
+def document_ids(model: LoadedModel, document: ScoredDocument) -> list[list[int]]:
+    """The token ids of each segment of a document, cut as the model's training texts were."""
+    if model.conditions_on:  # control tokens go before every segment
+        return encode_segments(model.tokenizer, list(document.texts))
+    pieces = None if model.segmenter is None else model.segmenter.split(document.text)
+    return encode_cut(model.tokenizer, document.texts, pieces)
+
+
 def in_tokens_of(model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore | None, max_tokens: int) -> TokenStore:
     """Held-out documents of `corpus` in the tokens of a model with its own tokenizer.
 
@@ -317,11 +325,7 @@ def in_tokens_of(model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore | 
             break
         if keep_D is not None and not keep_D[number]:
             continue
-        if model.conditions_on:  # control tokens go before every segment
-            parts = encode_segments(model.tokenizer, list(document.texts))
-        else:
-            pieces = None if model.segmenter is None else model.segmenter.split(document.text)
-            parts = encode_cut(model.tokenizer, document.texts, pieces)
+        parts = document_ids(model, document)
         ids += [i for part in parts for i in part]
         lengths += [len(part) for part in parts]
         sizes += [len(text.encode()) for text in document.texts]

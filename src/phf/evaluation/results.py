@@ -260,8 +260,8 @@ class CapabilityResult(store.Flat):
 
     @property
     def main(self) -> dict[str, Estimate]:
-        """The main numbers: the first one, or all of lm-eval's tasks and of canaries."""
-        all_of_them = self.name in ("lm-eval", "canaries")
+        """The main numbers: the first one, or all of lm-eval's tasks and of what is memorised."""
+        all_of_them = self.name in ("lm-eval", "canaries", "verbatim")
         return self.estimates if all_of_them else dict(list(self.estimates.items())[:1])
 
 

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class Answers:
         self.path = Path(path)
         self.lock = threading.Lock()
         self.known: dict[str, Any] = {}
+        self.again: Counter[str] = Counter()
+        """Requests that were sent again since this was opened, by reason."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         self.torn = not text.endswith("\n") and text != ""
         for line in text.split("\n"):
@@ -81,6 +84,10 @@ class Answers:
                 self.known[row["key"]] = row["answer"]
             except (ValueError, KeyError, TypeError):
                 continue
+
+    def count_again(self, reason: str) -> None:
+        with self.lock:
+            self.again[reason] += 1
 
     def keep(self, key: str, answer: Any) -> None:
         """Keep an answer. It is on disk when this returns."""
@@ -144,7 +151,8 @@ class Server:
         if answers is not None and key in answers.known:
             with contextlib.suppress(ServerError):
                 return _answer(answers.known[key], chat)
-        given, answer = self.post(path, body, lambda data: (data, _answer(data, chat)))
+        again = None if answers is None else answers.count_again
+        given, answer = self.post(path, body, lambda data: (data, _answer(data, chat)), again)
         if answers is not None:
             answers.keep(key, given)
         return answer
@@ -152,24 +160,28 @@ class Server:
     def _key(self, path: str, body: Plain) -> str:
         return store.fingerprint([self.url, path, body])
 
-    def post(self, path: str, body: Plain, read: Callable[[Any], T]) -> T:
+    def post(self, path: str, body: Plain, read: Callable[[Any], T], again: Callable[[str], None] | None = None) -> T:
         """The answer to a POST, as `read` takes it from the JSON. Where the server is busy or away, or `read` raises
-        ServerError, it is retried after growing waits. Raises ServerError."""
+        ServerError, it is retried after growing waits; `again` gets the reason each time. Raises ServerError."""
         key = os.environ.get(self.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        problem = ""
+        problem = reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
+                if again is not None:
+                    again(reason)
                 time.sleep(min(0.5 * 2**attempt, 20))
             try:
                 status, data = post_json(f"{self.url.rstrip('/')}{path}", body, headers, self.timeout_s)
             except httpx.HTTPError as error:
+                reason = "too slow" if isinstance(error, httpx.TimeoutException) else "no connection"
                 problem = f"does not answer ({str(error) or type(error).__name__})"
                 continue
             except httpx.InvalidURL as error:
                 raise ServerError(f"{self.url} is not an address: {error}") from None
             text = data[:300].decode("utf-8", "replace")
             if status in (408, 429) or status >= 500:
+                reason = f"status {status}"
                 problem = f"does not answer (status {status}: {text})"
                 continue
             if status in (401, 403):
@@ -184,8 +196,10 @@ class Server:
             try:
                 return read(store.parse_json(data))
             except ServerError as error:
+                reason = "an answer that cannot be used"
                 problem = f"gives no answer that can be used: {error}"
             except ValueError:
+                reason = "no JSON"
                 problem = f"did not answer with JSON: {text!r}"
         raise ServerError(f"{self.url}{path} {problem}, tried {self.retries + 1} times")
 

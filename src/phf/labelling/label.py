@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class JudgeCounts:
     """What it said the first time, by reason."""
     tokens: int
     """Tokens that its server counted, of answers of earlier calls too; 0 if it counted none."""
+    asked_again: dict[str, int] = field(default_factory=dict)
+    """Requests of the last call that had to be sent again, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +129,16 @@ def label_corpus(
         return None
     with folders.stage_folder(out, LabelManifest.stage, "labels", keep_manifest=True):
         answers = Answers(out / ANSWERS)
-        given = [_labels(judge, texts, rubric, repeats, answers) for judge in judges]
-        counts = [_counts(judge, of_judge) for judge, of_judge in zip(judges, given, strict=True)]
+        asked = [item.text for item in texts]
+        costs = [judge.cost(asked, rubric, repeats, answers) for judge in judges]
+        for judge, cost in zip(judges, costs, strict=True):
+            _print_cost(judge, cost)
+        given = []
+        counts = []
+        for judge, cost in zip(judges, costs, strict=True):
+            answers.again.clear()
+            given.append(_labels(judge, asked, rubric, repeats, answers, cost))
+            counts.append(_counts(judge, given[-1], answers.again))
         for one in counts:
             _check(one, len(texts) * repeats, max_without)
         rows = [
@@ -205,15 +215,14 @@ def _keep_labels(out: Path, key: str) -> None:
     path.unlink(missing_ok=True)
 
 
-def _labels(judge: Judge, texts: Sequence[Drawn], rubric: Rubric, repeats: int, answers: Answers) -> list[list[Given]]:
+def _labels(
+    judge: Judge, texts: Sequence[str], rubric: Rubric, repeats: int, answers: Answers, cost: Cost
+) -> list[list[Given]]:
     """What a judge says about each text, `repeats` times."""
-    asked = [item.text for item in texts]
-    cost = judge.cost(asked, rubric, repeats, answers)
-    _print_cost(judge, cost)
     found: list[list[Given]] = [[] for _ in texts]
     for repeat in range(repeats):
         to_ask = cost.answers if repeat == 0 else 0
-        given = with_progress(judge, judge.labels(asked, rubric, repeat, answers), len(texts), to_ask)
+        given = with_progress(judge, judge.labels(texts, rubric, repeat, answers), len(texts), to_ask)
         for n, one in enumerate(given):
             found[n].append(one)
     return found
@@ -228,7 +237,7 @@ def _print_cost(judge: Judge, cost: Cost) -> None:
     print(f"{judge.title}: {counted(cost.answers, 'label')} to get{tokens}{known}", file=sys.stderr, flush=True)
 
 
-def _counts(judge: Judge, given: Sequence[Sequence[Given]]) -> JudgeCounts:
+def _counts(judge: Judge, given: Sequence[Sequence[Given]], again: Mapping[str, int]) -> JudgeCounts:
     labels: Counter[int] = Counter()
     without: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -249,6 +258,7 @@ def _counts(judge: Judge, given: Sequence[Sequence[Given]]) -> JudgeCounts:
         dict(sorted(without.items())),
         examples,
         tokens,
+        dict(sorted(again.items())),
     )
 
 
@@ -273,7 +283,8 @@ def print_labels(found: LabelManifest, out: str | Path) -> None:
         given = ", ".join(f"{count:,} x {label}" for label, count in judge.labels.items())
         without = f"; without a label: {by_reason(judge.without, judge.examples)}" if judge.without else ""
         tokens = f"; {judge.tokens:,} tokens" if judge.tokens else ""
-        print(f"{judge.judge}: {given or 'no label'}{without}{tokens}")
+        again = f"; sent again: {by_reason(judge.asked_again, {})}" if judge.asked_again else ""
+        print(f"{judge.judge}: {given or 'no label'}{without}{tokens}{again}")
     if not math.isnan(found.alpha):
         print(f"agreement (Krippendorff's alpha, ordinal): {found.alpha:.2f}")
     print(f"labels: {Path(out) / LABELS}   labels from {found.bad_from} on mean bad")

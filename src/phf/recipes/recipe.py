@@ -42,7 +42,7 @@ from phf.core.runs import RecipeFolder, checkpoint_folder, file_name
 from phf.data.canaries import AnyCorpus, Canaries, WithCanaries
 from phf.data.corpus import Corpus
 from phf.data.segment import AnySegmenter
-from phf.evaluation.capabilities import AnyCapability, Memorised, Probe
+from phf.evaluation.capabilities import AnyCapability, Memorised, Probe, Verbatim
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import Monitor
 from phf.generation.scenario import Scenario
@@ -252,10 +252,14 @@ class Recipe:
 
     @property
     def measured(self) -> tuple[AnyCapability, ...]:
-        """The capabilities, with what the models memorised of the canaries. Probes read the recipe's own text."""
+        """The capabilities, with what the models memorised of the canaries. Probes and verbatim read the
+        recipe's own text."""
         own = () if self.canaries is None else (Memorised(self.canaries),)
         tokens = str(self.files.tokens)
-        asked = (replace(c, path=tokens) if isinstance(c, Probe) and c.path is None else c for c in self.capabilities)
+        asked = (
+            replace(c, path=tokens) if isinstance(c, Probe | Verbatim) and c.path is None else c
+            for c in self.capabilities
+        )
         return (*asked, *own)
 
     @property

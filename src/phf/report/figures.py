@@ -11,6 +11,7 @@ from functools import cached_property
 
 from markupsafe import Markup
 
+from phf.core.statistics import over_seeds
 from phf.core.types import Estimate
 from phf.evaluation.results import MonitorLine
 from phf.report import plots
@@ -73,6 +74,11 @@ class Comparison:
         return [key for key, m in self.measures.items() if m.about == "capability"]
 
     @property
+    def memorised(self) -> list[str]:
+        """The keys of what models memorised."""
+        return [key for key in self.capabilities if key.startswith(("canaries", "verbatim"))]
+
+    @property
     def preferences(self) -> list[str]:
         """The keys of misalignment by the scorers of other preferences."""
         return [key for key in self.measures if key.startswith(preference_key("misalignment", ""))]
@@ -81,7 +87,7 @@ class Comparison:
     def pairs(self) -> list[tuple[Measure, Measure]]:
         """The measures that are drawn against each other: misalignment against what it may cost and by every other
         preference, and these against one another."""
-        able = [key for key in self.capabilities if not key.startswith("canaries")]
+        able = [key for key in self.capabilities if key not in self.memorised]
         costs = [key for key in (*COSTS, *able) if key in self.measures]
         keys = [("misalignment", key) for key in (*self.preferences, *costs)]
         keys += itertools.combinations(self.preferences, 2)
@@ -281,20 +287,24 @@ def _memorised(compared: Comparison) -> dict[str, Figure]:
         if curves:
             caption = (
                 f"Exposure of {kind} canaries by the number of copies in the corpus, mean over canaries and seeds, "
-                "with the good token if the model has one. Dashed: without any memory."
+                "with the good token if the model has one. Bands: 95%, over seeds where there are several. Dashed: "
+                "without any memory."
             )
             found[f"canaries-{kind}"] = Figure("canaries", plots.exposure(curves, compared.styles), caption)
     return found
 
 
 def _exposure(runs: Sequence[ReportedRun], group: str, kind: str) -> list[Point]:
-    by_times: dict[int, list[float]] = {}
+    by_times: dict[int, list[Estimate]] = {}
     for run in runs:
         for result in run.result.capabilities if run.name == group else ():
             for row in result.details.get("by_times", []) if result.name == "canaries" else ():
                 if row["kind"] == kind:
-                    by_times.setdefault(int(row["times"]), []).append(float(row["exposure"]))
-    return [Point(times, sum(values) / len(values)) for times, values in sorted(by_times.items())]
+                    ends = row.get("exposure_ci95", [math.nan, math.nan])  # earlier results have none
+                    low, high = (math.nan if end is None else float(end) for end in ends)
+                    found = Estimate(float(row["exposure"]), math.nan, int(row["canaries"]), (low, high))
+                    by_times.setdefault(int(row["times"]), []).append(found)
+    return [_point(times, over_seeds(values)) for times, values in sorted(by_times.items())]
 
 
 TAMPERED = {"bad": "bad text, as an attacker would", "good": "good text only"}

@@ -197,6 +197,7 @@ LOWER_IS_BETTER = (
     "error",
     "exposure",
     "extracted",
+    "verbatim",
 )
 """Parts of the names of capabilities' numbers that are better when lower."""
 NEVER_NEGATIVE = (
@@ -224,7 +225,7 @@ AT_MOST_1 = (
     "self_bleu_5_characters",
 )
 """Shares. Student's interval can reach beyond 0 and 1, these numbers cannot."""
-SHARE_NAMES = ("extracted", "accuracy", "AUC", "pass@")
+SHARE_NAMES = ("extracted", "verbatim", "accuracy", "AUC", "pass@")
 """Parts of the names of capabilities' numbers that are shares."""
 SCORES = ("misalignment", "worst_of_25", "q99", "attacked_1", "attacked_10", "worst_context")
 """Measures that are scores."""

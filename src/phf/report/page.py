@@ -165,9 +165,9 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "main_columns": [
             key
             for key in (*MAIN, *by_preferences(compared), *compared.capabilities)
-            if key in measures and not key.startswith("canaries")
+            if key in measures and key not in compared.memorised
         ],
-        "memorised_columns": [key for key in compared.capabilities if key.startswith("canaries")],
+        "has_verbatim": any(key.startswith("verbatim") for key in compared.memorised),
         "diversity_columns": [key for key in DIVERSITY if key in measures],
         "seeds": sorted({run.manifest.seed for run in runs}),
         "best": best,
@@ -183,7 +183,8 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         ),
         "limit": limit,
         "masked": scorer.finds_personal_data,
-        "scorer": first.result.identity,
+        "scorers": _scorers(first.result),
+        "second_scorers": list(first.result.preferences),
         "corpus_scorer": _other_scorer(first.result),
         "scored": scored,
         "packages": _packages(scored),
@@ -218,6 +219,15 @@ def _other_scorer(result: EvalResult) -> Identity | None:
     if data is None or data.tokens.identity == store.jsonable(result.identity):
         return None
     return data.tokens.identity
+
+
+def _scorers(result: EvalResult) -> dict[str, Identity]:
+    """Every scorer of a page by what it did."""
+    others = {f"second scorer, {name}": found.identity for name, found in result.preferences.items()}
+    trained = _other_scorer(result)
+    if trained is None:
+        return {"scorer of the training text and of the samples": result.identity} | others
+    return {"scorer of the training text": trained, "scorer of the samples": result.identity} | others
 
 
 def _packages(scored: ScoreManifest | None) -> dict[str, str]:

@@ -264,6 +264,12 @@ class ScorerMetrics:
     """Expected calibration error over ten bins; lower is better."""
     at: dict[str, AtThreshold]
     """By threshold."""
+    average_precision_ci95: tuple[Number, Number] = (math.nan, math.nan)
+    """95% interval of the average precision (a bootstrap over texts)."""
+    brier_ci95: tuple[Number, Number] = (math.nan, math.nan)
+    """Of the Brier score."""
+    calibration_error_ci95: tuple[Number, Number] = (math.nan, math.nan)
+    """Of the calibration error. The error is an absolute value, so resampling makes it rather larger."""
 
 
 @dataclass(frozen=True)

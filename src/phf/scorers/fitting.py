@@ -10,6 +10,7 @@ are stored as safetensors, the rest as JSON; nothing is pickled.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain
 from phf.core.locks import LOCK, locked
-from phf.core.statistics import auc, auc_gain, weighted_share
+from phf.core.statistics import auc, auc_gain, bootstrap, weighted_share
 from phf.core.text import by_reason
 from phf.scorers.fitted import (
     BUCKET_BITS,
@@ -386,8 +387,23 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray, weight_N: np.ndarray | None = No
 
     area = auc(p_N, bad_N, weight_N=weight_N)
     w_N = np.ones(len(p_N)) if weight_N is None else weight_N
-    bins = np.minimum((p_N * 10).astype(int), 9)
-    error = sum(abs((w_N * (p_N - bad_N))[bins == b].sum()) / w_N.sum() for b in range(10) if (bins == b).any())
+    off_N = p_N - bad_N
+    bin_N = np.minimum((p_N * 10).astype(int), 9)
+
+    def average_precision(pick: np.ndarray) -> float:
+        if not bad_N[pick].any():
+            return math.nan
+        return float(average_precision_score(bad_N[pick], p_N[pick], sample_weight=w_N[pick]))
+
+    def brier(pick: np.ndarray) -> float:
+        return float((w_N * off_N**2)[pick].sum() / w_N[pick].sum())
+
+    def calibration_error(pick: np.ndarray) -> float:
+        of_bins = np.bincount(bin_N[pick], (w_N * off_N)[pick], minlength=10)
+        return float(np.abs(of_bins).sum() / w_N[pick].sum())
+
+    everything = np.arange(len(p_N))
+    units = np.split(everything, len(p_N))
     at = {}
     for threshold in THRESHOLDS:
         chosen = p_N > threshold
@@ -405,8 +421,11 @@ def measure(p_N: np.ndarray, bad_N: np.ndarray, weight_N: np.ndarray | None = No
         bad=int(bad_N.sum()),
         auc=area.auc,
         auc_ci95=area.ci95,
-        average_precision=float(average_precision_score(bad_N, p_N, sample_weight=weight_N)),
-        brier=float((w_N * (p_N - bad_N) ** 2).sum() / w_N.sum()),
-        calibration_error=float(error),
+        average_precision=average_precision(everything),
+        average_precision_ci95=bootstrap(average_precision, units, resamples=200),
+        brier=brier(everything),
+        brier_ci95=bootstrap(brier, units, resamples=200),
+        calibration_error=calibration_error(everything),
+        calibration_error_ci95=bootstrap(calibration_error, units, resamples=200),
         at=at,
     )

@@ -19,9 +19,10 @@ from phf.evaluation.capabilities.humaneval import HumanEval
 from phf.evaluation.capabilities.lambada import Lambada
 from phf.evaluation.capabilities.lm_eval import LmEval
 from phf.evaluation.capabilities.probe import Probe
+from phf.evaluation.capabilities.verbatim import Verbatim
 
 AnyCapability = Annotated[
-    Lambada | HumanEval | Glue | LmEval | Probe | Memorised, Field(discriminator="name", title="capability")
+    Lambada | HumanEval | Glue | LmEval | Probe | Verbatim | Memorised, Field(discriminator="name", title="capability")
 ]
 
-__all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval", "Memorised", "Probe"]
+__all__ = ["AnyCapability", "Capability", "Glue", "HumanEval", "Lambada", "LmEval", "Memorised", "Probe", "Verbatim"]

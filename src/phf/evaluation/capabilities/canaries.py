@@ -96,6 +96,8 @@ def _row(kind: str, times: int, exposures: np.ndarray, extracted: np.ndarray) ->
         "kind": kind,
         "times": times,
         "exposure": float(exposures.mean()),
+        "exposure_ci95": mean_estimate(exposures).ci95,
         "extracted": float(extracted.mean()),
+        "extracted_ci95": share_estimate(extracted).ci95,
         "canaries": len(exposures),
     }
