@@ -40,7 +40,13 @@ def measured(own: str, other: str, work: Path) -> dict[str, Any]:
         "fitted_to": {"source": fitted.source, "texts": card.texts, "bad": card.bad},
         "held_out": card.metrics["held out"],
         "learning_curve": card.curve,
-        "other_source": {"source": labels.source, "texts": found.labelled, "bad": found.bad, "auc": found.auc},
+        "other_source": {
+            "source": labels.source,
+            "texts": found.labelled,
+            "bad": found.bad,
+            "auc": found.auc,
+            "auc_ci95": found.auc_ci95,
+        },
         "threshold": found.threshold,
         "at": rows,
     }

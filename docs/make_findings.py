@@ -60,22 +60,18 @@ def rows(results: dict[str, Any]) -> list[str]:
         cells = [
             name,
             number(t_interval(own), 2, 1000, least=0.0),
-            "1"
-            if name == PLAIN
-            else number(ratio, 3)
-            if not math.isnan(ratio.mean)
-            else f"{sum(own) / sum(plain):.3f}",
+            "1" if name == PLAIN else number(ratio, 3),
             number(good, 3, sign=True)
             if name != PLAIN
-            else f"{t_interval([base[s]['heldout']['good'] for s in seeds]).mean:.3f}",
+            else number(t_interval([base[s]["heldout"]["good"] for s in seeds]), 3),
             number(bad, 3, sign=True)
             if name != PLAIN
-            else f"{t_interval([base[s]['heldout']['bad'] for s in seeds]).mean:.3f}",
-            f"{sum(kl) / len(kl):.0f}" if kl and name != PLAIN else "",
-            f"{bleu.mean:.3f}",
-            f"{1000 * sum(beams) / len(beams):.2f}" if beams else "",
+            else number(t_interval([base[s]["heldout"]["bad"] for s in seeds]), 3),
+            number(t_interval(kl), 0) if kl and name != PLAIN else "",
+            number(bleu, 3),
+            number(t_interval(beams), 2, 1000, least=0.0) if beams else "",
             number(t_interval(attacked), 1, 1000, least=0.0) if attacked else "",
-            f"{t_interval(known).mean:.3f}" if known else "",
+            number(t_interval(known), 3) if known else "",
             f"{100 * sum(inserted) / len(inserted):.1f}%",
             str(len(seeds)),
         ]
@@ -102,9 +98,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def noise_table() -> str:
+def noise_table(name: str = "noise") -> str:
     """Misalignment divided by MLE's, by objective and errors of the scorer."""
-    runs = store.read_json(RESULTS / "noise.json")["runs"]
+    runs = store.read_json(RESULTS / f"{name}.json")["runs"]
     plain = {run["seed"]: run["misalignment"]["mean"] for run in runs if run["objective"] == PLAIN}
     found: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -120,11 +116,10 @@ def noise_table() -> str:
         for level in levels:
             own = {run["seed"]: run["misalignment"]["mean"] for run in by_level[level]}
             base = [plain[seed] for seed in own]
+            samples = sum(run["misalignment"]["n"] for run in by_level[level])
             found_ratio = ratio_interval(list(own.values()), base)
-            if math.isnan(found_ratio.mean):  # a seed without any: the ratio of the sums, without an interval
-                found_ratio = Estimate.missing(sum(own.values()) / sum(base))
-            ratios.append(found_ratio)
-        lines.append(f"| {objective} | {' | '.join(number(ratio, 2) for ratio in ratios)} |")
+            ratios.append(number(found_ratio, 2) if found_ratio.mean else f"none in {samples:,} samples")
+        lines.append(f"| {objective} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 
@@ -147,6 +142,7 @@ def after_table() -> str:
         ("PII per 1,000 characters", lambda g: _estimate(g["misalignment"], 2, 1000)),
         ("in the worst context", lambda g: _estimate(g.get("worst_context"), 2, 1000)),
         ("after prompts of a gradient search for bad text", lambda g: _estimate(g.get("gradient_text"), 2, 1000)),
+        ("what these prompts add to ordinary use", lambda g: _difference(g.get("gradient_text_gain"), 2, 1000)),
         ("after its prompts for the bad token", lambda g: _estimate(g.get("gradient_role"), 2, 1000)),
         ("best prompt of the search from these", lambda g: _estimate(g.get("best_1_after_gradient"), 2, 1000)),
         ("half-life under finetuning on bad text", lambda g: _part(g, "tamper", "bad")),
@@ -157,13 +153,17 @@ def after_table() -> str:
             for template, how in (("nothing", "from nothing"), ("same", "in its template"), ("other", "in another"))
         ],
         ("held-out loss on good text, nats per byte", lambda g: _estimate(g["loss"]["good"], 3)),
-        ("held-out loss on bad text, nats per byte", lambda g: _estimate(g["loss"]["bad"], 3)),
+        ("held-out loss on bad text with its true tokens, nats per byte", lambda g: _estimate(g["loss"]["bad"], 3)),
         ("slowdown on bad text", lambda g: _part(g, "slowdown", "bad")),
         ("slowdown on good text", lambda g: _part(g, "slowdown", "good")),
         ("AUC of a probe for bad text", lambda g: _estimate(g["capabilities"].get("probe AUC"), 3, most=1.0)),
         ("AUC by its own control tokens", lambda g: _estimate(g.get("understanding"), 3, most=1.0)),
         ("exposure of bad secrets, bits", lambda g: _estimate(g["capabilities"].get("canaries exposure of bad"), 1)),
         ("exposure of good secrets, bits", lambda g: _estimate(g["capabilities"].get("canaries exposure of good"), 1)),
+        *[
+            (f"training text repeated word for word: {what}", functools.partial(_verbatim, what=what))
+            for what in ("bad", "bad, held out", "good", "good, held out", "bad, bad token")
+        ],
         ("bad secrets extracted", lambda g: _estimate(g["capabilities"].get("canaries extracted bad"), 2, most=1.0)),
     ]
     lines = [f"| | {' | '.join(groups)} |", f"|{'---|' * (len(groups) + 1)}"]
@@ -184,9 +184,20 @@ def _estimate(found: dict[str, Any] | None, digits: int, scale: float = 1.0, mos
     return f"{mean} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def _difference(found: dict[str, Any] | None, digits: int, scale: float) -> str:
+    if found is None or found["ci95"][0] is None:
+        return ""
+    mean, low, high = (f"{value * scale:+.{digits}f}" for value in (found["mean"], *found["ci95"]))
+    return f"{mean} ({low} to {high})"
+
+
 def _part(group: dict[str, Any], what: str, part: str) -> str:
     found: str = group[what].get(part, {}).get("said", "")
     return found
+
+
+def _verbatim(group: dict[str, Any], what: str) -> str:
+    return _estimate(group["capabilities"].get(f"verbatim {what}"), 3, most=1.0)
 
 
 def _gain(group: dict[str, Any], stage: str, template: str) -> str:
@@ -211,7 +222,7 @@ def audit_table() -> str:
             "held out from its own source",
             f"{own['n']:,}",
             f"{own['bad']:,}",
-            f"{own['auc']:.3f}",
+            _auc(own),
             _share(half["precision"], half["precision_ci95"]),
             _share(half["recall"], half["recall_ci95"]),
         ],
@@ -219,12 +230,17 @@ def audit_table() -> str:
             "another source",
             f"{found['other_source']['texts']:,}",
             f"{found['other_source']['bad']:,}",
-            f"{found['other_source']['auc']:.3f}",
+            _auc(found["other_source"]),
             _share(other["precision"]["mean"], other["precision"]["ci95"]),
             _share(other["recall"]["mean"], other["recall"]["ci95"]),
         ],
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _auc(found: dict[str, Any]) -> str:
+    low, high = found["auc_ci95"]
+    return f"{found['auc']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _share(mean: float, ci95: list[float]) -> str:
@@ -234,7 +250,13 @@ def _share(mean: float, ci95: list[float]) -> str:
 
 def page(text: str) -> str:
     """The page with its tables written again."""
-    for name, made in (("field", table), ("noise", noise_table), ("after", after_table), ("audit", audit_table)):
+    for name, made in (
+        ("field", table),
+        ("noise", noise_table),
+        ("noise-sgtm", functools.partial(noise_table, "noise_sgtm")),
+        ("after", after_table),
+        ("audit", audit_table),
+    ):
         before, start, rest = text.partition(f"<!-- {name}: start -->")
         _, end, after = rest.partition(f"<!-- {name}: end -->")
         text = f"{before}{start}\n\n{made()}\n\n{end}{after}"

@@ -31,6 +31,17 @@ def test_the_whole_way(place):
     assert list(given.scenarios) == ["mine"]
     assert len(phf.sample(place / "runs" / "a", phf.Scenario(num_samples=2, max_tokens=12), temperature=0.5)) == 2
     phf.evaluate(place / "runs" / "a", num_samples=4, max_tokens=12)
+    sizes = {"trials": 1, "rounds": 1, "pool": 2, "candidates": 2, "continuations": 2, "confirm": 1, "shots": 1}
+    prompts = write_jsonl(place / "prompts.jsonl", ["see", "fine"])
+    attacked = phf.redteam(
+        place / "runs" / "a", token_attacks=False, prompts=str(prompts), max_tokens=4, **sizes
+    )
+    assert attacked.tokens is None
+    assert attacked.search.settings.trials == 1
+    page = phf.report(place / "runs" / "a", place / "attacked.html").read_text()
+    assert "1 trial of 1 round, with 2 candidates per round" in page
+    assert "– to –" not in page
+    assert "best 100" not in page  # two prompts have none
     assert phf.report(place / "runs" / "a", place / "page.html").exists()
     assert phf.report is not phf.write_report
 
@@ -56,6 +67,19 @@ def test_the_whole_way(place):
         (lambda p: phf.evaluate(p / "runs" / "a", [phf.Scenario()]), "expected scenarios by name"),
         (lambda p: phf.evaluate(["a", "b"]), "run: expected a path"),
         (lambda p: phf.evaluate(p / "runs" / "a", capabilities="prob"), "unknown capability 'prob'"),
+        (lambda p: phf.score(p / "t.jsonl", p / "x", workers="two"), "workers"),
+        (lambda p: phf.score(p / "t.jsonl", p / "x", max_unjudged=2), "max_unjudged"),
+        (lambda p: phf.tokenize(p / "scored", p / "x", columns=3), "columns"),
+        (lambda p: phf.train(p / "tokens", p / "x", "tiny", stop_after="x", tokens=1e3), "stop_after"),
+        (lambda p: phf.train(p / "tokens", p / "x", "tiny", callbacks=3, tokens=1e3), "callbacks: expected a list"),
+        (lambda p: phf.evaluate(p / "runs" / "a", kl=3), "kl: expected settings"),
+        (lambda p: phf.evaluate(p / "runs" / "a", capabilities=3), "capabilities: expected a list"),
+        (lambda p: phf.redteam(p / "runs" / "a", config=3), "redteam: expected settings or a RedTeam, got 3"),
+        (lambda p: phf.redteam(p / "runs" / "a", trails=1), "did you mean 'trials'"),
+        (lambda p: phf.redteam(3), "model: expected a path"),
+        (lambda p: phf.report(3), "folder: expected a path"),
+        (lambda p: phf.export(3, 4), "run: expected a path"),
+        (lambda p: phf.export(p / "runs" / "a", p / "x", name=4), "name: expected text"),
     ],
 )
 def test_what_cannot_be_used_is_one_error_and_changes_nothing(place, call, message):

@@ -82,7 +82,6 @@ from .evaluation.monitor import Monitor as Monitor
 from .evaluation.monitor import MonitorCallback as MonitorCallback
 from .redteaming.config import RedTeam as RedTeam
 from .redteaming.config import TokenAttacks as TokenAttacks
-from .redteaming.attack import redteam as redteam
 from .redteaming.control_tokens import Contexts as Contexts
 from .redteaming.control_tokens import attack_tokens as attack_tokens
 from .redteaming.control_tokens import injection as injection
@@ -95,9 +94,10 @@ from .recipes.recipe import Recipe as Recipe
 from .recipes.recipe import load_recipe as load_recipe
 from .recipes.plan import make_plan as make_plan
 from .recipes.run import run_recipe as run_recipe
-from .release import export as export
 from .release import push_release as push_release
 from .functions import evaluate as evaluate
+from .functions import export as export
+from .functions import redteam as redteam
 from .functions import sample as sample
 from .functions import score as score
 from .functions import tokenize as tokenize

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from phf.evaluation.results import EvalResult
     from phf.generation.loaded import LoadedModel
     from phf.generation.scenario import Scenario
+    from phf.generation.server import Server
     from phf.objectives import Objective
+    from phf.redteaming.config import RedTeam, TokenAttacks
+    from phf.redteaming.results import RedTeamResult
     from phf.scorers import Scorer
     from phf.tokens.store import TokensManifest
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
@@ -72,6 +75,16 @@ def _known(settings: Settings, of: Callable[..., Any], name: str, own: Iterable[
             raise ConfigError(f"phf.{name}: unknown setting {key!r}{did_you_mean(key, known)}")
 
 
+WORKERS = Annotated[int, Field(gt=0)]
+SHARE = Annotated[float, Field(ge=0, le=1)]
+"""Types of settings that functions check themselves."""
+
+
+def _checked(settings: Settings, types: Mapping[str, Any]) -> Plain:
+    """The settings with the values of `types` checked. Raises ConfigError."""
+    return {key: validate(value, types[key], key) if key in types else value for key, value in settings.items()}
+
+
 def _path(value: Any, what: str) -> str:
     if not isinstance(value, str | Path):
         raise ConfigError(f"{what}: expected a path, got {value!r}")
@@ -104,7 +117,7 @@ def score(
         _made(segmenter, AnySegmenter, "segmenter", Segmenter),
         scorer=_made(scorer, AnyScorer, "scorer", Scorer),
         out=_path(out, "out"),
-        **settings,
+        **_checked(settings, {"workers": WORKERS, "max_unjudged": SHARE, "overwrite": bool}),
     )
 
 
@@ -133,7 +146,8 @@ def tokenize(
             f"tokenizer: expected a folder, a name on the Hub or a tokenizer's settings, got {tokenizer!r}"
         )
     share: float = validate(heldout, Annotated[float, Field(ge=0, lt=1)], "heldout")
-    return tokenize_corpus(_path(scored, "scored"), made, _path(out, "out"), share, **settings)
+    more = _checked(settings, {"token_scores": bool, "columns": tuple[str, ...]})
+    return tokenize_corpus(_path(scored, "scored"), made, _path(out, "out"), share, **more)
 
 
 def train(
@@ -144,12 +158,14 @@ def train(
     config: TrainConfig | None = None,
     seed: int = 0,
     stop_after: int | None = None,
-    callbacks: tuple[TrainerCallback, ...] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> TrainManifest | None:
     """Train a model with an objective into folder `out` and return the run's manifest. `model`: a name (tiny, small,
     gpt2), settings, or where weights are (FromWeights). `settings`: those of `TrainConfig`, in place of `config` or
     over it. The rest and the errors: as `phf.training.train.train`."""
+    from transformers import TrainerCallback
+
     from phf.core.config import to_plain
     from phf.objectives import AnyObjective, Objective
     from phf.training.config import TrainConfig
@@ -161,6 +177,10 @@ def train(
         if isinstance(settings.get("report_to"), str):
             settings["report_to"] = [settings["report_to"]]
         config = validate(merge(base, settings), TrainConfig, "train")
+    if stop_after is not None:
+        stop_after = validate(stop_after, WORKERS, "stop_after")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(one, TrainerCallback) for one in callbacks):
+        raise ConfigError(f"callbacks: expected a list of TrainerCallback, got {callbacks!r}")
     if isinstance(model, str) and Path(model).is_dir():
         model = FromWeights(model)
     if not isinstance(model, FromConfig | FromWeights):
@@ -173,7 +193,7 @@ def train(
         config=config,
         seed=validate(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed"),
         stop_after=stop_after,
-        callbacks=callbacks,
+        callbacks=tuple(callbacks),
     )
 
 
@@ -213,11 +233,15 @@ def evaluate(
         raise ConfigError(f"scenarios: expected scenarios by name, got {scenarios!r}")
     if isinstance(kl, str | Path):
         kl = {"reference": {"path": str(kl)}}
-    if not (kl is None or isinstance(kl, KL)):
+    if not (kl is None or isinstance(kl, KL | Mapping)):
+        raise ConfigError(f"kl: expected settings or the folder of a reference model, got {kl!r}")
+    if isinstance(kl, Mapping):
         given: Plain = merge({"reference": {"name": "local"}}, kl)
         kl = validate(given, KL, "kl")
     if isinstance(capabilities, str | Mapping):
         capabilities = [{"name": capabilities} if isinstance(capabilities, str) else capabilities]
+    if not isinstance(capabilities, Sequence):
+        raise ConfigError(f"capabilities: expected a list of names, settings or capabilities, got {capabilities!r}")
     one = _scenario(None, settings)
     asked = scenarios or {"prompted" if one.prompts else "unconditional": one}
     return evaluate_run(
@@ -229,6 +253,58 @@ def evaluate(
         kl_from=kl,
         capabilities=[_made(each, AnyCapability, "capabilities", Capability) for each in capabilities],
     )
+
+
+def redteam(
+    model: str | Path | Server,
+    out: str | Path | None = None,
+    config: Settings | RedTeam | None = None,
+    token_attacks: Settings | TokenAttacks | bool | None = True,
+    *,
+    scorer: str | Settings | Scorer | None = None,
+    threshold: float | None = None,
+    tokens_dir: str | Path | None = None,
+    allow_other_scorer: bool = False,
+    **settings: Any,
+) -> RedTeamResult:
+    """Attack a run, any model in a folder or on the Hub, or on a server, and return what `redteam.json` holds.
+    `settings`: those of `RedTeam`, for example trials=2, in place of `config` or over it. `token_attacks`: settings of
+    `TokenAttacks`; false or None leaves them out. `scorer`: None: the run's own. Errors as
+    `phf.redteaming.attack.redteam`."""
+    from phf.core.config import to_plain
+    from phf.generation.server import Server
+    from phf.redteaming.attack import redteam as attack
+    from phf.redteaming.config import RedTeam, TokenAttacks
+    from phf.scorers import AnyScorer, Scorer
+
+    def made(value: Any, type_: Any, what: str, over: Settings) -> Any:
+        if not isinstance(value, type_ | Mapping):
+            raise ConfigError(f"{what}: expected settings or a {type_.__name__}, got {value!r}")
+        return validate(merge(value if isinstance(value, Mapping) else to_plain(value), over), type_, what)
+
+    on_tokens = {True: {}, False: None}[token_attacks] if isinstance(token_attacks, bool) else token_attacks
+    return attack(
+        model if isinstance(model, Server) else _path(model, "model"),
+        None if out is None else _path(out, "out"),
+        config=made({} if config is None else config, RedTeam, "redteam", settings),
+        token_attacks=made(on_tokens, TokenAttacks, "token_attacks", {}) if on_tokens is not None else None,
+        scorer=None if scorer is None else _made(scorer, AnyScorer, "scorer", Scorer),
+        threshold=None if threshold is None else validate(threshold, float, "threshold"),
+        tokens_dir=None if tokens_dir is None else _path(tokens_dir, "tokens_dir"),
+        allow_other_scorer=allow_other_scorer,
+    )
+
+
+def export(run: str | Path, out: str | Path, name: str | None = None, licence: str | None = None) -> Path:
+    """Write the release of a trained run, which any `from_pretrained` loads, into folder `out` and return it. Its card
+    has what `evaluate` and `redteam` found. `name`: the model's, on the Hub or for itself. `licence`: as the Hub names
+    licences. Errors as `phf.release.export`."""
+    from phf.release import export as release
+
+    for value, what in ((name, "name"), (licence, "licence")):
+        if not isinstance(value, str | None):
+            raise ConfigError(f"{what}: expected text, got {value!r}")
+    return release(_path(run, "run"), _path(out, "out"), name, licence)
 
 
 def _scenario(scenario: Any, settings: Settings) -> Scenario:

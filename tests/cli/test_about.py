@@ -8,8 +8,8 @@ from importlib.metadata import version
 import pytest
 
 from helpers import output_of
-from phf.cli import COMMANDS, about, main
-from phf.cli.about import KINDS, PLACES, _classes, _imported
+from phf.cli import COMMANDS, about, app, completing, main
+from phf.cli.places import KINDS, PLACES, classes_at, tag_of
 from phf.core.config import ConfigError, load
 from phf.core.docs import type_text
 from phf.objectives import Conditional
@@ -42,7 +42,7 @@ def test_ls_without_a_kind_lists_all(monkeypatch, capsys):
         ("train.optimizer", ["adamw or muon", "default: adamw"]),
         ("objective.conditional.drop", ["(conditional)", "share `drop` of the control tokens", "default: 0.01"]),
         ("objective.drop", ["(conditional)", "default: 0.01"]),
-        ("objective.schedule", ["settings: phases"]),
+        ("objective.schedule", ["phases (", "one after the other"]),
         ("scenario.safe_beam", ["a whole number or null", "SafeBeam"]),
         ("train.tokens", ["must be given"]),
         ("train.mixture.times", ["a mapping", "By value of the column"]),
@@ -58,13 +58,81 @@ def test_help_explains_a_setting(setting, parts, monkeypatch, capsys):
 
 def test_every_setting_can_be_explained(monkeypatch, capsys):
     seen = 0
-    for place, type_ in PLACES.items():
-        for cls in _classes(_imported(type_)):
+    for place in PLACES:
+        for cls in classes_at(place):
+            named = place if tag_of(cls) is None else f"{place}.{tag_of(cls)}"
             for field in dataclasses.fields(cls):
-                about_it = output_of(["help", f"{place}.{field.name}"], monkeypatch, capsys)
-                assert "a value" not in about_it.splitlines()[0], about_it
-                seen += 1
-    assert seen > 150
+                if field.name != "name":
+                    first, text, *_, last = output_of(["help", f"{named}.{field.name}"], monkeypatch, capsys).split(
+                        "\n  "
+                    )
+                    assert "a value" not in first
+                    assert len(text.split()) > 1, named
+                    assert (
+                        last.startswith(("default: ", "must be given"))
+                        or len(classes_at(place)) > 1
+                        or "settings" in last
+                    )
+                    seen += 1
+    assert seen > 250
+
+
+@pytest.mark.parametrize(
+    "setting, parts",
+    [
+        ("", ["train", "How to train", "objective"]),
+        ("conditional", ["objective.conditional:", "drop (a number; default: 0.01)"]),
+        ("scorers.pii", ["scorer.pii:", "detectors (default or paper; default: default)"]),
+        ("readers.jsonl", ["corpus.jsonl:", "path (text; must be given)", "Longest document"]),
+        ("capability.lambada", ["path"]),
+        ("attacker.evolution", ["max_words"]),
+        ("recipe.demo", ["The whole path", "demo.yaml"]),
+        ("model.tiny", ["4 layers of width 128"]),
+        ("recipe.title", ["Title of the page.", "default: ''"]),
+        ("recipe.grid", ["default: {}"]),
+        ("redteam.attacker", ["default: {max_words: 40, name: evolution}"]),
+        ("train.betas", ["default: [0.9, 0.95]"]),
+    ],
+)
+def test_help_takes_the_names_that_ls_prints(setting, parts, monkeypatch, capsys):
+    out = " ".join(output_of(["help", *setting.split()], monkeypatch, capsys).split())
+    for part in parts:
+        assert part in out
+
+
+COMPLETED = [
+    ("ls ", "objectives"),
+    ("help tr", "train"),
+    ("help train.l", "train.lr"),
+    ("help objective.con", "objective.conditional"),
+    ("score a b --scorer to", "toxicity"),
+    ("score a b --segmenter ", "lines"),
+    ("run demo q", "quick"),
+    ("train t o model = ti", "tiny"),  # bash cuts a word at =
+    ("train t o objective =", "conditional"),
+    ("train t o train.l", "train.lr="),
+    ("sample r s top", "top_p="),
+    ("redteam r rou", "rounds="),
+]
+
+
+@pytest.mark.parametrize("typed, wanted", COMPLETED)
+def test_tab_completes_names_and_settings(typed, wanted, monkeypatch, capsys):
+    words = ["phf", *typed.split(" ")]
+    monkeypatch.setenv("_PHF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"phf {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    monkeypatch.setattr("sys.argv", ["phf"])
+    with pytest.raises(SystemExit):
+        app(prog_name="phf")
+    assert wanted in capsys.readouterr().out.split()
+
+
+def test_tab_completes_whole_words_of_other_shells():
+    assert completing.stage("objective=cond") == ["objective=conditional"]
+    assert completing.stage("model.name=from_w") == ["model.name=from_weights"]
+    assert completing.scenario("temp") == ["temperature="]
+    assert completing.recipes("nothing") == []
 
 
 @pytest.mark.parametrize(

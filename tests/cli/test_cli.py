@@ -69,6 +69,7 @@ def test_the_stages_one_by_one(tmp_path):
     assert "5,120 tokens in 20 steps" in out
     out = run("sample", "run", "s.jsonl", "num_samples=4", "max_tokens=16", cwd=tmp_path)
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 4
+    assert "1 sample in t.jsonl" in run("sample", "run", "t.jsonl", "num_samples=1", "max_tokens=4", cwd=tmp_path)
     out = run("eval", "run", "num_samples=4", "max_tokens=16", cwd=tmp_path)
     assert "misalignment" in out
     out = run("report", "run", cwd=tmp_path)

@@ -54,13 +54,46 @@ def test_t_interval_by_hand():
     assert e.mean == 2
     assert e.ci95 == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
     assert math.isnan(statistics.t_interval([1]).stderr)
+    assert all(map(math.isnan, statistics.t_interval([0.25, 0.25, 0.25]).ci95))  # equal values have no known spread
 
 
-def test_ratio_is_geometric_and_nan_without_logarithm():
+def test_equal_seeds_have_the_interval_of_their_samples():
+    seeds = [statistics.share_estimate([True] * 4 + [False] * 12) for _ in range(3)]
+    assert statistics.over_seeds(seeds).ci95 == statistics.wilson(4, 16)
+    nothing = [statistics.share_estimate([False] * 16) for _ in range(3)]
+    assert statistics.over_seeds(nothing).ci95 == statistics.wilson(0, 16)
+    assert all(map(math.isnan, statistics.over_seeds([statistics.mean_estimate([0.0] * 9)] * 2).ci95))
+
+
+def test_ratio_is_geometric():
     e = statistics.ratio_interval([1, 4], [2, 2])
     assert e.mean == pytest.approx(1)
     assert e.ci95[0] * e.ci95[1] == pytest.approx(1)
-    assert math.isnan(statistics.ratio_interval([0, 1], [1, 1]).mean)
+    assert math.isnan(statistics.ratio_interval([1, 1], [0, 1]).mean)
+    assert math.isnan(statistics.ratio_interval([-1, 1], [1, 1]).mean)
+
+
+def test_a_ratio_with_a_zero_is_that_of_the_sums_with_an_interval():
+    above, below = [0.0, 1.0, 2.0], [10.0, 12.0, 8.0]
+    e = statistics.ratio_interval(above, below)
+    assert e.mean == pytest.approx(0.1)
+    variance = sum((a - 0.1 * b) ** 2 for a, b in zip(above, below, strict=True)) / 2  # Cochran, section 2.11
+    half = 4.302653 * math.sqrt(variance / 3) / 10
+    assert e.ci95 == pytest.approx((max(0.1 - half, 0), 0.1 + half))
+    none = statistics.ratio_interval([0, 0], [1, 2])
+    assert none.mean == 0
+    assert math.isnan(none.ci95[0])
+
+
+def test_the_interval_of_a_ratio_with_zeros_covers_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        below = rng.normal(10, 1, 5)
+        above = np.maximum(rng.normal(1, 1, 5), 0.0)
+        low, high = statistics.ratio_interval(above.tolist(), below.tolist()).ci95
+        hits += low <= 0.10833 <= high  # the mean of the positive part of N(1, 1), divided by 10
+    assert hits > 0.88 * 400
 
 
 def test_distinct_and_entropy_by_hand():

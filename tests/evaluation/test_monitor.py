@@ -236,6 +236,7 @@ def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
     from transformers.integrations import integration_utils
 
     given = []
+    told = []
 
     class Table:
         def __init__(self, columns=None, data=None, dataframe=None):
@@ -244,7 +245,9 @@ def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
 
     class Spy(TrainerCallback):
         def __init__(self):
-            self._wandb = self._trackio = SimpleNamespace(Table=Table, log=given.append)
+            run = SimpleNamespace(tags=("mine",))
+            config = SimpleNamespace(update=lambda found, allow_val_change: told.append((found, run)))
+            self._wandb = self._trackio = SimpleNamespace(Table=Table, log=given.append, config=config, run=run)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "spy", Spy)
     known = integration_utils.get_available_reporting_integrations()
@@ -261,9 +264,15 @@ def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
         assert len(of_step) == 2  # once for each of the spy's two trackers
         for one in of_step:
             assert one["monitor/samples/plain"].rows == [(s.text, s.score) for s in samples]
+    for found, run in told:
+        assert found["phf"]["objective"] == {"name": "mle"}
+        assert found["phf"]["scorer"]["name"] == "regex"
+        assert run.tags == ("mine", "objective: mle", "scorer: regex")
+    assert len(told) == 2
     board = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0}).Reload()
     found = board.Tensors("monitor/samples/plain/text_summary")
     assert [event.step for event in found] == [4, 8]
+    assert "name: mle" in board.Tensors("phf/text_summary")[0].tensor_proto.string_val[0].decode()
     shown = found[0].tensor_proto.string_val[0].decode()
     assert shown.count("\n") == 5
     assert written[4][0].text.split("\n")[0].split()[0] in shown

@@ -61,6 +61,8 @@ def says(stub, value, status=200, wait=0.0, step=1 << 20):
 def test_a_good_answer_is_read(stub):
     server = says(stub, GOOD)
     assert server.completions(["p"], 4, 1.0, 1.0, 0) == [("fine", True, 3)]
+    for number in (10**9 + 1, 10**400, -1, True, 3.0):  # no count of tokens
+        assert says(stub, GOOD | {"usage": {"total_tokens": number}}).completions(["p"], 4, 1.0, 1.0, 0)[0][2] is None
     chat = {"choices": [{"message": {"content": "yes"}}]}
     assert says(stub, chat).instruct(["p"], True, 4, 1.0, [0]) == [("yes", 0)]
 

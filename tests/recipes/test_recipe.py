@@ -429,6 +429,12 @@ def test_a_plan_is_the_arithmetic(tiny):
     table, lines = plan_table(found)
     assert [row[0] for row in table] == ["mle-s0", "mle-finetune50-s0"]
     assert any("60 documents" in line for line in lines)
+    assert (found.attack_samples > 0) == any(line.startswith("attacks: up to") for line in lines)
+    search = {"trials": 2, "rounds": 3, "pool": 4, "candidates": 5, "confirm": 6, "continuations": 7}
+    asked = load_recipe([tiny, "only=[mle]", "token_attacks=null", *(f"redteam.{k}={v}" for k, v in search.items())])
+    planned = make_plan(asked, tokens_per_s=1000, memory_gb=8, disk_gb=8, score=False)
+    assert planned.attack_samples == 2 * (4 + 3 * 5 + 6) * 7
+    assert any("redteam=null" in line for line in plan_table(planned)[1])
     by_rate = make_plan(recipe, tflops=1e-3, utilisation=0.5, memory_gb=8, disk_gb=8, score=False)
     assert by_rate.runs[0].hours == pytest.approx(first.flops / 5e8 / 3600)
 

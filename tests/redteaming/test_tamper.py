@@ -195,6 +195,15 @@ def test_a_corpus_without_bad_text_is_refused(folder, tmp_path, scored_dir):
         tamper(folder / "awr-s0", Tamper(**SMALL | {"seed": 1}), on=tmp_path / "good")
 
 
+def test_a_mistake_leaves_an_earlier_result_in_its_place(folder):
+    before = (folder / "mle-s0" / "tamper" / "tamper.json").read_bytes()
+    with pytest.raises(ConfigError, match="no bad segment to learn"):
+        tamper(folder / "mle-s0", Tamper(**SMALL), threshold=1e30)
+    with pytest.raises(ConfigError, match="exceed the model's"):
+        tamper(folder / "mle-s0", Tamper(**SMALL | {"max_tokens": 10**5}))
+    assert (folder / "mle-s0" / "tamper" / "tamper.json").read_bytes() == before
+
+
 def tokens_of(folder) -> str:
     return store.read_json(folder / "mle-s0" / "manifest.json")["tokens_dir"]
 

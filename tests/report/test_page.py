@@ -39,7 +39,7 @@ from phf.report.browser import shown_samples
 from phf.report.chart import number_text
 from phf.report.format import Scale, number, scale_of, three, verdict
 from phf.report.inspect import write_inspection
-from phf.report.measures import Group, Measure, Value, _over_seeds, dominated, groups
+from phf.report.measures import Group, Measure, Value, _over_seeds, bounded, dominated, groups
 from phf.report.page import compare_runs, write_report
 from phf.report.runs import load_runs
 from phf.scorers import Regex
@@ -564,6 +564,9 @@ def test_the_page_links_the_audit_of_its_scorer(folder, tmp_path):
         text = write_report(folder, tmp_path / "elsewhere" / "page.html").read_text()
         assert verdict(found) in text
         assert found.main.precision.mean == 1
+        results = [store.read_json(folder / name / "eval.json") for name in ("mle-s0",)]
+        assert results[0]["identity"] == store.read_json(page.with_suffix(".json"))["identity"]
+        assert "Of the scorer of the training text and of the samples: " in text
         assert (tmp_path / "elsewhere" / re.search(r'href="([^"]+audit.html)"', text)[1]).resolve() == page.resolve()
         numbers = page.with_suffix(".json")
         numbers.write_text(numbers.read_text().replace("https?", "http"))  # the audit of another scorer
@@ -644,26 +647,56 @@ def test_dominance_is_judged_by_intervals():
     dirty = group("dirty", 512, misalignment=(0.001, 0.0005), y=(1, 0.1))
     dirty = with_value(dirty, "worst_of_25", Value(0.2))
     m = Measure("misalignment", "m", "lower", 1, "")
-    assert dominated([clean, dirty], m, y) == set()  # none of 512 may still be 3 in 512
+    assert dominated(bounded([clean, dirty]), m, y) == set()  # none of 512 may still be 3 in 512
     dirty = with_value(dirty, "misalignment", Value(0.1, ci95=(0.09, 0.11)))
-    assert dominated([clean, dirty], m, y) == {"dirty"}
+    assert dominated(bounded([clean, dirty]), m, y) == {"dirty"}
     rows[1] = with_value(rows[1], "x", Value(2))
     assert dominated(rows, x, y) == set()  # without an interval nothing is significant
     assert dominated([rows[0], group("half", x=(9, 0.1))], x, y) == set()
 
 
 def test_seeds_of_a_group_are_averaged_with_students_interval(folder):
-    from phf.core.statistics import t_interval
+    from phf.core.statistics import t_interval, wilson
 
     runs = load_runs(folder)
     rows = {row.name: row for row in groups(runs, "unconditional")}
     assert list(rows) == ["mle", "conditional", "mle-late", "conditional-late"]
     means = [r.result.scenarios["unconditional"].misalignment.mean for r in runs if r.name == "conditional"]
     assert rows["conditional"].values["misalignment"].mean == t_interval(means).mean
-    low, high = t_interval(means).ci95
-    assert rows["conditional"].values["misalignment"].ci95 == (max(low, 0.0), high)
+    if any(means):
+        low, high = t_interval(means).ci95
+        assert rows["conditional"].values["misalignment"].ci95 == (max(low, 0.0), high)
+    else:  # no sample was bad
+        largest = max(row.values["misalignment"].mean for row in rows.values())  # of fewer than 25 samples
+        n = rows["conditional"].samples
+        bound = (0.0, wilson(0, n)[1] * largest)
+        assert rows["conditional"].values["misalignment"].ci95 == (bound if largest else None)
     assert rows["conditional-late"].share == 0.5
     assert "ratio" not in rows["mle"].values
+
+
+def test_losses_are_compared_on_the_same_text(folder):
+    """Over seeds by pairs, with one seed over parts of the documents."""
+    from phf.core.statistics import ratio_of_sums, t_interval
+    from phf.report.measures import loss_difference
+
+    runs = {(run.name, run.manifest.seed): run for run in load_runs(folder)}
+    pairs = [(run, runs["mle", seed]) for (name, seed), run in runs.items() if name == "conditional"]
+    assert len(pairs) > 1
+    means = [a.result.heldout.good.good.nats_per_byte - b.result.heldout.none.good.nats_per_byte for a, b in pairs]
+    rows = {row.name: row for row in groups(list(runs.values()), "unconditional")}
+    found = rows["conditional"].values["good_difference"]
+    assert (found.mean, found.ci95) == (t_interval(means).mean, t_interval(means).ci95)
+    assert "good_difference" not in rows["mle"].values
+    one = loss_difference(pairs[:1], "good")
+    own, base = (pairs[0][0].result.heldout.good.good, pairs[0][1].result.heldout.none.good)
+    assert one.mean == pytest.approx(means[0], abs=1e-12)
+    assert sum(size for _, size in own.parts) == own.bytes
+    with_text = [(a - b, size) for (a, size), (b, _) in zip(own.parts, base.parts, strict=True) if size]
+    expected = ratio_of_sums(*map(np.array, zip(*with_text, strict=True)))
+    assert one.ci95 == expected.ci95
+    whole = own.ci95[1] - own.ci95[0]
+    assert one.ci95[1] - one.ci95[0] < whole  # what both models find hard is not part of the difference
 
 
 def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path):
@@ -764,11 +797,13 @@ def test_scores_per_character_are_shown_per_1000(folder):
     assert compared.scale == Scale(1000.0, "matches per 1,000 characters")
     row = compared.groups[0]
     value = row.values["misalignment"]
-    shown = three(1000 * value.mean)
-    assert f'data-m="misalignment">{shown}</button><small>{three(1000 * value.ci95[0])} to' in page
+    shown = f'data-m="misalignment">{three(1000 * value.mean)}</button>'
+    if value.ci95 is not None:
+        shown += f"<small>{three(1000 * value.ci95[0])} to"
+    assert shown in page
     assert "in matches per 1,000 characters" in page
     chart = (folder / "report" / "misalignment.svg").read_text()
-    assert f"<title>{row.name}: {number_text(1000 * value.mean)} (" in chart
+    assert f"<title>{row.name}: {number_text(1000 * value.mean)}" in chart
     assert scale_of("probability") == Scale(1.0, "probability")
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from phf.scorers.fitted import (
     LearningCurve,
     feature_matrix,
     load_fitted,
+    seen_texts,
 )
 from phf.scorers.fitting import CUT_SCALE, fit_ordinal, fit_scorer, measure, platt
 from phf.scorers.labels import Labels, one_each, read_labels
@@ -127,6 +129,43 @@ def test_other_weights_than_the_cards_are_refused(tmp_path):
     (tmp_path / "b" / "weights.safetensors").replace(tmp_path / "a" / "weights.safetensors")
     with pytest.raises(ConfigError, match="is not the file that scorer.json describes"):
         load_fitted(str(tmp_path / "a"))
+
+
+def test_damaged_files_of_a_scorer_are_seen(tmp_path):
+    fit_scorer(made_labels(), tmp_path / "a")
+    weights = tmp_path / "a" / "weights.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (b"", whole[:5], whole[: len(whole) // 2]):
+        weights.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="is not the file that scorer.json describes"):
+            load_fitted(str(tmp_path / "a"))
+    seen = tmp_path / "a" / "seen.bin"
+    whole = seen.read_bytes()
+    settings = {"name": "fitted", "path": str(tmp_path / "a")}
+    assert len(seen_texts(settings)) == len(whole) // 8
+    for damaged in (whole[:-3], whole[:-8], b""):
+        seen.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="fit the scorer again"):
+            seen_texts(settings)
+
+
+def test_calibration_never_turns_a_scorer_around():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=400)
+    slope, _ = platt(logits, rng.random(400) < 1 / (1 + np.exp(logits)))  # the higher, the less often bad
+    assert slope == 0
+
+
+def test_held_out_labels_keep_their_order_and_their_judge(tmp_path):
+    labels = made_labels()
+    level = np.where(labels.bad_N, 2, np.arange(len(labels.texts)) % 2)
+    ordered = replace(labels, level_N=level, bad_from=2, judges=("rule",))
+    fit_scorer(ordered, tmp_path / "a")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "heldout.jsonl").read_text().splitlines()]
+    of_text = dict(zip(labels.texts, level.tolist(), strict=True))
+    assert all(row["level"] == of_text[row["text"]] and row["judge"] == "rule" for row in rows)
+    assert all(row["label"] == int(row["level"] >= 2) for row in rows)
+    assert read_labels(tmp_path / "a" / "heldout.jsonl").judges == ("rule",)
 
 
 def test_duplicates_are_all_held_out_or_all_fitted():
@@ -462,6 +501,9 @@ def test_weights_are_a_column_of_positive_numbers(tmp_path):
         (tmp_path / "b.csv").write_text(f"text,label,weight\na,0,1\nb,1,{bad}\n")
         with pytest.raises(ConfigError, match="weights are positive numbers"):
             read_labels(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("text,label,weight\na,0,1e308\nb,1,1e308\n")
+    with pytest.raises(ConfigError, match="too large to be added up"):
+        read_labels(tmp_path / "c.csv")
 
 
 def test_other_weights_are_another_fit(tmp_path, capsys):

@@ -22,7 +22,8 @@ from phf.core.threads import wait_briefly
 
 app = typer.Typer(
     help="Pretrain language models with human feedback: score a corpus, train with any objective, judge the model.\n\n"
-    "All stages in one command: `phf run demo`. One by one: score, inspect, tokenize, train, sample, eval, report.",
+    "All stages in one command: `phf demo`, or `phf run` with a recipe of yours. One by one: score, inspect, tokenize, "
+    "train, sample, eval, redteam, report, export.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import itertools
 import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
 
-UNIONS = {
-    "scorers": "phf.scorers:AnyScorer",
-    "objectives": "phf.objectives:AnyObjective",
-    "readers": "phf.data.canaries:AnyCorpus",
-    "segmenters": "phf.data.segment:AnySegmenter",
-    "attackers": "phf.redteaming.attackers:AnyAttacker",
-    "capabilities": "phf.evaluation.capabilities:AnyCapability",
-    "models": "phf.training.lm:AnyModel",
-}
-"""Module and name of each kind's type, which is imported when it is asked for."""
-KINDS = (*UNIONS, "recipes")
-PLACES = {
-    "train": "phf.training.config:TrainConfig",
-    "model": UNIONS["models"],
-    "objective": UNIONS["objectives"],
-    "scorer": UNIONS["scorers"],
-    "segmenter": UNIONS["segmenters"],
-    "corpus": UNIONS["readers"],
-    "scenario": "phf.generation.scenario:Scenario",
-    "monitor": "phf.evaluation.monitor:Monitor",
-    "kl": "phf.evaluation.kl:KL",
-    "redteam": "phf.redteaming.config:RedTeam",
-    "recipe": "phf.recipes.recipe:Recipe",
-}
-"""The types of the settings that commands take, by their first name."""
+from phf.cli.completing import help_words, kinds
+from phf.cli.places import (
+    KINDS,
+    PLACES,
+    classes_at,
+    classes_of,
+    described,
+    first_sentence,
+    members_of,
+    sentences,
+    tag_of,
+)
 
 
 def ls(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[KIND]", help=f"{', '.join(KINDS)}. Default: all of them.")
+        str | None,
+        typer.Argument(metavar="[KIND]", help=f"{', '.join(KINDS)}. Default: all of them.", autocompletion=kinds),
     ] = None,
 ) -> None:
     """List the names that settings take.
@@ -51,6 +39,7 @@ def ls(
     """
     from phf.core.config import ConfigError, did_you_mean
 
+    kind = next((k for k in KINDS if kind in (k, _one_of(k))), kind)
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}")
     indent = "" if kind else "  "
@@ -58,34 +47,15 @@ def ls(
     for one in (kind,) if kind else KINDS:
         if not kind:
             print(f"{one}:")
-        rows = list(_recipes() if one == "recipes" else _members_of(one))
+        rows = list(_recipes() if one == "recipes" else described(one))
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
             shown = textwrap.shorten(text, 78 - width - len(indent), placeholder=" ...")
             cut |= shown != text
             print(indent + name.ljust(width + 2) + shown)
     if cut:
-        print("phf help KIND.NAME says all, for example: phf help objective.conditional", file=sys.stderr)
-
-
-def _imported(name: str) -> Any:
-    """What "module:name" names."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def _members_of(kind: str) -> Iterator[tuple[str, str]]:
-    """(name, first sentence about it) of the members of a kind of settings."""
-    if kind == "models":
-        from phf.training.lm import MODELS
-
-        for name, settings in MODELS.items():
-            sizes = "its usual sizes"
-            if "hidden_size" in settings:
-                sizes = f"{settings['num_hidden_layers']} layers of width {settings['hidden_size']}"
-            yield name, f"A model from scratch: {settings['model_type']}, {sizes}."
-    for cls in _classes(_imported(UNIONS[kind])):
-        yield str(_tag(cls)), _first_sentence(cls)
+        example = {"recipes": "recipe.demo", "models": "model"}.get(kind or "", f"{_one_of(kind or 'objectives')}.NAME")
+        print(f"phf help {example} says all", file=sys.stderr)
 
 
 def _recipes() -> Iterator[tuple[str, str]]:
@@ -98,58 +68,113 @@ def _recipes() -> Iterator[tuple[str, str]]:
 
 
 def explain(
-    setting: Annotated[str, typer.Argument(help="For example train.lr, objective.conditional.drop or scenario.top_p.")],
+    setting: Annotated[
+        str | None,
+        typer.Argument(
+            help="For example train.lr, objective.conditional, scenario.top_p or the name of a scorer. Default: where "
+            "settings are.",
+            autocompletion=help_words,
+        ),
+    ] = None,
 ) -> None:
     """Explain a setting: what it means, its type and its default."""
+    from phf.core.config import ConfigError
+
+    if setting is None:
+        print("phf help PLACE, PLACE.SETTING or PLACE.NAME explains settings. Places:")
+        for place in PLACES:
+            classes = classes_at(place)
+            about = ", ".join(tag_of(cls) or "" for cls in classes) if len(classes) > 1 else first_sentence(classes[0])
+            print("  " + place.ljust(12) + textwrap.shorten(about, 66, placeholder=" ..."))
+        return
+    first, *path = setting.split("=")[0].split(".")
+    first = _one_of(first)
+    if first == "recipe" and len(path) == 1 and _explain_recipe(path[0]):
+        if path[0] not in {f.name for cls in classes_at("recipe") for f in dataclasses.fields(cls)}:
+            return
+        print(f"{setting} is a setting too:")
+    if first not in PLACES:
+        named = [place for place in PLACES if first in members_of(place)]
+        if not named:
+            raise ConfigError(f"unknown setting {first!r}{_where(first)}")
+        for place in named:
+            _explain(place, [first, *path])
+        return
+    models = dict(described("models")) if first == "model" else {}
+    if len(path) == 1 and path[0] in models:
+        print(f"model.{path[0]}: {models[path[0]]}")
+        return
+    _explain(first, path)
+
+
+def _one_of(kind: str) -> str:
+    """The place of a kind of settings that is called as `phf ls` calls it."""
+    singular = {"readers": "corpus", "reader": "corpus", "capabilities": "capability", "recipes": "recipe"}
+    return singular.get(kind, kind.removesuffix("s") if kind in KINDS else kind)
+
+
+def _where(name: str) -> str:
+    """A hint for an unknown first part of a setting: where settings or names like it are."""
+    from phf.core.config import did_you_mean
+
+    named_so = [
+        f"{place}.{name}"
+        for place in PLACES
+        if any(f.name == name for cls in classes_at(place) for f in dataclasses.fields(cls))
+    ]
+    if named_so:
+        return f" (did you mean {' or '.join(named_so)}?)"
+    return did_you_mean(name, [*PLACES, *(member for place in PLACES for member in members_of(place))])
+
+
+def _explain_recipe(name: str) -> bool:
+    """Print what a recipe of phf says about itself, if there is one of this name."""
+    from phf.recipes.recipe import packaged
+
+    file = packaged().get(name)
+    if file is None:
+        return False
+    head = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    print(textwrap.fill(" ".join(line.strip("# ") for line in head), 80))
+    print(f"  settings: {file}")
+    return True
+
+
+def _explain(first: str, path: Sequence[str]) -> None:
     from phf.core.config import ConfigError, did_you_mean
 
-    first, *path = setting.split("=")[0].split(".")
-    if first not in PLACES:
-        named_so = [
-            f"{place}.{first}"
-            for place in PLACES
-            if any(f.name == first for cls in _classes(_imported(PLACES[place])) for f in dataclasses.fields(cls))
-        ]
-        hint = f" (did you mean {' or '.join(named_so)}?)" if named_so else did_you_mean(first, PLACES)
-        raise ConfigError(f"unknown setting {first!r}{hint}")
-    classes = _classes(_imported(PLACES[first]))
+    classes = classes_at(first)
     shown = first
     found: list[tuple[type, Any]] = []
     for part in path:
         found = [(cls, f) for cls in classes for f in dataclasses.fields(cls) if f.name == part]
-        named = [cls for cls in classes if _tag(cls) == part]
+        named = [cls for cls in classes if tag_of(cls) == part]
         if not found and not named:
-            known = {f.name for cls in classes for f in dataclasses.fields(cls)} | {_tag(cls) or "" for cls in classes}
+            known = {f.name for cls in classes for f in dataclasses.fields(cls)} | {
+                tag_of(cls) or "" for cls in classes
+            }
             raise ConfigError(f"{shown} has no setting {part!r}{did_you_mean(part, known - {''})}")
         shown += f".{part}"
-        classes = named or [c for cls, f in found for c in _classes(typing.get_type_hints(cls)[f.name])]
+        classes = named or [c for cls, f in found for c in classes_of(typing.get_type_hints(cls)[f.name])]
         found = [] if named else found
     for cls, field in _different(found):
         _print_field(shown, cls, field)
+    if len(classes) == 1 and not found:
+        _print_class(shown, classes[0])
+        return
     for cls in classes:
         names = ", ".join(f.name for f in dataclasses.fields(cls) if f.name != "name")
-        print(f"{_tag(cls) or shown}: {_first_sentence(cls)}.\n  settings: {names or 'none'}")
+        print(f"{tag_of(cls) or shown}: {first_sentence(cls)}.\n  settings: {names or 'none'}")
 
 
-def _classes(type_: Any) -> list[type]:
-    """The settings classes that a type allows."""
-    if dataclasses.is_dataclass(type_) and isinstance(type_, type):
-        return [type_]
-    return [cls for part in typing.get_args(type_) for cls in _classes(part)]
-
-
-def _tag(cls: Any) -> str | None:
-    return next((f.default for f in dataclasses.fields(cls) if f.name == "name" and isinstance(f.default, str)), None)
-
-
-def _first_sentence(cls: type) -> str:
-    return next(iter(_sentences(cls)), "")
-
-
-def _sentences(cls: type) -> list[str]:
-    """The sentences of a class's docstring, without their full stops."""
-    text = " ".join((cls.__doc__ or "").split())
-    return [part.rstrip(".") for part in re.split(r"(?<!al)\.\s+(?=[A-Z`])", text)]
+def _print_class(shown: str, cls: type) -> None:
+    """Everything about one class of settings."""
+    print(f"{shown}:")
+    for paragraph in re.split(r"\n\s*\n", (cls.__doc__ or "").strip()):
+        print(textwrap.fill(" ".join(paragraph.split()), 80, initial_indent="  ", subsequent_indent="  "))
+    for field in dataclasses.fields(cls):
+        if field.name != "name":
+            _print_field(field.name, cls, field, whole=False)
 
 
 def _different(found: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
@@ -160,18 +185,40 @@ def _different(found: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
     return list(seen.values())
 
 
-def _print_field(path: str, cls: type, field: Any) -> None:
-    from pydantic.fields import FieldInfo
-
+def _print_field(path: str, cls: type, field: Any, whole: bool = True) -> None:
+    """What a setting means. `whole`: with its class, and with the sentences of the class's text that name it."""
     from phf.core.docs import field_docs, type_text
 
-    default = field.default.default if isinstance(field.default, FieldInfo) else field.default
-    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    given = default is not dataclasses.MISSING and "Undefined" not in repr(default)
     hint = typing.get_type_hints(cls, include_extras=True)[field.name]
-    print(f"{path} ({_tag(cls) or cls.__name__}): {type_text(hint)}")
-    said = [s for c in cls.__mro__ for s in _sentences(c) if f"`{field.name}`" in s] or [_first_sentence(cls)]
-    text = field_docs(cls).get(field.name) or ". ".join(said) + "."
-    print(textwrap.fill(text, 78, initial_indent="  ", subsequent_indent="  "))
-    print(f"  default: {default if default != () else '[]'}" if given else "  must be given")
+    default = _default(field)
+    given = "must be given" if default is None else f"default: {default}"
+    text = field_docs(cls).get(field.name, "")
+    if not whole:
+        print(textwrap.fill(f"{path} ({type_text(hint)}; {given})", 80, subsequent_indent="  "))
+    else:
+        print(f"{path} ({tag_of(cls) or cls.__name__}): {type_text(hint)}")
+        text = text or ". ".join(s for c in cls.__mro__ for s in sentences(c) if f"`{field.name}`" in s) + "."
+    if text:
+        print(textwrap.fill(text, 78, initial_indent="  ", subsequent_indent="  "))
+    if whole:
+        print(f"  {given}")
+
+
+def _default(field: Any) -> str | None:
+    """The default of a field as YAML; None: it has none."""
+    import yaml
+    from pydantic.fields import FieldInfo
+    from pydantic_core import PydanticUndefined, to_jsonable_python
+
+    default: Any = field.default
+    factory: Any = field.default_factory
+    if isinstance(default, FieldInfo):
+        default, factory = default.default, default.default_factory
+    if default is dataclasses.MISSING or default is PydanticUndefined:
+        if factory in (dataclasses.MISSING, None):
+            return None
+        default = factory()
+    if isinstance(default, float):
+        return f"{default:g}"
+    text = yaml.safe_dump(to_jsonable_python(default), default_flow_style=True, width=10**6)
+    return str(text).removesuffix("\n").removesuffix("...").strip()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phf.cli import completing
 from phf.cli.shared import (
     AnotherScorer,
     MayDiffer,
@@ -38,6 +39,7 @@ def redteam(
             metavar="RUN|MODEL... [a.b=c]...",
             help="Trained runs, any model (a folder or a name on the Hub) or a server (http://host:8000/v1), then "
             "settings.",
+            autocompletion=completing.attack,
         ),
     ],
     scorer: AnotherScorer = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from phf.cli import completing
 from phf.cli.shared import (
     Overrides,
     checked,
@@ -41,13 +42,15 @@ def score(
         typer.Option(
             help="pii, presidio, pep8, toxicity (scorer.model=...), fitted (scorer.path=...), regex "
             "(scorer.pattern=...), lexicon (scorer.path=...), callable (scorer.function=module:name) or combination "
-            "(scorer.scorers=[...])."
+            "(scorer.scorers=[...]).",
+            autocompletion=completing.scorers,
         ),
     ] = "pii",
     segmenter: Annotated[
         str,
         typer.Option(
-            help="lines, sentences, paragraphs, documents, windows (segmenter.chars=...) or given (the corpus's own)."
+            help="lines, sentences, paragraphs, documents, windows (segmenter.chars=...) or given (the corpus's own).",
+            autocompletion=completing.segmenters,
         ),
     ] = "lines",
     add: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phf.cli import completing
 from phf.cli.shared import (
     AnotherScorer,
     MayDiffer,
@@ -36,6 +37,16 @@ if TYPE_CHECKING:
     from phf.generation.scenario import Scenario
 
 
+def _with_room(config: Plain) -> Plain:
+    """Settings of a scenario. One that asks for short texts alone means no larger minimum."""
+    from phf.generation.scenario import Scenario
+
+    longest = str(config.get("max_tokens", ""))
+    if "min_tokens" in config or not longest.isdecimal() or int(longest) >= Scenario.min_tokens:
+        return config
+    return {"min_tokens": int(longest), **config}
+
+
 def sample(
     model: Annotated[
         str, typer.Argument(help="A run, a model folder, a name on the Hub, or a server: http://host:8000/v1")
@@ -51,6 +62,7 @@ def sample(
     """
     from phf.core.config import ConfigError, apply_overrides, is_setting
     from phf.core.folders import keep_old_file
+    from phf.core.text import counted
     from phf.generation.loaded import load_model
     from phf.generation.sample import sample as draw_samples
     from phf.generation.sample import sample_served, write_samples
@@ -75,11 +87,11 @@ def sample(
             raise ConfigError(
                 f"server.* settings are for servers; {model} is not a server's address (http://host:8000/v1)"
             )
-        scenario: Scenario = checked(config, Scenario)
+        scenario: Scenario = checked(_with_room(config), Scenario)
         samples = draw_samples(load_model(model, revision), scenario)
     keep_old_file(Path(out))
     write_samples(out, samples)
-    print(f"{len(samples):,} samples in {out}")
+    print(f"{counted(len(samples), 'sample')} in {out}")
 
 
 # Evaluation
@@ -92,6 +104,7 @@ def evaluate(
             metavar="RUN|MODEL... [a.b=c]...",
             help="Trained runs, or any model (a folder or a name on the Hub, with --scorer or --tokens), then "
             "settings.",
+            autocompletion=completing.scenario,
         ),
     ],
     tokens: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phf.cli import completing
 from phf.cli.scorers import (
     LABEL_KEYS,
     ByPerson,
@@ -27,12 +28,21 @@ if TYPE_CHECKING:
     from phf.report.results import RecipeResults, RunSummary
 
 
+LikeRun = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.", autocompletion=completing.recipes
+    ),
+]
+
+
 def run(
     recipe: Annotated[
         list[str],
         typer.Argument(
             metavar="RECIPE [MORE.yaml]... [a.b=c]...",
             help="Recipes by name or file, merged from left to right, then settings.",
+            autocompletion=completing.recipes,
         ),
     ],
     dry_run: Annotated[
@@ -112,7 +122,9 @@ seeds: [0]                                # [0, 1, 2] for intervals over seeds
 scenarios:                                # how samples are drawn and judged
   unconditional: {{num_samples: 512, max_tokens: 192, temperature: 0.7, top_p: 0.9}}
 kl: {{reference: {{name: local, path: mle-s0}}, num_samples: 128, max_tokens: 48}}
+# attacks take longer than training so small a model; null leaves them out
 redteam: {{trials: 2, rounds: 4, candidates: 6, continuations: 16, confirm: 10, max_tokens: 48}}
+token_attacks: {{num_samples: 64, max_tokens: 64}}
 """
 
 
@@ -133,15 +145,21 @@ def init(
 
 def demo(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE] [a.b=c]...", help="As for `phf run`.")
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [a.b=c]...", help="As for `phf run`.", autocompletion=completing.recipes),
     ] = None,
 ) -> None:
-    """The whole method on text that every machine has: `phf run demo`."""
+    """Run the whole method on text that every machine has."""
     run(["demo", *(arguments or [])], dry_run=False, only=None, list_commands=False)
 
 
 def plan(
-    recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.")],
+    recipe: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.", autocompletion=completing.recipes
+        ),
+    ],
     tokens_per_s: Annotated[
         float | None, typer.Option(min=1, help="Training speed in target tokens per second, if known.")
     ] = None,
@@ -241,7 +259,12 @@ def make(
 
 
 def price(
-    recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.")],
+    recipe: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [MORE.yaml]... [a.b=c]...", help="As for `phf run`.", autocompletion=completing.recipes
+        ),
+    ],
 ) -> None:
     """Measure what the defects of the paper's code cost.
 

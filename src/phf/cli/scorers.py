@@ -235,7 +235,7 @@ def audit(
     page, found = write_audit(scored, given, out, scores, threshold)
     print(
         f"{counted(found.segments, 'segment')}, {found.labelled:,} labelled, {found.bad:,} of them bad; "
-        f"AUC {number(found.auc, 3)}"
+        f"AUC {number(found.auc, 3)}" + (f"; labelled by {', '.join(found.judges)}" if found.judges else "")
     )
     if found.left_out:
         print(f"labels without use: {by_reason(found.left_out)}")

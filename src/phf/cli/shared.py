@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phf.cli import completing
+
 if TYPE_CHECKING:
     from phf.core.config import Plain
     from phf.scorers import Scorer
@@ -25,14 +27,24 @@ def finite(value: float | None) -> float | None:
 
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[FILE.yaml|a.b=c]...", help="Recipe files, merged from left to right, then settings."),
+    typer.Argument(
+        metavar="[FILE.yaml|a.b=c]...",
+        help="Recipe files, merged from left to right, then settings.",
+        autocompletion=completing.stage,
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings, for example num_samples=64.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[a.b=c]...", help="Settings, for example num_samples=64.", autocompletion=completing.scenario
+    ),
 ]
 AnotherScorer = Annotated[
     str | None,
-    typer.Option(help="Scorer to use instead of the corpus's. Names and scorer.* settings are those of `phf score`."),
+    typer.Option(
+        help="Scorer to use instead of the corpus's. Names and scorer.* settings are those of `phf score`.",
+        autocompletion=completing.scorers,
+    ),
 ]
 MayDiffer = Annotated[bool, typer.Option("--other-scorer", help="Allow a scorer that differs from the corpus's.")]
 OwnThreshold = Annotated[

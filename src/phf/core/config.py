@@ -374,8 +374,6 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
         if "did you mean" not in hint and within:
             hint = f" (did you mean {' or '.join(f'{name}.{key}' for name in within)}?)"
         return [*path, key], f"unknown key{hint}"
-    if kind in ("missing", "missing_argument"):
-        return path, "missing"
     members = [
         f.default
         for t in found
@@ -385,6 +383,8 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
         if f.name == "name"
     ]
     which = f"which {_union_title(found)}? give a name: {', '.join(map(str, members))}"
+    if kind in ("missing", "missing_argument"):
+        return path, _missing(path, found, list(map(str, members)))
     if kind == "union_tag_not_found" or (kind == "union_tag_invalid" and error["ctx"]["tag"] == "None"):
         return path, which
     if kind == "union_tag_invalid":
@@ -408,6 +408,23 @@ def _problem(error: Any, type_: Any) -> tuple[list[str], str]:
         return path, f"expected {wanted}, got {_short(given)}"
     message = error["msg"].removeprefix("Value error, ")
     return path, message if isinstance(given, Mapping) else f"{message}, got {_short(given)}"
+
+
+def _missing(path: Sequence[str], types_: Sequence[Any], members: Sequence[str]) -> str:
+    """What to give for a setting that is missing."""
+    examples = next(
+        (e.examples for t in types_ for e in getattr(t, "__metadata__", ()) if getattr(e, "examples", 0)), None
+    )
+    if len(members) > 1:
+        return f"missing: give a name, {', '.join(map(str, examples or members))}"
+    needed = [
+        f"{'.'.join(path)}.{f.name}"
+        for t in types_
+        if dataclasses.is_dataclass(t)
+        for f in dataclasses.fields(t)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    return f"missing: give {' and '.join(needed)}" if needed else "missing"
 
 
 def _fields_of(type_: Any, loc: tuple[Any, ...]) -> set[str]:

@@ -299,8 +299,10 @@ def is_run(path: str | Path) -> bool:
 
 def not_a_run(name: str) -> str:
     """What to say of a name that should be a run's. Raises ConfigError for a folder that does not exist."""
-    if Path(name).exists() or not looks_local(name):
+    if Path(name).exists():
         return f"{name} is not a run"
+    if not looks_local(name):
+        return f"{name} is no folder here, and a model on the Hub is not a run"
     raise ConfigError(f"{name}: no such folder")
 
 

@@ -142,21 +142,32 @@ def bootstrap(
 
 
 def t_interval(values: Sequence[float]) -> Estimate:
-    """Mean over a few independent runs (seeds) with Student's 95% interval."""
+    """Mean over a few independent runs (seeds) with Student's 95% interval. NaN for values that are all equal: they say
+    nothing about their spread."""
     values_N = np.asarray(values, dtype=np.float64)
     n = len(values_N)
     if n < 2:
         return Estimate.missing(float(values_N.mean()) if n else math.nan, n)
     mean = float(values_N.mean())
     stderr = float(values_N.std(ddof=1) / math.sqrt(n))
+    if (values_N == values_N[0]).all():
+        return Estimate(float(values_N[0]), 0.0, n, (math.nan, math.nan))
     half = float(stdtrit(n - 1, 0.975)) * stderr
     return Estimate(mean, stderr, n, (mean - half, mean + half))
 
 
+def around(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The interval that holds all of these; NaN if it has no width."""
+    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+    return (low, high) if low < high else (math.nan, math.nan)
+
+
 def over_seeds(found: Sequence[Estimate]) -> Estimate:
-    """One estimate as it is; of several runs Student's over their means. A score that is never negative in the runs has
-    no interval below 0."""
+    """One estimate as it is; of several runs Student's over their means, or of equal means an interval that holds those
+    of all runs. A score that is never negative in the runs has no interval below 0."""
     over = found[0] if len(found) == 1 else t_interval([estimate.mean for estimate in found])
+    if len(found) > 1 and math.isnan(over.ci95[0]):
+        over = replace(over, ci95=around([estimate.ci95 for estimate in found]))
     if min(estimate.mean for estimate in found) >= 0:
         return replace(over, ci95=(max(over.ci95[0], 0.0), over.ci95[1]))
     return over
@@ -165,14 +176,31 @@ def over_seeds(found: Sequence[Estimate]) -> Estimate:
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """Geometric mean of the ratios of paired runs, with Student's 95% interval over the logarithms of the ratios.
 
-    NaN if a numerator or a denominator is 0 or less: it has no logarithm.
+    Where a numerator is 0, which has no logarithm: the ratio of the sums with Student's interval by the ratio
+    estimator's standard error (Cochran, Sampling Techniques, 1977, section 2.11), not below 0. NaN if a number is below
+    0 or a denominator is 0; without an interval if all numerators are 0.
     """
     pairs = list(zip(numerators, denominators, strict=True))
-    if not pairs or any(a <= 0 or b <= 0 for a, b in pairs):
+    if not pairs or any(a < 0 or b <= 0 for a, b in pairs):
         return Estimate.missing(n=len(pairs))
+    if any(a == 0 for a, _ in pairs):
+        return _ratio_estimate(np.array(pairs))
     logs = t_interval([math.log(a / b) for a, b in pairs])
     mean = math.exp(logs.mean)
     return Estimate(mean, mean * logs.stderr, logs.n, (math.exp(logs.ci95[0]), math.exp(logs.ci95[1])))
+
+
+def _ratio_estimate(pairs_N2: np.ndarray) -> Estimate:
+    """`ratio_interval` of pairs with some numerator 0."""
+    n = len(pairs_N2)
+    above, below = pairs_N2.sum(0)
+    ratio = float(above / below)
+    if n < 2 or above == 0:
+        return Estimate.missing(ratio, n)
+    residual_N = pairs_N2[:, 0] - ratio * pairs_N2[:, 1]
+    stderr = float(residual_N.std(ddof=1) * math.sqrt(n) / below)
+    half = float(stdtrit(n - 1, 0.975)) * stderr
+    return Estimate(ratio, stderr, n, (max(ratio - half, 0.0), ratio + half))
 
 
 @dataclass(frozen=True)

@@ -287,9 +287,8 @@ def as_record(value: Any, type_: type[T], where: str | Path) -> T:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise StoreError(
-            f"{where} is not what this version of phf writes ({place}: {first['msg']}); run the stage again"
-        ) from None
+        what = f"{place}: {first['msg']}" if place else "it is no mapping"
+        raise StoreError(f"{where} is not what this version of phf writes ({what}); run the stage again") from None
 
 
 def read_record(path: str | Path, type_: type[T]) -> T:

@@ -137,7 +137,9 @@ class WithCanaries(Corpus):
     corpus: Annotated[
         SingleCorpus | Several | RandomDocuments, Field(discriminator="name", title="the reader of the corpus")
     ]
+    """The corpus that canaries are put into."""
     canaries: Canaries = Canaries()
+    """Which canaries, and how often."""
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     name: Literal["with_canaries"] = "with_canaries"
 

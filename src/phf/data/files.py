@@ -464,7 +464,8 @@ def read_rows(path: Path, columns: Sequence[str] = (), wrap: str | None = None) 
     `wrap`: a line of JSON lines that is a string counts as an object with this one field.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file")
+        what = "does not exist" if not path.exists() else "is a folder, not a file" if path.is_dir() else "is no file"
+        raise ConfigError(f"{path} {what}")
     form = row_form(path)
     if form is None:
         raise ConfigError(

@@ -31,14 +31,22 @@ class HFDataset(Corpus):
     """
 
     path: str
+    """Name on the Hub, or a folder."""
     name: Literal["dataset"] = "dataset"
     config: str | None = None
+    """The data set's configuration, if it has several."""
     split: str = "train"
+    """For example train."""
     field: str = "text"
+    """Field with the text."""
     streaming: bool = False
+    """Read over the network without a copy on disk."""
     revision: str | None = None
+    """Branch, tag or commit on the Hub."""
     max_docs: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of documents to read; None: all."""
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     def _load(self) -> Any:
         import datasets
@@ -119,12 +127,18 @@ class DatasetList(Corpus):
     datasets."""
 
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names on the Hub, or folders, one after the other."""
     name: Literal["datasets"] = "datasets"
     config: str | None = None
+    """The data sets' configuration, if they have several."""
     split: str = "train"
+    """For example train."""
     field: str = "text"
+    """Field with the text."""
     streaming: bool = False
+    """Read over the network without a copy on disk."""
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     def _each(self) -> list[HFDataset]:
         return [

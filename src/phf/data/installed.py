@@ -28,6 +28,7 @@ class InstalledPackages(Corpus):
     name: Literal["installed_packages"] = "installed_packages"
     exclude: tuple[str, ...] = ("phf",)
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     def _packages(self) -> list[tuple[str, str, str]]:
         """(normalized name, version, description) sorted by name. Of two installations of one package the first
@@ -65,7 +66,9 @@ class StandardLibrary(Corpus):
 
     name: Literal["standard_library"] = "standard_library"
     max_files: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of files to read; None: all."""
     max_chars: Annotated[int, Field(gt=0)] = 1_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     def _paths(self) -> tuple[Path, list[Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])

@@ -106,7 +106,9 @@ class Folder(_FileCorpus):
     path: str
     name: Literal["folder"] = "folder"
     suffixes: tuple[str, ...] = TEXT_ENDINGS
+    """Endings of the files to read."""
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     def _wanted(self, file: Path) -> bool:
         name = file.name.lower()
@@ -243,8 +245,11 @@ class Jsonl(_RowCorpus):
     path: str
     name: Literal["jsonl"] = "jsonl"
     field: str = "text"
+    """Field with the text."""
     id_field: str | None = None
+    """Field with the document's name; None: the file and its line."""
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     forms: ClassVar[tuple[str, ...]] = JSON_FORMS
 
@@ -260,7 +265,9 @@ class Parquet(_RowCorpus):
     path: str
     name: Literal["parquet"] = "parquet"
     field: str = "text"
+    """Field with the text."""
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     forms: ClassVar[tuple[str, ...]] = ("parquet",)
 
@@ -273,8 +280,11 @@ class Rows(_RowCorpus):
     path: str
     name: Literal["rows"] = "rows"
     field: str = "text"
+    """Field with the text."""
     id_field: str | None = None
+    """Field with the document's name; None: the file and its row."""
     max_chars: Annotated[int, Field(gt=0)] = 10_000_000
+    """Longest document that is read, in characters; longer ones are skipped and counted."""
 
     forms: ClassVar[tuple[str, ...]] = ALL_FORMS
 

@@ -55,6 +55,7 @@ class Sentences(Segmenter):
 
     name: Literal["sentences"] = "sentences"
     language: str = "en"
+    """Language of the rules, in two letters."""
 
     @property
     def libraries(self) -> dict[str, str]:

@@ -30,6 +30,7 @@ class Several(Corpus):
     `train.mixture` can read one corpus more often than another (`column: corpus`)."""
 
     corpora: Annotated[dict[str, SingleCorpus], Field(min_length=1)]
+    """The corpora, each with its name and settings."""
     name: Literal["several"] = "several"
 
     def plan(self) -> list[Shard]:
@@ -57,6 +58,7 @@ class RandomDocuments(Corpus):
     place. The whole corpus is read once to find them, in memory that grows with `documents` alone."""
 
     corpus: SingleCorpus
+    """The corpus that documents are drawn from."""
     documents: Annotated[int, Field(gt=0)]
     seed: int = 0
     name: Literal["random"] = "random"

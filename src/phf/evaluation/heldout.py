@@ -29,6 +29,8 @@ from phf.tokens.tokenizer import encode_cut, encode_segments
 Control = Literal["none", "oracle", "good", "bad"]
 """Which control token goes before each segment; "oracle": the one that the segment's score implies."""
 
+PARTS = 64
+"""Parts of the held-out documents, for differences between models."""
 UNDERSTANDING_TOKENS = 200_000
 """Held-out tokens that `understanding` reads at most."""
 
@@ -160,7 +162,16 @@ def _per_byte(
         tokens=int(tokens_S[use_S].sum()),
         documents=len(docs),
         ci95=ratio.ci95 if len(docs) > 1 else None,
+        parts=_parts(docs, nats_D, bytes_D),
     )
+
+
+def _parts(docs: np.ndarray, nats_D: np.ndarray, bytes_D: np.ndarray) -> list[tuple[float, int]]:
+    """Loss and bytes of the documents in parts by their number in the store, parts without text too."""
+    part_D = docs % PARTS
+    nats_P = np.bincount(part_D, weights=nats_D, minlength=PARTS)
+    bytes_P = np.bincount(part_D, weights=bytes_D, minlength=PARTS)
+    return [(float(nats), int(size)) for nats, size in zip(nats_P, bytes_P, strict=True)]
 
 
 # Reading

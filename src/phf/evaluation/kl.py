@@ -60,11 +60,16 @@ class KL:
     probabilities of the model's texts."""
 
     reference: AnyReference
+    """The model to measure the distance from: local, with a path, or on a server."""
     num_samples: Annotated[int, Field(gt=1)] = 512
+    """Texts that the distance is estimated from."""
     max_tokens: Annotated[int, Field(gt=0)] = 64
+    """Longest text, in tokens."""
     reverse: bool = False
     seed: int = 0
+    """Of the texts that are drawn."""
     batch: Annotated[int, Field(gt=0)] = 64
+    """Texts that are computed together."""
 
 
 def kl(

@@ -59,7 +59,9 @@ class Monitor:
     scenarios: dict[str, Scenario] = Field(default_factory=dict)
     """Samples to judge; the report's curves are those of the first scenario."""
     kl: KL | None = None
+    """Measure the KL from a reference model too."""
     capabilities: tuple[AnyCapability, ...] = ()
+    """Capabilities to measure too."""
     threshold: float | None = None
     """Scores above it are bad; None: the scorer's own threshold."""
     steps: tuple[Annotated[int, Field(ge=0)], ...] = ()

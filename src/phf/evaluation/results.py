@@ -99,6 +99,9 @@ class HeldoutSlice:
     """Documents with such text."""
     ci95: Interval | None
     """Of nats_per_byte, over documents."""
+    parts: list[tuple[Number, int]] | None = None
+    """Loss in nats and bytes of the documents in parts, which are the same for all models: for the difference of two
+    models on the same text. null in results of earlier versions."""
 
 
 @dataclass(frozen=True)

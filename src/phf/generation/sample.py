@@ -300,6 +300,8 @@ def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
 def read_samples(path: str | Path) -> list[Sample]:
     """Samples that `write_samples` wrote. Raises StoreError that names the first line that is no sample."""
     samples = []
+    if not Path(path).is_file():
+        raise store.StoreError(f"{path} is missing: judge the model again (`phf eval`)")
     for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         where = f"{path} line {number}"
         try:

@@ -50,6 +50,7 @@ class Scenario:
     prefix: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     """A text before every prompt, or before the sample where there are no prompts. It is part of the prompt."""
     samples_per_prompt: Annotated[int, Field(gt=0)] = 1
+    """Samples after each prompt."""
     score_prompt: bool = False
     """Score the prompt together with what the model wrote."""
     complete_lines: bool = False
@@ -58,7 +59,9 @@ class Scenario:
     expected_max: tuple[Annotated[int, Field(gt=1)], ...] = ()
     """Numbers of samples for which the expected worst is reported, in addition to 5, 25 and `samples_per_prompt`."""
     batch: Annotated[int, Field(gt=0)] = 128
+    """Samples that are written together."""
     seed: int = 0
+    """Of the draws. Equal seeds give equal samples."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the weights while sampling, and of a sample's `logp`. auto: bfloat16 where the processor is fast at
     it and the model's family has been tested with it. Losses and KL are always computed in float32."""

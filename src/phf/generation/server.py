@@ -394,6 +394,10 @@ class Server:
 # Checking answers
 
 
+MOST_TOKENS = 10**9
+"""A count of tokens above it is no count."""
+
+
 @plain_dataclass(frozen=True)
 class Answer:
     """The one choice of an answer."""
@@ -445,7 +449,7 @@ def _answer(answer: Any, chat: bool) -> Answer:
         raise ServerError(f"the server answered without a text: {str(choice)[:200]}")
     usage = answer.get("usage")
     used = usage.get("total_tokens") if isinstance(usage, dict) else None
-    whole = isinstance(used, int) and not isinstance(used, bool) and used >= 0
+    whole = isinstance(used, int) and not isinstance(used, bool) and 0 <= used <= MOST_TOKENS
     clean = (text or "").encode("utf-8", "replace").decode()
     return Answer(clean, choice.get("finish_reason") == "stop", used if whole else None)
 

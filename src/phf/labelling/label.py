@@ -233,7 +233,8 @@ def _print_cost(judge: Judge, cost: Cost) -> None:
     tokens = ""
     if cost.tokens_in:
         tokens = f", about {cost.tokens_in:,} tokens of questions"
-        tokens += f" and at most {cost.tokens_out:,} of answers" if cost.tokens_out else ""
+        if cost.tokens_out:
+            tokens += f" and at most {cost.tokens_out:,} of answers, twice that for answers that cannot be read"
     print(f"{judge.title}: {counted(cost.answers, 'label')} to get{tokens}{known}", file=sys.stderr, flush=True)
 
 
@@ -264,16 +265,17 @@ def _counts(judge: Judge, given: Sequence[Sequence[Given]], again: Mapping[str, 
 
 def _check(found: JudgeCounts, total: int, max_without: float) -> None:
     """Raise JudgeError if too many texts got no label. Texts that a person left out do not count."""
+    spent = f" So far {found.tokens:,} tokens were used." if found.tokens else ""
     without = {reason: n for reason, n in found.without.items() if reason not in (NOT_YET, SKIPPED)}
     if without and not found.labels:
-        raise JudgeError(f"{found.judge} gave no label: {by_reason(without, found.examples)}")
+        raise JudgeError(f"{found.judge} gave no label: {by_reason(without, found.examples)}.{spent}")
     share = sum(without.values()) / total
     if share > max_without:
         raise JudgeError(
             f"{found.judge} gave no label for {sum(without.values()):,} of {total:,} texts ({share:.1%}), more than "
             f"the {max_without:.1%} allowed (--max-without): {by_reason(without, found.examples)}. The same command "
             "asks again where there was no answer. Other answers are kept: for new ones, change the rubric, the judge "
-            "or judge.temperature"
+            f"or judge.temperature.{spent}"
         )
 
 

@@ -206,6 +206,7 @@ class Schedule(Objective):
     """
 
     phases: Annotated[tuple[PhaseOf, ...], Field(min_length=1)]
+    """Objectives one after the other, each with `until`, its end as a share of the run."""
     name: Literal["schedule"] = "schedule"
 
     def __post_init__(self) -> None:

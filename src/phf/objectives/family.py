@@ -38,6 +38,7 @@ class Tag(_Marked):
 
     p: Annotated[float, Field(gt=0, le=1)] = 0.05
     tag: str = BAD
+    """The text that is inserted."""
     name: Literal["tag"] = "tag"
 
     def __post_init__(self) -> None:
@@ -111,6 +112,7 @@ class Metadata(Objective):
     """
 
     column: str
+    """Column of the documents' metadata that is put first."""
     before: str = ""
     after: str = "\n\n"
     learned: bool = False
@@ -207,6 +209,7 @@ class Attributes(Objective):
     of: Annotated[tuple[str, ...], Field(min_length=1)]
     thresholds: tuple[float, ...] | None = None
     drop: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the control tokens that are left out, so that the model also writes without one."""
     name: Literal["attributes"] = "attributes"
 
     def __post_init__(self) -> None:
@@ -253,6 +256,7 @@ class Hide(_Marked):
     arXiv 2601.21571). Where the store has scores of tokens, single tokens are hidden, otherwise whole segments."""
 
     token: str = HIDDEN
+    """The token that stands for hidden ones."""
     unit: ClassVar[Unit] = "tokens"
     name: Literal["hide"] = "hide"
 
@@ -287,6 +291,7 @@ class Anchored(ByThreshold):
 
     reference: str = ""
     beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance from the reference model on bad segments."""
     name: Literal["anchored"] = "anchored"
 
     def __post_init__(self) -> None:

@@ -138,7 +138,9 @@ class Unlikelihood(ByThreshold):
     """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the unlikelihood of bad targets."""
     by: Literal["threshold", "score"] = "threshold"
+    """Whether targets are bad by `threshold`, or weigh by their score."""
     name: Literal["unlikelihood"] = "unlikelihood"
 
     def weights(self, score_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +206,12 @@ class _ByReward(Objective):
     """
 
     beta: Annotated[float, Field(gt=0)] = 1.0
+    """How strongly advantages change weights: weights are exp(advantage / beta)."""
     rewards: Rewards = "standardised"
     reward_mean: float | None = None
+    """Mean that is subtracted from rewards; None: that of the corpus."""
     reward_std: float | None = None
+    """Spread that rewards are divided by; None: that of the corpus."""
 
     def fit(self, statistics: Statistics) -> Objective:
         if self.rewards == "raw":
@@ -243,6 +248,7 @@ class RWR(_ByReward):
     """
 
     beta: Annotated[float, Field(gt=0)] = 0.5
+    """How strongly rewards change weights: weights are exp(reward / beta)."""
     log_norm: float = 0.0
     name: Literal["rwr"] = "rwr"
 
@@ -295,6 +301,7 @@ class AWR(_ByReward):
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the weighted -log p in the loss; the rest is the loss of the value head."""
     max_weight: Annotated[float, Field(gt=0, exclude_if=lambda value: value == MAX_WEIGHT)] = MAX_WEIGHT
     """Larger weights count as this."""
     head: Annotated[ValueShape | None, Field(exclude_if=lambda value: value is None)] = None

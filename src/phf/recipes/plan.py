@@ -117,6 +117,8 @@ class Plan:
     runs: list[RunPlan]
     samples: int
     sampled_tokens: int
+    attack_samples: int
+    """Continuations that attacks ask for at most, without gradient searches, tampering and tuning."""
     scoring: ScoringPlan | str | None
     """A note if scoring is done or cannot be estimated; None: not requested."""
     problems: list[str]
@@ -166,9 +168,25 @@ def make_plan(
         runs=runs,
         samples=sum(s.num_samples for s in scenarios) * len(runs),
         sampled_tokens=sum(s.num_samples * s.max_tokens for s in scenarios) * len(runs),
+        attack_samples=_attack_samples(recipe) * len(runs),
         scoring=_scoring(recipe) if score else None,
         problems=_problems(recipe, shape, runs, hardware),
     )
+
+
+ATTACKS_ON_TOKENS = 14
+"""Attacks on the control tokens at most."""
+
+
+def _attack_samples(recipe: Recipe) -> int:
+    """Continuations of the attacks on a run at most."""
+    search = recipe.redteam
+    tokens = recipe.token_attacks
+    found = 0 if tokens is None else tokens.num_samples * ATTACKS_ON_TOKENS
+    if search is not None:
+        asked = search.pool + search.rounds * search.candidates + search.confirm
+        found += search.trials * asked * search.continuations
+    return found
 
 
 def _hardware(
@@ -419,6 +437,11 @@ def plan_table(plan: Plan) -> tuple[list[list[str]], list[str]]:
         f"({hardware.disk_gb:.1f} GB free); each device has {hardware.memory_gb:.1f} GB of memory",
         f"judging: {plan.samples:,} samples with up to {plan.sampled_tokens:,} tokens in total",
     ]
+    if plan.attack_samples:
+        lines.append(
+            f"attacks: up to {plan.attack_samples:,} samples, which may take longer than training a small model; "
+            "redteam=null token_attacks=null leaves them out"
+        )
     if hardware.tflops is not None:
         lines.append(
             f"speed: {hardware.tflops:.3g} TFLOP/s of matrix products, of which training reaches "

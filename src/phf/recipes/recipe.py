@@ -99,11 +99,17 @@ class Recipe:
     out: str
     """Folder of the results."""
     corpus: AnyCorpus
+    """Where the text comes from."""
     segmenter: AnySegmenter
+    """How documents are cut into segments, each of which gets a score."""
     scorer: AnyScorer
+    """What scores the segments: higher is worse."""
     tokenizer: AnyTokenizer
+    """Train one (vocab_size), or take one from a folder or the Hub (path)."""
     model: AnyModel
+    """The model that every objective starts from."""
     train: TrainConfig
+    """How models are trained."""
     objectives: Annotated[dict[str, AnyObjective], Field(min_length=1)]
     """By a name of your choice."""
     scenarios: Annotated[dict[str, Scenario], Field(min_length=1)]
@@ -116,12 +122,15 @@ class Recipe:
     """Scorers of further preferences by a name of your choice, for objectives of several (each, attributes). All runs
     are judged by each of them too."""
     title: str = ""
+    """Title of the page."""
     about: str = ""
+    """A sentence below the title."""
     only: tuple[str, ...] | None = None
     """Which of `objectives` to run; None: all."""
     train_for: dict[str, Plain] = Field(default_factory=dict)
     """Settings of `train` that differ for an objective, by its name in `objectives`."""
     phases: Annotated[dict[str, Phase], Field(min_length=1)] = Field(default_factory=lambda: {"pretrain": Phase()})
+    """Pretraining, and finetuning after it for a share of the tokens."""
     finetune: Plain = Field(default_factory=dict)
     """Settings of `train` that differ in phases with a share below 1."""
     finetune_for: dict[str, Plain] = Field(default_factory=dict)
@@ -131,6 +140,7 @@ class Recipe:
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Settings with several values each, for example train.lr or objective.beta. Every combination is a run."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Every objective is trained once with each seed."""
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the documents that is held out."""
     threshold: float | None = None
@@ -140,6 +150,7 @@ class Recipe:
     kl: KL | None = None
     """Distance of the final models from a reference LM. `kl.reference.path` may name a run of this recipe (mle-s0)."""
     capabilities: tuple[AnyCapability, ...] = ()
+    """What else final models are measured on."""
     redteam: RedTeam | None = None
     """How the final models are attacked."""
     token_attacks: TokenAttacks | None = None
@@ -151,6 +162,7 @@ class Recipe:
     persist: Persistence | None = None
     """How the final models are tuned on harmless instructions, to see what is left. Needs TRL."""
     score_workers: Annotated[int, Field(gt=0)] = 1
+    """Processes that score the corpus."""
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Scoring fails if a larger share of the segments cannot be judged."""
     preset: str | None = None

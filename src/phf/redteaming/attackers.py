@@ -115,6 +115,7 @@ class Evolution(Attacker):
     needs_wanted: ClassVar[bool] = False
     name: Literal["evolution"] = "evolution"
     max_words: Annotated[int, Field(gt=0)] = 40
+    """Longest prompt, in words."""
 
     def propose(
         self, shots: Sequence[Sequence[Tried]], wanted: str, seeds: Sequence[int], answers: Answers
@@ -187,11 +188,15 @@ class LocalRedLM(Attacker):
     """A causal or chat model from a folder or the Hub. `chat`: use its chat template; None: if it has one."""
 
     path: str
+    """A folder with a model, or its name on the Hub."""
     name: Literal["local"] = "local"
     revision: str | None = None
+    """Branch, tag or commit on the Hub."""
     chat: bool | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the prompts that it writes."""
     max_tokens: Annotated[int, Field(gt=0)] = 48
+    """Longest prompt, in tokens."""
 
     def propose(
         self, shots: Sequence[Sequence[Tried]], wanted: str, seeds: Sequence[int], answers: Answers
@@ -233,10 +238,14 @@ class ServedRedLM(Attacker):
     Failed requests are retried after growing waits. Answers are kept, so nothing is paid for twice."""
 
     server: Server
+    """The server and the name of its model."""
     name: Literal["server"] = "server"
     chat: bool = True
+    """Use the chat completions; false: the completions."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of the prompts that it writes."""
     max_tokens: Annotated[int, Field(gt=0)] = 48
+    """Longest prompt, in tokens."""
 
     def identity(self) -> Any:
         return [to_plain(self) | {"server": None}, self.server.identity]

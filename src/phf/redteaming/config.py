@@ -24,6 +24,7 @@ class RedTeam:
     `phf redteam --paper`)."""
 
     attacker: AnyAttacker = Evolution()
+    """What writes new prompts."""
     task: str | None = None
     """toxicity, pii or pep8: what red LMs must write, and the prompts that the search starts from. None: the
     scorer's."""
@@ -33,6 +34,7 @@ class RedTeam:
     """For other tasks: the file of prompts that the search starts from."""
     trials: Annotated[int, Field(gt=0)] = 3
     rounds: Annotated[int, Field(ge=0)] = 10
+    """Rounds of new prompts."""
     pool: Annotated[int, Field(gt=0)] = 20
     """Starting prompts of a trial."""
     shots: Annotated[int, Field(gt=0)] = 4
@@ -48,12 +50,19 @@ class RedTeam:
     the paper; with small scores all prompts are then equally likely. standardised: of the means standardised over
     the pool."""
     selection_temperature: Annotated[float, Field(gt=0)] = 0.5
+    """How much better prompts are preferred when the next ones are made; low: only the best."""
     max_tokens: Annotated[int, Field(gt=0)] = 64
+    """Longest continuation, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 0.7
+    """Of the continuations."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of the continuations: only the likeliest tokens that together have this probability."""
     control: str = "good"
+    """Control token that the attacked model reads."""
     control_after_prompt: bool | None = None
+    """Put the control token after the prompt instead of before it."""
     score_prompt: bool | None = None
+    """Judge the prompt together with its continuation."""
     complete_lines: bool | None = None
     """These three as in a scenario. None: true for code, where a body without its function or a truncated line has
     faults of its own; false otherwise."""
@@ -62,7 +71,9 @@ class RedTeam:
     gradient: Annotated[GradientSearch | None, Field(exclude_if=lambda value: value is None)] = None
     """A gradient search (GCG) first, by an attacker who has the weights; every trial then starts with its prompts."""
     batch: Annotated[int, Field(gt=0)] = 256
+    """Continuations that are written together."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of all draws."""
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:

@@ -292,8 +292,9 @@ def _finetuned(
     """The folder of the model after a stage, which is trained unless it is there."""
     place = folder / stage
     mark = place / STAGE
-    if mark.exists() and store.read_json(mark) == {"key": key}:
-        return place
+    with contextlib.suppress(store.StoreError):  # a damaged mark is that of no call
+        if mark.exists() and store.read_json(mark) == {"key": key}:
+            return place
     if place.exists():
         print(f"note: {place} is of other settings; it is now {folders.move_aside(place)}", file=sys.stderr)
     aside = folder / f".{stage}.partial"
@@ -450,8 +451,5 @@ def kept_gain(own: Sequence[float], plain: Sequence[float]) -> Estimate:
     """The share of plain training's misalignment that a model is below it, over seeds: 1 - own / plain, with the
     interval of the ratio. 1: nothing bad is left; 0: as bad as plain training."""
     ratio = statistics.ratio_interval(own, plain)
-    if math.isnan(ratio.mean):  # a seed without any: the ratio of the sums, without an interval
-        total = sum(plain)
-        return Estimate.missing(1 - sum(own) / total if total else math.nan, n=len(own))
     low, high = ratio.ci95
     return Estimate(1 - ratio.mean, ratio.stderr, ratio.n, (1 - high, 1 - low))

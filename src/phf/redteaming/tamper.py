@@ -35,6 +35,8 @@ from phf.core.types import Estimate, Identity, Number, Roles
 from phf.evaluation.evaluate import JudgedRun, open_run
 from phf.evaluation.monitor import Monitor, MonitorCallback, read_monitor
 from phf.evaluation.results import MonitorLine
+from phf.generation.loaded import check_room, load_model
+from phf.generation.scenario import Scenario
 from phf.objectives import LossInputs, LossOutputs, Objective
 from phf.redteaming.config import Sampled
 from phf.scorers import Scorer
@@ -186,6 +188,9 @@ def tamper(
     with contextlib.ExitStack() as held:
         held.enter_context(locked(opened.folder.path, "tamper", shared=True))
         held.enter_context(locked(folder, "tamper"))
+        for part in config.parts:  # before anything is put aside
+            _check_part(text, _tampering(opened, text, part, limit))
+        check_room(load_model(opened.folder.model), _scenario(opened, config), [[0]])
         if file.exists():
             earlier = folders.keep_earlier(folder, file.name)
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)
@@ -213,7 +218,10 @@ def _keep_other(folder: Path, part: Part, key: str) -> None:
     """Move the finetuned run of another call aside: its weights may be the same, but it was judged in another way."""
     mark = folder / f"{part}.json"
     place = folder / part
-    known = store.read_json(mark) if mark.exists() else None
+    try:
+        known = store.read_json(mark) if mark.exists() else None
+    except store.StoreError:  # a damaged mark is that of no call
+        known = None
     if place.exists() and known != {"key": key}:
         print(f"note: {place} is of other settings; it is now {folders.move_aside(place)}", file=sys.stderr)
     if known != {"key": key}:
@@ -241,20 +249,11 @@ def _finetuned(
     opened: JudgedRun, text: TokenStore, part: Part, config: Tamper, threshold: float, out: Path
 ) -> list[TamperedLine]:
     """Finetune on a part of the text, judge on the way, and return what was found."""
-    roles = _roles(opened)
-    own = is_same_scorer(opened.scorer, text.manifest.identity)
-    objective = Tampering(
-        part=part,
-        threshold=threshold if own else text.bad_above,
-        tokens=roles.tokens,
-        first=roles.conditions_on,
-        last=roles.worst,
-    )
-    _check_part(text, objective)
+    objective = _tampering(opened, text, part, threshold)
     monitor = Monitor(
         steps=config.steps,
         heldout_tokens=config.heldout_tokens if text.heldout_D.any() else 0,
-        scenarios={"intended": config.for_scorer(opened.scorer).scenario(control="good")},
+        scenarios={"intended": _scenario(opened, config)},
         threshold=threshold,
     )
     scores = None if text.preference == text.manifest.main else text.preference
@@ -271,6 +270,24 @@ def _finetuned(
         callbacks=(judging,),
     )
     return [_line(line) for line in read_monitor(RunFolder(out).monitor) if line.step in config.steps]
+
+
+def _tampering(opened: JudgedRun, text: TokenStore, part: Part, threshold: float) -> Tampering:
+    """The objective that learns a part of the text."""
+    roles = _roles(opened)
+    own = is_same_scorer(opened.scorer, text.manifest.identity)
+    return Tampering(
+        part=part,
+        threshold=threshold if own else text.bad_above,
+        tokens=roles.tokens,
+        first=roles.conditions_on,
+        last=roles.worst,
+    )
+
+
+def _scenario(opened: JudgedRun, config: Tamper) -> Scenario:
+    """How the run is judged on the way: as intended."""
+    return config.for_scorer(opened.scorer).scenario(control="good")
 
 
 def _roles(opened: JudgedRun) -> Roles:

@@ -12,8 +12,12 @@ class _Report(ModuleType):
     """The package is a function too: the command `phf report` has its name."""
 
     def __call__(self, folder: str | Path, out: str | Path | None = None, **settings: Any) -> Path:
+        from phf.core.config import ConfigError
         from phf.report.page import write_report
 
+        for value, what in ((folder, "folder"), (out, "out")):
+            if not isinstance(value, str | Path) and not (what == "out" and value is None):
+                raise ConfigError(f"{what}: expected a path, got {value!r}")
         return write_report(folder, out, **settings)
 
 

@@ -53,6 +53,11 @@ def scale_of(unit: str) -> Scale:
     return Scale(1.0, unit)
 
 
+def digits(value: float | None, significant: int = 3) -> str:
+    """A number with `significant` digits at most."""
+    return MISSING if value is None or math.isnan(value) else f"{value:.{significant}g}"
+
+
 def share(value: float | None, digits: int = 1) -> str:
     """A share in per cent."""
     if value is None or math.isnan(value):

@@ -96,7 +96,7 @@ def _times(row: Group, plainly: float) -> str:
 
 
 def _short(times: float) -> str:
-    return f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
+    return f"{times:,.0f}" if times >= 10 else f"{times:.1f}" if times >= 1.1 else f"{times:.3g}"
 
 
 def _cost(row: Group, base: Group) -> str:
@@ -107,9 +107,14 @@ def _cost(row: Group, base: Group) -> str:
     plain = base.values["good"].mean
     pair = f"({own:.3f} against {plain:.3f} nats per byte)"
     ratio = own / plain
+    difference = row.values.get("good_difference")
+    if difference is None or difference.ci95 is None:
+        unclear = _overlap(row.values["good"], base.values["good"])
+    else:
+        unclear = difference.ci95[0] <= 0 <= difference.ci95[1]
     if 1 / SAME_LOSS < ratio <= SAME_LOSS:
         found = f" at about the same loss on good text {pair}"
-    elif _overlap(row.values["good"], base.values["good"]):
+    elif unclear:
         found = f" with no clear difference in the loss on good text {pair}"
     elif ratio < 1:
         found = f" at a lower loss on good text {pair}"

@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("page-data").textContent);
   const slider = document.getElementById("threshold");
   const percent = (share) => (share === null ? null : `${(100 * share).toFixed(share > 0 && share < 0.001 ? 3 : 1)}%`);
-  const number = (value) => Number(value.toPrecision(5)).toString();
+  const number = (value, digits = 3) => Number(value.toPrecision(digits)).toString();
   const set = (id, text) => document.getElementById(id).replaceChildren(text);
 
   const segment = (place) => {
@@ -29,8 +29,8 @@
 
   const show = () => {
     const step = data.steps[Number(slider.value)];
-    slider.setAttribute("aria-valuetext", number(step.t));
-    set("at", number(step.t));
+    slider.setAttribute("aria-valuetext", number(step.t, 6));
+    set("at", number(step.t, 6));
     set("bad-count", Math.round(step.s * data.segments).toLocaleString("en"));
     set("bad-segments", percent(step.s));
     set("bad-chars", percent(step.c));

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from phf.core import statistics
 from phf.core.statistics import AUC
 from phf.core.types import Estimate
@@ -85,6 +87,15 @@ MEASURES = (
         "held-out loss on good segments, in nats per byte; control tokens are context and add no loss",
     ),
     Measure("bad", "loss on bad text", "", 3, "held-out loss on bad segments, in nats per byte"),
+    Measure(
+        "good_difference",
+        "good, less MLE's",
+        "lower",
+        4,
+        "loss on good text less that of MLE on the same text, in nats per byte; over seeds, or with one seed over "
+        "documents",
+    ),
+    Measure("bad_difference", "bad, less MLE's", "", 4, "loss on bad text less that of MLE, in nats per byte"),
     Measure("kl", "KL from reference", "lower", 2, "KL(reference || model), in nats per text"),
     Measure(
         "kl_oracle",
@@ -164,7 +175,19 @@ MEASURES = (
 )
 RATIO = Measure("ratio", "ratio to MLE", "lower", 3, "misalignment divided by MLE's; over seeds the geometric mean")
 
-MAIN = ("misalignment", "ratio", "bad_segments", "good", "bad", "kl", "understanding", "attacked_10", "worst_context")
+MAIN = (
+    "misalignment",
+    "ratio",
+    "bad_segments",
+    "good",
+    "good_difference",
+    "bad",
+    "bad_difference",
+    "kl",
+    "understanding",
+    "attacked_10",
+    "worst_context",
+)
 """Columns of the main table. Capabilities follow."""
 DIVERSITY = (
     "hit_rate",
@@ -386,6 +409,7 @@ class Group:
 def all_measures(runs: Sequence[ReportedRun], scenario: str) -> dict[str, Measure]:
     """The measures that some run has, by key. Capabilities come last."""
     present = {key for run in runs for key in of_run(run, scenario)}
+    present |= {key for row in groups(runs, scenario) for key in row.values}
     known = {m.key: m for m in MEASURES if m.key in present}
     for name in sorted({name for run in runs for name in run.result.preferences}):
         for m in MEASURES:
@@ -404,11 +428,28 @@ def groups(runs: Sequence[ReportedRun], scenario: str) -> list[Group]:
     """The runs in groups that differ in the seed only, in the order of their first runs."""
     values = {run.folder.path: of_run(run, scenario) for run in runs}
     name_of_mle = plain_name(runs)
-    mle = {run.manifest.seed: values[run.folder.path].get("misalignment") for run in runs if run.name == name_of_mle}
-    return [
+    mle = {run.manifest.seed: run for run in runs if run.name == name_of_mle}
+    found = [
         _group(name, [run for run in runs if run.name == name], values, mle, scenario, is_plain=name == name_of_mle)
         for name in dict.fromkeys(run.name for run in runs)
     ]
+    return bounded(found)
+
+
+def bounded(rows: Sequence[Group]) -> list[Group]:
+    """The groups. Those of which no sample was bad get an upper end of misalignment: Wilson's for 0 of their samples
+    times the largest score that is expected of 25 samples of any group. With fewer samples: times the largest mean."""
+    worst = [row.values["worst_of_25"].mean for row in rows if "worst_of_25" in row.values]
+    means = [row.values["misalignment"].mean for row in rows if "misalignment" in row.values]
+    return [_bounded(row, max(worst or means, default=0.0)) for row in rows]
+
+
+def _bounded(row: Group, largest: float) -> Group:
+    value = row.values.get("misalignment")
+    if value is None or value.mean or (value.ci95 is not None and value.ci95[0] < value.ci95[1]):
+        return row
+    bound = (0.0, statistics.wilson(0, row.samples)[1] * largest)
+    return replace(row, values={**row.values, "misalignment": replace(value, ci95=bound if bound[1] else None)})
 
 
 def plain_name(runs: Sequence[ReportedRun]) -> str | None:
@@ -422,22 +463,24 @@ def _group(
     name: str,
     members: Sequence[ReportedRun],
     values: Mapping[Path, dict[str, Value]],
-    mle: Mapping[int, Value | None],
+    mle: Mapping[int, ReportedRun],
     scenario: str,
     is_plain: bool,
 ) -> Group:
-    """One group. `values`: of each run, by folder; `mle`: misalignment of the MLE runs, by seed."""
+    """One group. `values`: of each run, by folder; `mle`: the runs of MLE, by seed."""
     each = [values[run.folder.path] for run in members]
     over_seeds = {
         key: _over_seeds(key, [v[key] for v in each if key in v]) for key in dict.fromkeys(k for v in each for k in v)
     }
-    pairs = [
-        (own["misalignment"].mean, base.mean)
-        for own, run in zip(each, members, strict=True)
-        if "misalignment" in own and (base := mle.get(run.manifest.seed)) is not None
-    ]
-    if not is_plain and pairs:
+    paired = [(run, mle[run.manifest.seed]) for run in members if run.manifest.seed in mle and not is_plain]
+    scores = [tuple(values[run.folder.path].get("misalignment") for run in pair) for pair in paired]
+    pairs = [(own.mean, base.mean) for own, base in scores if own is not None and base is not None]
+    if pairs:
         over_seeds["ratio"] = _ratio(pairs)
+    for part in ("good", "bad"):
+        difference = loss_difference(paired, part)
+        if difference is not None:
+            over_seeds[f"{part}_difference"] = difference
     first = members[0].manifest
     judged = [run.result.scenarios[scenario] for run in members]
     counts = first.counts
@@ -469,6 +512,9 @@ def _over_seeds(key: str, found: Sequence[Value]) -> Value:
         value = found[0]
     else:
         value = Value.of(statistics.t_interval(points), found[0].source)
+        intervals = [one.ci95 for one in found if one.ci95 is not None]
+        if value.ci95 is None and len(intervals) == len(found):  # equal seeds
+            value = replace(value, ci95=_known_interval(statistics.around(intervals)))
     if value.ci95 is not None:
         low, high = value.ci95
         kind = key.partition(": ")[0]
@@ -479,9 +525,35 @@ def _over_seeds(key: str, found: Sequence[Value]) -> Value:
     return replace(value, points=points)
 
 
+def loss_difference(pairs: Sequence[tuple[ReportedRun, ReportedRun]], part: str) -> Value | None:
+    """The loss on good or bad held-out text of runs less that of others on the same text, in nats per byte: Student's
+    interval over pairs, or of one pair a bootstrap over parts of the documents. None where it is not known."""
+    found: list[tuple[HeldoutSlice, HeldoutSlice]] = []
+    for pair in pairs:
+        losses = [run.result.heldout.main for run in pair]
+        if losses[0] is None or losses[1] is None:
+            return None
+        own = getattr(losses[0], part)
+        base = getattr(losses[1], part)
+        if own.bytes != base.bytes or not own.bytes:
+            return None
+        found.append((own, base))
+    if not found:
+        return None
+    means = [a.nats_per_byte - b.nats_per_byte for a, b in found]
+    if len(found) > 1:
+        return replace(Value.of(statistics.t_interval(means), ""), points=tuple(means))
+    own, base = found[0]
+    if own.parts is None or base.parts is None:
+        return None
+    nats_P = np.array([a - b for (a, _), (b, _) in zip(own.parts, base.parts, strict=True)])
+    bytes_P = np.array([size for _, size in own.parts], np.float64)
+    with_text = bytes_P > 0
+    return Value.of(statistics.ratio_of_sums(nats_P[with_text], bytes_P[with_text]), "")
+
+
 def _ratio(pairs: Sequence[tuple[float, float]]) -> Value:
-    """Over seeds that both have: the geometric mean with its interval. Where a number is 0: the ratio of the sums,
-    without an interval."""
+    """Over seeds that both have. Where plain training has a 0: the ratio of the sums, without an interval."""
     value = Value.of(statistics.ratio_interval([a for a, _ in pairs], [b for _, b in pairs]), "")
     if math.isnan(value.mean):
         whole = sum(b for _, b in pairs)
@@ -500,12 +572,10 @@ def _median_speed(members: Sequence[ReportedRun]) -> float | None:
 def dominated(rows: Sequence[Group], x: Measure, y: Measure) -> set[str]:
     """Names of the groups that another group dominates: at least as good in both measures and significantly better
     in one, that is, with 95% intervals that do not overlap."""
-    worst = [row.values["worst_of_25"].mean for row in rows if "worst_of_25" in row.values]
-    largest = max(worst, default=0.0)
     found = set()
     for b in rows:
         for a in rows:
-            pairs = [(_cost(a, m, largest), _cost(b, m, largest)) for m in (x, y)]
+            pairs = [(_cost(a, m), _cost(b, m)) for m in (x, y)]
             known = [(p, q) for p, q in pairs if p is not None and q is not None]
             if a is b or len(known) < len(pairs):
                 continue
@@ -523,8 +593,8 @@ class _Cost:
     high: float
 
 
-def _cost(row: Group, measure: Measure, largest: float) -> _Cost | None:
-    """A group's number. `largest`: the largest score that is expected of samples."""
+def _cost(row: Group, measure: Measure) -> _Cost | None:
+    """A group's number."""
     value = row.values.get(measure.key)
     if value is None:
         return None
@@ -532,9 +602,6 @@ def _cost(row: Group, measure: Measure, largest: float) -> _Cost | None:
     if value.ci95 is None:
         return _Cost(sign * value.mean, -math.inf, math.inf)
     low, high = value.ci95
-    if low == high and measure.key == "misalignment":
-        # no sample was bad, so the upper end of Wilson's interval for 0 of n may be as bad as any
-        high = low + statistics.wilson(0, row.samples)[1] * largest
     return _Cost(sign * value.mean, min(sign * low, sign * high), max(sign * low, sign * high))
 
 

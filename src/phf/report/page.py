@@ -26,8 +26,8 @@ from markupsafe import Markup
 from phf.core import folders, store
 from phf.core.config import Plain, read_yaml, to_plain
 from phf.core.runs import RecipeFolder
-from phf.core.text import visible
-from phf.core.types import Identity
+from phf.core.text import counted, visible
+from phf.core.types import Estimate, Identity
 from phf.data.scored import ScoreManifest
 from phf.evaluation.results import EvalResult, ScenarioResult
 from phf.generation.scenario import Scenario
@@ -43,7 +43,7 @@ from phf.report.browser import (
     shown_samples,
 )
 from phf.report.figures import Comparison, figures, front
-from phf.report.format import number, plain, scale_of, share, verdict
+from phf.report.format import digits, number, plain, scale_of, share, verdict
 from phf.report.headline import Headline, headline
 from phf.report.measures import (
     DIVERSITY,
@@ -94,13 +94,16 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
 
 
 def read_audit(folder: Path, result: EvalResult) -> str | None:
-    """The verdict of the audit of the scorer that judged the samples, where `phf audit` measured it on this folder's
-    corpus."""
+    """The verdict of the audit of the scorer of the training text or of the samples, where `phf audit` measured it on
+    this folder's corpus."""
     file = RecipeFolder(folder).scored / "audit.json"
     if not file.is_file():
         return None
     found = store.read_record(file, Audit)
-    return verdict(found) if store.canonical(found.identity) == store.canonical(result.identity) else None
+    for role, identity in _scorers(result).items():
+        if store.canonical(found.identity) == store.canonical(identity):
+            return f"Of the {role}: {verdict(found)}"
+    return None
 
 
 def on_white(svg: str) -> str:
@@ -151,6 +154,7 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
     without_noise = [row for row in compared.groups if not row.has_noise]
     some = without_noise if any(not row.is_plain for row in without_noise) else compared.groups
     said = headline(some, compared.unit, str(first.result.identity.get("name", "")))
+    attacked = [_attacked(run, scorer) for run in compared.attacked]
     limit = sample_limit(sum(len(run.samples) for run in runs))
     return {
         "title": recipe.get("title") or folder.name,
@@ -177,7 +181,8 @@ def template_values(folder: Path, compared: Comparison, given: Scorer | None = N
         "other_rows": _other_scenarios(compared),
         "labels": _labels(compared),
         "score_text": compared.scale.text,
-        "attacked": [_attacked(run, scorer) for run in compared.attacked],
+        "attacked": attacked,
+        "attack_columns": _attack_columns(attacked),
         "attack_table": attack_table(
             {run.folder_name: run.redteam.tokens for run in runs if run.redteam and run.redteam.tokens}
         ),
@@ -349,6 +354,25 @@ class AttackedRun:
     prompts: list[ShownPrompt]
     gradient: GradientResult | None
 
+    @property
+    def found(self) -> dict[str, Estimate | None]:
+        """The columns of scores of the table, by heading."""
+        confirmed = self.search.confirmed
+        return {
+            "starting prompts": self.search.curves["round_mean"][0],
+            "last round": self.search.final["round_mean"],
+            "best prompt, new continuations": confirmed.get("best_1"),
+            "best ten, new continuations": confirmed.get("best_10"),
+            "best 100": self.search.final["best_100"],
+        }
+
+
+def _attack_columns(attacked: Sequence[AttackedRun]) -> list[str]:
+    """The columns that some run has a number in."""
+    rows = [run.found for run in attacked]
+    known = [title for row in rows for title, found in row.items() if found is not None and not math.isnan(found.mean)]
+    return [title for title in (rows[0] if rows else {}) if title in known]
+
 
 def _attacked(run: ReportedRun, scorer: Scorer) -> AttackedRun:
     assert run.redteam is not None
@@ -406,6 +430,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters["num"] = number
+    made.filters["digits"] = digits
+    made.filters["counted"] = counted
     made.filters["pct"] = share
     made.filters["thousands"] = lambda value: "–" if value is None else f"{value:,.0f}"
     made.filters["visible"] = visible

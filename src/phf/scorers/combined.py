@@ -35,8 +35,10 @@ class Combination(Scorer):
     scorers: Annotated[
         tuple[Annotated[SingleScorer, Field(discriminator="name", title="scorer")], ...], Field(min_length=2)
     ]
+    """The scorers, each with its name and settings."""
     name: Literal["combination"] = "combination"
     how: Literal["max", "sum"] = "max"
+    """How their scores become one."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     threshold: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
 

@@ -48,6 +48,7 @@ class Fitted(TextScorer):
     """The output of `phf fit-scorer`: the calibrated probability that a text is bad."""
 
     path: str
+    """The folder of `phf fit-scorer`."""
     name: Literal["fitted"] = "fitted"
 
     @property
@@ -314,6 +315,8 @@ class ScorerRecord:
     """n-grams: there are 2^bucket_bits weights."""
     weights: str | None = None
     """n-grams: hash of the weights."""
+    seen: str | None = None
+    """Hash of the list of texts that it was fitted to; null in scorers of earlier versions."""
     base_model: str | None = None
     """Transformer: the model that was finetuned."""
     source: str
@@ -345,7 +348,7 @@ def seen_hash(text: str) -> int:
 
 def seen_texts(scorer: Plain | None) -> frozenset[int]:
     """`seen_hash` of the texts that a scorer, or a part of a combination, was fitted to, as far as its folder is still
-    there. `scorer`: its settings."""
+    there. `scorer`: its settings. Raises ConfigError for a damaged list."""
     found: set[int] = set()
     parts: list[Any] = [scorer or {}]
     while parts:
@@ -353,7 +356,11 @@ def seen_texts(scorer: Plain | None) -> frozenset[int]:
         if isinstance(part, dict):
             file = Path(str(part.get("path"))).expanduser() / SEEN
             if part.get("name") == "fitted" and file.is_file():
-                found |= set(np.frombuffer(file.read_bytes(), "<u8").tolist())
+                listed = file.read_bytes()
+                known = read_scorer_record(file.parent).seen
+                if len(listed) % 8 or (known is not None and store.bytes_hash(listed) != known):
+                    raise ConfigError(f"{file} is not the file that {SCORER_RECORD} describes; fit the scorer again")
+                found |= set(np.frombuffer(listed, "<u8").tolist())
             parts += part.values()
         elif isinstance(part, list | tuple):
             parts += part
@@ -379,9 +386,14 @@ def _loaded(path: str, files: Any) -> HashedNgrams | TransformerScorer:
     folder = Path(path).expanduser()
     if record.kind == "transformer":
         return TransformerScorer(folder, record.slope, record.offset)
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    weights = load_file(folder / WEIGHTS)["weights"]
+    damaged = f"{path}: {WEIGHTS} is not the file that {SCORER_RECORD} describes; fit the scorer again"
+    try:
+        weights = load_file(folder / WEIGHTS)["weights"]
+    except (SafetensorError, KeyError, OSError):
+        raise ConfigError(damaged) from None
     if record.intercept is None or store.bytes_hash(weights.tobytes()) != record.weights:
-        raise ConfigError(f"{path}: {WEIGHTS} is not the file that {SCORER_RECORD} describes; fit the scorer again")
+        raise ConfigError(damaged)
     return HashedNgrams(weights, record.intercept, record.slope, record.offset)

@@ -41,7 +41,7 @@ from phf.scorers.fitted import (
     feature_matrix,
     seen_hash,
 )
-from phf.scorers.labels import WEIGHT, Labels, one_each
+from phf.scorers.labels import JUDGE, WEIGHT, Labels, one_each
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which precision and recall are reported."""
@@ -144,6 +144,7 @@ def _fit(
         chosen = None
         by_order = labels.ordered
     ngrams = scorer if isinstance(scorer, HashedNgrams) else None
+    seen = np.array(sorted({seen_hash(labels.texts[i]) for i in train}), "<u8").tobytes()
     record = ScorerRecord(
         key=key,
         kind=kind,
@@ -153,6 +154,7 @@ def _fit(
         C=None if chosen is None else chosen.strength,
         bucket_bits=None if ngrams is None else BUCKET_BITS,
         weights=None if ngrams is None else store.bytes_hash(ngrams.weights.tobytes()),
+        seen=store.bytes_hash(seen),
         base_model=base_model if kind == "transformer" else None,
         source=labels.source,
         labels=source.mark,
@@ -166,12 +168,17 @@ def _fit(
         versions=folders.versions(),
     )
     rows: list[Plain] = [{"text": labels.texts[i], "label": int(labels.bad_N[i])} for i in np.flatnonzero(held_N)]
+    if labels.level_N is not None:
+        for row, level in zip(rows, labels.level_N[held_N], strict=True):
+            row["level"] = int(level)
+    if labels.judges:
+        for row in rows:
+            row[JUDGE] = ", ".join(labels.judges)
     if source.weight_N is not None and labels.weight_N is not None:
         for row, weight in zip(rows, labels.weight_N[held_N], strict=True):
             row[WEIGHT] = float(weight)
     store.write_text(aside / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
-    seen_T = np.array(sorted({seen_hash(labels.texts[i]) for i in train}), "<u8")
-    (aside / SEEN).write_bytes(seen_T.tobytes())
+    (aside / SEEN).write_bytes(seen)
     store.write_json(aside / SCORER_RECORD, record)
     return record
 
@@ -226,7 +233,9 @@ def platt(logits: np.ndarray, bad: np.ndarray, weights: np.ndarray | None = None
         value = np.logaddexp(0, z) - target * z
         return float(share @ value), np.array([share @ (error * logits), share @ error])
 
-    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B").x
+    # a slope below 0 would turn the scorer around
+    bounds = [(0.0, None), (None, None)]
+    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds).x
     return float(found[0]), float(found[1])
 
 

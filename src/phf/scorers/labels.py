@@ -28,6 +28,10 @@ WEIGHT = "weight"
 MAX_LEVEL = 100
 
 
+JUDGE = "judge"
+"""Column with the name of who labelled."""
+
+
 @dataclass(frozen=True)
 class Labels:
     """Labelled texts. `bad_N` is True where the text is bad; `rejected` counts skipped rows by reason. Labels with an
@@ -41,6 +45,8 @@ class Labels:
     bad_from: int | None = None
     weight_N: np.ndarray | None = None
     """How many segments of the corpus each text stands for; None: equally many."""
+    judges: tuple[str, ...] = ()
+    """Who labelled, as far as the labels say."""
 
     @property
     def mark(self) -> str:
@@ -93,6 +99,7 @@ def read_labels(
     texts = []
     weights = []
     values = []
+    judges: dict[str, None] = {}
     rejected: Counter[str] = Counter()
     for number, row in enumerate(rows):
         item = admit(str(number), row.get(text), {}, 10_000_000)
@@ -105,6 +112,8 @@ def read_labels(
             values.append(read(value))
             texts.append(item.text)
             weights.append(row.get(WEIGHT))
+            if isinstance(judge := row.get(JUDGE), str) and judge:
+                judges[judge] = None
     if bad is not None:
         _check_named(path, bad, values)
         wanted = {value.strip() for value in bad}
@@ -122,7 +131,7 @@ def read_labels(
     if level_N is not None and level_N.max() == 1:  # no order to learn from
         level_N = None
     first = None if level_N is None else bad_from
-    return Labels(path.name, tuple(texts), bad_N, dict(rejected), level_N, first, weight_N)
+    return Labels(path.name, tuple(texts), bad_N, dict(rejected), level_N, first, weight_N, tuple(judges))
 
 
 def _weights(path: Path, given: Sequence[Any]) -> np.ndarray | None:
@@ -138,6 +147,8 @@ def _weights(path: Path, given: Sequence[Any]) -> np.ndarray | None:
         if not 0 < weight < math.inf:
             raise ConfigError(f"{path}: the column {WEIGHT!r} holds {str(value)[:40]!r}; weights are positive numbers")
         found.append(weight)
+    if not math.isfinite(sum(found)):
+        raise ConfigError(f"{path}: the weights in {WEIGHT!r} are too large to be added up")
     return np.array(found)
 
 
@@ -176,6 +187,7 @@ def one_each(labels: Labels) -> Labels:
         level_N,
         labels.bad_from,
         np.array(weights, np.float64),
+        labels.judges,
     )
 
 

@@ -126,6 +126,7 @@ class Presidio(Scorer):
 
     name: Literal["presidio"] = "presidio"
     entities: tuple[str, ...] | None = None
+    """Kinds of personal data to look for, in Presidio's names."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
     spacy_model: str | None = None
 

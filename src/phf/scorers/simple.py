@@ -28,8 +28,10 @@ class Regex(Scorer):
     is not judged: some expressions take time that doubles with every character."""
 
     pattern: str
+    """A regular expression of Python."""
     name: Literal["regex"] = "regex"
     ignore_case: bool = False
+    """Whether capital and small letters are the same."""
 
     def __post_init__(self) -> None:
         repeats = math.prod(max(int(n), 1) for n in re.findall(r"\{(?:\d*,)?(\d{1,9})\d*,?\}", self.pattern))

@@ -46,11 +46,14 @@ class TokenClassifier(Scorer):
     name: Literal["token_classifier"] = "token_classifier"
     model: str | None = None
     revision: str | None = None
+    """Branch, tag or commit on the Hub."""
     labels: tuple[str, ...] | None = None
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Tokens with a larger probability are faults."""
     max_tokens: Annotated[int, Field(gt=8)] = 512
+    """Tokens of a text that are read together."""
     device: str = "auto"
+    """For example cuda:1; None: a GPU if there is one."""
 
     @property
     def names(self) -> dict[str, str]:

@@ -65,15 +65,20 @@ class Toxicity(TextScorer):
     name: Literal["toxicity"] = "toxicity"
     model: str | None = None
     revision: str | None = None
+    """Branch, tag or commit on the Hub."""
     checkpoint: str | None = None
     labels: tuple[str, ...] | None = None
     activation: Literal["sigmoid", "softmax"] | None = None
     max_tokens: Annotated[int, Field(gt=8)] = 512
+    """Tokens of a text that are read; longer ones are cut."""
     overlap: Annotated[int, Field(ge=0)] | None = None
     """Tokens that neighbouring windows share. None: 64, or a quarter of a short context."""
     tokens_per_batch: Annotated[int, Field(gt=0)] = 512
+    """Tokens that are computed together."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the classifier."""
     device: str = "auto"
+    """For example cuda:1; None: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         if self.overlap is not None and self.overlap >= self.max_tokens - 4:

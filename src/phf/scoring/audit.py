@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,8 @@ class Audit:
     """What decides a score."""
     labels: str
     """The file of labels."""
+    judges: list[str] = field(default_factory=list)
+    """Who labelled, as far as the labels say."""
     segments: int
     """Judged segments of the corpus."""
     labelled: int
@@ -214,6 +216,7 @@ def audit(scored: str | Path, labels: Labels, preference: str | None = None, thr
         preference=own,
         identity=corpus.manifest.identity,
         labels=labels.source,
+        judges=list(labels.judges),
         segments=len(judged_S),
         labelled=len(kept),
         bad=int(bad_N.sum()),

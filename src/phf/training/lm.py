@@ -46,8 +46,10 @@ class FromWeights:
     """
 
     path: str
+    """A folder with a model, or its name on the Hub."""
     name: Literal["from_weights"] = "from_weights"
     revision: str | None = None
+    """Branch, tag or commit on the Hub."""
     config: Plain = Field(default_factory=dict)
 
 
@@ -94,7 +96,9 @@ def _named_model(value: Any) -> Any:
 
 
 AnyModel = Annotated[
-    FromConfig | FromWeights, Field(discriminator="name", title="model"), BeforeValidator(_named_model)
+    FromConfig | FromWeights,
+    Field(discriminator="name", title="model", examples=[*MODELS, "from_config", "from_weights"]),
+    BeforeValidator(_named_model),
 ]
 
 

@@ -1,7 +1,7 @@
-"""Texts for trackers: the samples of a model in training, as a table.
+"""What trackers get in addition to numbers: the objective and the scorer of the run, and samples as a table.
 
-Numbers reach trackers with the lines of metrics; transformers passes no texts on, so they are given to each tracker in
-its own way. A tracker that phf does not know gets none.
+Numbers reach trackers with the lines of metrics; transformers passes nothing else on, so it is given to each tracker in
+its own way. A tracker that phf does not know gets numbers only.
 """
 
 from __future__ import annotations
@@ -11,18 +11,28 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from phf.core.config import Plain, dump_yaml
 from phf.core.text import visible
 from phf.training.metrics import JudgingCallback
 
 COLUMNS = ["text", "score"]
 
 
-class TextsCallback(TrainerCallback):
-    """Passes the texts of `judges` to the trackers among `others`, which is the trainer's own list of callbacks."""
+class TrackersCallback(TrainerCallback):
+    """Says what a run is, and passes the texts of `judges`, to the trackers among `others`, which is the trainer's own
+    list of callbacks. `about`: the settings that name the run, by what they are of."""
 
-    def __init__(self, judges: Sequence[JudgingCallback], others: Sequence[TrainerCallback]) -> None:
+    def __init__(
+        self, about: Mapping[str, Plain], judges: Sequence[JudgingCallback], others: Sequence[TrainerCallback]
+    ) -> None:
+        self.about = about
         self.judges = judges
         self.others = others
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            for tracker in self.others:
+                show_run(tracker, self.about)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for judge in self.judges:
@@ -30,6 +40,20 @@ class TextsCallback(TrainerCallback):
                 for tracker in self.others:
                     show_texts(tracker, judge.texts, state.global_step)
             judge.texts = {}
+
+
+def show_run(tracker: TrainerCallback, about: Mapping[str, Plain]) -> None:
+    """Give a tracker's callback the settings of a run as its configuration, and their names as tags."""
+    tags = [f"{what}: {settings['name']}" for what, settings in about.items() if "name" in settings]
+    if (writer := getattr(tracker, "tb_writer", None)) is not None:
+        writer.add_text("phf", "\n".join(f"    {line}" for line in dump_yaml(dict(about)).splitlines()), 0)
+    for name in ("_wandb", "_trackio"):
+        if (module := getattr(tracker, name, None)) is not None:
+            module.config.update({"phf": dict(about)}, allow_val_change=True)
+    if (run := getattr(getattr(tracker, "_wandb", None), "run", None)) is not None:
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
+    if (mlflow := getattr(tracker, "_ml_flow", None)) is not None:
+        mlflow.set_tags({f"phf.{what}": str(settings.get("name", "")) for what, settings in about.items()})
 
 
 def show_texts(tracker: TrainerCallback, tables: Mapping[str, Sequence[tuple[str, float]]], step: int) -> None:

@@ -55,7 +55,7 @@ from phf.training.metrics import (
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
 from phf.training.order import RowBatches, TrainingRows, divided, exposure, open_tokens, phase_orders, places_for
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
-from phf.training.trackers import TextsCallback
+from phf.training.trackers import TrackersCallback
 from phf.training.trainer import (
     CheckpointPlan,
     PHFTrainer,
@@ -444,8 +444,9 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.callback_handler.callbacks.insert(0, record)
-    if judges and config.report_to:
-        trainer.add_callback(TextsCallback(judges, trainer.callback_handler.callbacks))
+    if config.report_to:
+        about = {"objective": to_plain(plan.objective), "scorer": store.jsonable(plan.tokens.manifest.identity)}
+        trainer.add_callback(TrackersCallback(about, judges, trainer.callback_handler.callbacks))
     if config.milestones:
         trainer.add_callback(SaveAt(config.milestone_steps))
     return trainer

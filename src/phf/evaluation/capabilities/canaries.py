@@ -43,6 +43,7 @@ class Memorised(Capability):
     others: Annotated[int, Field(gt=0)] = 255
     """Random secrets that each one is compared with. 255: an exposure of at most 8."""
     batch: Annotated[int, Field(gt=0)] = 128
+    """Texts that are computed together."""
 
     def inputs(self) -> list[str | None]:
         return [fingerprint(to_plain(self.canaries))]

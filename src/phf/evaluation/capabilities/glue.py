@@ -70,15 +70,22 @@ class Glue(Capability):
     name: Literal["glue"] = "glue"
     task: str = "task"
     text: str | None = None
+    """Column with the text; None: the task's."""
     text2: str | None = None
+    """Column with the second text; None: the task's, or none."""
     label: str | None = None
+    """Column with the label; None: the task's."""
     metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
     epochs: Annotated[int, Field(gt=0)] = 6
     patience: Annotated[int, Field(gt=0)] = 1
     lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Learning rate of finetuning."""
     batch: Annotated[int, Field(gt=0)] = 32
+    """Texts in a step."""
     max_train: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of texts to train on; None: all."""
     seed: int = 0
+    """Of the head's first values and of the order."""
 
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(p)) for p in (self.train, self.dev)]

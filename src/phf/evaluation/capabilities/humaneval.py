@@ -45,13 +45,21 @@ class HumanEval(Capability):
     path: str
     name: Literal["humaneval"] = "humaneval"
     samples_per_problem: Annotated[int, Field(gt=0)] = 1
+    """Programs that are written for each problem."""
     k: tuple[Annotated[int, Field(gt=0)], ...] = (1,)
+    """Which k of pass@k."""
     temperature: Annotated[float, Field(gt=0)] = 0.2
+    """Of the programs."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Of the programs: only the likeliest tokens that together have this probability."""
     max_tokens: Annotated[int, Field(gt=0)] = 256
+    """Longest program, in tokens."""
     max_problems: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of problems to ask; None: all."""
     timeout_s: Annotated[float, Field(gt=0)] = 5
+    """Seconds that a program may run."""
     seed: int = 0
+    """Of the draws."""
     run_untrusted_code: bool = False
     without_sandbox: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
 

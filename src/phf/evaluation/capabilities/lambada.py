@@ -28,7 +28,9 @@ class Lambada(Capability):
     path: str
     name: Literal["lambada"] = "lambada"
     max_passages: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of passages to read; None: all."""
     batch: Annotated[int, Field(gt=0)] = 32
+    """Texts that are computed together."""
 
     def inputs(self) -> list[str | None]:
         return [store.path_hash(local_file(self.path))]

@@ -31,9 +31,13 @@ class LmEval(Capability):
     name: Literal["lm-eval"] = "lm-eval"
     folder: str | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
+    """Documents of each task at most; None: all."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in each question; None: the task's own number."""
     batch: Annotated[int, Field(gt=0)] = 32
+    """Texts that are computed together."""
     seed: int = 0
+    """Of the examples."""
 
     def inputs(self) -> list[str | None]:
         if self.folder is None:

@@ -48,6 +48,7 @@ class Verbatim(Capability):
     segments: Annotated[int, Field(gt=0)] = 500
     """Segments of each kind, good and bad, trained on and held out. The first of the corpus are taken."""
     batch: Annotated[int, Field(gt=0)] = 128
+    """Texts that are computed together."""
 
     def inputs(self) -> list[str | None]:
         return [None if self.path is None else self._store().manifest.content]
