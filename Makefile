@@ -44,11 +44,14 @@ golden-exact: $(READY)  ## Train at another commit and here, compare bit for bit
 	@test -n "$(REV)" || { echo "usage: make golden-exact REV=COMMIT"; exit 2; }
 	$(BIN)/python tests/golden/exact.py $(REV)
 
-newest:  ## The newest allowed versions in a fresh environment: a short recipe with the built wheel, outside the repository
+newest:  ## Build and check the packages, then a short recipe with the wheel and the newest allowed versions, elsewhere
 	@set -e; place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
 	$(PYTHON) -m venv $$place/venv; \
 	$$place/venv/bin/python -m pip install -q torch==2.13.0; \
-	$$place/venv/bin/python -m pip wheel -q --no-deps -w $$place/wheel .; \
+	$(PYTHON) -m venv $$place/tools; \
+	$$place/tools/bin/python -m pip install -q build twine; \
+	$$place/tools/bin/python -m build --outdir $$place/wheel . > $$place/build.log || { cat $$place/build.log; exit 1; }; \
+	$$place/tools/bin/twine check --strict $$place/wheel/*; \
 	$$place/venv/bin/python -m pip install -q $$place/wheel/*.whl; \
 	$$place/venv/bin/python -m pip freeze | grep -iE '^(torch|transformers|tokenizers|pydantic|datasets|pyarrow|numpy)=='; \
 	cd $$place && venv/bin/phf run pep8 quick corpus.max_files=60
