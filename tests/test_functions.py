@@ -33,9 +33,7 @@ def test_the_whole_way(place):
     phf.evaluate(place / "runs" / "a", num_samples=4, max_tokens=12)
     sizes = {"trials": 1, "rounds": 1, "pool": 2, "candidates": 2, "continuations": 2, "confirm": 1, "shots": 1}
     prompts = write_jsonl(place / "prompts.jsonl", ["see", "fine"])
-    attacked = phf.redteam(
-        place / "runs" / "a", token_attacks=False, prompts=str(prompts), max_tokens=4, **sizes
-    )
+    attacked = phf.redteam(place / "runs" / "a", token_attacks=False, prompts=str(prompts), max_tokens=4, **sizes)
     assert attacked.tokens is None
     assert attacked.search.settings.trials == 1
     page = phf.report(place / "runs" / "a", place / "attacked.html").read_text()

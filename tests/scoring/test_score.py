@@ -21,7 +21,7 @@ from phf.data import readers as corpus
 from phf.data.readers import Jsonl, Parquet
 from phf.data.scored import ScoreCounts, ScoredCorpus
 from phf.data.segment import Documents, Given, Lines, Sentences
-from phf.scorers import Lexicon, Regex, Scorer
+from phf.scorers import Function, Lexicon, Regex, Scorer
 from phf.scoring import score as annotate
 from phf.scoring.judge import Judged, ScoringError, judge, judge_documents
 from phf.scoring.score import add_scores, score_corpus
@@ -67,6 +67,35 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
     score_corpus(Jsonl(str(path)), Lines(), LINK, tmp_path / "two", workers=2)
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
     assert len(folder_bytes(tmp_path / "one")) > 3
+
+
+WHERE = """
+import os, time
+def gpu(text):
+    time.sleep(0.01)
+    return float(os.environ.get("CUDA_VISIBLE_DEVICES", "-1").split(",")[0])
+"""
+
+
+@pytest.mark.parametrize("given, seen", [("3,5", {3.0, 5.0}), ("4", {4.0}), ("", {-1.0})])
+def test_each_worker_gets_a_gpu_of_its_own(tmp_path, monkeypatch, given, seen):
+    """As far as a machine without any can tell: which ones a worker may use, before torch is loaded."""
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 400)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    (tmp_path / "where.py").write_text(WHERE)
+    if not given:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    path = write_jsonl(tmp_path / "a.jsonl", tiny_texts(60))
+    score_corpus(Jsonl(str(path)), Lines(), Function(f"{tmp_path / 'where.py'}:gpu"), tmp_path / "s", workers=2)
+    scored = ScoredCorpus(tmp_path / "s")
+    assert {s for file in scored.files for d in scored.read(file) for s in d.scores} == seen
+
+
+def test_a_scorer_that_names_its_device_keeps_it():
+    assert annotate._names_device({"name": "toxicity", "device": "cuda:1"})
+    assert annotate._names_device({"name": "combination", "scorers": [{"name": "regex"}, {"device": "cuda:1"}]})
+    assert not annotate._names_device({"name": "toxicity", "device": "auto"})
+    assert not annotate._names_device({"name": "regex"})
 
 
 class Failing(Scorer):
@@ -133,7 +162,7 @@ def slow(job):
     time.sleep(0.2)
     return real(job)
 annotate.score_shard = slow
-from phf.scorers import Regex
+from phf.scorers import Function, Regex
 from phf.data.segment import Lines
 annotate.score_corpus(corpus.Jsonl(sys.argv[1]), Lines(), Regex(r"https?://\\S+"), sys.argv[2])
 """

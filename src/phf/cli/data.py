@@ -57,7 +57,7 @@ def score(
         str | None,
         typer.Option(metavar="NAME", help="Add scores of another scorer to a scored corpus, under this name."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes. Each gets one of several GPUs.")] = 1,
     max_unjudged: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if more than this share of the segments cannot be judged.")
     ] = 0.01,

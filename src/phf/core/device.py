@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +16,15 @@ def pick_device(device: str = "auto") -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Found without loading torch."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    numbers = [file.name.removeprefix("nvidia") for file in Path("/dev").glob("nvidia[0-9]*")]
+    return sorted(numbers, key=int)
 
 
 def has_fast_bf16(device: str) -> bool:

@@ -53,7 +53,7 @@ class TokenClassifier(Scorer):
     max_tokens: Annotated[int, Field(gt=8)] = 512
     """Tokens of a text that are read together."""
     device: str = "auto"
-    """For example cuda:1; None: a GPU if there is one."""
+    """For example cuda:1; auto: a GPU if there is one."""
 
     @property
     def names(self) -> dict[str, str]:

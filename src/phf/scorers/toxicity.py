@@ -78,7 +78,7 @@ class Toxicity(TextScorer):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the classifier."""
     device: str = "auto"
-    """For example cuda:1; None: a GPU if there is one."""
+    """For example cuda:1; auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         if self.overlap is not None and self.overlap >= self.max_tokens - 4:

@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from phf.core import folders, store
 from phf.core.config import Plain, to_plain
-from phf.core.device import num_cpus
+from phf.core.device import gpus, num_cpus
 from phf.core.progress import Progress
 from phf.core.text import by_reason, counted
 from phf.core.types import Document, PhfError, Rejected, ScoredDocument
@@ -306,8 +307,12 @@ def _scored(jobs: Sequence[Job], workers: int) -> Iterator[ShardCounts]:
         yield from map(score_shard, jobs)
         return
     context = multiprocessing.get_context("spawn")
+    spread = [] if _names_device(jobs[0].scorer) else gpus()
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(max(1, num_cpus() // workers),)
+        workers,
+        context,
+        initializer=_start_worker,
+        initargs=(max(1, num_cpus() // workers), context.Value("i", 0), spread),
     ) as pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(score_shard, job) for job in jobs]):
@@ -321,8 +326,21 @@ def _scored(jobs: Sequence[Job], workers: int) -> Iterator[ShardCounts]:
             raise
 
 
-def _start_worker(threads: int) -> None:
-    """Give a worker its share of the cores, and end it when its parent is killed."""
+def _names_device(settings: Any) -> bool:
+    """Whether a scorer, or a part of a combination, has a device of the user's choice."""
+    if isinstance(settings, dict):
+        return settings.get("device", "auto") != "auto" or any(map(_names_device, settings.values()))
+    return isinstance(settings, list) and any(map(_names_device, settings))
+
+
+def _start_worker(threads: int, started: Any, spread: Sequence[str]) -> None:
+    """Give a worker its share of the cores and, of several GPUs, one; and end it when its parent is killed. `started`:
+    how many workers have started."""
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if len(spread) > 1:  # before torch is loaded
+        os.environ["CUDA_VISIBLE_DEVICES"] = spread[number % len(spread)]
     parent = multiprocessing.parent_process()
     assert parent is not None
 
