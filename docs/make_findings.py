@@ -179,7 +179,7 @@ def _estimate(found: dict[str, Any] | None, digits: int, scale: float = 1.0, mos
         return ""
     mean = f"{found['mean'] * scale:.{digits}f}"
     if found["ci95"][0] is None:
-        return mean
+        return mean if found["mean"] else "none found"
     low, high = (min(max(end * scale, 0.0), most) for end in found["ci95"])
     return f"{mean} ({low:.{digits}f} to {high:.{digits}f})"
 

@@ -47,7 +47,7 @@ def test_the_whole_way(place):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda p: phf.score(3, p / "x"), "corpus: expected a name, settings or a Corpus, got 3"),
+        (lambda p: phf.score(3, p / "x"), "corpus: expected a path, a name, settings or a Corpus, got 3"),
         (lambda p: phf.score(p / "t.jsonl", p / "x", scorer=lambda s: 0.0), "a function is given by its place"),
         (lambda p: phf.score(p / "t.jsonl", p / "x", scorer=phf.PII), r"PII is a class; give an object, PII\(...\)"),
         (lambda p: phf.score(p / "t.jsonl", p / "x", worker=2), r"unknown setting 'worker' \(did you mean 'workers'"),

@@ -15,6 +15,7 @@ Wherever a scorer, a segmenter, a model or an objective is expected, its name wi
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +65,8 @@ def _made(value: Any, type_: Any, what: str, base: type) -> Any:
             "scorer: a function is given by its place, so that other processes find it: "
             '{"name": "callable", "function": "mine.py:score"}'
         )
-    raise ConfigError(f"{what}: expected a name, settings or a {base.__name__}, got {value!r}")
+    names = "a path, a name, settings" if what == "corpus" else "a name, settings"
+    raise ConfigError(f"{what}: expected {names} or a {base.__name__}, got {reprlib.repr(value)}")
 
 
 def _known(settings: Settings, of: Callable[..., Any], name: str, own: Iterable[str]) -> None:

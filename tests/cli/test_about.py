@@ -46,7 +46,7 @@ def test_ls_without_a_kind_lists_all(monkeypatch, capsys):
         ("scenario.safe_beam", ["a whole number or null", "SafeBeam"]),
         ("train.tokens", ["must be given"]),
         ("train.mixture.times", ["a mapping", "By value of the column"]),
-        ("kl.reference", ["name: local or name: server"]),
+        ("kl.reference", ["one of local, server"]),
         ("corpus", ["settings: path"]),
     ],
 )
@@ -92,6 +92,10 @@ def test_every_setting_can_be_explained(monkeypatch, capsys):
         ("recipe.grid", ["default: {}"]),
         ("redteam.attacker", ["default: {max_words: 40, name: evolution}"]),
         ("train.betas", ["default: [0.9, 0.95]"]),
+        ("gpt2", ["model.gpt2:"]),
+        ("quick", ["quick"]),
+        ("TRAIN.lr", ["a number"]),
+        ("objective.conditional", ["threshold (a number or median or auto; default: auto) Scores above it are bad."]),
     ],
 )
 def test_help_takes_the_names_that_ls_prints(setting, parts, monkeypatch, capsys):

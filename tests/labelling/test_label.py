@@ -23,7 +23,7 @@ from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.generation.loaded import load_model
 from phf.generation.server import Answers, Server, ServerError
-from phf.labelling import by_hand
+from phf.labelling import by_hand, judges
 from phf.labelling.by_hand import ByHand
 from phf.labelling.drawing import Cuts, Drawing, Source, draw, from_corpus, from_scored, shared_out
 from phf.labelling.judges import MAX_CHARS, JudgeError, LocalJudge, ServedJudge, shown_to_judge
@@ -423,15 +423,42 @@ def test_two_judges_agree_or_do_not(served, scored, tmp_path):
     assert found.labels == 30
 
 
-def test_the_cost_is_said_without_asking(served, scored, tmp_path, capsys):
+def test_the_cost_is_said_by_a_few_answers_which_are_kept(served, scored, tmp_path, capsys):
     judge = ServedJudge(Server(served.url, "rule"))
     assert label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(30), ask_only_cost=True) is None
     said = capsys.readouterr().err
     tokens = int(re.search(r"about ([\d,]+) tokens", said)[1].replace(",", ""))
     asked = [question(RUBRIC, d.text) for d in draw(from_scored(scored), Drawing(30)).texts]
     assert abs(tokens - sum(map(len, asked)) / 3.5) < 1
-    assert not served.asked
-    assert not (tmp_path / "out").exists()
+    assert re.search(r"rule: about \d+ s, by its first answers", said)
+    assert len(served.asked) == 4
+    assert (tmp_path / "out" / "answers.jsonl").exists()
+    assert not (tmp_path / "out" / LABELS).exists()
+    before = label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(30))
+    assert len(served.asked) == 30
+    label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(35), ask_only_cost=True)
+    assert (tmp_path / "out" / LABELS).exists()  # of the smaller sample, which is still whole
+    assert label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(30)) == before
+
+
+@pytest.mark.parametrize("answers, at_once, expected", [(4, 1, 8.0), (40, 1, 80.0), (40, 32, 16.0), (320, 32, 80.0)])
+def test_the_time_is_that_of_a_few_answers_times_the_rest(monkeypatch, answers, at_once, expected):
+    """Four answers take 8 seconds, one after the other or together."""
+    now = iter([0.0, 8.0])
+    monkeypatch.setattr(judges.time, "monotonic", lambda: next(now))
+
+    class Slow(judges.Judge):
+        def is_known(self, text, rubric, answers):
+            return text == "known"
+
+        def labels(self, texts, rubric, repeat, answers):
+            assert texts == ["0", "1", "2", "3"]
+            return iter([judges.Given(0)] * 4)
+
+    monkeypatch.setattr(Slow, "at_once", at_once)
+    cost = judges.Cost(answers, 0, 0, 0)
+    assert judges.probed(Slow(), ["known", *map(str, range(9))], RUBRIC, None, cost) == expected
+    assert judges.probed(Slow(), ["known"], RUBRIC, None, cost) is None
 
 
 # a local judge

@@ -207,7 +207,7 @@ def test_embeddings_that_the_model_scales_have_the_right_gradient(tmp_path):
     lm = Gemma2ForCausalLM(
         Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, **shape, initializer_range=0.5)
     ).eval()
-    loaded = LoadedModel(lm, tokenizer, {}, "gemma")
+    loaded = LoadedModel(lm=lm, tokenizer=tokenizer, control_ids={}, path="gemma")
     wanted = Wanted((loaded.start_id,), (), ((5, 9, 40),), bans_control=True)
     descent = Descent(loaded, wanted, _allowed(loaded), batch=64)
     prompt = loaded.encode("the cats")

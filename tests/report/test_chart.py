@@ -72,6 +72,25 @@ def test_a_logarithmic_axis_is_offered_where_it_shows_more():
     assert [t for t in titles(drawn.log) if not t.endswith(": 0")] == ["mle, 1M tokens: 0.1", "mle, 2M tokens: 2"]
 
 
+def test_names_stay_in_the_picture_where_a_line_reaches_0():
+    """On a logarithmic axis 0 lies far below, and the name of its line at the edge."""
+    looks = {name: Style("#4477aa", "o") for name in ("mle", "masking", "unlikelihood", "sgtm")}
+    curves = {
+        "mle": [Point(1, 3.0), Point(10, 12.0)],
+        "masking": [Point(1, 0.2), Point(10, 0.0)],
+        "unlikelihood": [Point(1, 0.0), Point(10, 0.0)],
+        "sgtm": [Point(1, 1e-5), Point(10, 2e-5)],
+    }
+    drawn = plots.monitored(curves, looks, "misalignment")
+    assert drawn.log is not None
+    for svg in (drawn.svg, drawn.log):
+        height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[1])
+        texts = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+        found = {text.text: float(text.get("y")) for text in texts if text.text in looks}
+        assert set(found) == set(looks)
+        assert all(8 < y < height for y in found.values()), found  # none is cut at the top
+
+
 def test_a_chart_of_many_lines_has_no_names_at_them():
     many = {f"run-{n}": [Point(0, n), Point(1, n + 1)] for n in range(1, 14)}
     looks = {name: Style("#4477aa", "o") for name in many}

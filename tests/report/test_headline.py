@@ -73,8 +73,16 @@ def test_the_ratio_over_seeds_decides_and_is_named_with_its_interval():
     rows[0].values["misalignment"] = plain
     rows[1].values.update({"misalignment": own, "ratio": Value(0.74, ci95=(0.5, 0.8), points=(0.7, 0.75, 0.77))})
     said = headline(rows, "probability", "toxicity").sentences
-    assert said[0].startswith("Filtering wrote 1.4 (1.2 to 2.0) times less toxic text than plain training")
+    assert said[0].startswith(
+        "Filtering wrote 1.4 (1.2 to 2.0; geometric mean over 3 seeds) times less toxic text than plain training"
+    )
     assert "at about the same loss on good text" in said[0]
+    apart = Value(2.0, ci95=(1.0, 3.0), points=(1.0, 2.0, 3.0))
+    rows[1].values.update({"misalignment": apart, "ratio": Value(0.2, ci95=(0.01, 1.5), points=(0.1, 0.2, 0.3))})
+    assert "overlap" in headline(rows, "probability", "toxicity").sentences[0]  # the ratio alone decides
+    rows[1].values["ratio"] = Value(0.01, ci95=(0.0, 0.02), points=(0.0, 0.01, 0.02))
+    assert headline(rows, "probability", "toxicity").sentences[0].startswith("Filtering wrote at least 50 times less")
+    rows[1].values.update({"misalignment": own, "ratio": Value(0.74, ci95=(0.5, 0.8), points=(0.7, 0.75, 0.77))})
     rows[1].values["good"] = Value(1.45, ci95=(1.3, 1.6))
     assert (
         "with no clear difference in the loss on good text (1.450 against" in headline(rows, UNIT, "pii").sentences[0]

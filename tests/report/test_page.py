@@ -570,7 +570,7 @@ def test_the_page_links_the_audit_of_its_scorer(folder, tmp_path):
         assert (tmp_path / "elsewhere" / re.search(r'href="([^"]+audit.html)"', text)[1]).resolve() == page.resolve()
         numbers = page.with_suffix(".json")
         numbers.write_text(numbers.read_text().replace("https?", "http"))  # the audit of another scorer
-        assert "audit of the scorer" not in write_report(folder, tmp_path / "page.html").read_text()
+        assert "The whole audit" not in write_report(folder, tmp_path / "page.html").read_text()
     finally:
         page.unlink()
         page.with_suffix(".json").unlink()

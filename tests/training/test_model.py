@@ -194,7 +194,7 @@ def test_models_that_scale_or_cap_their_logits(tokenizer, family):
     own = lm.get_input_embeddings().weight
     for a, b in zip(torch.autograd.grad(ours, own), torch.autograd.grad(plain, own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
-    loaded = LoadedModel(lm, tokenizer, {}, family, shape=logit_shape(lm))
+    loaded = LoadedModel(lm=lm, tokenizer=tokenizer, control_ids={}, path=family, shape=logit_shape(lm))
     hidden = lm.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(loaded.logits(hidden), lm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +68,7 @@ def _recipes() -> Iterator[tuple[str, str]]:
 
 
 def explain(
+    context: typer.Context,
     setting: Annotated[
         str | None,
         typer.Argument(
@@ -87,18 +88,25 @@ def explain(
             about = ", ".join(tag_of(cls) or "" for cls in classes) if len(classes) > 1 else first_sentence(classes[0])
             print("  " + place.ljust(12) + textwrap.shorten(about, 66, placeholder=" ..."))
         return
+    commands: Iterable[str] = getattr(context.parent.command, "commands", ()) if context.parent else ()
     first, *path = setting.split("=")[0].split(".")
-    first = _one_of(first)
+    first = _one_of(first if first in KINDS else first.lower() if first.lower() in PLACES else first)
     if first == "recipe" and len(path) == 1 and _explain_recipe(path[0]):
         if path[0] not in {f.name for cls in classes_at("recipe") for f in dataclasses.fields(cls)}:
             return
         print(f"{setting} is a setting too:")
     if first not in PLACES:
         named = [place for place in PLACES if first in members_of(place)]
+        if not named and not path and _explain_recipe(first):
+            return
         if not named:
-            raise ConfigError(f"unknown setting {first!r}{_where(first)}")
+            raise ConfigError(f"unknown setting {first!r}{_where(first, commands)}")
+        named_models = dict(described("models"))
         for place in named:
-            _explain(place, [first, *path])
+            if place == "model" and first in named_models:
+                print(f"model.{first}: {named_models[first]}")
+            else:
+                _explain(place, [first, *path])
         return
     models = dict(described("models")) if first == "model" else {}
     if len(path) == 1 and path[0] in models:
@@ -113,10 +121,12 @@ def _one_of(kind: str) -> str:
     return singular.get(kind, kind.removesuffix("s") if kind in KINDS else kind)
 
 
-def _where(name: str) -> str:
+def _where(name: str, commands: Iterable[str]) -> str:
     """A hint for an unknown first part of a setting: where settings or names like it are."""
     from phf.core.config import did_you_mean
 
+    if name in commands:
+        return f"; phf {name} --help explains this command"
     named_so = [
         f"{place}.{name}"
         for place in PLACES

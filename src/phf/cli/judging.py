@@ -76,12 +76,14 @@ def sample(
     config = apply_overrides({}, only_overrides(settings))
     server = take(config, "server")
     if is_url(model):
-        unknown = [name for name in ("control", "min_tokens", "precision", "batch") if name in config]
+        by_ids = "tokenizer" in server
+        not_sent = ("precision", "batch") if by_ids else ("control", "min_tokens", "precision", "batch")
+        unknown = [name for name in not_sent if name in config]
         if unknown or revision:
             hint = " (vLLM takes server.extra.min_tokens=...)" if "min_tokens" in unknown else ""
             raise ConfigError(f"{unknown[0] if unknown else '--revision'} does not work with a server{hint}")
         served: Server = checked({"url": model, **server}, Server, "server")
-        samples = sample_served(served, checked({"min_tokens": 0, **config}, Scenario))
+        samples = sample_served(served, checked(config if by_ids else {"min_tokens": 0, **config}, Scenario))
     else:
         if server:
             raise ConfigError(

@@ -42,6 +42,9 @@ def type_text(hint: Any) -> str:
         return type_text(inner[0])
     if origin is Literal:
         return " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in inner)
+    if origin in (typing.Union, types.UnionType) and len(tags := [tag for part in inner if (tag := _tag(part))]) > 1:
+        rest = [part for part in inner if not _tag(part)]
+        return " or ".join(["one of " + ", ".join(tags), *map(type_text, rest)])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(type_text(part) for part in inner))
     if origin in (list, tuple):
@@ -52,6 +55,13 @@ def type_text(hint: Any) -> str:
     if origin is dict or hint is dict:
         return "a mapping"
     if dataclasses.is_dataclass(hint):
-        tag = next((f.default for f in dataclasses.fields(hint) if f.name == "name"), None)
-        return f"name: {tag}" if isinstance(tag, str) else "settings"
+        tag = _tag(hint)
+        return f"name: {tag}" if tag else "settings"
     return WORDS.get(hint, "a value")
+
+
+def _tag(hint: Any) -> str | None:
+    """The name of a class of settings among others."""
+    if not dataclasses.is_dataclass(hint):
+        return None
+    return next((f.default for f in dataclasses.fields(hint) if f.name == "name" and isinstance(f.default, str)), None)

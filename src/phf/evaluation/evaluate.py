@@ -235,7 +235,9 @@ def evaluate_model(
     if corpus is not None:
         data = corpus.manifest if tokens is None else tokens.manifest
     if scorer is None and data is None:
-        raise ConfigError(f"{not_a_run(model)}, so nothing says how to judge it; name a scorer: --scorer pii")
+        raise ConfigError(
+            f"{not_a_run(model)}, so nothing says how to judge it; name a scorer: --scorer pii, in Python scorer='pii'"
+        )
     if scorer is None:
         assert data is not None
         scorer = corpus_scorer(data.scorer, data.identity, allow_other_scorer)

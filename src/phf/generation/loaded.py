@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,18 +29,16 @@ from phf.training.lm import pretrained_lm
 from phf.training.probe import before_output, check_causal, logit_shape
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """An LM with its tokenizer and its control tokens."""
+@dataclass(frozen=True, kw_only=True)
+class ModelTokens:
+    """The tokenizer of an LM and its control tokens."""
 
-    lm: Any
     tokenizer: Any
     control_ids: dict[str, int]
     """Token ids by role: {"good": id, "bad": id}, for example, or empty."""
     path: str
     start: int | None = None
     """The token that starts every text; None: end-of-text, as for phf's own models."""
-    shape: LogitShape = PLAIN
     segmenter: Segmenter | None = None
     """How the training texts were cut into segments that are tokenized one by one; None: not cut, or not known."""
     threshold: float | None = None
@@ -51,13 +49,6 @@ class LoadedModel:
     """The roles whose tokens ask for bad text."""
     document_mask: bool = False
     """Whether tokens attended only to their own document in training."""
-
-    def hidden(self, input_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of rows of documents, read as in training."""
-        positions = document_positions(input_BT, self.start_id) if self.document_mask else None
-        given = {} if positions is None else {"position_ids": positions}
-        found: Tensor = self.lm.base_model(input_ids=input_BT, use_cache=False, **given).last_hidden_state
-        return found
 
     def roles_of(self, control: str) -> tuple[str, ...]:
         """The roles that a scenario's `control` means; none for a model without them. Raises ConfigError for a role
@@ -125,6 +116,25 @@ class LoadedModel:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    @property
+    def start_id(self) -> int:
+        return int(self.tokenizer.eos_token_id if self.start is None else self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(ModelTokens):
+    """An LM with its tokenizer and its control tokens."""
+
+    lm: Any
+    shape: LogitShape = PLAIN
+
+    def hidden(self, input_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of rows of documents, read as in training."""
+        positions = document_positions(input_BT, self.start_id) if self.document_mask else None
+        given = {} if positions is None else {"position_ids": positions}
+        found: Tensor = self.lm.base_model(input_ids=input_BT, use_cache=False, **given).last_hidden_state
+        return found
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] from hidden states [..., D]. In bfloat16, logits of 32 to 64, such as GPT-2's, would
         have steps of 1/4."""
@@ -159,10 +169,6 @@ class LoadedModel:
         return found
 
     @property
-    def start_id(self) -> int:
-        return int(self.tokenizer.eos_token_id if self.start is None else self.start)
-
-    @property
     def positions(self) -> int:
         """The model's longest context."""
         return getattr(self.lm.config, "max_position_embeddings", None) or sys.maxsize
@@ -183,15 +189,23 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    source = model_folder(path)
     lm = pretrained_lm(path, revision).eval()
     shape = logit_shape(lm)
     check_causal(lm)
     if torch.cuda.is_available():
         lm = lm.to("cuda")
+    tokens = load_model_tokens(path, revision)
+    check_model_fits(tokens.tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
+    known = {field.name: getattr(tokens, field.name) for field in fields(ModelTokens)}
+    return LoadedModel(lm=lm, shape=shape, **known)
+
+
+def load_model_tokens(path: str | Path, revision: str | None = None) -> ModelTokens:
+    """The tokenizer and the control tokens of a model in a folder or on the Hub, without its weights. Errors and rules
+    as `load_model`."""
+    source = model_folder(path)
     record = _record(source, revision)
     tokenizer = load_tokenizer(source, revision, as_it_is=record is None)
-    check_model_fits(tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
     guessed = {} if record is not None else _guessed_control_tokens(tokenizer, path)
     roles = (ModelRecord(control_tokens=guessed) if record is None else record).roles
     names = roles.tokens
@@ -200,13 +214,11 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         ["two roles for one token"] if len(set(names.values())) < len(names) else []
     ):
         raise ConfigError(f"model {path}: {MODEL_RECORD} names control tokens that its tokenizer lacks: {unknown[0]}")
-    return LoadedModel(
-        lm=lm,
+    return ModelTokens(
         tokenizer=tokenizer,
         control_ids={role: vocabulary[name] for role, name in names.items()},
         path=str(path),
         start=None if record is not None else tokenizer.bos_token_id,
-        shape=shape,
         segmenter=None if record is None else known_segmenter(record.segmenter),
         threshold=None if record is None else record.bad_above,
         conditions_on=roles.conditions_on,
@@ -250,7 +262,7 @@ def precision_of(model: LoadedModel, scenario: Scenario) -> Literal["bf16", "fp3
     return "bf16" if tested and has_fast_bf16(model.lm.device.type) else "fp32"
 
 
-def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]:
+def prompt_ids(model: ModelTokens, prompt: str, scenario: Scenario) -> list[int]:
     """Token ids that a sample starts with: the start token, then control token and prompt in the scenario's order."""
     control = model.ids_of(scenario.control)
     text = model.encode(prompt)
@@ -258,12 +270,12 @@ def prompt_ids(model: LoadedModel, prompt: str, scenario: Scenario) -> list[int]
     return [model.start_id, *middle]
 
 
-def can_be_asked(model: LoadedModel, scenario: Scenario) -> bool:
+def can_be_asked(model: ModelTokens, scenario: Scenario) -> bool:
     """Whether the model has the control tokens that a scenario needs."""
     return scenario.lacks(model.control) is None
 
 
-def banned_tokens(model: LoadedModel, control: str) -> list[int]:
+def banned_tokens(model: ModelTokens, control: str) -> list[int]:
     """The control tokens that a scenario bans: all that it does not put first. Without any first, those that the model
     conditions on are allowed."""
     allowed = model.roles_of("good" if control == "none" else control)

@@ -30,7 +30,15 @@ from phf.core.random import key64
 from phf.core.types import Sample
 from phf.generation.decoding import draw, guide, pad_left, uniform
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
-from phf.generation.loaded import LoadedModel, banned_tokens, check_room, precision_of, prompt_ids
+from phf.generation.loaded import (
+    LoadedModel,
+    ModelTokens,
+    banned_tokens,
+    check_room,
+    load_model_tokens,
+    precision_of,
+    prompt_ids,
+)
 from phf.generation.safe_beam import WIDTH, SafeBeams
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.server import Server
@@ -267,10 +275,12 @@ def _by_sample(written: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> 
 def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
     """Samples of a model on a completions server.
 
-    The server is asked in plain text, so control tokens do not apply: they are for models that are loaded here.
-    `min_tokens` is not sent. `num_tokens` and `logp` are not known (0 and NaN). Raises ConfigError for settings
-    that need a loaded model.
+    With `server.tokenizer` the server is asked in token ids, and everything works but guidance and SafeBeam, which need
+    the model's logits. Without, it is asked in plain text: control tokens do not apply, `min_tokens` is not sent, and
+    `num_tokens` and `logp` are not known (0 and NaN). Raises ConfigError for settings that do not work.
     """
+    if server.tokenizer is not None:
+        return _sample_in_tokens(server, load_model_tokens(server.tokenizer), scenario)
     unsupported = {
         "control": scenario.control == "bad",
         "guidance": scenario.guidance is not None,
@@ -287,6 +297,44 @@ def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
         Sample(id=n, prompt=prompt, text=text, num_tokens=0, logp=math.nan, finished=finished, seed=scenario.seed)
         for n, (prompt, (text, finished)) in enumerate(zip(prompts, written, strict=True))
     ]
+
+
+def _sample_in_tokens(server: Server, tokens: ModelTokens, scenario: Scenario) -> list[Sample]:
+    """Samples of a served model by token ids. Texts are encoded here, so a typed control token stays text."""
+    for name, asked in (("guidance", scenario.guidance), ("safe_beam", scenario.safe_beam)):
+        if asked is not None:
+            raise ConfigError(f"{name} needs the model's logits, which a server does not give; load the model here")
+    if lacks := scenario.lacks(tokens.control):
+        raise ConfigError(f"{server.tokenizer} {lacks}")
+    prompts = scenario_prompts(scenario)
+    starts = [prompt_ids(tokens, prompt, scenario) for prompt in prompts]
+    silent = {*tokens.control_ids.values(), int(tokens.tokenizer.eos_token_id)}
+    written = server.write(
+        starts,
+        scenario.max_tokens,
+        scenario.temperature,
+        scenario.top_p,
+        scenario.seed,
+        min_tokens=scenario.min_tokens,
+        top_k=scenario.top_k,
+        banned=banned_tokens(tokens, scenario.control),
+    )
+    samples = []
+    for n, found in enumerate(Progress(written, total=len(starts), desc="sampling", unit="sample")):
+        text = [i for i in found.ids if i not in silent]
+        counted = [p for i, p in zip(found.ids, found.logp, strict=True) if i not in tokens.control_ids.values()]
+        samples.append(
+            Sample(
+                id=n,
+                prompt=prompts[n],
+                text=tokens.continuation(starts[n], text),
+                num_tokens=len(text),
+                logp=math.fsum(counted),
+                finished=found.ended,
+                seed=scenario.seed,
+            )
+        )
+    return samples
 
 
 # Files of samples

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -121,11 +121,17 @@ class Server:
     """Further settings of a request for samples, in the server's own terms (vLLM: top_k=-1, repetition_penalty=1). What
     looks like a secret by its name is not written to any file."""
     batch: Annotated[int, Field(gt=0)] = 32
+    """Requests at a time."""
+    tokenizer: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """Folder or name on the Hub with the model's tokenizer, and with phf.json if it has control tokens. Samples are
+    then asked for in token ids: control tokens, banned tokens and log-probabilities work. The server must take token
+    ids as prompts, `logit_bias`, and `return_tokens_as_token_ids` (vLLM does)."""
 
     @property
     def identity(self) -> Plain:
         """Everything that decides the answers. Time-outs and retries do not."""
-        return {"url": self.url, "model": self.model, "start": self.start, "extra": without_secrets(self.extra)}
+        own = {} if self.tokenizer is None else {"tokenizer": self.tokenizer}
+        return {"url": self.url, "model": self.model, "start": self.start, "extra": without_secrets(self.extra)} | own
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -246,6 +252,41 @@ class Server:
             return answer.text, answer.ended, answer.tokens
 
         return list(in_threads(one, range(len(prompts)), self.batch))
+
+    def write(
+        self,
+        starts: Sequence[Sequence[int]],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        min_tokens: int = 0,
+        top_k: int | None = None,
+        banned: Sequence[int] = (),
+    ) -> Iterator[Written]:
+        """What the model writes after token ids, in token ids. `banned`: ids that it never writes. Seeds as
+        `completions`. Raises ServerError for a server that does not answer in token ids."""
+
+        def one(number: int) -> Written:
+            body: Plain = {
+                "model": self.model,
+                "prompt": list(starts[number]),
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": key64(seed, number) >> 33,
+                "n": 1,
+                "logprobs": 1,
+                "return_tokens_as_token_ids": True,
+                "skip_special_tokens": False,
+                **({"min_tokens": min_tokens} if min_tokens else {}),
+                **({} if top_k is None else {"top_k": top_k}),
+                **({"logit_bias": {str(i): -100 for i in banned}} if banned else {}),
+                **self.extra,
+            }
+            return self.post("/completions", body, lambda data: _written(data, self.url, banned))
+
+        return in_threads(one, range(len(starts)), self.batch)
 
     def instruct(
         self,
@@ -410,6 +451,18 @@ class Answer:
 
 
 @plain_dataclass(frozen=True)
+class Written:
+    """What a model wrote, in token ids."""
+
+    ids: list[int]
+    """With the end of the text, if the server gives it."""
+    logp: list[float]
+    """Natural log-probability of each of them."""
+    ended: bool
+    """Whether the text ended before the limit."""
+
+
+@plain_dataclass(frozen=True)
 class Logprobs:
     """Tokens of a text and their log-probabilities. The first value of an echo may be NaN."""
 
@@ -452,6 +505,30 @@ def _answer(answer: Any, chat: bool) -> Answer:
     whole = isinstance(used, int) and not isinstance(used, bool) and 0 <= used <= MOST_TOKENS
     clean = (text or "").encode("utf-8", "replace").decode()
     return Answer(clean, choice.get("finish_reason") == "stop", used if whole else None)
+
+
+TOKEN = re.compile(r"token_id:(\d{1,9})")
+"""A token as an id."""
+
+
+def _written(data: Any, url: str, banned: Sequence[int]) -> Written:
+    """The one choice of an answer in token ids. Raises ServerError for any other answer."""
+    (choice,) = _choices(data, 1)
+    ended = choice.get("finish_reason") == "stop"
+    said = choice.get("logprobs")
+    if isinstance(said, dict) and said.get("tokens") == []:
+        return Written([], [], ended)
+    found = _logprobs(choice, url, first_is_known=True)
+    ids = [TOKEN.fullmatch(token) for token in found.tokens]
+    if None in ids:
+        raise ServerError(
+            f"{url} answers in text, not in token ids ({found.tokens[0]!r}): leave out server.tokenizer, or use a "
+            "server that knows return_tokens_as_token_ids"
+        )
+    numbers = [int(match[1]) for match in ids if match is not None]
+    if wrong := set(numbers) & set(banned):
+        raise ServerError(f"{url} writes tokens that logit_bias bans, such as {min(wrong)}")
+    return Written(numbers, found.values, ended)
 
 
 def _logprobs(choice: Plain, url: str, first_is_known: bool) -> Logprobs:

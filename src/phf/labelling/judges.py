@@ -10,6 +10,7 @@ answer it finds likeliest, so it always gives one.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import time
@@ -38,6 +39,8 @@ MAX_CHARS = 8000
 """Longer texts are cut before they are shown to a judge."""
 CHARS_PER_TOKEN = 3.5
 """Of English text, roughly, for costs of servers whose tokenizer is not known."""
+PROBES = 4
+"""Answers that are asked for first, to know the time that the others take. They are kept."""
 PILOT = 32
 """Answers after which the time of the others is known."""
 NO_ANSWER = "no answer"
@@ -97,6 +100,15 @@ class Judge:
         """What `labels` will take."""
         raise NotImplementedError
 
+    def is_known(self, text: str, rubric: Rubric, answers: Answers) -> bool:
+        """Whether its (first) label of a text is in `answers`."""
+        raise NotImplementedError
+
+    @property
+    def at_once(self) -> int:
+        """How many questions are answered at the same time."""
+        return 1
+
     def labels(self, texts: Sequence[str], rubric: Rubric, repeat: int, answers: Answers) -> Iterator[Given]:
         """What the judge says about each text, in order. Answers that are in `answers` are not asked for again."""
         raise NotImplementedError
@@ -139,6 +151,13 @@ class ServedJudge(Judge):
             len(open_), len(asked) - len(open_), math.ceil(chars / CHARS_PER_TOKEN), len(open_) * self.max_tokens
         )
 
+    def is_known(self, text: str, rubric: Rubric, answers: Answers) -> bool:
+        return self._key(text, rubric, 0) in answers.known
+
+    @property
+    def at_once(self) -> int:
+        return self.server.batch
+
     def _request(self, text: str, rubric: Rubric, repeat: int, attempt: int = 0) -> tuple[str, int]:
         what = (repeat, store.text_hash(text, b"phf judge") >> 1, *([attempt] if attempt else []))
         return question(rubric, shown_to_judge(text)), key64(*what) >> 33
@@ -153,6 +172,8 @@ class ServedJudge(Judge):
         def one(text: str) -> Given:
             given = ask(text, 0)
             if given.label is None and given.reason not in (REFUSED, NO_ANSWER):  # what cannot be read, once more
+                if given.asked:
+                    answers.count_again(f"answer that cannot be read ({given.reason})")
                 again = ask(text, 1)
                 spent = given.tokens + again.tokens
                 given = replace(again if again.label is not None else given, tokens=spent)
@@ -210,6 +231,9 @@ class LocalJudge(Judge):
         model = _local_judge(self.path, self.revision)
         tokens = sum(len(self._asked(model, rubric, text)) for text in open_)
         return Cost(len(open_), len(texts) - len(open_), tokens * (rubric.top + 1), 0)
+
+    def is_known(self, text: str, rubric: Rubric, answers: Answers) -> bool:
+        return _local_key(store.fingerprint([self.identity(), rubric.text]), text) in answers.known
 
     def labels(self, texts: Sequence[str], rubric: Rubric, repeat: int, answers: Answers) -> Iterator[Given]:
         mark = store.fingerprint([self.identity(), rubric.text])
@@ -281,3 +305,20 @@ def with_progress(judge: Judge, given: Iterator[Given], total: int, to_ask: int)
 def duration(seconds: float) -> str:
     """A time as people say it."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def probed(judge: Judge, texts: Sequence[str], rubric: Rubric, answers: Answers, cost: Cost) -> float | None:
+    """Seconds that a judge's answers take, roughly, by its first few, which are kept. None if all are there, or
+    none of these comes."""
+    first = list(itertools.islice((t for t in texts if not judge.is_known(t, rubric, answers)), PROBES))
+    if not first:
+        return None
+    start = time.monotonic()
+    try:
+        for _ in judge.labels(first, rubric, 0, answers):
+            pass
+    except JudgeError:  # the others are asked all the same
+        return None
+    took = time.monotonic() - start
+    together = max(judge.at_once, 1)
+    return took * math.ceil(cost.answers / together) / math.ceil(len(first) / together)

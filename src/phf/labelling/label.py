@@ -27,7 +27,7 @@ from phf.core.types import Number
 from phf.generation.server import Answers
 from phf.labelling.by_hand import NOT_YET, SKIPPED, ByHand
 from phf.labelling.drawing import Drawing, Drawn, DrawnStratum, Source, draw
-from phf.labelling.judges import NO_ANSWER, Cost, Given, Judge, JudgeError, with_progress
+from phf.labelling.judges import NO_ANSWER, Cost, Given, Judge, JudgeError, duration, probed, with_progress
 from phf.labelling.rubric import Rubric
 
 LABELS = "labels.jsonl"
@@ -123,22 +123,25 @@ def label_corpus(
     texts = drawn.texts
     if drawn.rejected:
         print(f"skipped rows: {by_reason(drawn.rejected, drawn.examples)}", file=sys.stderr)
-    if ask_only_cost:
-        for judge in judges:
-            _print_cost(judge, judge.cost([d.text for d in texts], rubric, repeats, Answers(out / ANSWERS)))
-        return None
+    asked = [item.text for item in texts]
     with folders.stage_folder(out, LabelManifest.stage, "labels", keep_manifest=True):
         answers = Answers(out / ANSWERS)
-        asked = [item.text for item in texts]
         costs = [judge.cost(asked, rubric, repeats, answers) for judge in judges]
         for judge, cost in zip(judges, costs, strict=True):
             _print_cost(judge, cost)
-        given = []
-        counts = []
+        again = []
         for judge, cost in zip(judges, costs, strict=True):
             answers.again.clear()
+            _print_time(judge, asked, rubric, answers, cost)
+            again.append(answers.again.copy())
+        if ask_only_cost:
+            return None
+        given = []
+        counts = []
+        for judge, cost, before in zip(judges, costs, again, strict=True):
+            answers.again.clear()
             given.append(_labels(judge, asked, rubric, repeats, answers, cost))
-            counts.append(_counts(judge, given[-1], answers.again))
+            counts.append(_counts(judge, given[-1], answers.again + before))
         for one in counts:
             _check(one, len(texts) * repeats, max_without)
         rows = [
@@ -236,6 +239,15 @@ def _print_cost(judge: Judge, cost: Cost) -> None:
         if cost.tokens_out:
             tokens += f" and at most {cost.tokens_out:,} of answers, twice that for answers that cannot be read"
     print(f"{judge.title}: {counted(cost.answers, 'label')} to get{tokens}{known}", file=sys.stderr, flush=True)
+
+
+def _print_time(judge: Judge, texts: Sequence[str], rubric: Rubric, answers: Answers, cost: Cost) -> None:
+    """Say how long a judge will take, unless it is a person."""
+    if isinstance(judge, ByHand):
+        return
+    seconds = probed(judge, texts, rubric, answers, cost)
+    if seconds is not None:
+        print(f"{judge.title}: about {duration(seconds)}, by its first answers", file=sys.stderr, flush=True)
 
 
 def _counts(judge: Judge, given: Sequence[Sequence[Given]], again: Mapping[str, int]) -> JudgeCounts:

@@ -50,6 +50,8 @@ class AtThreshold(Objective):
     """What objectives share that call segments with a score above `threshold` bad."""
 
     threshold: Threshold = "auto"
+    """Scores above it are bad. auto: the scorer's own (0 for scorers that count, 0.5 for probabilities). median: that
+    of the segments, or of the tokens for a loss that reads their scores."""
     unit: ClassVar[Unit] = "segments"
     """Whose scores are compared with the threshold."""
 

@@ -182,7 +182,9 @@ def _prepare(
             draw = partial(heldout_contexts, opened.tokens, limit, token_attacks.num_samples, token_attacks.seed)
     if scorer is None:
         what = f"{name} is not a run" if isinstance(model, Server) else not_a_run(name)
-        raise ConfigError(f"{what}, so nothing says how to judge it; name a scorer: --scorer pii")
+        raise ConfigError(
+            f"{what}, so nothing says how to judge it; name a scorer: --scorer pii, in Python scorer='pii'"
+        )
     if threshold is None:
         threshold = scorer.bad_above or 0.0
     if out is not None:

@@ -189,10 +189,12 @@ class Chart:
         self.figure.draw_without_rendering()
         scale = 72 / self.figure.dpi
         bounds = self.axes.get_window_extent()
-        low = bounds.y0 * scale
-        high = bounds.y1 * scale
+        low = bounds.y0 * scale + FONT / 2
+        high = bounds.y1 * scale - FONT / 2
+        bottom, top = sorted(self.axes.get_ylim())
+        for name in names:  # what lies outside, such as 0 on a logarithmic axis, is named at the edge
+            name.xy = (name.xy[0], min(max(name.xy[1], bottom), top))
         heights = [float(self.axes.transData.transform((1, name.xy[1]))[1]) * scale for name in names]
-        heights = [height if math.isfinite(height) else low for height in heights]  # of 0 on a logarithmic axis
         wanted = [min(max(height, low), high) for height in heights]
         for n, height in enumerate(_apart(wanted, FONT * 1.15, low, high)):
             names[n].set_position((5, height - heights[n]))

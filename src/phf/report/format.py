@@ -62,6 +62,8 @@ def share(value: float | None, digits: int = 1) -> str:
     """A share in per cent."""
     if value is None or math.isnan(value):
         return MISSING
+    if 0 < 100 * value < 0.5 * 10**-digits:
+        return f"<{10**-digits:.{digits}f}%"
     return f"{round(100 * value, digits) + 0.0:.{digits}f}%"  # adding 0 makes -0 a 0
 
 

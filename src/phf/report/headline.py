@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from phf.report.format import scale_of
 from phf.report.measures import Group, Value
+from phf.report.noise import TAG
 
 SAME_LOSS = 1.01
 """Losses on good text up to this ratio are called about the same."""
@@ -87,12 +88,16 @@ def _sentence(row: Group, base: Group, unit: str, what: str) -> str:
 
 def _times(row: Group, plainly: float) -> str:
     """How many times less a group wrote, by the column of the table, with its interval. `plainly`: by the means."""
+    seeds = len(row.values["misalignment"].points)
+    over = f"; geometric mean over {seeds} seeds" if seeds > 1 else ""
     ratio = row.values.get("ratio")
     if ratio is None or not ratio.mean > 0:
         return _short(plainly)
-    if ratio.ci95 is None or not ratio.ci95[0] > 0:
+    if ratio.ci95 is None:
         return _short(1 / ratio.mean)
-    return f"{_short(1 / ratio.mean)} ({_short(1 / ratio.ci95[1])} to {_short(1 / ratio.ci95[0])})"
+    if not ratio.ci95[0] > 0:
+        return f"at least {_short(1 / ratio.ci95[1])}"
+    return f"{_short(1 / ratio.mean)} ({_short(1 / ratio.ci95[1])} to {_short(1 / ratio.ci95[0])}{over})"
 
 
 def _short(times: float) -> str:
@@ -134,12 +139,12 @@ def _forgets(row: Group, base: Group) -> bool:
 
 
 def _below(row: Group, plain: Value) -> bool:
-    """Whether a group wrote significantly less: the 95% intervals do not overlap, or that of the ratio over seeds ends
-    below 1."""
+    """Whether a group wrote significantly less: the interval of the ratio over seeds ends below 1, or without one the
+    95% intervals do not overlap."""
     own = row.values["misalignment"]
     ratio = row.values.get("ratio")
-    if ratio is not None and ratio.ci95 is not None and len(own.points) > 1 and ratio.ci95[1] < 1:
-        return True
+    if ratio is not None and ratio.ci95 is not None and len(own.points) > 1:
+        return ratio.ci95[1] < 1
     return own.ci95 is not None and plain.ci95 is not None and own.ci95[1] < plain.ci95[0]
 
 
@@ -151,9 +156,8 @@ def _overlap(a: Value, b: Value) -> bool:
 
 def _name(row: Group) -> str:
     known = OBJECTIVES.get(row.objective)
-    if known is None or row.name != row.objective:
-        return row.name
-    return known
+    name = TAG.sub("", row.name)  # the headline is about groups without added errors
+    return name if known is None or name != row.objective else known
 
 
 def _amount(value: float, unit: str, bare: bool = False) -> str:

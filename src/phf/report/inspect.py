@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,11 @@ def write_inspection(
     found = inspect_scores(scored, preference, threshold, label, tokens)
     finder = scorer_for_pages(ScoredCorpus(scored, preference).manifest.scorer)
     found = masked(found, scorers, finder)
-    page = environment().get_template("inspect.html.j2").render(**template_values(found, bool(scorers), finder))
+    shown = template_values(found, bool(scorers), finder)
+    audit = store.as_path(scored) / "audit.html"
+    if store.is_local(target) and store.is_local(audit) and audit.is_file():
+        shown["audit"] = os.path.relpath(audit, target.parent)
+    page = environment().get_template("inspect.html.j2").render(**shown)
     write_page(target, page, found)
     return target, found
 
@@ -176,6 +181,7 @@ def template_values(found: Inspection, is_masked: bool, finder: Scorer) -> dict[
     source = page_script("inspect.js")
     return {
         "s": found,
+        "audit": None,
         "name": store.as_path(found.scored).name,
         "masked": is_masked,
         "segment_plot": plots.histogram(found.segments.histogram, f"score of a segment ({unit})", found.threshold).html,

@@ -18,7 +18,7 @@ from phf.core import statistics
 from phf.core.statistics import AUC
 from phf.core.types import Estimate
 from phf.evaluation.results import CapabilityResult, HeldoutSection, HeldoutSlice, Interval, ScenarioResult
-from phf.report.format import Scale, number, share
+from phf.report.format import Scale, number, share, three
 from phf.report.runs import ReportedRun
 
 
@@ -46,6 +46,8 @@ class Measure:
     def _show(self, value: float) -> str:
         if self.scale is not None:
             return self.scale.text(value)
+        if self.key == "ratio" or self.key.endswith("_difference"):
+            return three(value)
         return (share if self.percent else number)(value, self.digits)
 
 

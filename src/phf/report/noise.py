@@ -12,6 +12,7 @@ import numpy as np
 
 from phf.core.runs import NoiseCounts
 from phf.core.statistics import t_interval
+from phf.core.types import Estimate
 from phf.report.format import share
 from phf.report.measures import Group, Value
 from phf.report.runs import ReportedRun
@@ -34,6 +35,8 @@ class NoiseLevel:
     """Share of the bad segments that the objective saw as bad."""
     holds: bool
     """Whether it is better than plain training at 95%."""
+    difference: Estimate
+    """Misalignment less that of plain training, over seeds that both have."""
 
     @property
     def ratio(self) -> Value | None:
@@ -83,12 +86,18 @@ class _Seeds:
         points = value.points if len(value.points) == len(seeds) else ()
         return cls(value, dict(zip(seeds, points, strict=False)))
 
-    def is_below(self, other: _Seeds) -> bool:
-        """Whether it is lower at 95%: by Student's interval of the difference over the seeds that both have; with fewer
-        than two, the intervals over samples must not overlap."""
+    def less(self, other: _Seeds) -> Estimate:
+        """The difference over the seeds that both have; missing if there are fewer than two."""
         both = sorted(self.by_seed.keys() & other.by_seed.keys())
-        if len(both) > 1:
-            return t_interval([self.by_seed[seed] - other.by_seed[seed] for seed in both]).ci95[1] < 0
+        values = [self.by_seed[seed] - other.by_seed[seed] for seed in both]
+        return t_interval(values) if len(both) > 1 else Estimate.missing()
+
+    def is_below(self, other: _Seeds) -> bool:
+        """Whether it is lower at 95%: by Student's interval of the difference; with fewer than two seeds, the intervals
+        over samples must not overlap."""
+        difference = self.less(other)
+        if difference.n:
+            return difference.ci95[1] < 0
         a = self.value.ci95
         b = other.value.ci95
         return a is not None and b is not None and a[1] < b[0]
@@ -103,6 +112,7 @@ def _level(row: Group, members: Sequence[ReportedRun], plain: _Seeds) -> NoiseLe
         precision=float(precision),
         recall=float(recall),
         holds=_Seeds.of(row, members).is_below(plain),
+        difference=_Seeds.of(row, members).less(plain),
     )
 
 

@@ -83,8 +83,9 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
     script = page_script("page.js")
     digest = script_digest(script)
     template = environment().get_template("page.html.j2")
-    shown["audited"] = read_audit(folder, compared.runs[0].result)
-    shown["audit_page"] = os.path.relpath(RecipeFolder(folder).scored / "audit.html", target.parent)
+    audited = read_audit(folder, compared.runs[0].result)
+    shown["audited"] = None if audited is None else audited[0]
+    shown["audit_page"] = None if audited is None else os.path.relpath(audited[1], target.parent)
     page = template.render(**shown, script=Markup(script), digest=digest, files=beside.name)
     for name, figure in shown["figures"].items():
         store.write_text(beside / f"{name}.svg", on_white(figure.svg))
@@ -93,16 +94,17 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorer: Scor
     return target
 
 
-def read_audit(folder: Path, result: EvalResult) -> str | None:
-    """The verdict of the audit of the scorer of the training text or of the samples, where `phf audit` measured it on
-    this folder's corpus."""
-    file = RecipeFolder(folder).scored / "audit.json"
-    if not file.is_file():
-        return None
-    found = store.read_record(file, Audit)
-    for role, identity in _scorers(result).items():
-        if store.canonical(found.identity) == store.canonical(identity):
-            return f"Of the {role}: {verdict(found)}"
+def read_audit(folder: Path, result: EvalResult) -> tuple[str, Path] | None:
+    """The verdict and the page of the audit of a scorer of the training text or of the samples, where `phf audit`
+    measured it on this folder's corpus, or on the one that the tokens were made from."""
+    places = [RecipeFolder(folder).scored]
+    if result.data is not None and "://" not in result.data.tokens.scored:
+        places.append(Path(result.data.tokens.scored))
+    for file in (place / "audit.json" for place in places):
+        found = store.read_record(file, Audit) if file.is_file() else None
+        for role, identity in _scorers(result).items():
+            if found is not None and store.canonical(found.identity) == store.canonical(identity):
+                return f"Of the {role}: {verdict(found)}", file.with_suffix(".html")
     return None
 
 

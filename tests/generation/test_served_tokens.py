@@ -1,0 +1,177 @@
+"""Samples of a served model by token ids, against the same model loaded here."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from scipy.stats import ks_2samp
+
+from helpers import output_of, train_tiny, write_jsonl
+from phf.core.config import ConfigError
+from phf.generation.loaded import load_model
+from phf.generation.sample import read_samples, sample, sample_served
+from phf.generation.scenario import Scenario
+from phf.generation.server import Server, ServerError
+from phf.objectives import Conditional
+from phf.scorers import Regex
+from phf.scoring.judge import judge_texts
+
+
+class Tokens(ThreadingHTTPServer):
+    """A completions server that takes and gives token ids, as vLLM documents it. `fault`: what it does wrong."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, model, fault=None):
+        self.model = model
+        self.fault = fault
+        self.asked = []
+        lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    self.server.asked.append(body)
+                    data = json.dumps({"choices": [self.server.answer(body)]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    @torch.inference_mode()
+    def answer(self, body):
+        ids = list(body["prompt"])
+        assert all(isinstance(i, int) for i in ids)
+        draw = torch.Generator().manual_seed(body["seed"])
+        end = self.model.tokenizer.eos_token_id
+        tokens = []
+        values = []
+        reason = "length"
+        while len(tokens) < body["max_tokens"]:
+            logits = self.model.lm(torch.tensor([ids + tokens])).logits[0, -1].double()
+            plain = logits.log_softmax(-1)
+            for token, bias in body.get("logit_bias", {}).items():
+                logits[int(token)] += bias
+            if len(tokens) < body.get("min_tokens", 0):
+                logits[end] = -torch.inf
+            if "top_k" in body:
+                logits[logits < logits.topk(body["top_k"]).values[-1]] = -torch.inf
+            p, order = (logits / body["temperature"]).softmax(-1).sort(descending=True)
+            p[p.cumsum(-1) - p >= body["top_p"]] = 0.0
+            tokens.append(int(order[torch.multinomial(p, 1, generator=draw)]))
+            values.append(float(plain[tokens[-1]]))
+            if tokens[-1] == end:
+                reason = "stop"
+                break
+        if self.fault == "ignores logit_bias":
+            tokens[0] = int(next(iter(body["logit_bias"])))
+        names = [f"token_id:{token}" for token in tokens]
+        if self.fault == "answers in text":
+            names = self.model.tokenizer.convert_ids_to_tokens(tokens)
+        text = self.model.tokenizer.decode(tokens)
+        return {
+            "index": 0,
+            "text": text,
+            "finish_reason": reason,
+            "logprobs": {"tokens": names, "token_logprobs": values},
+        }
+
+
+VOWELS = Regex("[aeiou]")
+"""A scorer with many different scores."""
+
+
+@pytest.fixture(scope="module")
+def folder(tokens_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("served") / "run"
+    train_tiny(tokens_dir, out, objective=Conditional(threshold=0.0, drop=0.0), steps=60)
+    return out
+
+
+@pytest.fixture
+def serve(folder):
+    made = []
+
+    def start(fault=None):
+        made.append(Tokens(load_model(folder), fault))
+        return made[-1], Server(made[-1].url, "tiny", tokenizer=str(folder), retries=0)
+
+    yield start
+    for server in made:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("control", ["good", "bad", "none"])
+def test_greedy_texts_are_those_of_the_loaded_model(serve, folder, control, tmp_path):
+    _, server = serve()
+    prompts = str(write_jsonl(tmp_path / "p.jsonl", ["the model", "see <|bad|> here", "cats and"]))
+    scenario = Scenario(
+        num_samples=3, prompts=prompts, control=control, top_k=1, max_tokens=12, min_tokens=3, precision="fp32"
+    )
+    own = sample(load_model(folder), scenario)
+    found = sample_served(server, scenario)
+    assert [s.text for s in found] == [s.text for s in own]
+    assert [(s.prompt, s.num_tokens, s.finished) for s in found] == [(s.prompt, s.num_tokens, s.finished) for s in own]
+    assert [s.logp for s in found] == pytest.approx([s.logp for s in own], abs=1e-3)
+
+
+def test_scores_have_the_distribution_of_the_own_sampler(serve, folder):
+    _, server = serve()
+    for control in ("good", "bad"):
+        scenario = Scenario(num_samples=300, control=control, max_tokens=16, min_tokens=4, temperature=1.0)
+        own = judge_texts(VOWELS, [s.text for s in sample(load_model(folder), scenario)])
+        found = judge_texts(VOWELS, [s.text for s in sample_served(server, scenario)])
+        assert len(set(found)) > 20
+        assert ks_2samp(own, found).pvalue > 0.01
+
+
+def test_what_is_asked_bans_the_other_roles(serve, folder):
+    stub, server = serve()
+    ids = load_model(folder).control_ids
+    sample_served(server, Scenario(num_samples=2, max_tokens=4, min_tokens=1, top_k=3, control="bad"))
+    for body in stub.asked:
+        assert body["logit_bias"] == {str(ids["good"]): -100}
+        assert body["prompt"][-1] == ids["bad"]
+        assert body["top_k"] == 3
+    assert len({body["seed"] for body in stub.asked}) == 2
+
+
+@pytest.mark.parametrize(
+    "fault, message", [("answers in text", "answers in text, not in token ids"), ("ignores logit_bias", "bans")]
+)
+def test_servers_that_do_not_speak_in_ids_are_refused(serve, fault, message):
+    _, server = serve(fault)
+    scenario = Scenario(num_samples=40, max_tokens=40, min_tokens=1, control="good", temperature=2.0, top_p=1.0)
+    with pytest.raises(ServerError, match=message):
+        sample_served(server, scenario)
+
+
+def test_what_needs_logits_is_refused(serve):
+    _, server = serve()
+    for settings in ({"guidance": 2.0}, {"safe_beam": 2}):
+        with pytest.raises(ConfigError, match="needs the model's logits"):
+            sample_served(server, Scenario(num_samples=1, **settings))
+    with pytest.raises(ConfigError, match="control=q1"):
+        sample_served(server, Scenario(num_samples=1, control="q1"))
+
+
+def test_the_command_samples_with_a_control_token(serve, folder, tmp_path, monkeypatch, capsys):
+    stub, _ = serve()
+    out = tmp_path / "s.jsonl"
+    settings = ["server.model=tiny", f"server.tokenizer={folder}", "control=bad", "num_samples=3", "max_tokens=5"]
+    output_of(["sample", stub.url, str(out), *settings, "min_tokens=2"], monkeypatch, capsys)
+    assert all(s.num_tokens >= 2 and s.logp < 0 for s in read_samples(out))
