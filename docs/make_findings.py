@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +249,17 @@ def _share(mean: float, ci95: list[float]) -> str:
     return f"{100 * mean:.0f}% ({100 * low:.0f}% to {100 * high:.0f}%)"
 
 
+def times_table() -> str:
+    found = store.read_json(RESULTS / "command_times.json")
+    after = store.read_json(RESULTS / "after.json")["groups"]["mle"]["seconds"]
+    rows = [(re.sub(r"^([\w-]+)", r"`phf \1`", name), seconds) for name, seconds in found["seconds"].items()]
+    rows += [
+        ("training a run of `phf run after`", after["training"]["mean"]),
+        ("`phf tamper` of it", after["tampering"]["mean"]),
+    ]
+    return "\n".join(["| command | seconds |", "|---|---|", *(f"| {name} | {seconds:.0f} |" for name, seconds in rows)])
+
+
 def page(text: str) -> str:
     """The page with its tables written again."""
     for name, made in (
@@ -256,6 +268,7 @@ def page(text: str) -> str:
         ("noise-sgtm", functools.partial(noise_table, "noise_sgtm")),
         ("after", after_table),
         ("audit", audit_table),
+        ("times", times_table),
     ):
         before, start, rest = text.partition(f"<!-- {name}: start -->")
         _, end, after = rest.partition(f"<!-- {name}: end -->")

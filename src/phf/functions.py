@@ -174,6 +174,11 @@ def train(
     from phf.training.lm import AnyModel, FromConfig, FromWeights
     from phf.training.train import train as train_run
 
+    trained_with = _made(objective, AnyObjective, "objective", Objective)
+    if isinstance(model, str) and Path(model).is_dir():
+        model = FromWeights(model)
+    if not isinstance(model, FromConfig | FromWeights):
+        model = validate(model, AnyModel, "model")
     if config is None or settings or isinstance(config, Mapping):
         base = {} if config is None else config if isinstance(config, Mapping) else to_plain(config)
         if isinstance(settings.get("report_to"), str):
@@ -183,15 +188,11 @@ def train(
         stop_after = validate(stop_after, WORKERS, "stop_after")
     if not isinstance(callbacks, Sequence) or not all(isinstance(one, TrainerCallback) for one in callbacks):
         raise ConfigError(f"callbacks: expected a list of TrainerCallback, got {callbacks!r}")
-    if isinstance(model, str) and Path(model).is_dir():
-        model = FromWeights(model)
-    if not isinstance(model, FromConfig | FromWeights):
-        model = validate(model, AnyModel, "model")
     return train_run(
         tokens_dir=_path(tokens_dir, "tokens_dir"),
         out=_path(out, "out"),
         model=model,
-        objective=_made(objective, AnyObjective, "objective", Objective),
+        objective=trained_with,
         config=config,
         seed=validate(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed"),
         stop_after=stop_after,
