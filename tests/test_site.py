@@ -75,6 +75,17 @@ def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site):
     assert checked > 500
 
 
+def test_the_gallery_has_whole_pages(site):
+    gallery = (site / "gallery.html").read_text()
+    kept = [file.name.removesuffix(".html.gz") for file in (ROOT / "docs" / "pages").glob("*.gz")]
+    assert "demo" in kept
+    for name in kept:
+        assert f'href="pages/{name}.html"' in gallery
+        page = (site / "pages" / f"{name}.html").read_text()
+        assert 'id="result"' in page
+        assert "</html>" in page[-20:]
+
+
 def test_the_tutorial_is_a_page_with_its_results(site):
     page = (site / "tutorial.html").read_text()
     assert "tokens for training, vocabulary" in page

@@ -1,9 +1,10 @@
 """What the site has beyond the files of this folder: README as its first page, the files next to it, a list of the
-schemas, and in the gallery the pages that recipes made on this machine. A hook of mkdocs (mkdocs.yml)."""
+schemas, and in the gallery the whole pages of recipes. A hook of mkdocs (mkdocs.yml)."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("LOG.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md")
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 PAGES = ("demo", "grid", "field", "noise", "after", "finetuning", "pep8")
-"""Recipes whose pages the gallery shows, where they have run."""
+"""Recipes whose pages the gallery shows: those that have run here, or were kept."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -26,8 +27,8 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "tutorial.md", content=tutorial(files, config)))
     worker = (Path(__file__).parent / "iframe-worker.js").read_text()
     files.append(File.generated(config, "assets/iframe-worker.js", content=worker))
-    for page in made_pages():
-        files.append(File.generated(config, f"pages/{page.parent.name}.html", content=page.read_bytes()))
+    for name, page in made_pages().items():
+        files.append(File.generated(config, f"pages/{name}.html", content=page))
     return files
 
 
@@ -79,13 +80,18 @@ def tutorial(files: Files, config: Any) -> str:
     return "\n\n".join([*parts, note, ""])
 
 
-def made_pages() -> list[Path]:
-    found = [ROOT / "runs" / name / "report.html" for name in PAGES]
-    return [page for page in found if page.exists()]
+def made_pages() -> dict[str, bytes]:
+    """The pages of recipes that ran on this machine, and of others those in `docs/pages`."""
+    found = {}
+    for name in PAGES:
+        page = ROOT / "runs" / name / "report.html"
+        kept = ROOT / "docs" / "pages" / f"{name}.html.gz"
+        if page.exists():
+            found[name] = page.read_bytes()
+        elif kept.exists():
+            found[name] = gzip.decompress(kept.read_bytes())
+    return found
 
 
 def made() -> str:
-    names = [page.parent.name for page in made_pages()]
-    if not names:
-        return "\nRun `make demo`, then `make site`: the whole page is then here.\n"
-    return "\n## Whole pages\n\n" + "".join(f"- [{name}](pages/{name}.html)\n" for name in names)
+    return "\n## Whole pages\n\n" + "".join(f"- [{name}](pages/{name}.html)\n" for name in made_pages())
