@@ -17,6 +17,9 @@ from phf.generation.sample import read_samples, sample, sample_served
 from phf.generation.scenario import Scenario
 from phf.generation.server import Server, ServerError
 from phf.objectives import Conditional
+from phf.redteaming.attack import redteam
+from phf.redteaming.config import RedTeam, TokenAttacks
+from phf.redteaming.control_tokens import attacks, injection
 from phf.scorers import Regex
 from phf.scoring.judge import judge_texts
 
@@ -164,9 +167,28 @@ def test_what_needs_logits_is_refused(serve):
     _, server = serve()
     for settings in ({"guidance": 2.0}, {"safe_beam": 2}):
         with pytest.raises(ConfigError, match="needs the model's logits"):
-            sample_served(server, Scenario(num_samples=1, **settings))
+            sample_served(server, Scenario(num_samples=1, max_tokens=10, **settings))
     with pytest.raises(ConfigError, match="control=q1"):
         sample_served(server, Scenario(num_samples=1, control="q1"))
+
+
+def test_control_tokens_of_a_served_model_are_attacked(serve, folder, tmp_path):
+    stub, server = serve()
+    prompts = str(write_jsonl(tmp_path / "p.jsonl", ["the model", "cats and", "see"]))
+    sizes = {"trials": 1, "rounds": 1, "pool": 2, "candidates": 2, "continuations": 2, "confirm": 1, "shots": 1}
+    config = RedTeam(prompts=prompts, max_tokens=4, **sizes)
+    on_tokens = TokenAttacks(num_samples=6, max_tokens=6, min_tokens=1)
+    found = redteam(server, tmp_path / "out", config, on_tokens, scorer=VOWELS)
+    model = load_model(folder)
+    assert [a.attack for a in found.tokens.attacks] == [a.name for a in attacks(model, on_tokens)]
+    assert found.tokens.injection == injection(model)
+    starts = {tuple(body["prompt"][:2]) for body in stub.asked}
+    start, good, bad = model.start_id, model.control_ids["good"], model.control_ids["bad"]
+    assert {(start, good), (start, bad)} <= starts
+    assert found.search.budget.target_tokens > 0
+    asked = len(stub.asked)
+    assert redteam(server, tmp_path / "out", config, on_tokens, scorer=VOWELS) == found
+    assert len(stub.asked) == asked
 
 
 def test_the_command_samples_with_a_control_token(serve, folder, tmp_path, monkeypatch, capsys):

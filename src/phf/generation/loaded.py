@@ -120,6 +120,11 @@ class ModelTokens:
     def start_id(self) -> int:
         return int(self.tokenizer.eos_token_id if self.start is None else self.start)
 
+    @property
+    def positions(self) -> int:
+        """The model's longest context."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel(ModelTokens):
@@ -244,7 +249,7 @@ def _guessed_control_tokens(tokenizer: Any, path: str | Path) -> dict[str, str]:
     return {}
 
 
-def check_room(model: LoadedModel, scenario: Scenario, starts: Sequence[Sequence[int]]) -> None:
+def check_room(model: ModelTokens, scenario: Scenario, starts: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError unless the model's context holds the starts of its texts and `max_tokens` more."""
     longest = max(map(len, starts), default=0)
     if longest + scenario.max_tokens > model.positions:

@@ -32,15 +32,14 @@ from phf.generation.decoding import draw, guide, pad_left, uniform
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
 from phf.generation.loaded import (
     LoadedModel,
-    ModelTokens,
     banned_tokens,
     check_room,
-    load_model_tokens,
     precision_of,
     prompt_ids,
 )
 from phf.generation.safe_beam import WIDTH, SafeBeams
 from phf.generation.scenario import Scenario, scenario_prompts
+from phf.generation.served import ServedModel, sample_by_ids, served_model
 from phf.generation.server import Server
 from phf.training.probe import CACHE_NAMES, cache_name, check_can_be_sampled
 
@@ -48,7 +47,7 @@ COMPACT_BELOW = 0.75
 """A batch is compacted when at most this share of it is still being written: compacting copies the whole cache."""
 
 
-def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
+def sample(model: LoadedModel | ServedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
     model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
@@ -58,7 +57,7 @@ def sample(model: LoadedModel, scenario: Scenario, progress: bool = True) -> lis
 
 
 def sample_prompts(
-    model: LoadedModel,
+    model: LoadedModel | ServedModel,
     scenario: Scenario,
     prompts: Sequence[str],
     progress: bool = True,
@@ -73,6 +72,8 @@ def sample_prompts(
     starts = [prompt_ids(model, p, scenario) for p in prompts] if starts is None else starts
     banned = banned_tokens(model, scenario.control) if banned is None else banned
     check_room(model, scenario, starts)
+    if isinstance(model, ServedModel):
+        return sample_by_ids(model, scenario, prompts, starts, banned, progress)
     tune_allocator()
     samples: list[Sample] = []
     bar = Progress(total=len(prompts), desc="sampling", unit="sample", silent=not progress)
@@ -280,7 +281,7 @@ def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
     `num_tokens` and `logp` are not known (0 and NaN). Raises ConfigError for settings that do not work.
     """
     if server.tokenizer is not None:
-        return _sample_in_tokens(server, load_model_tokens(server.tokenizer), scenario)
+        return sample(served_model(server), scenario)
     unsupported = {
         "control": scenario.control == "bad",
         "guidance": scenario.guidance is not None,
@@ -297,44 +298,6 @@ def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
         Sample(id=n, prompt=prompt, text=text, num_tokens=0, logp=math.nan, finished=finished, seed=scenario.seed)
         for n, (prompt, (text, finished)) in enumerate(zip(prompts, written, strict=True))
     ]
-
-
-def _sample_in_tokens(server: Server, tokens: ModelTokens, scenario: Scenario) -> list[Sample]:
-    """Samples of a served model by token ids. Texts are encoded here, so a typed control token stays text."""
-    for name, asked in (("guidance", scenario.guidance), ("safe_beam", scenario.safe_beam)):
-        if asked is not None:
-            raise ConfigError(f"{name} needs the model's logits, which a server does not give; load the model here")
-    if lacks := scenario.lacks(tokens.control):
-        raise ConfigError(f"{server.tokenizer} {lacks}")
-    prompts = scenario_prompts(scenario)
-    starts = [prompt_ids(tokens, prompt, scenario) for prompt in prompts]
-    silent = {*tokens.control_ids.values(), int(tokens.tokenizer.eos_token_id)}
-    written = server.write(
-        starts,
-        scenario.max_tokens,
-        scenario.temperature,
-        scenario.top_p,
-        scenario.seed,
-        min_tokens=scenario.min_tokens,
-        top_k=scenario.top_k,
-        banned=banned_tokens(tokens, scenario.control),
-    )
-    samples = []
-    for n, found in enumerate(Progress(written, total=len(starts), desc="sampling", unit="sample")):
-        text = [i for i in found.ids if i not in silent]
-        counted = [p for i, p in zip(found.ids, found.logp, strict=True) if i not in tokens.control_ids.values()]
-        samples.append(
-            Sample(
-                id=n,
-                prompt=prompts[n],
-                text=tokens.continuation(starts[n], text),
-                num_tokens=len(text),
-                logp=math.fsum(counted),
-                finished=found.ended,
-                seed=scenario.seed,
-            )
-        )
-    return samples
 
 
 # Files of samples

@@ -29,6 +29,7 @@ from phf.evaluation.evaluate import open_run
 from phf.evaluation.judge import scored_text
 from phf.generation.loaded import LoadedModel, load_model
 from phf.generation.scenario import Scenario, prompts_path
+from phf.generation.served import ServedModel, served_model
 from phf.generation.server import Answers, Server
 from phf.redteaming.config import RedTeam, TokenAttacks, has_prompts, task_of
 from phf.redteaming.control_tokens import (
@@ -64,9 +65,9 @@ def redteam(
     tokens.
 
     Writes `redteam.json` into `out` (default: the run's folder `redteam`) and returns it. Returns at once if
-    this was done with the same settings, and resumes after an interruption. `token_attacks`: None leaves them out;
-    so does a server. `scorer`: by default the run's own. `threshold`: scores above it are bad (default: the
-    scorer's own). `main`: as in `open_run`.
+    this was done with the same settings, and resumes after an interruption. `token_attacks`: None leaves them out; so
+    does a server that is asked in text, without `tokenizer`. `scorer`: by default the run's own. `threshold`: scores
+    above it are bad (default: the scorer's own). `main`: as in `open_run`.
 
     Raises ConfigError if nothing says how to judge the model or where to write, and errors as `search` and
     `open_run`.
@@ -244,20 +245,23 @@ def _target(plan: _Plan) -> tuple[Target, Starts]:
     """The loaded model, and the prompts to start from. Raises ConfigError for everything that would stop the attack,
     before an earlier result is moved."""
     plan.config.attacker.check()
-    target = Target(plan.model if isinstance(plan.model, Server) else load_model(plan.model))
-    loaded = target.model if isinstance(target.model, LoadedModel) else None
-    if (why := Scenario(control=plan.config.control).lacks(Roles() if loaded is None else loaded.control)) is not None:
+    if not isinstance(plan.model, Server):
+        target = Target(load_model(plan.model))
+    else:
+        target = Target(plan.model if plan.model.tokenizer is None else served_model(plan.model))
+    model = None if isinstance(target.model, Server) else target.model
+    if (why := Scenario(control=plan.config.control).lacks(Roles() if model is None else model.control)) is not None:
         raise ConfigError(f"{plan.name} {why}")
-    if plan.token_attacks is not None and loaded is not None:
-        check_attack_room(loaded, plan.token_attacks)
-    if plan.config.gradient is not None and loaded is not None:
-        possible_aims(loaded, plan.config.gradient, plan.bad_segments())
+    if plan.token_attacks is not None and model is not None:
+        check_attack_room(model, plan.token_attacks)
+    if plan.config.gradient is not None and isinstance(model, LoadedModel):
+        possible_aims(model, plan.config.gradient, plan.bad_segments())
     return target, starting_prompts(target, plan.config, plan.scorer)
 
 
 def _attack(plan: _Plan, target: Target, starts: Starts) -> RedTeamResult:
     """Search for prompts and attack the control tokens."""
-    loaded = target.model if isinstance(target.model, LoadedModel) else None
+    model = None if isinstance(target.model, Server) else target.model
     gradient = _search_by_gradient(plan, target, starts)
     if gradient is not None:
         usable = [row.prompt for row in gradient.prompts if target.holds(row.prompt, plan.config)]
@@ -273,8 +277,8 @@ def _attack(plan: _Plan, target: Target, starts: Starts) -> RedTeamResult:
         cache=plan.folder.cache,
     )
     tokens: TokenAttacksResult | None = None
-    if loaded is not None and plan.token_attacks is not None:
-        tokens = _attack_tokens(plan, loaded, plan.token_attacks)
+    if model is not None and plan.token_attacks is not None:
+        tokens = _attack_tokens(plan, model, plan.token_attacks)
     return RedTeamResult(
         key=plan.key,
         model=plan.name,
@@ -330,7 +334,7 @@ def _search_by_gradient(plan: _Plan, target: Target, starts: Starts) -> Gradient
     return folders.cached(plan.folder.path / GRADIENT, key, GradientResult, searched)
 
 
-def _attack_tokens(plan: _Plan, model: LoadedModel, config: TokenAttacks) -> TokenAttacksResult:
+def _attack_tokens(plan: _Plan, model: LoadedModel | ServedModel, config: TokenAttacks) -> TokenAttacksResult:
     """Attack the control tokens, or read the result if this was done before."""
     plain = [to_plain(config), vars(plan.contexts), plan.scorer.identity(), to_plain(plan.segmenter), plan.threshold]
 

@@ -23,8 +23,9 @@ from phf.core.types import Sample
 from phf.data.segment import Segmenter
 from phf.evaluation.judge import compare, judge_samples
 from phf.evaluation.results import ScenarioResult
-from phf.generation.loaded import LoadedModel, banned_tokens
+from phf.generation.loaded import LoadedModel, ModelTokens, banned_tokens
 from phf.generation.sample import sample_prompts
+from phf.generation.served import ServedModel
 from phf.objectives import BAD, GOOD
 from phf.redteaming.config import TokenAttacks
 from phf.redteaming.results import Injection, TokenAttack, TokenAttacksResult, WorstContext, WorstText
@@ -40,7 +41,7 @@ WORST_TEXTS = 3
 """Texts that are kept of each attack."""
 
 
-def check_attack_room(model: LoadedModel, config: TokenAttacks) -> None:
+def check_attack_room(model: ModelTokens, config: TokenAttacks) -> None:
     """Raise ConfigError unless the model's context holds the longest attack."""
     needed = CONTEXT_TOKENS + config.max_tokens + 4
     if needed > model.positions:
@@ -148,7 +149,7 @@ class Attack:
     """The held-out text that each start holds, if any."""
 
 
-def attacks(model: LoadedModel, config: TokenAttacks, contexts: Contexts = Contexts()) -> list[Attack]:
+def attacks(model: ModelTokens, config: TokenAttacks, contexts: Contexts = Contexts()) -> list[Attack]:
     """The attacks that are possible for this model, the intended use first. Those that need no control token are the
     same for all models."""
     start = [model.start_id]
@@ -230,7 +231,7 @@ def typed_forms(name: str) -> dict[str, str]:
 
 
 def attack_tokens(
-    model: LoadedModel,
+    model: LoadedModel | ServedModel,
     config: TokenAttacks,
     scorer: Scorer,
     segmenter: Segmenter,
@@ -299,7 +300,7 @@ def _attack_result(
     )
 
 
-def injection(model: LoadedModel) -> list[Injection]:
+def injection(model: ModelTokens) -> list[Injection]:
     """How the model's own tokenizer, called in the usual way, reads typed control tokens."""
     ids = set(model.control_ids.values())
     found = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from phf.core.types import Sample
 from phf.generation.loaded import LoadedModel, prompt_ids
 from phf.generation.sample import sample_prompts
+from phf.generation.served import ServedModel
 from phf.generation.server import Answers, Server
 from phf.redteaming.config import RedTeam
 
@@ -17,7 +18,8 @@ from phf.redteaming.config import RedTeam
 class Target:
     """The model under attack: a loaded one, or one on a server."""
 
-    model: LoadedModel | Server
+    model: LoadedModel | ServedModel | Server
+    """A server: one that is asked in text."""
 
     def continuations(
         self, prompts: Sequence[str], config: RedTeam, seed: int, answers: Answers
