@@ -89,6 +89,7 @@ def test_names_stay_in_the_picture_where_a_line_reaches_0():
         found = {text.text: float(text.get("y")) for text in texts if text.text in looks}
         assert set(found) == set(looks)
         assert all(8 < y < height for y in found.values()), found  # none is cut at the top
+        assert sorted(looks, key=found.__getitem__)[:2] == ["mle", "sgtm"]  # the others end at 0
 
 
 def test_a_chart_of_many_lines_has_no_names_at_them():

@@ -195,7 +195,8 @@ class Chart:
         for name in names:  # what lies outside, such as 0 on a logarithmic axis, is named at the edge
             name.xy = (name.xy[0], min(max(name.xy[1], bottom), top))
         heights = [float(self.axes.transData.transform((1, name.xy[1]))[1]) * scale for name in names]
-        wanted = [min(max(height, low), high) for height in heights]
+        order = {height: n for n, height in enumerate(sorted(heights))}  # which stays where several are at an edge
+        wanted = [min(max(height, low), high) + 1e-3 * order[height] for height in heights]
         for n, height in enumerate(_apart(wanted, FONT * 1.15, low, high)):
             names[n].set_position((5, height - heights[n]))
 
