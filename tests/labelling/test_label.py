@@ -448,8 +448,8 @@ def test_the_time_is_that_of_a_few_answers_times_the_rest(monkeypatch, answers, 
     monkeypatch.setattr(judges.time, "monotonic", lambda: next(now))
 
     class Slow(judges.Judge):
-        def is_known(self, text, rubric, answers):
-            return text == "known"
+        def unknown(self, texts, rubric, answers):
+            return (text for text in texts if text != "known")
 
         def labels(self, texts, rubric, repeat, answers):
             assert texts == ["0", "1", "2", "3"]

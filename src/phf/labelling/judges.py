@@ -100,8 +100,8 @@ class Judge:
         """What `labels` will take."""
         raise NotImplementedError
 
-    def is_known(self, text: str, rubric: Rubric, answers: Answers) -> bool:
-        """Whether its (first) label of a text is in `answers`."""
+    def unknown(self, texts: Sequence[str], rubric: Rubric, answers: Answers) -> Iterator[str]:
+        """The texts whose (first) label is not in `answers`."""
         raise NotImplementedError
 
     @property
@@ -151,8 +151,8 @@ class ServedJudge(Judge):
             len(open_), len(asked) - len(open_), math.ceil(chars / CHARS_PER_TOKEN), len(open_) * self.max_tokens
         )
 
-    def is_known(self, text: str, rubric: Rubric, answers: Answers) -> bool:
-        return self._key(text, rubric, 0) in answers.known
+    def unknown(self, texts: Sequence[str], rubric: Rubric, answers: Answers) -> Iterator[str]:
+        return (text for text in texts if self._key(text, rubric, 0) not in answers.known)
 
     @property
     def at_once(self) -> int:
@@ -232,8 +232,9 @@ class LocalJudge(Judge):
         tokens = sum(len(self._asked(model, rubric, text)) for text in open_)
         return Cost(len(open_), len(texts) - len(open_), tokens * (rubric.top + 1), 0)
 
-    def is_known(self, text: str, rubric: Rubric, answers: Answers) -> bool:
-        return _local_key(store.fingerprint([self.identity(), rubric.text]), text) in answers.known
+    def unknown(self, texts: Sequence[str], rubric: Rubric, answers: Answers) -> Iterator[str]:
+        mark = store.fingerprint([self.identity(), rubric.text])
+        return (text for text in texts if _local_key(mark, text) not in answers.known)
 
     def labels(self, texts: Sequence[str], rubric: Rubric, repeat: int, answers: Answers) -> Iterator[Given]:
         mark = store.fingerprint([self.identity(), rubric.text])
@@ -310,7 +311,7 @@ def duration(seconds: float) -> str:
 def probed(judge: Judge, texts: Sequence[str], rubric: Rubric, answers: Answers, cost: Cost) -> float | None:
     """Seconds that a judge's answers take, roughly, by its first few, which are kept. None if all are there, or
     none of these comes."""
-    first = list(itertools.islice((t for t in texts if not judge.is_known(t, rubric, answers)), PROBES))
+    first = list(itertools.islice(judge.unknown(texts, rubric, answers), PROBES))
     if not first:
         return None
     start = time.monotonic()
