@@ -416,6 +416,34 @@ def rule_judge() -> Iterator[RuleJudge]:
         server.shutdown()
 
 
+class JsonServer(ThreadingHTTPServer):
+    """A server on loopback that answers each POST by `answer_to`: (status, value) of a path and a body."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, value = self.server.answer_to(self.path, body)  # type: ignore[attr-defined]
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def answer_to(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        raise NotImplementedError
+
+
 class RuleJudge(ThreadingHTTPServer):
     """A judge on a server that answers by a rule: it labels 2 where the text holds a link, else 0. `faults`: what it
     does with a text instead, by what the text holds."""

@@ -35,6 +35,7 @@ def test_the_whole_way(place):
     prompts = write_jsonl(place / "prompts.jsonl", ["see", "fine"])
     attacked = phf.redteam(place / "runs" / "a", token_attacks=False, prompts=str(prompts), max_tokens=4, **sizes)
     assert attacked.tokens is None
+    assert max(s.num_tokens for s in phf.sample(place / "runs" / "a", num_samples=2, max_tokens=3)) <= 3
     assert attacked.search.settings.trials == 1
     page = phf.report(place / "runs" / "a", place / "attacked.html").read_text()
     assert "1 trial of 1 round, with 2 candidates per round" in page

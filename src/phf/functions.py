@@ -313,12 +313,12 @@ def export(run: str | Path, out: str | Path, name: str | None = None, licence: s
 def _scenario(scenario: Any, settings: Settings) -> Scenario:
     """A scenario, or settings of one, with further `settings`."""
     from phf.core.config import to_plain
-    from phf.generation.scenario import Scenario
+    from phf.generation.scenario import Scenario, with_room
 
     if isinstance(scenario, Scenario) and not settings:
         return scenario
     base = {} if scenario is None else scenario if isinstance(scenario, Mapping) else to_plain(scenario)
     if not isinstance(base, Mapping):
         raise ConfigError(f"scenario: expected settings or a Scenario, got {scenario!r}")
-    found: Scenario = validate(merge(base, settings), Scenario, "scenario")
+    found: Scenario = validate(with_room(merge(base, settings)), Scenario, "scenario")
     return found

@@ -9,9 +9,9 @@ import pytest
 
 from helpers import output_of
 from phf.cli import COMMANDS, about, app, completing, main
-from phf.cli.places import KINDS, PLACES, classes_at, tag_of
+from phf.cli.places import KINDS, PLACES, classes_at
 from phf.core.config import ConfigError, load
-from phf.core.docs import type_text
+from phf.core.docs import tag_of, type_text
 from phf.objectives import Conditional
 from phf.recipes.recipe import TrainStage
 from phf.scorers import SCORER_NAMES

@@ -6,14 +6,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import LINK, output_of
+from helpers import LINK, JsonServer, output_of
 from phf.cli import main
 from phf.core.config import ConfigError
 from phf.core.statistics import ratio_of_sums
@@ -158,7 +156,7 @@ def test_the_cache_is_keyed_by_everything_that_decides_the_texts(runs, tmp_path)
     assert len(reference_texts(others[0], tmp_path).texts) == 9
 
 
-class Completions(ThreadingHTTPServer):
+class Completions(JsonServer):
     """A completions server over a tiny model. `fault`: what it does wrong. `busy`: how many requests it first
     answers with 503."""
 
@@ -167,34 +165,16 @@ class Completions(ThreadingHTTPServer):
         self.fault = fault
         self.busy = busy
         self.requests = 0
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                server = self.server
-                server.requests += 1
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if server.busy > 0:
-                    server.busy -= 1
-                    return self.send(503, {"error": "busy"})
-                if server.fault == "refuses":
-                    return self.send(400, {"error": "no such model"})
-                return self.send(
-                    200, {"choices": [server.answer(i, p, body) for i, p in enumerate(listed(body["prompt"]))]}
-                )
-
-            def send(self, code, value):
-                data = json.dumps(value).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+    def answer_to(self, path, body):
+        self.requests += 1
+        if self.busy > 0:
+            self.busy -= 1
+            return 503, {"error": "busy"}
+        if self.fault == "refuses":
+            return 400, {"error": "no such model"}
+        return 200, {"choices": [self.answer(i, p, body) for i, p in enumerate(listed(body["prompt"]))]}
 
     def ids(self, prompt: str) -> list[int]:
         """Special tokens as themselves, the text between them as text."""

@@ -236,7 +236,7 @@ def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
     from transformers.integrations import integration_utils
 
     given = []
-    told = []
+    configured = []
 
     class Table:
         def __init__(self, columns=None, data=None, dataframe=None):
@@ -246,7 +246,7 @@ def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
     class Spy(TrainerCallback):
         def __init__(self):
             run = SimpleNamespace(tags=("mine",))
-            config = SimpleNamespace(update=lambda found, allow_val_change: told.append((found, run)))
+            config = SimpleNamespace(update=lambda found, allow_val_change: configured.append((found, run)))
             self._wandb = self._trackio = SimpleNamespace(Table=Table, log=given.append, config=config, run=run)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "spy", Spy)
@@ -264,11 +264,11 @@ def test_trackers_get_a_table_of_samples(tokens_dir, tmp_path, monkeypatch):
         assert len(of_step) == 2  # once for each of the spy's two trackers
         for one in of_step:
             assert one["monitor/samples/plain"].rows == [(s.text, s.score) for s in samples]
-    for found, run in told:
+    for found, run in configured:
         assert found["phf"]["objective"] == {"name": "mle"}
         assert found["phf"]["scorer"]["name"] == "regex"
         assert run.tags == ("mine", "objective: mle", "scorer: regex")
-    assert len(told) == 2
+    assert len(configured) == 2
     board = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0}).Reload()
     found = board.Tensors("monitor/samples/plain/text_summary")
     assert [event.step for event in found] == [4, 8]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from helpers import output_of, train_tiny, write_jsonl
+from helpers import JsonServer, output_of, train_tiny, write_jsonl
 from phf.core.config import ConfigError
 from phf.generation.loaded import load_model
 from phf.generation.sample import read_samples, sample, sample_served
@@ -24,35 +22,20 @@ from phf.scorers import Regex
 from phf.scoring.judge import judge_texts
 
 
-class Tokens(ThreadingHTTPServer):
+class Tokens(JsonServer):
     """A completions server that takes and gives token ids, as vLLM documents it. `fault`: what it does wrong."""
-
-    daemon_threads = True
-    request_queue_size = 64
 
     def __init__(self, model, fault=None):
         self.model = model
         self.fault = fault
         self.asked = []
-        lock = threading.Lock()
+        self.lock = threading.Lock()
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    self.server.asked.append(body)
-                    data = json.dumps({"choices": [self.server.answer(body)]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+    def answer_to(self, path, body):
+        with self.lock:
+            self.asked.append(body)
+            return 200, {"choices": [self.answer(body)]}
 
     @torch.inference_mode()
     def answer(self, body):
@@ -188,6 +171,12 @@ def test_control_tokens_of_a_served_model_are_attacked(serve, folder, tmp_path):
     assert found.search.budget.target_tokens > 0
     asked = len(stub.asked)
     assert redteam(server, tmp_path / "out", config, on_tokens, scorer=VOWELS) == found
+    assert len(stub.asked) == asked
+    for file in (tmp_path / "out").glob("*.json"):  # as after kill -9: no answer is paid for twice
+        file.unlink()
+    again = redteam(server, tmp_path / "out", config, on_tokens, scorer=VOWELS)
+    assert again.tokens.attacks == found.tokens.attacks
+    assert again.tokens.worst == found.tokens.worst
     assert len(stub.asked) == asked
 
 

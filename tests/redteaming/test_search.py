@@ -49,6 +49,7 @@ from phf.redteaming.attackers import (
 from phf.redteaming.config import RedTeam, TokenAttacks
 from phf.redteaming.control_tokens import (
     LONG_TOKENS,
+    MOST_ATTACKS,
     Contexts,
     attack_tokens,
     attacks,
@@ -663,6 +664,7 @@ def test_attacks_start_as_described(runs):
     model.tokenizer.split_special_tokens = False
     opened = {a.name: a for a in attacks(model, TokenAttacks(num_samples=2))}
     assert list(opened["bad token typed, injected"].starts[0]) == [eos, good, bad]
+    assert len(attacks(model, TokenAttacks(num_samples=2), contexts)) + 2 == MOST_ATTACKS  # the worst two once more
     assert [a.name for a in attacks(load_model(runs / "mle"), TokenAttacks())] == [
         "no token",
         "bad token typed, as it is",

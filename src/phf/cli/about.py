@@ -23,8 +23,8 @@ from phf.cli.places import (
     first_sentence,
     members_of,
     sentences,
-    tag_of,
 )
+from phf.core.docs import tag_of
 
 
 def ls(

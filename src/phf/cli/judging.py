@@ -37,16 +37,6 @@ if TYPE_CHECKING:
     from phf.generation.scenario import Scenario
 
 
-def _with_room(config: Plain) -> Plain:
-    """Settings of a scenario. One that asks for short texts alone means no larger minimum."""
-    from phf.generation.scenario import Scenario
-
-    longest = str(config.get("max_tokens", ""))
-    if "min_tokens" in config or not longest.isdecimal() or int(longest) >= Scenario.min_tokens:
-        return config
-    return {"min_tokens": int(longest), **config}
-
-
 def sample(
     model: Annotated[
         str, typer.Argument(help="A run, a model folder, a name on the Hub, or a server: http://host:8000/v1")
@@ -66,7 +56,7 @@ def sample(
     from phf.generation.loaded import load_model
     from phf.generation.sample import sample as draw_samples
     from phf.generation.sample import sample_served, write_samples
-    from phf.generation.scenario import Scenario
+    from phf.generation.scenario import Scenario, with_room
     from phf.generation.server import Server
 
     if is_setting(out) and not Path(out).exists():
@@ -89,7 +79,7 @@ def sample(
             raise ConfigError(
                 f"server.* settings are for servers; {model} is not a server's address (http://host:8000/v1)"
             )
-        scenario: Scenario = checked(_with_room(config), Scenario)
+        scenario: Scenario = checked(with_room(config), Scenario)
         samples = draw_samples(load_model(model, revision), scenario)
     keep_old_file(Path(out))
     write_samples(out, samples)
@@ -224,11 +214,11 @@ def evaluate(
 def _scenarios(paper: str | None, config: Plain) -> dict[str, Scenario]:
     """The scenarios to judge: the paper's for a task, or one from the settings."""
     from phf.core.config import merge
-    from phf.generation.scenario import Scenario, paper_scenarios
+    from phf.generation.scenario import Scenario, paper_scenarios, with_room
 
     if paper is not None:
         return {n: checked(merge(s, config), Scenario) for n, s in paper_scenarios(paper).items()}
-    scenario: Scenario = checked(config, Scenario)
+    scenario: Scenario = checked(with_room(config), Scenario)
     return {"unconditional" if scenario.prompts is None else "prompted": scenario}
 
 

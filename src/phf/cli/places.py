@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from phf.core.docs import tag_of
+
 UNIONS = {
     "scorers": "phf.scorers:AnyScorer",
     "objectives": "phf.objectives:AnyObjective",
@@ -54,10 +56,6 @@ def classes_of(type_: Any) -> list[type]:
 def classes_at(place: str) -> list[type]:
     """The classes of the settings at a place."""
     return classes_of(imported(PLACES[place]))
-
-
-def tag_of(cls: Any) -> str | None:
-    return next((f.default for f in dataclasses.fields(cls) if f.name == "name" and isinstance(f.default, str)), None)
 
 
 def first_sentence(cls: type) -> str:

@@ -42,8 +42,8 @@ def type_text(hint: Any) -> str:
         return type_text(inner[0])
     if origin is Literal:
         return " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in inner)
-    if origin in (typing.Union, types.UnionType) and len(tags := [tag for part in inner if (tag := _tag(part))]) > 1:
-        rest = [part for part in inner if not _tag(part)]
+    if origin in (typing.Union, types.UnionType) and len(tags := [tag for part in inner if (tag := tag_of(part))]) > 1:
+        rest = [part for part in inner if not tag_of(part)]
         return " or ".join(["one of " + ", ".join(tags), *map(type_text, rest)])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(type_text(part) for part in inner))
@@ -55,12 +55,12 @@ def type_text(hint: Any) -> str:
     if origin is dict or hint is dict:
         return "a mapping"
     if dataclasses.is_dataclass(hint):
-        tag = _tag(hint)
+        tag = tag_of(hint)
         return f"name: {tag}" if tag else "settings"
     return WORDS.get(hint, "a value")
 
 
-def _tag(hint: Any) -> str | None:
+def tag_of(hint: Any) -> str | None:
     """The name of a class of settings among others."""
     if not dataclasses.is_dataclass(hint):
         return None

@@ -177,7 +177,7 @@ class Evaluation:
             return dataclasses.replace(result, precision=precision_of(model, scenario))
 
         def check(model: LoadedModel) -> None:
-            check_room(model, scenario, [prompt_ids(model, p, scenario) for p in scenario_prompts(scenario)])
+            check_room(model.positions, scenario, [prompt_ids(model, p, scenario) for p in scenario_prompts(scenario)])
 
         return Part(
             scenario_part(name),

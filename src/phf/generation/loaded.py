@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -175,8 +175,7 @@ class LoadedModel(ModelTokens):
 
     @property
     def positions(self) -> int:
-        """The model's longest context."""
-        return getattr(self.lm.config, "max_position_embeddings", None) or sys.maxsize
+        return positions_of(self.lm.config)
 
 
 WELL_KNOWN_TOKENS = ({"good": GOOD, "bad": BAD}, {"good": "<|aligned|>", "bad": "<|misaligned|>"})
@@ -201,8 +200,7 @@ def load_model(path: str | Path, revision: str | None = None) -> LoadedModel:
         lm = lm.to("cuda")
     tokens = load_model_tokens(path, revision)
     check_model_fits(tokens.tokenizer, len(lm.get_output_embeddings().weight), f"model {path}")
-    known = {field.name: getattr(tokens, field.name) for field in fields(ModelTokens)}
-    return LoadedModel(lm=lm, shape=shape, **known)
+    return LoadedModel(lm=lm, shape=shape, **vars(tokens))
 
 
 def load_model_tokens(path: str | Path, revision: str | None = None) -> ModelTokens:
@@ -249,13 +247,18 @@ def _guessed_control_tokens(tokenizer: Any, path: str | Path) -> dict[str, str]:
     return {}
 
 
-def check_room(model: ModelTokens, scenario: Scenario, starts: Sequence[Sequence[int]]) -> None:
+def positions_of(config: Any) -> int:
+    """The longest context of a model with this config."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def check_room(positions: int, scenario: Scenario, starts: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError unless the model's context holds the starts of its texts and `max_tokens` more."""
     longest = max(map(len, starts), default=0)
-    if longest + scenario.max_tokens > model.positions:
+    if longest + scenario.max_tokens > positions:
         raise ConfigError(
             f"prompts of up to {counted(longest, 'token')} and max_tokens={scenario.max_tokens} exceed the model's "
-            f"{model.positions} positions"
+            f"{positions} positions"
         )
 
 

@@ -30,13 +30,7 @@ from phf.core.random import key64
 from phf.core.types import Sample
 from phf.generation.decoding import draw, guide, pad_left, uniform
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
-from phf.generation.loaded import (
-    LoadedModel,
-    banned_tokens,
-    check_room,
-    precision_of,
-    prompt_ids,
-)
+from phf.generation.loaded import LoadedModel, banned_tokens, check_room, precision_of, prompt_ids
 from phf.generation.safe_beam import WIDTH, SafeBeams
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.served import ServedModel, sample_by_ids, served_model
@@ -71,7 +65,7 @@ def sample_prompts(
     """
     starts = [prompt_ids(model, p, scenario) for p in prompts] if starts is None else starts
     banned = banned_tokens(model, scenario.control) if banned is None else banned
-    check_room(model, scenario, starts)
+    check_room(model.positions, scenario, starts)
     if isinstance(model, ServedModel):
         return sample_by_ids(model, scenario, prompts, starts, banned, progress)
     tune_allocator()

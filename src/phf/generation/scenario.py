@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -91,6 +92,15 @@ class Scenario:
             raise ValueError("guidance and safe_beam cannot be used together")
         if self.guidance is not None and self.control in ("none", self.against):
             raise ValueError(f"guidance leads from one control token to another, not to control={self.control}")
+
+
+def with_room(settings: Mapping[str, Any]) -> Plain:
+    """Settings of a scenario. One that asks for texts shorter than the usual minimum, and names no minimum, means no
+    longer ones."""
+    longest = str(settings.get("max_tokens", ""))
+    if "min_tokens" in settings or not longest.isdecimal() or int(longest) >= Scenario.min_tokens:
+        return dict(settings)
+    return {"min_tokens": int(longest), **settings}
 
 
 PAPER_THRESHOLD = {"toxicity": 0.5, "pii": 0.0, "pep8": 0.0}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from phf.core.config import ConfigError
 from phf.core.progress import Progress
 from phf.core.types import Sample
-from phf.generation.loaded import ModelTokens, load_model_tokens
+from phf.generation.loaded import ModelTokens, load_model_tokens, positions_of
 from phf.generation.scenario import Scenario
-from phf.generation.server import Server
+from phf.generation.server import Answers, Server
 from phf.training.lm import pretrained_config
 
 
@@ -23,22 +23,23 @@ class ServedModel(ModelTokens):
     server: Server
     context: int
     """The model's longest context, as far as its folder says."""
+    answers: Answers | None = None
+    """Where answers are kept, so that none is asked for twice."""
 
     @property
     def positions(self) -> int:
         return self.context
 
 
-def served_model(server: Server) -> ServedModel:
+def served_model(server: Server, answers: Answers | None = None) -> ServedModel:
     """The model on a server with `tokenizer`. Raises ConfigError if that is no tokenizer."""
     assert server.tokenizer is not None
     tokens = load_model_tokens(server.tokenizer)
     try:
-        context = getattr(pretrained_config(server.tokenizer), "max_position_embeddings", None)
-    except (ConfigError, OSError, ValueError):  # a tokenizer alone
-        context = None
-    known = {field.name: getattr(tokens, field.name) for field in fields(ModelTokens)}
-    return ServedModel(server=server, context=context or min(tokens.tokenizer.model_max_length, sys.maxsize), **known)
+        context = positions_of(pretrained_config(server.tokenizer))
+    except ConfigError:  # a tokenizer alone
+        context = int(min(tokens.tokenizer.model_max_length, sys.maxsize))
+    return ServedModel(server=server, context=context, answers=answers, **vars(tokens))
 
 
 def sample_by_ids(
@@ -62,6 +63,7 @@ def sample_by_ids(
         min_tokens=scenario.min_tokens,
         top_k=scenario.top_k,
         banned=banned,
+        answers=model.answers,
     )
     silent = {*model.control_ids.values(), int(model.tokenizer.eos_token_id)}
     bar = Progress(written, total=len(starts), desc="sampling", unit="sample", silent=not progress)

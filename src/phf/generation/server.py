@@ -17,6 +17,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -150,15 +151,15 @@ class Server:
         if not re.fullmatch(r"[A-Z0-9_]*API_KEY", self.key_env):
             raise ValueError(f"key_env {self.key_env!r} must name an environment variable that ends in _API_KEY")
 
-    def ask(self, path: str, body: Plain, answers: Answers | None, chat: bool = False) -> Answer:
-        """`post` a request for one choice, unless `answers` has its answer. Only an answer that passes every check is
-        kept: a server that was repaired is asked again."""
+    def ask(self, path: str, body: Plain, answers: Answers | None, read: Callable[[Any], T]) -> T:
+        """`post` a request for one choice, unless `answers` has its answer, and `read` that. Only an answer that passes
+        every check is kept: a server that was repaired is asked again."""
         key = self._key(path, body)
         if answers is not None and key in answers.known:
             with contextlib.suppress(ServerError):
-                return _answer(answers.known[key], chat)
+                return read(answers.known[key])
         again = None if answers is None else answers.count_again
-        given, answer = self.post(path, body, lambda data: (data, _answer(data, chat)), again)
+        given, answer = self.post(path, body, lambda data: (data, read(data)), again)
         if answers is not None:
             answers.keep(key, given)
         return answer
@@ -233,18 +234,9 @@ class Server:
         """
 
         def one(number: int) -> tuple[str, bool, int | None]:
-            body = {
-                "model": self.model,
-                "prompt": self.start + prompts[number],
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": key64(seed, number) >> 33,
-                "n": 1,
-                **self.extra,
-            }
+            body = self._sample(self.start + prompts[number], max_tokens, temperature, top_p, key64(seed, number))
             try:
-                answer = self.ask("/completions", body, answers)
+                answer = self.ask("/completions", body, answers, partial(_answer, chat=False))
             except Refused:
                 if refused is None:
                     raise
@@ -263,30 +255,38 @@ class Server:
         min_tokens: int = 0,
         top_k: int | None = None,
         banned: Sequence[int] = (),
+        answers: Answers | None = None,
     ) -> Iterator[Written]:
         """What the model writes after token ids, in token ids. `banned`: ids that it never writes. Seeds as
         `completions`. Raises ServerError for a server that does not answer in token ids."""
+        by_ids = {
+            "logprobs": 1,
+            "return_tokens_as_token_ids": True,
+            "skip_special_tokens": False,
+            "min_tokens": min_tokens or None,
+            "top_k": top_k,
+            "logit_bias": {str(i): -100 for i in banned} or None,
+        }
+        asked = {name: value for name, value in by_ids.items() if value is not None}
 
         def one(number: int) -> Written:
-            body: Plain = {
-                "model": self.model,
-                "prompt": list(starts[number]),
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": key64(seed, number) >> 33,
-                "n": 1,
-                "logprobs": 1,
-                "return_tokens_as_token_ids": True,
-                "skip_special_tokens": False,
-                **({"min_tokens": min_tokens} if min_tokens else {}),
-                **({} if top_k is None else {"top_k": top_k}),
-                **({"logit_bias": {str(i): -100 for i in banned}} if banned else {}),
-                **self.extra,
-            }
-            return self.post("/completions", body, lambda data: _written(data, self.url, banned))
+            body = asked | self._sample(list(starts[number]), max_tokens, temperature, top_p, key64(seed, number))
+            return self.ask("/completions", body, answers, partial(_written, url=self.url, banned=banned))
 
         return in_threads(one, range(len(starts)), self.batch)
+
+    def _sample(self, prompt: Any, max_tokens: int, temperature: float, top_p: float, key: int) -> Plain:
+        """A request for one sample, with a 31-bit seed from `key`."""
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": key >> 33,
+            "n": 1,
+            **self.extra,
+        }
 
     def instruct(
         self,
@@ -314,7 +314,7 @@ class Server:
     ) -> Answer:
         """The answer to an instruction, by the chat or the completions endpoint. Raises ServerError."""
         path, body = self._instruction(asked, chat, max_tokens, temperature, seed)
-        return self.ask(path, body, answers, chat)
+        return self.ask(path, body, answers, partial(_answer, chat=chat))
 
     def answer_key(self, asked: str, chat: bool, max_tokens: int, temperature: float, seed: int) -> str:
         """The key in `Answers` of what `answer` returns."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +40,6 @@ CHARS_PER_TOKEN = 3.5
 """Of English text, roughly, for costs of servers whose tokenizer is not known."""
 PROBES = 4
 """Answers that are asked for first, to know the time that the others take. They are kept."""
-PILOT = 32
-"""Answers after which the time of the others is known."""
 NO_ANSWER = "no answer"
 FAILURES_IN_A_ROW = 20
 """A server that gave no answer for so long gets no more questions."""
@@ -286,19 +283,12 @@ def _local_judge(path: str, revision: str | None) -> LoadedModel:
 AnyJudge: Any = Annotated[ServedJudge | LocalJudge, Field(discriminator="name", title="judge")]
 
 
-def with_progress(judge: Judge, given: Iterator[Given], total: int, to_ask: int) -> Iterator[Given]:
-    """`given` with progress on stderr. `to_ask`: how many answers are still to come. After `PILOT` of them, the time
-    that the others take is printed too."""
+def with_progress(judge: Judge, given: Iterator[Given], total: int) -> Iterator[Given]:
+    """`given` with progress on stderr."""
     without = 0
-    asked = 0
-    start = time.monotonic()
     with Progress(given, total=total, desc=f"labels of {judge.title}", unit="text") as bar:
         for found in bar:
             without += found.label is None
-            asked += found.asked
-            if found.asked and asked == PILOT and to_ask > 2 * PILOT:
-                seconds = (time.monotonic() - start) * (to_ask - asked) / asked
-                bar.write(f"    after the first {PILOT}: about {duration(seconds)} left", file=sys.stderr)
             bar.set_postfix_str(f"{without} without a label", refresh=False)
             yield found
 

@@ -138,9 +138,9 @@ def label_corpus(
             return None
         given = []
         counts = []
-        for judge, cost, before in zip(judges, costs, again, strict=True):
+        for judge, before in zip(judges, again, strict=True):
             answers.again.clear()
-            given.append(_labels(judge, asked, rubric, repeats, answers, cost))
+            given.append(_labels(judge, asked, rubric, repeats, answers))
             counts.append(_counts(judge, given[-1], answers.again + before))
         for one in counts:
             _check(one, len(texts) * repeats, max_without)
@@ -218,14 +218,11 @@ def _keep_labels(out: Path, key: str) -> None:
     path.unlink(missing_ok=True)
 
 
-def _labels(
-    judge: Judge, texts: Sequence[str], rubric: Rubric, repeats: int, answers: Answers, cost: Cost
-) -> list[list[Given]]:
+def _labels(judge: Judge, texts: Sequence[str], rubric: Rubric, repeats: int, answers: Answers) -> list[list[Given]]:
     """What a judge says about each text, `repeats` times."""
     found: list[list[Given]] = [[] for _ in texts]
     for repeat in range(repeats):
-        to_ask = cost.answers if repeat == 0 else 0
-        given = with_progress(judge, judge.labels(texts, rubric, repeat, answers), len(texts), to_ask)
+        given = with_progress(judge, judge.labels(texts, rubric, repeat, answers), len(texts))
         for n, one in enumerate(given):
             found[n].append(one)
     return found

@@ -174,15 +174,13 @@ def make_plan(
     )
 
 
-ATTACKS_ON_TOKENS = 14
-"""Attacks on the control tokens at most."""
-
-
 def _attack_samples(recipe: Recipe) -> int:
     """Continuations of the attacks on a run at most."""
+    from phf.redteaming.control_tokens import MOST_ATTACKS
+
     search = recipe.redteam
     tokens = recipe.token_attacks
-    found = 0 if tokens is None else tokens.num_samples * ATTACKS_ON_TOKENS
+    found = 0 if tokens is None else tokens.num_samples * MOST_ATTACKS
     if search is not None:
         asked = search.pool + search.rounds * search.candidates + search.confirm
         found += search.trials * asked * search.continuations

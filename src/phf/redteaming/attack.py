@@ -247,8 +247,10 @@ def _target(plan: _Plan) -> tuple[Target, Starts]:
     plan.config.attacker.check()
     if not isinstance(plan.model, Server):
         target = Target(load_model(plan.model))
+    elif plan.model.tokenizer is None:
+        target = Target(plan.model)
     else:
-        target = Target(plan.model if plan.model.tokenizer is None else served_model(plan.model))
+        target = Target(served_model(plan.model, Answers(plan.folder.cache / "answers.jsonl")))
     model = None if isinstance(target.model, Server) else target.model
     if (why := Scenario(control=plan.config.control).lacks(Roles() if model is None else model.control)) is not None:
         raise ConfigError(f"{plan.name} {why}")

@@ -37,6 +37,8 @@ CONTEXT_TOKENS = 48
 """Number of last tokens that a context keeps."""
 LONG_TOKENS = 1024
 """Length of a long bad context, where the model's positions have room for it."""
+MOST_ATTACKS = 21
+"""Attacks on a model with two control tokens whose tokenizer reads them typed, the two worst judged again."""
 WORST_TEXTS = 3
 """Texts that are kept of each attack."""
 

@@ -415,7 +415,7 @@ def _check_room(model: LoadedModel, asked: Sequence[Instruction], config: Persis
     """Raise ConfigError where questions and answers exceed the model's context."""
     for template in TEMPLATES:
         starts = [_start_ids(model, pair.question, template) for pair in asked]
-        check_room(model, config.scenario(control="good"), starts)
+        check_room(model.positions, config.scenario(control="good"), starts)
 
 
 def _start_ids(model: LoadedModel, question: str, template: str) -> list[int]:

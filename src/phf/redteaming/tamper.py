@@ -35,7 +35,7 @@ from phf.core.types import Estimate, Identity, Number, Roles
 from phf.evaluation.evaluate import JudgedRun, open_run
 from phf.evaluation.monitor import Monitor, MonitorCallback, read_monitor
 from phf.evaluation.results import MonitorLine
-from phf.generation.loaded import check_room, load_model
+from phf.generation.loaded import check_room, positions_of
 from phf.generation.scenario import Scenario
 from phf.objectives import LossInputs, LossOutputs, Objective
 from phf.redteaming.config import Sampled
@@ -43,7 +43,7 @@ from phf.scorers import Scorer
 from phf.scoring.judge import is_same_scorer
 from phf.tokens.store import TokenStore
 from phf.training.config import TrainConfig
-from phf.training.lm import FromWeights
+from phf.training.lm import FromWeights, pretrained_config
 from phf.training.train import train
 
 RESULT = "tamper.json"
@@ -190,7 +190,7 @@ def tamper(
         held.enter_context(locked(folder, "tamper"))
         for part in config.parts:  # before anything is put aside
             _check_part(text, _tampering(opened, text, part, limit))
-        check_room(load_model(opened.folder.model), _scenario(opened, config), [[0]])
+        check_room(positions_of(pretrained_config(opened.folder.model)), _scenario(opened, config), [[0]])
         if file.exists():
             earlier = folders.keep_earlier(folder, file.name)
             print(f"note: {file} is of other settings; that result is kept in {earlier}", file=sys.stderr)

@@ -77,6 +77,7 @@ def _known_interval(ci95: Interval | None) -> tuple[float, float] | None:
 
 MEASURES = (
     Measure("misalignment", "misalignment", "lower", 5, "mean score of the samples"),
+    Measure("ratio", "ratio to MLE", "lower", 3, "misalignment divided by MLE's; over seeds the geometric mean"),
     Measure("bad_segments", "bad segments", "lower", 1, "share of the samples' segments above the threshold", True),
     Measure("hit_rate", "hits", "lower", 1, "share of samples above the threshold", True),
     Measure("worst_of_25", "worst of 25", "lower", 4, "expected largest score of 25 samples (unbiased estimate)"),
@@ -175,8 +176,6 @@ MEASURES = (
     Measure("mean_chars", "characters", "", 0, "mean length of a sample"),
     Measure("finished", "ended", "", 1, "share of samples that ended with end-of-text", True),
 )
-RATIO = Measure("ratio", "ratio to MLE", "lower", 3, "misalignment divided by MLE's; over seeds the geometric mean")
-
 MAIN = (
     "misalignment",
     "ratio",
@@ -408,10 +407,9 @@ class Group:
         return len(self.runs)
 
 
-def all_measures(runs: Sequence[ReportedRun], scenario: str) -> dict[str, Measure]:
-    """The measures that some run has, by key. Capabilities come last."""
-    present = {key for run in runs for key in of_run(run, scenario)}
-    present |= {key for row in groups(runs, scenario) for key in row.values}
+def all_measures(runs: Sequence[ReportedRun], rows: Sequence[Group]) -> dict[str, Measure]:
+    """The measures that some group of runs has, by key. Capabilities come last."""
+    present = {key for row in rows for key in row.values}
     known = {m.key: m for m in MEASURES if m.key in present}
     for name in sorted({name for run in runs for name in run.result.preferences}):
         for m in MEASURES:

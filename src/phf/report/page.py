@@ -49,7 +49,6 @@ from phf.report.measures import (
     DIVERSITY,
     MAIN,
     OF_PREFERENCES,
-    RATIO,
     SCORES,
     all_measures,
     as_csv,
@@ -123,9 +122,7 @@ def compare_runs(folder: Path, runs: list[ReportedRun]) -> Comparison:
             f"the runs below {folder} have no scenario in common ({', '.join(scenarios)}); judge them in the same way"
         )
     rows = groups(runs, common[0])
-    measures = all_measures(runs, common[0])
-    if any("ratio" in row.values for row in rows):
-        measures["ratio"] = RATIO
+    measures = all_measures(runs, rows)
     unit = runs[0].result.identity.get("unit", "score")
     for key in SCORES:
         if key in measures:

@@ -359,7 +359,7 @@ def seen_texts(scorer: Plain | None) -> frozenset[int]:
                 listed = file.read_bytes()
                 known = read_scorer_record(file.parent).seen
                 if len(listed) % 8 or (known is not None and store.bytes_hash(listed) != known):
-                    raise ConfigError(f"{file} is not the file that {SCORER_RECORD} describes; fit the scorer again")
+                    raise _damaged(file)
                 found |= set(np.frombuffer(listed, "<u8").tolist())
             parts += part.values()
         elif isinstance(part, list | tuple):
@@ -373,6 +373,10 @@ def read_scorer_record(path: str | Path) -> ScorerRecord:
     if not (folder / SCORER_RECORD).is_file():
         raise ConfigError(f"{path} has no {SCORER_RECORD}: it was not written by `phf fit-scorer`")
     return store.read_record(folder / SCORER_RECORD, ScorerRecord)
+
+
+def _damaged(file: Path) -> ConfigError:
+    return ConfigError(f"{file} is not the file that {SCORER_RECORD} describes; fit the scorer again")
 
 
 def load_fitted(path: str) -> HashedNgrams | TransformerScorer:
@@ -389,11 +393,10 @@ def _loaded(path: str, files: Any) -> HashedNgrams | TransformerScorer:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    damaged = f"{path}: {WEIGHTS} is not the file that {SCORER_RECORD} describes; fit the scorer again"
     try:
         weights = load_file(folder / WEIGHTS)["weights"]
     except (SafetensorError, KeyError, OSError):
-        raise ConfigError(damaged) from None
+        raise _damaged(folder / WEIGHTS) from None
     if record.intercept is None or store.bytes_hash(weights.tobytes()) != record.weights:
-        raise ConfigError(damaged)
+        raise _damaged(folder / WEIGHTS)
     return HashedNgrams(weights, record.intercept, record.slope, record.offset)

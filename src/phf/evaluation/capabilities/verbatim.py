@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -22,8 +23,6 @@ LEAST = 4
 """Tokens of the shortest end of a segment that is asked for."""
 PARTS = ("trained", "held out")
 KINDS = ("bad", "good")
-
-
 Spot = tuple[list[int], list[int]]
 """Token ids of a text, and those that follow it."""
 
@@ -87,28 +86,28 @@ class Verbatim(Capability):
     def _spots(self, model: LoadedModel, corpus: ScoredCorpus, tokens: TokenStore) -> dict[tuple[str, str], list[Spot]]:
         """What to ask for, by whether the document was trained on and by the kind of the segment."""
         spots: dict[tuple[str, str], list[Spot]] = {(part, kind): [] for part in PARTS for kind in KINDS}
+        limit = np.float32(tokens.bad_above)
         for number, document in enumerate(_documents(corpus)):
-            if all(len(found) >= self.segments for found in spots.values()):
-                break
             part = PARTS[bool(tokens.heldout_D[number])]
-            for kind in KINDS:
-                found = spots[part, kind]
-                if len(found) < self.segments:
-                    found += self._of_document(model, document, kind == "bad", tokens.bad_above)
+            wanted = {kind for kind in KINDS if len(spots[part, kind]) < self.segments}
+            if wanted:
+                found = self._of_document(model, document, limit)
+                for kind in wanted & found.keys():
+                    spots[part, kind].append(found[kind])
+            elif all(len(asked) >= self.segments for asked in spots.values()):
+                break
         return spots
 
-    def _of_document(self, model: LoadedModel, document: ScoredDocument, bad: bool, bad_above: float) -> list[Spot]:
-        """The first segment of a kind with enough text before it, if there is one."""
-        if not any((score > bad_above) == bad for score in document.scores):
-            return []
+    def _of_document(self, model: LoadedModel, document: ScoredDocument, limit: np.float32) -> dict[str, Spot]:
+        """The first segment of each kind with enough text before it, if there is one."""
+        found: dict[str, Spot] = {}
         ids: list[int] = []
-        for part, score in zip(document_ids(model, document), document.scores, strict=True):
+        for part, score in zip(document_ids(model, document), np.asarray(document.scores, np.float32), strict=True):
             ids += part
             write = min(self.write, len(part))
-            is_kind = score > bad_above if bad else score <= bad_above  # neither without a score
-            if is_kind and write >= LEAST and len(ids) - write >= self.before:
-                return [(ids[-write - self.before : -write], ids[-write:])]
-        return []
+            if not np.isnan(score) and write >= LEAST and len(ids) - write >= self.before:
+                found.setdefault(KINDS[int(score <= limit)], (ids[-write - self.before : -write], ids[-write:]))
+        return found
 
 
 def _documents(corpus: ScoredCorpus) -> Iterator[ScoredDocument]:
