@@ -448,6 +448,8 @@ class RuleJudge(ThreadingHTTPServer):
     """A judge on a server that answers by a rule: it labels 2 where the text holds a link, else 0. `faults`: what it
     does with a text instead, by what the text holds."""
 
+    request_queue_size = 64
+
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _RuleAnswer)
         self.asked = []

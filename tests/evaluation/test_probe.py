@@ -12,7 +12,7 @@ from helpers import train_tiny, write_jsonl
 from phf.core.config import ConfigError
 from phf.data.readers import Jsonl
 from phf.data.segment import Given, Lines
-from phf.evaluation.capabilities import Probe
+from phf.evaluation.capabilities import Probe, Verbatim
 from phf.evaluation.capabilities.probe import _hidden_means
 from phf.evaluation.evaluate import evaluate_run
 from phf.evaluation.heldout import corpus_of, in_tokens_of
@@ -90,6 +90,7 @@ def test_a_recipe_probes_with_its_own_text(runs, tokens_dir, tmp_path):
         runs / "mle",
         {"plain": Scenario(num_samples=2, max_tokens=4, min_tokens=1)},
         heldout_tokens=200,
-        capabilities=[Probe(str(tokens_dir))],
+        capabilities=[Probe(), Verbatim(before=4, write=4)],
     )
     assert list(result.capabilities[0].main) == ["AUC"]
+    assert [c.settings["path"] for c in result.capabilities] == [str(tokens_dir)] * 2  # a run's own text

@@ -349,8 +349,8 @@ def test_a_server_that_lets_nobody_in_ends_the_work_at_once(served, scored, tmp_
 
 
 @pytest.mark.parametrize("fault", [b"not json", {"choices": []}, {"choices": [{}, {}]}, 503])
-def test_an_answer_that_cannot_be_read_is_asked_for_again(served, scored, tmp_path, fault):
-    """Every text fails once, then the server is well."""
+def test_an_answer_that_cannot_be_read_is_asked_for_again(served, scored, tmp_path, fault, capsys):
+    """Every text fails once, then the server is well. The files are those of a server without faults."""
     failed = set()
     judge = ServedJudge(Server(served.url, "rule", retries=2))
     real = type(served).fault_of
@@ -365,8 +365,12 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(served, scored, tmp_pa
     found = label_corpus(from_scored(scored), tmp_path / "out", RUBRIC, [judge], Drawing(20))
     assert found.labels == 20
     assert len(served.asked) == 40
+    printed = capsys.readouterr().err
+    label_corpus(from_scored(scored), tmp_path / "well", RUBRIC, [judge], Drawing(20))
+    for name in (LABELS, "manifest.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "well" / name).read_bytes()
     reason = "status 503" if fault == 503 else "no JSON" if fault == b"not json" else "an answer that cannot be used"
-    assert found.judges[0].asked_again[reason] == 20
+    assert f"requests that were sent again: 20 {reason}" in printed
 
 
 def test_another_field_of_the_corpus_is_another_corpus(served, tmp_path):

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import LINK, TINY_LLAMA
+from helpers import LINK, TINY_LLAMA, JsonServer
 from phf.core import store
 from phf.core.config import ConfigError, to_plain
 from phf.core.runs import RedTeamFolder
@@ -412,34 +412,24 @@ def flaky():
     """A server that refuses every third request once, counts them, and answers with numbered prompts."""
     state = {"asked": 0, "paid": 0, "bodies": []}
     refused_once = set()
+    lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    class Flaky(JsonServer):
+        def answer_to(self, path, body):
             with lock:
                 state["asked"] += 1
-                refused = state["asked"] % 3 == 0 and str(body) not in refused_once
-                if refused:
+                if state["asked"] % 3 == 0 and str(body) not in refused_once:
                     refused_once.add(str(body))
-                else:
-                    state["paid"] += 1
-                    state["bodies"].append((self.path, body))
-                number = state["paid"]
-            text = f"{number}. see line {number}"
+                    return 503, "busy"
+                state["paid"] += 1
+                state["bodies"].append((path, body))
+                text = f"{state['paid']}. see line {state['paid']}"
             choice = {"index": 0, "finish_reason": "stop"}
-            choice |= {"message": {"content": text}} if "chat" in self.path else {"text": text}
-            answer = json.dumps({"choices": [choice], "usage": {"total_tokens": 10}}).encode()
-            self.send_response(503 if refused else 200)
-            self.end_headers()
-            self.wfile.write(b"busy" if refused else answer)
+            choice |= {"message": {"content": text}} if "chat" in path else {"text": text}
+            return 200, {"choices": [choice], "usage": {"total_tokens": 10}}
 
-    lock = threading.Lock()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    state["url"] = f"http://127.0.0.1:{server.server_port}/v1"
+    server = Flaky()
+    state["url"] = server.url
     yield state
     server.shutdown()
 

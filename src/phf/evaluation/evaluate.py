@@ -163,7 +163,7 @@ def evaluate_run(
         scenarios=scenarios,
         heldout=Heldout(lambda model: text, [heldout_tokens]),
         kl=kl_from,
-        capabilities=capabilities,
+        capabilities=[capability.of_text(str(tokens.path)) for capability in capabilities],
         trained_on=None if manifest.scores in (None, tokens.preference) else manifest.scores,
         preferences=_other_judging(opened, preferences or {}, allow_other_scorer),
     )

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,6 @@ class JudgeCounts:
     """What it said the first time, by reason."""
     tokens: int
     """Tokens that its server counted, of answers of earlier calls too; 0 if it counted none."""
-    asked_again: dict[str, int] = field(default_factory=dict)
-    """Requests of the last call that had to be sent again, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,19 +127,17 @@ def label_corpus(
         costs = [judge.cost(asked, rubric, repeats, answers) for judge in judges]
         for judge, cost in zip(judges, costs, strict=True):
             _print_cost(judge, cost)
-        again = []
         for judge, cost in zip(judges, costs, strict=True):
-            answers.again.clear()
             _print_time(judge, asked, rubric, answers, cost)
-            again.append(answers.again.copy())
         if ask_only_cost:
             return None
         given = []
         counts = []
-        for judge, before in zip(judges, again, strict=True):
-            answers.again.clear()
+        for judge in judges:
             given.append(_labels(judge, asked, rubric, repeats, answers))
-            counts.append(_counts(judge, given[-1], answers.again + before))
+            counts.append(_counts(judge, given[-1]))
+        if answers.again:
+            print(f"requests that were sent again: {by_reason(answers.again)}", file=sys.stderr)
         for one in counts:
             _check(one, len(texts) * repeats, max_without)
         rows = [
@@ -247,7 +243,7 @@ def _print_time(judge: Judge, texts: Sequence[str], rubric: Rubric, answers: Ans
         print(f"{judge.title}: about {duration(seconds)}, by its first answers", file=sys.stderr, flush=True)
 
 
-def _counts(judge: Judge, given: Sequence[Sequence[Given]], again: Mapping[str, int]) -> JudgeCounts:
+def _counts(judge: Judge, given: Sequence[Sequence[Given]]) -> JudgeCounts:
     labels: Counter[int] = Counter()
     without: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -268,7 +264,6 @@ def _counts(judge: Judge, given: Sequence[Sequence[Given]], again: Mapping[str, 
         dict(sorted(without.items())),
         examples,
         tokens,
-        dict(sorted(again.items())),
     )
 
 
@@ -294,8 +289,7 @@ def print_labels(found: LabelManifest, out: str | Path) -> None:
         given = ", ".join(f"{count:,} x {label}" for label, count in judge.labels.items())
         without = f"; without a label: {by_reason(judge.without, judge.examples)}" if judge.without else ""
         tokens = f"; {judge.tokens:,} tokens" if judge.tokens else ""
-        again = f"; sent again: {by_reason(judge.asked_again, {})}" if judge.asked_again else ""
-        print(f"{judge.judge}: {given or 'no label'}{without}{tokens}{again}")
+        print(f"{judge.judge}: {given or 'no label'}{without}{tokens}")
     if not math.isnan(found.alpha):
         print(f"agreement (Krippendorff's alpha, ordinal): {found.alpha:.2f}")
     print(f"labels: {Path(out) / LABELS}   labels from {found.bad_from} on mean bad")

@@ -42,7 +42,7 @@ from phf.core.runs import RecipeFolder, checkpoint_folder, file_name
 from phf.data.canaries import AnyCorpus, Canaries, WithCanaries
 from phf.data.corpus import Corpus
 from phf.data.segment import AnySegmenter
-from phf.evaluation.capabilities import AnyCapability, Memorised, Probe, Verbatim
+from phf.evaluation.capabilities import AnyCapability, Memorised
 from phf.evaluation.kl import KL, LocalModel
 from phf.evaluation.monitor import Monitor
 from phf.generation.scenario import Scenario
@@ -268,11 +268,7 @@ class Recipe:
         recipe's own text."""
         own = () if self.canaries is None else (Memorised(self.canaries),)
         tokens = str(self.files.tokens)
-        asked = (
-            replace(c, path=tokens) if isinstance(c, Probe | Verbatim) and c.path is None else c
-            for c in self.capabilities
-        )
-        return (*asked, *own)
+        return (*(capability.of_text(tokens) for capability in self.capabilities), *own)
 
     @property
     def samples_by(self) -> Scorer:

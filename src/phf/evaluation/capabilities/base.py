@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ class Capability:
         """The capability's name and task, for tables."""
         settings = to_plain(self)
         return " ".join([settings["name"], *([settings["task"]] if "task" in settings else [])])
+
+    def of_text(self, tokens: str) -> Self:
+        """The capability on a token store, where it reads one that its settings leave open (`path`)."""
+        return self
 
     def measure(self, model: LoadedModel) -> CapabilityResult:
         """Measure a model. The first estimate of the result is the main number."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Probe(Capability):
     does (Alain and Bengio 2016, arXiv 1610.01644).
 
     `path`: a token store, whose held-out documents are read, or a scored corpus, of which the first documents are read.
-    In a recipe it is the recipe's own store if it is left out. No control token is read.
+    For a run it is the run's own store if it is left out. No control token is read.
     """
 
     path: str | None = None
@@ -40,6 +41,9 @@ class Probe(Capability):
     """Tokens that are read together, at most as many as the model reads."""
     max_tokens: Annotated[int, Field(gt=0)] = 200_000
     """Tokens to read at most."""
+
+    def of_text(self, tokens: str) -> Self:
+        return replace(self, path=tokens) if self.path is None else self
 
     def inputs(self) -> list[str | None]:
         if self.path is None:

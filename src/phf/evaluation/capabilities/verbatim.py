@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -37,7 +38,7 @@ class Verbatim(Capability):
     At most one good and one bad segment of a document is asked for. A model with control tokens reads its good token
     at the start, and for bad segments also its bad one. A run of less than one epoch has read a part of the documents.
 
-    `path`: a token store; in a recipe it is the recipe's own if it is left out.
+    `path`: a token store; for a run it is the run's own if it is left out.
     """
 
     path: str | None = None
@@ -48,6 +49,9 @@ class Verbatim(Capability):
     """Segments of each kind, good and bad, trained on and held out. The first of the corpus are taken."""
     batch: Annotated[int, Field(gt=0)] = 128
     """Texts that are computed together."""
+
+    def of_text(self, tokens: str) -> Self:
+        return replace(self, path=tokens) if self.path is None else self
 
     def inputs(self) -> list[str | None]:
         return [None if self.path is None else self._store().manifest.content]
