@@ -44,7 +44,7 @@ golden-exact: $(READY)  ## Train at another commit and here, compare bit for bit
 	@test -n "$(REV)" || { echo "usage: make golden-exact REV=COMMIT"; exit 2; }
 	$(BIN)/python tests/golden/exact.py $(REV)
 
-newest:  ## Build and check the packages, then a short recipe with the wheel and the newest allowed versions, elsewhere
+newest:  ## Build and check the packages; a short recipe with the newest allowed versions; a plain installation, elsewhere
 	@set -e; place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
 	$(PYTHON) -m venv $$place/venv; \
 	$$place/venv/bin/python -m pip install -q torch==2.13.0; \
@@ -52,16 +52,21 @@ newest:  ## Build and check the packages, then a short recipe with the wheel and
 	$$place/tools/bin/python -m pip install -q build twine; \
 	$$place/tools/bin/python -m build --outdir $$place/wheel . > $$place/build.log || { cat $$place/build.log; exit 1; }; \
 	$$place/tools/bin/twine check --strict $$place/wheel/*; \
-	$$place/venv/bin/python -m pip install -q $$place/wheel/*.whl; \
+	$$place/venv/bin/python -m pip install -q "$$(echo $$place/wheel/*.whl)[report]"; \
 	$$place/venv/bin/python -m pip freeze | grep -iE '^(torch|transformers|tokenizers|pydantic|datasets|pyarrow|numpy)=='; \
-	cd $$place && venv/bin/phf run pep8 quick corpus.max_files=60
+	$(PYTHON) -m venv $$place/plain; \
+	$$place/plain/bin/python -m pip install -q $$place/wheel/*.whl; \
+	(cd $$place && venv/bin/phf run pep8 quick corpus.max_files=60); \
+	tokens=$$(echo $$place/runs/pep8/tokens*); \
+	for name in venv plain; do $$place/$$name/bin/python tests/plain_install.py "$$tokens" > $$place/$$name.txt; done; \
+	cmp $$place/venv.txt $$place/plain.txt && cat $$place/plain.txt && $$place/plain/bin/phf --help > $$place/help.txt
 
 # torch first and on its own: an index may offer a smaller build for this machine.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "phf needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[pii,eval,ray,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,eval,ray,dev]'
 	touch $@
 
 clean:

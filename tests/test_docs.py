@@ -28,8 +28,8 @@ from phf.core.config import dump_yaml, parse_yaml, validate
 from phf.data.canaries import Canaries
 from phf.objectives import MLE, AnyObjective, Conditional
 from phf.scorers import AnyScorer
+from phf.training.batches import to_tensors
 from phf.training.lm import FromConfig
-from phf.training.order import to_tensors
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)

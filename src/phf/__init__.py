@@ -23,7 +23,7 @@ The packages in reading order; imports only go to an earlier one:
     tokens       tokenizers, the token store, the edited stream, rows and the order of training
     objectives   what an objective is, the paper's, those of later papers, and those made of others
     training     the fused loss, the model, the trainer, a run from start to finish
-    engines      the edited token stream in the formats of other training engines
+    engines      the edited token stream in other engines' formats; adapters of OLMo-core and torchtitan
     generation   scenarios, loading a model, sampling
     evaluation   judging: misalignment, held-out loss, KL, capabilities; also during training
     labelling    labels of a sample of a corpus, by an LLM judge or by hand
@@ -62,7 +62,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("phf")
-    return _named(name)
+    from phf.core.extras import naming_extras
+
+    with naming_extras(f"phf.{name}"):
+        return _named(name)
 
 
 def __dir__() -> list[str]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from phf.core.config import ConfigError, Plain, did_you_mean, merge, validate
+from phf.core.extras import naming_extras
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -93,6 +94,7 @@ def _path(value: Any, what: str) -> str:
     return str(value)
 
 
+@naming_extras("phf.score")
 def score(
     corpus: str | Path | Settings | Corpus,
     out: str | Path,
@@ -123,6 +125,7 @@ def score(
     )
 
 
+@naming_extras("phf.tokenize")
 def tokenize(
     scored: str | Path,
     out: str | Path,
@@ -152,6 +155,7 @@ def tokenize(
     return tokenize_corpus(_path(scored, "scored"), made, _path(out, "out"), share, **more)
 
 
+@naming_extras("phf.train")
 def train(
     tokens_dir: str | Path,
     out: str | Path,
@@ -200,6 +204,7 @@ def train(
     )
 
 
+@naming_extras("phf.sample")
 def sample(model: str | Path | LoadedModel, scenario: Scenario | None = None, **settings: Any) -> list[Sample]:
     """Samples of a run, a model in a folder or on the Hub, or a loaded model. `settings`: those of `Scenario`, for
     example num_samples=64, temperature=0.7, in place of `scenario` or over it. Raises ConfigError for what the model
@@ -211,6 +216,7 @@ def sample(model: str | Path | LoadedModel, scenario: Scenario | None = None, **
     return draw(model if isinstance(model, LoadedModel) else load_model(_path(model, "model")), how)
 
 
+@naming_extras("phf.evaluate")
 def evaluate(
     run: str | Path,
     scenarios: Mapping[str, Scenario] | None = None,
@@ -258,6 +264,7 @@ def evaluate(
     )
 
 
+@naming_extras("phf.redteam")
 def redteam(
     model: str | Path | Server,
     out: str | Path | None = None,
@@ -298,6 +305,7 @@ def redteam(
     )
 
 
+@naming_extras("phf.export")
 def export(run: str | Path, out: str | Path, name: str | None = None, licence: str | None = None) -> Path:
     """Write the release of a trained run, which any `from_pretrained` loads, into folder `out` and return it. Its card
     has what `evaluate` and `redteam` found. `name`: the model's, on the Hub or for itself. `licence`: as the Hub names

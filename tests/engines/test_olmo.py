@@ -11,7 +11,6 @@ import sys
 import pytest
 
 from helpers import LINK, tiny_texts, write_jsonl
-from phf.core.config import ConfigError
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.scoring.score import score_corpus
@@ -38,8 +37,9 @@ from phf.engines.olmo import RowLoader, ScoredTrainModule, export_to_hf
 from phf.objectives import AnyObjective
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, table_size
+from phf.training.batches import to_tensors
 from phf.training.fused import unfused_loss
-from phf.training.order import to_tensors, training_order
+from phf.training.order import training_order
 
 CONTEXT, ROWS = 32, 8
 folder, mode, settings, *rest = sys.argv[1:]
@@ -200,13 +200,3 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one_and_is_judged(place, tmp_
     )  # fmt: skip
     assert judged.heldout.good is not None
     assert judged.scenarios["u"].samples == 4
-
-
-def test_what_it_does_not_work_with_is_an_error(place):
-    from phf.engines.olmo import check_objective
-    from phf.objectives import AWR, Anchored
-
-    with pytest.raises(ConfigError, match="needs a value head"):
-        check_objective(AWR())
-    with pytest.raises(ConfigError, match="compares with a reference model"):
-        check_objective(Anchored(reference="r"))

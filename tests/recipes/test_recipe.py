@@ -173,7 +173,8 @@ def test_finetuning_continues_with_rows_not_seen_yet(tiny):
 
     from phf.core.runs import source_read
     from phf.tokens.store import TokenStore
-    from phf.training.order import TrainingRows, training_order
+    from phf.training.batches import TrainingRows
+    from phf.training.order import training_order
 
     recipe = load_recipe([tiny, "finetune50", "mle"])
     run_recipe(recipe, only="data")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phf.scorers import pep8
+from phf.scorers import _pycodestyle, pep8
 from phf.scorers._pycodestyle import KNOWN_LOGICAL, KNOWN_PHYSICAL, Checker
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -19,10 +19,10 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 def outcome(checker: type, text: str) -> list[tuple[int, int, str]] | str:
     """Sorted violations, or the name of the exception that ended the check (then there is no score)."""
-    report = pep8._Report(pep8._options())
+    report = _pycodestyle.Report(_pycodestyle.options())
     lines = [line.replace("\r\n", "\n") for line in pep8._lines(text)]
     try:
-        checker(lines=lines, options=pep8._options(), report=report).check_all()
+        checker(lines=lines, options=_pycodestyle.options(), report=report).check_all()
     except Exception as error:
         return type(error).__name__
     return sorted(report.found)
@@ -34,7 +34,7 @@ def assert_same(text: str) -> None:
 
 def test_every_default_check_of_the_installed_version_is_known():
     """A check that is not known is always run, so results stay right; this says that the guards are complete."""
-    options = pep8._options()
+    options = _pycodestyle.options()
     assert {c[0] for c in options.logical_checks} <= KNOWN_LOGICAL
     assert {c[0] for c in options.physical_checks} == KNOWN_PHYSICAL
 

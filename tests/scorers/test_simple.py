@@ -111,16 +111,16 @@ def test_pep8_counts_are_those_of_the_command(tmp_path):
 
 def test_pep8_ignores_the_users_configuration(tmp_path, monkeypatch):
     """Defect 16."""
-    from phf.scorers import pep8
+    from phf.scorers import _pycodestyle
 
     (tmp_path / "setup.cfg").write_text("[pycodestyle]\nmax_line_length = 10\nignore = E225\n")
     (tmp_path / "tox.ini").write_text("[pycodestyle]\nmax_line_length = 10\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["phf", "--ignore=E225"])
-    pep8._options.cache_clear()
+    _pycodestyle.options.cache_clear()
     assert [s.label for s in PEP8().spans("long_name=1  # twelve\n")] == ["E225"]
-    pep8._options.cache_clear()
+    _pycodestyle.options.cache_clear()
 
 
 def test_pep8_default_ignore_list_is_pycodestyles():

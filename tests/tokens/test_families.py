@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers import tiny_texts, write_jsonl
 from phf.core.config import ConfigError
+from phf.core.extras import MissingPackage
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.scorers import Regex
@@ -29,6 +30,7 @@ from phf.tokens.tokenizer import (
     special_ids,
     table_size,
 )
+from phf.tokens.vocabulary import Vocabulary
 
 TEXTS = [*tiny_texts(60), string.printable, "def f(a):\n    if a:\n        return 1\n"] * 3
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -175,6 +177,24 @@ def test_a_saved_tokenizer_reads_texts_alike_also_with_plain_from_pretrained(fam
     (ids,) = encode_segments(tokenizer, [text])
     assert encode_segments(load_tokenizer(tmp_path), [text]) == [ids]
     assert AutoTokenizer.from_pretrained(str(tmp_path))(text, add_special_tokens=False)["input_ids"] == ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_and_ids_are_read_alike_without_transformers(families, name, tmp_path):
+    saved = load_tokenizer(families[name])
+    saved.save_pretrained(str(tmp_path))  # as a token store does
+    for names in (CONTROL, ("<|good|>", saved.eos_token), CONTROL[::-1]):
+        tokenizer = load_tokenizer(tmp_path)
+        vocabulary = Vocabulary(tmp_path)
+        assert (vocabulary.eos_token, vocabulary.eos_token_id) == (tokenizer.eos_token, tokenizer.eos_token_id)
+        assert vocabulary.get_vocab() == tokenizer.get_vocab()
+        assert add_control_tokens(vocabulary, names) == add_control_tokens(tokenizer, names)
+        assert vocabulary.get_vocab() == tokenizer.get_vocab()
+        assert table_size(vocabulary) == table_size(tokenizer)
+    with pytest.raises(ConfigError, match="ordinary entry"):
+        add_control_tokens(vocabulary, [next(n for n, i in tokenizer.get_vocab().items() if i == 300)])
+    with pytest.raises(MissingPackage, match=r"phf\[train\]"):
+        encode_segments(vocabulary, ["text"])
 
 
 @pytest.mark.parametrize("name", ["llama 2", "ids with a hole", "truncation and padding saved"])

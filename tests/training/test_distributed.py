@@ -292,7 +292,8 @@ from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
 from phf.objectives import AWR
 from phf.tokens.store import TokenStore
-from phf.training.order import to_tensors, training_order
+from phf.training.batches import to_tensors
+from phf.training.order import training_order
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()

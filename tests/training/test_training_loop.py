@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, Trainer
 from helpers import FAMILIES, TINY_LLAMA, TINY_MODEL, losses_of, metrics_of, train_config, train_tiny, weights_of
 from phf.objectives import AWR, MLE, RWR, Conditional, LossInputs
 from phf.tokens.store import TokenStore
+from phf.training.batches import to_tensors
 from phf.training.fused import log_probabilities
 from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
-from phf.training.order import to_tensors, training_order
+from phf.training.order import training_order
 from phf.training.train import train
 from phf.training.trainer import OVERRIDES, RELIES_ON, PHFTrainer
 

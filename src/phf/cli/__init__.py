@@ -98,9 +98,11 @@ def main() -> None:
         if stop.code == 130:  # typer's exit code for Ctrl-C
             print("interrupted; run the same command again to resume", file=sys.stderr)
         raise
-    except Exception as error:
+    except Exception as caught:
+        from phf.core.extras import named
         from phf.core.types import PhfError
 
+        error = named(caught, "this command")
         if not isinstance(error, PhfError | OSError):
             if os.environ.get("PHF_TRACEBACK"):
                 raise

@@ -19,24 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from phf.core import folders, store
 from phf.core.config import Plain, did_you_mean
+from phf.core.extras import optional
 from phf.core.types import Identity, Rejected, ScoredDocument
 from phf.data.tables import table_rows
 
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "texts": pa.list_(pa.string()),
-        "scores": pa.list_(pa.float32()),
-        "avg_score": pa.float64(),
-        "num_sents": pa.int64(),
-        "meta": pa.string(),
-    }
-)
+pa = optional("pyarrow")
+pq = optional("pyarrow.parquet")
+
 ROWS_PER_GROUP = 1024
 MAX_PARTS = 10_000_000
 ADDED = "scores"
@@ -141,13 +133,25 @@ class SegmentsHash:
         return self.digest.hexdigest()
 
 
+def _schema(scores_only: bool) -> Any:
+    columns = {
+        "id": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "scores": pa.list_(pa.float32()),
+        "avg_score": pa.float64(),
+        "num_sents": pa.int64(),
+        "meta": pa.string(),
+    }
+    return pa.schema({name: columns[name] for name in ("id", "scores")} if scores_only else columns)
+
+
 class PartWriter:
     """Writes a Parquet file of scored documents, or of scores alone, a few rows at a time. Equal rows give equal bytes
     with one version of pyarrow. Every page has a checksum, which readers verify."""
 
     def __init__(self, file: Path, scores_only: bool = False) -> None:
         self.scores_only = scores_only
-        self.schema = pa.schema([SCHEMA.field("id"), SCHEMA.field("scores")]) if scores_only else SCHEMA
+        self.schema = _schema(scores_only)
         self.writer = pq.ParquetWriter(file, self.schema, compression="zstd", write_page_checksum=True)
         self.waiting: list[ScoredDocument] = []
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, to_plain
 from phf.core.progress import Progress
 from phf.engines.formats import WRITERS, Format, Shard
 from phf.objectives import Objective
+from phf.objectives.tensors import torch
 from phf.tokens.edited import Edited, Stream
 from phf.tokens.parts import id_type
 from phf.tokens.store import TokenStore

@@ -24,14 +24,15 @@ import torch
 import torch.distributed as dist
 
 from phf.core.config import ConfigError, Plain
+from phf.core.extras import MissingPackage, needs
 from phf.core.runs import MODEL_RECORD, ModelRecord
 from phf.core.store import read_json, write_json
-from phf.objectives import Objective, count_targets
+from phf.engines.rows import check_objective, labelled_rows
+from phf.objectives import Objective
 from phf.tokens.source_order import TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, save_tokenizer
 from phf.training.fused import fused_loss
-from phf.training.order import to_tensors
 
 try:
     from olmo_core.data.data_loader import DataLoaderBase
@@ -39,21 +40,9 @@ try:
     from olmo_core.nn.lm_head import LMOutputWithLoss
     from olmo_core.train.train_module.transformer import TransformerTrainModule
 except ImportError as error:
-    raise ConfigError(f"phf.engines.olmo needs {error.name}: pip install 'ai2-olmo-core>=3'") from None
+    raise MissingPackage(f"phf.engines.olmo {needs(error.name)}") from None
 
 Batch = dict[str, torch.Tensor]
-IGNORED = -100
-"""Label of positions that are no targets."""
-
-
-def check_objective(objective: Objective) -> None:
-    """Raise ConfigError for an objective that needs more than scores."""
-    if objective.value is not None:
-        raise ConfigError(f"{objective.name} needs a value head, which OLMo-core's models do not have")
-    if objective.reference_model is not None:
-        raise ConfigError(f"{objective.name} compares with a reference model; train it with `phf train`")
-    if objective.removable is not None:
-        raise ConfigError(f"{objective.name} trains a part of the model apart; train it with `phf train`")
 
 
 class RowLoader(DataLoaderBase):  # type: ignore[misc]
@@ -66,7 +55,7 @@ class RowLoader(DataLoaderBase):  # type: ignore[misc]
         super().__init__(global_batch_size=batch_rows * context, **settings)
         if batch_rows % self.dp_world_size:
             raise ConfigError(f"batch_rows={batch_rows} cannot be divided over {self.dp_world_size} processes")
-        check_objective(objective)
+        check_objective(objective, "OLMo-core")
         self.order = order
         self.batch_rows = batch_rows
         self.objective = objective
@@ -101,18 +90,14 @@ class RowLoader(DataLoaderBase):  # type: ignore[misc]
         """This process's rows of a step."""
         share = self.batch_rows // self.dp_world_size
         start = self.first + step * self.batch_rows + self.dp_rank * share
-        rows = to_tensors(self.order.batch(start, start + share))
-        counted = count_targets(self.objective, rows["scores"], rows["mask"], rows.get("phase"))
-        batch = {"input_ids": rows["input_ids"], "scores": rows["scores"]}
-        batch["labels"] = torch.where(counted, rows["targets"], IGNORED)
-        return batch | ({"phase": rows["phase"]} if "phase" in rows else {})
+        return labelled_rows(self.order, self.objective, start, start + share)
 
 
 class ScoredTrainModule(TransformerTrainModule):  # type: ignore[misc]
     """OLMo-core's train module with the loss of a phf objective (`objective`: fitted) on the batches of `RowLoader`."""
 
     def __init__(self, *args: Any, objective: Objective, **settings: Any) -> None:
-        check_objective(objective)
+        check_objective(objective, "OLMo-core")
         for name in ("tp_config", "cp_config", "pp_config", "ep_config"):
             if settings.get(name) is not None:
                 raise ConfigError(f"{name}: with it a process does not hold whole rows or the whole head")

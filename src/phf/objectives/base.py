@@ -19,12 +19,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from phf.core.config import STRICT
 from phf.core.types import Block, Edit, Piece, Roles
+from phf.objectives.tensors import Tensor, torch
 from phf.tokens.statistics import Statistics
 
 GOOD = "<|good|>"

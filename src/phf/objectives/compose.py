@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from phf.core.config import STRICT
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import LossInputs, LossOutputs, Objective, ValueShape
 from phf.objectives.family import Anchored, Annotate, Attributes, Hide, Quantile, Tag, Weights
 from phf.objectives.paper import AWR, MLE, RWR, Conditional, Filtering, Masking, Unlikelihood, weight_metrics
+from phf.objectives.tensors import Tensor, torch
 from phf.tokens.statistics import Statistics
 
 Weighing = MLE | Filtering | Conditional | Unlikelihood | Masking | RWR | Tag | Annotate | Quantile | Hide | Weights

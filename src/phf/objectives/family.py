@@ -10,15 +10,14 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions, Piece
 from phf.objectives.base import BAD, HIDDEN, LossInputs, LossOutputs, Objective, Removable
 from phf.objectives.paper import MLE, AtThreshold, ByThreshold, at_most, weight_metrics
+from phf.objectives.tensors import Tensor, torch
 from phf.tokens.statistics import Statistics, Unit
 
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from phf.core.code import load_named
 from phf.core.config import STRICT, ConfigError, Plain, did_you_mean, to_plain
 from phf.core.types import Block, Edit, Piece
 from phf.objectives.base import LossInputs, LossOutputs, Objective, ValueShape
+from phf.objectives.tensors import Tensor
 from phf.tokens.statistics import Statistics
 
 

@@ -11,14 +11,13 @@ import math
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from phf.core.config import STRICT, ConfigError
 from phf.core.types import Block, Edit, Insertions
 from phf.objectives.base import BAD, GOOD, LossInputs, LossOutputs, Objective, ValueShape
+from phf.objectives.tensors import Tensor, torch
 from phf.tokens.statistics import Statistics, Unit
 
 Threshold = float | Literal["median", "auto"]

@@ -30,6 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import folders, statistics, store
 from phf.core.config import STRICT, ConfigError, Plain, to_plain
+from phf.core.extras import MissingPackage, needs
 from phf.core.locks import LOCK, locked
 from phf.core.random import key64
 from phf.core.runs import RunFolder
@@ -218,7 +219,7 @@ def _require_trl() -> str:
     try:
         import trl
     except ImportError as error:
-        raise ConfigError(f"phf persist needs {error.name}: pip install 'phf[trl]'") from None
+        raise MissingPackage(f"phf persist {needs(error.name)}") from None
     return str(trl.__version__)
 
 

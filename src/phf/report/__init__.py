@@ -13,7 +13,10 @@ class _Report(ModuleType):
 
     def __call__(self, folder: str | Path, out: str | Path | None = None, **settings: Any) -> Path:
         from phf.core.config import ConfigError
-        from phf.report.page import write_report
+        from phf.core.extras import naming_extras
+
+        with naming_extras("phf.report"):
+            from phf.report.page import write_report
 
         for value, what in ((folder, "folder"), (out, "out")):
             if not isinstance(value, str | Path) and not (what == "out" and value is None):

@@ -10,6 +10,7 @@ here, from a later version, is always called. No check's own logic is repeated h
 from __future__ import annotations
 
 import bisect
+import functools
 import keyword
 import re
 import tokenize
@@ -430,3 +431,24 @@ class Checker(pycodestyle.Checker):  # type: ignore[misc]
         self._ambiguous = self._tight_keyword = self._tight_operator = False
         if self._strings:
             self._strings = []
+
+
+class Report(pycodestyle.BaseReport):  # type: ignore[misc]
+    """Keeps every error that is not ignored. Prints nothing."""
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.found: list[tuple[int, int, str]] = []
+
+    def error(self, line_number: int, offset: int, text: str, check: Any) -> str | None:
+        code = text[:4]
+        if self._ignore_code(code):
+            return None
+        self.found.append((line_number, offset, code))
+        return code
+
+
+@functools.cache
+def options() -> Any:
+    # config_file=False and parse_argv=False: setup.cfg, tox.ini and the command line are not read
+    return pycodestyle.StyleGuide(parse_argv=False, config_file=False, quiet=2, reporter=pycodestyle.BaseReport).options

@@ -6,21 +6,21 @@ whole document is checked, and each violation counts on its line, as in the pape
 
 from __future__ import annotations
 
-import functools
 import platform
 import tokenize
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
-import pycodestyle
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT
+from phf.core.extras import naming_extras, optional
 from phf.core.types import Identity, Span
-from phf.scorers._pycodestyle import Checker
 from phf.scorers.base import Scorer, scores_by_position
+
+pycodestyle = optional("pycodestyle")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,34 +88,15 @@ def _lines(text: str) -> list[str]:
 
 def _violations(text: str) -> list[tuple[int, int, str, str]]:
     """(start of the line in `text`, column, the line, code) of every violation."""
+    with naming_extras("the scorer 'pep8'"):
+        from phf.scorers._pycodestyle import Checker, Report, options
     lines = _lines(text)
     starts = [0, *accumulate(len(line) for line in lines)]
-    report = _Report(_options())
+    report = Report(options())
     if lines:
-        Checker([line.replace("\r\n", "\n") for line in lines], _options(), report).check_all()
+        Checker([line.replace("\r\n", "\n") for line in lines], options(), report).check_all()
     found = []
     for row, column, code in report.found:
         row = min(max(row, 1), len(lines))  # an error at the end of the file is reported one line below the last
         found.append((starts[row - 1], column, lines[row - 1], code))
     return found
-
-
-class _Report(pycodestyle.BaseReport):  # type: ignore[misc]
-    """Keeps every error that is not ignored. Prints nothing."""
-
-    def __init__(self, options: Any) -> None:
-        super().__init__(options)
-        self.found: list[tuple[int, int, str]] = []
-
-    def error(self, line_number: int, offset: int, text: str, check: Any) -> str | None:
-        code = text[:4]
-        if self._ignore_code(code):
-            return None
-        self.found.append((line_number, offset, code))
-        return code
-
-
-@functools.cache
-def _options() -> Any:
-    # config_file=False and parse_argv=False: setup.cfg, tox.ini and the command line are not read
-    return pycodestyle.StyleGuide(parse_argv=False, config_file=False, quiet=2, reporter=pycodestyle.BaseReport).options

@@ -23,6 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core.config import STRICT, ConfigError
+from phf.core.extras import MissingPackage, needs
 from phf.core.text import blank_runs
 from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer
@@ -72,7 +73,7 @@ class PII(Scorer):
         try:
             from phf.scorers._scrubadub import scrubber
         except ImportError as error:
-            raise ConfigError(f"the scorer 'pii' needs {error.name}: pip install 'phf[pii]'") from None
+            raise MissingPackage(f"the scorer 'pii' {needs(error.name)}") from None
         return scrubber(self.detectors, self.reference_date, self.spacy_model)
 
     def spans(self, text: str) -> list[Span]:
@@ -198,7 +199,7 @@ def _analyzer(spacy_model: str | None) -> Any:
         import tldextract
         from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
     except ImportError as error:
-        raise ConfigError(f"the scorer 'presidio' needs {error.name}: pip install 'phf[pii]'") from None
+        raise MissingPackage(f"the scorer 'presidio' {needs(error.name)}") from None
     import logging
 
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)

@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import regex
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.code import load_named
 from phf.core.config import STRICT, ConfigError
+from phf.core.extras import optional
 from phf.core.types import Identity, Span
 from phf.data.files import read_text
 from phf.scorers.base import Scorer, TextScorer
+
+regex = optional("regex")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
 from phf.core.device import pick_device
+from phf.core.extras import MissingPackage, needs
 from phf.core.types import Identity, Span
 from phf.scorers.base import Scorer
 from phf.scorers.pretrained import (
@@ -159,7 +160,7 @@ def _loaded(config: TokenClassifier, *files: Any) -> _Loaded:
         from transformers import AutoModelForTokenClassification
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
-        raise ConfigError(f"the scorer 'token_classifier' needs {error.name}: pip install torch transformers") from None
+        raise MissingPackage(f"the scorer 'token_classifier' {needs(error.name)}") from None
     if config.model is None:
         raise ConfigError("scorer.model: name a token classifier on the Hub, or a folder")
     transformers_logging.disable_progress_bar()

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, Plain
 from phf.core.device import has_fast_bf16, pick_device
+from phf.core.extras import MissingPackage, needs
 from phf.core.types import Identity
 from phf.scorers.base import TextScorer
 from phf.scorers.pretrained import (
@@ -263,7 +264,7 @@ def _loaded(config: Toxicity, *files: Any) -> Classifier:
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
-        raise ConfigError(f"the scorer 'toxicity' needs {error.name}: pip install torch transformers") from None
+        raise MissingPackage(f"the scorer 'toxicity' {needs(error.name)}") from None
     transformers_logging.disable_progress_bar()
     if config.checkpoint is None and config.model is None:
         raise ConfigError(

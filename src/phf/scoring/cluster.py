@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError
+from phf.core.extras import MissingPackage, needs
 from phf.scoring.score import Executor, Job, Submitted, score_shard
 
 
@@ -90,8 +91,8 @@ def _is_queued(job_id: str) -> bool:
 def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
     try:
         import datatrove  # noqa: F401
-    except ImportError:
-        raise ConfigError("clusters need datatrove: pip install 'phf[cluster]' (with Ray: 'phf[ray]')") from None
+    except ImportError as error:
+        raise MissingPackage(f"a cluster {needs(error.name)}") from None
     lines = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
     folder = store.as_path(out) / ".cluster" / store.fingerprint(lines)
     plan = folder / "plan.jsonl"
@@ -130,8 +131,8 @@ def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
         )
     try:
         import ray
-    except ImportError:
-        raise ConfigError("the executor 'ray' needs ray: pip install 'phf[ray]'") from None
+    except ImportError as error:
+        raise MissingPackage(f"the executor 'ray' {needs(error.name)}") from None
     from datatrove.executor import RayPipelineExecutor
 
     if not ray.is_initialized():

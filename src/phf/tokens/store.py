@@ -51,6 +51,7 @@ from phf.tokens.tokenizer import (
     table_size,
     train_bpe,
 )
+from phf.tokens.vocabulary import Vocabulary
 
 BLOCK_TOKENS = 1 << 13
 BLOCK_SEGMENTS = (6, 12)
@@ -678,4 +679,11 @@ class TokenStore:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.path / "tokenizer")
+        """The tokenizer; where transformers is not installed its `Vocabulary`."""
+        folder = self.path / "tokenizer"
+        try:
+            return load_tokenizer(folder)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            return Vocabulary(folder)

@@ -1,19 +1,17 @@
-"""What a run trains on, in order: the objective's stream, its rows by place, and batches."""
+"""What a run trains on, in order: the objective's stream, and its rows by place. Reading them needs no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils.data import Sampler
 
 from phf.core.config import ConfigError
 from phf.core.types import Block, Edit
 from phf.objectives import Objective
 from phf.objectives.compose import merged_edit
+from phf.objectives.tensors import torch
 from phf.tokens.edited import Stream
 from phf.tokens.mixture import Mixture
 from phf.tokens.noise import NOISE_SETTING
@@ -119,62 +117,3 @@ def exposure(order: TrainingOrder, objective: Objective, start: int, stop: int) 
         return lambda score: member.counted(torch.from_numpy(score), torch.ones(len(score), dtype=torch.bool)).numpy()
 
     return order.exposure(start, stop, [learned(member) for member, _ in objective.timeline])
-
-
-class RowBatches(Sampler[list[int]]):
-    """Positions of this process's rows in the training order, from step `start` on. Resuming takes no time, and
-    every number of processes sees the same rows in the same steps."""
-
-    def __init__(self, steps: int, batch: int, micro: int, accumulate: int, rank: int) -> None:
-        self.steps = steps
-        self.batch = batch
-        self.micro = micro
-        self.accumulate = accumulate
-        self.rank = rank
-        self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.micro * self.accumulate
-        for step in range(self.start, self.steps):
-            first = step * self.batch + self.rank * share
-            for part in range(self.accumulate):
-                yield list(range(first + part * self.micro, first + (part + 1) * self.micro))
-
-
-class TrainingRows(torch.utils.data.Dataset[Any]):
-    """The first `total` rows of a training order from place `first` on. A batch is fetched at a time."""
-
-    def __init__(self, order: TrainingOrder, total: int, first: int = 0) -> None:
-        self.order = order
-        self.total = total
-        self.first = first
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        # positions are consecutive
-        first = self.first + positions[0]
-        last = self.first + positions[-1]
-        return to_tensors(self.order.batch(first, last + 1))
-
-
-def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
-    """A batch of rows as the arguments of `PHFModel.forward`."""
-    return {
-        "input_ids": torch.from_numpy(batch.input_BT),
-        "targets": torch.from_numpy(batch.target_BT),
-        "scores": torch.from_numpy(batch.score_BT),
-        "mask": torch.from_numpy(batch.mask_BT),
-    } | {
-        name: torch.from_numpy(array)
-        for name, array in (("phase", batch.phase_BT), ("reference", batch.reference_BT))
-        if array is not None
-    }
-
-
-def identity(batch: Any) -> Any:
-    return batch

@@ -38,6 +38,7 @@ from phf.tokens.start import try_start
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, load_tokenizer
 from phf.training.arguments import can_compile, trainer_arguments
+from phf.training.batches import RowBatches, TrainingRows
 from phf.training.config import FREE, TrainConfig, micro_batch, pick_compile
 from phf.training.folder import Environment, check_environment, common_checkpoint, precision_name, run_folder
 from phf.training.fsdp import shard
@@ -53,7 +54,7 @@ from phf.training.metrics import (
     training_seconds,
 )
 from phf.training.model import PHFModel, trained_control_tokens, trained_value_head
-from phf.training.order import RowBatches, TrainingRows, divided, exposure, open_tokens, phase_orders, places_for
+from phf.training.order import divided, exposure, open_tokens, phase_orders, places_for
 from phf.training.probe import check_can_be_sampled, flops_per_token, num_parameters
 from phf.training.trackers import TrackersCallback
 from phf.training.trainer import (

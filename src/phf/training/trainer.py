@@ -36,12 +36,12 @@ from phf.core.types import PhfError
 from phf.objectives import count_targets
 from phf.tokens.tokenizer import save_tokenizer
 from phf.training import fsdp
+from phf.training.batches import RowBatches, TrainingRows, identity
 from phf.training.config import TrainConfig
 from phf.training.lm import load_lm_weights, save_lm
 from phf.training.metrics import OpenLine
 from phf.training.model import PHFModel
 from phf.training.optimizer import make_muon
-from phf.training.order import RowBatches, TrainingRows, identity
 
 
 class TrainingError(PhfError, RuntimeError):

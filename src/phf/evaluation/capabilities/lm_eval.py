@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from phf.core import store
 from phf.core.config import STRICT, ConfigError, did_you_mean
+from phf.core.extras import MissingPackage, needs
 from phf.core.statistics import Z95
 from phf.core.types import Estimate
 from phf.evaluation.capabilities.base import Capability
@@ -51,7 +52,7 @@ class LmEval(Capability):
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError(f"lm-eval tasks need {error.name}: pip install 'phf[eval]'") from None
+            raise MissingPackage(f"the capability 'lm-eval' {needs(error.name)}") from None
         return lm_eval, TaskManager
 
     def check(self, model: LoadedModel) -> None:

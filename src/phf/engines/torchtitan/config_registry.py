@@ -1,0 +1,101 @@
+"""torchtitan's trainer with the loss of a phf objective, and its configurations by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import yaml
+from torch import Tensor
+
+from phf.core.config import ConfigError, Plain, to_plain
+from phf.core.extras import MissingPackage, needs
+from phf.engines.rows import fitted
+from phf.engines.torchtitan.rows_and_loss import ObjectiveLoss, RowLoader
+from phf.tokens.tokenizer import table_size
+
+try:
+    from torchtitan.components.loss import ChunkedLossWrapper
+    from torchtitan.models import _supported_models
+    from torchtitan.trainer import Trainer
+except ImportError as error:
+    raise MissingPackage(f"phf.engines.torchtitan {needs(error.name)}") from None
+
+
+class ScoredTrainer(Trainer):  # type: ignore[misc]
+    """torchtitan's trainer, with the scores of `RowLoader` for the loss."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):  # type: ignore[misc]
+        pass
+
+    def __init__(self, config: Config) -> None:
+        fit(config)
+        super().__init__(config)
+
+    def _forward_backward_body(
+        self, inputs: Tensor, labels: Tensor, global_valid_tokens: Tensor, extra_kwargs: Plain
+    ) -> Tensor:
+        given = {name: extra_kwargs[name] for name in ("scores", "phase") if name in extra_kwargs}
+        rest = {name: value for name, value in extra_kwargs.items() if name not in given}
+        progress = (self.step - 1) / self.config.training.steps
+        with self.train_context():
+            pred = self.model_parts[0](inputs, **rest)
+            loss: Tensor = self.loss_fn(pred, labels, global_valid_tokens, progress=progress, **given)[0]
+            del pred
+            loss.backward()
+        return loss
+
+
+def fit(config: ScoredTrainer.Config) -> None:
+    """Fit the objective to the token store, in place, and give it to the loss. Raises ConfigError for settings that
+    cannot be used."""
+    loader = config.dataloader
+    if not isinstance(loader, RowLoader.Config):
+        raise ConfigError("dataloader: phf.engines.torchtitan.RowLoader reads the scores; make one by with_objective")
+    for name in ("tensor", "context", "pipeline"):
+        if getattr(config.parallelism, f"{name}_parallel_degree") > 1:
+            raise ConfigError(
+                f"parallelism.{name}_parallel_degree: a process then holds no whole rows or no whole head"
+            )
+    if config.parallelism.spmd_backend == "full_dtensor" or config.debug.spmd_typechecking:
+        raise ConfigError("parallelism.spmd_backend: scores are plain tensors; take spmd_types without type checks")
+    _, tokenizer, objective = fitted(loader.tokens, loader.scores, loader.objective, "torchtitan")
+    if len(objective.timeline) > 1:
+        if config.training.global_batch_size < 0 or not config.training.disable_cuda_graphs:
+            raise ConfigError("a schedule needs training.global_batch_size and training.disable_cuda_graphs")
+        loader.rows = config.training.global_batch_size * config.training.steps
+    if (needed := table_size(tokenizer)) > (rows := config.model_spec.model.vocab_size):
+        raise ConfigError(
+            f"the model has {rows:,} rows of embeddings; the store and its control tokens need {needed:,}"
+        )
+    leaf = config.loss.loss_fn if isinstance(config.loss, ChunkedLossWrapper.Config) else config.loss
+    leaf.objective = yaml.safe_dump(to_plain(objective), default_flow_style=True, width=10**6)
+    config.validator.enable = False
+
+
+def with_objective(
+    config: Trainer.Config, tokens: str = "", objective: str = "mle", seed: int = 0
+) -> ScoredTrainer.Config:
+    """A configuration of torchtitan that trains `objective` (a name, or settings as YAML) on the store at `tokens`."""
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    settings["dataloader"] = RowLoader.Config(tokens=tokens, objective=objective, seed=seed)
+    if isinstance(config.loss, ChunkedLossWrapper.Config):
+        chunks = config.loss.num_chunks
+        settings["loss"] = ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=ObjectiveLoss.Config())
+    else:
+        settings["loss"] = ObjectiveLoss.Config()
+    return ScoredTrainer.Config(**settings)
+
+
+def __getattr__(name: str) -> Callable[[], ScoredTrainer.Config]:
+    """The configuration of that name of torchtitan's own models, with phf's objective: what `--config` looks for."""
+    for model in () if name.startswith("_") else sorted(_supported_models):
+        try:
+            found = getattr(importlib.import_module(f"torchtitan.models.{model}.config_registry"), name, None)
+        except ImportError:  # of a model whose own packages are not installed
+            continue
+        if found is not None:
+            return lambda: with_objective(found())
+    raise AttributeError(f"torchtitan has no configuration {name!r}")

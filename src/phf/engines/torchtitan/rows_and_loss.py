@@ -1,0 +1,102 @@
+"""The data loader and the loss for torchtitan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phf.core.config import ConfigError
+from phf.core.extras import MissingPackage, needs
+from phf.engines.rows import IGNORED, fitted, labelled_rows, objective_of
+from phf.objectives import LossInputs
+from phf.training.fused import log_probabilities
+from phf.training.order import training_order
+
+try:
+    from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.components.loss import BaseLoss
+except ImportError as error:
+    raise MissingPackage(f"phf.engines.torchtitan {needs(error.name)}") from None
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class RowLoader(BaseDataLoader):  # type: ignore[misc]
+    """Rows of a token store in phf's training order, with their scores."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):  # type: ignore[misc]
+        tokens: str = ""
+        """Folder of the token store: the output of `phf tokenize`."""
+        objective: str = "mle"
+        """The objective: its name, or its settings as YAML."""
+        scores: str | None = None
+        """The preference that the objective sees, where the store holds several."""
+        seed: int = 0
+        """Seed of the order of the text."""
+        rows: int | None = None
+        """Rows of the whole run, which a schedule divides. The trainer sets it."""
+
+    def __init__(
+        self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
+    ):
+        tokens, tokenizer, self.objective = fitted(config.tokens, config.scores, config.objective, "torchtitan")
+        self.order = training_order(tokens, self.objective, tokenizer, seq_len, config.seed, places=config.rows)
+        self.world = dp_world_size
+        self.rank = dp_rank
+        self.batch = local_batch_size
+        self.next_row = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            start = self.next_row + self.rank * self.batch
+            rows = labelled_rows(self.order, self.objective, start, start + self.batch)
+            self.next_row += self.world * self.batch
+            labels = rows.pop("labels")
+            positions = torch.arange(labels.shape[1]).expand(labels.shape)  # one text per row, as in phf's own training
+            yield {"input": rows.pop("input_ids"), "positions": positions} | rows, labels
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next_row": self.next_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.next_row = state_dict.get("next_row", 0)
+
+
+class ObjectiveLoss(BaseLoss):  # type: ignore[misc]
+    """The loss of a fitted objective on logits, as a sum over the targets that it counts."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):  # type: ignore[misc]
+        objective: str = "mle"
+        """The fitted objective as YAML. The trainer sets it."""
+
+    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+        self.objective = objective_of(config.objective)
+        self.fn = self._sums
+        self._maybe_compile(compile_config)
+
+    def _sums(
+        self, pred: Tensor, labels: Tensor, scores: Tensor, phase: Tensor | None, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        counted = labels.flatten() != IGNORED
+        target = torch.where(counted, labels.flatten(), 0)
+        logp, log1mp = log_probabilities(pred.flatten(0, 1).float(), target)
+        phase = None if phase is None else phase.flatten()
+        inputs = LossInputs(logp, log1mp, scores.flatten(0, 1), counted, progress=progress, phase_BT=phase)
+        out = self.objective.loss(inputs)
+        return out.loss_sum, out.metrics
+
+    def __call__(
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`given`: `scores`, and for schedules `phase` and `progress`."""
+        if "scores" not in given:
+            raise ConfigError("the objective's loss needs the scores of its targets: train with ScoredTrainer")
+        loss, metrics = self.fn(pred, labels, given["scores"], given.get("phase"), given.get("progress", 0.0))
+        n = 1 if global_valid_tokens is None else global_valid_tokens.clamp(min=1)
+        return loss / n, {f"{name}_mean": value / n for name, value in metrics.items()}
