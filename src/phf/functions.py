@@ -151,7 +151,7 @@ def tokenize(
             f"tokenizer: expected a folder, a name on the Hub or a tokenizer's settings, got {tokenizer!r}"
         )
     share: float = validate(heldout, Annotated[float, Field(ge=0, lt=1)], "heldout")
-    more = _checked(settings, {"token_scores": bool, "columns": tuple[str, ...]})
+    more = _checked(settings, {"token_scores": bool, "columns": tuple[str, ...], "workers": WORKERS})
     return tokenize_corpus(_path(scored, "scored"), made, _path(out, "out"), share, **more)
 
 

@@ -17,6 +17,7 @@ from phf.core.config import ConfigError
 from phf.core.types import PhfError
 from phf.engines.rows import fitted
 from phf.objectives import count_targets
+from phf.tokens.store import TokenStore
 from phf.training.batches import to_tensors
 from phf.training.fused import unfused_loss
 from phf.training.order import training_order
@@ -175,6 +176,16 @@ def test_a_loader_continues_on_another_number_of_processes(tokens_dir):
         assert torch.equal(found_labels, labels)
         for name, tensor in given.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_positions_start_again_with_each_document_if_that_is_wanted(tokens_dir):
+    config = config_of(tokens_dir, OBJECTIVES["mle"])
+    whole, _ = next(iter(loader_of(config)))
+    assert torch.equal(whole["positions"], torch.arange(CONTEXT).expand(ROWS, CONTEXT))
+    config.dataloader.document_mask = True
+    apart, _ = next(iter(loader_of(config)))
+    starts = apart["input"] == TokenStore.open(tokens_dir).end_of_text_id
+    assert torch.equal(apart["positions"] == 0, starts | (torch.arange(CONTEXT) == 0))
 
 
 def test_the_command_line_reaches_every_model_of_torchtitan(tokens_dir):

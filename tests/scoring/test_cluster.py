@@ -23,6 +23,9 @@ from phf.data.segment import Lines
 from phf.scorers import Regex
 from phf.scoring.cluster import Slurm, executor
 from phf.scoring.score import Submitted, add_scores, score_corpus
+from phf.tokens.parts import run_plain
+from phf.tokens.store import FILES, tokenize_corpus
+from phf.tokens.tokenizer import TrainBPE
 
 pytest.importorskip("datatrove", reason="extra 'cluster' is not installed")
 
@@ -88,6 +91,22 @@ def test_a_failed_slurm_task_is_submitted_again(tmp_path, slurm, monkeypatch):
     with pytest.raises(Submitted, match="1 shards"):
         score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm)
     assert score_corpus(source, Lines(), LINK, tmp_path / "s", executor=slurm).counts.documents == 15
+
+
+def test_slurm_tokenizes_into_the_same_store(tmp_path, slurm, monkeypatch):
+    score_corpus(three_files(tmp_path / "c"), Lines(), LINK, tmp_path / "s")
+    tokenize_corpus(tmp_path / "s", TrainBPE(300), tmp_path / "local")
+    array = executor(Slurm(partition="cpu", qos=""), run_plain, "tokenize")
+    monkeypatch.setenv("FAIL_TASK", "1")
+    with pytest.raises(Submitted, match="3 shards"):
+        tokenize_corpus(tmp_path / "s", TrainBPE(300), tmp_path / "t", executor=array)
+    assert not (tmp_path / "t" / "manifest.json").exists()
+    monkeypatch.delenv("FAIL_TASK")
+    with pytest.raises(Submitted, match="1 shards"):
+        tokenize_corpus(tmp_path / "s", TrainBPE(300), tmp_path / "t", executor=array)
+    tokenize_corpus(tmp_path / "s", TrainBPE(300), tmp_path / "t", executor=array)
+    for name in (*FILES, "regex.score.bin", "manifest.json"):
+        assert (tmp_path / "t" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
 
 
 RAY = """

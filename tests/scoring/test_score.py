@@ -387,7 +387,7 @@ def test_one_token_store_serves_every_preference(two_shards, tmp_path, monkeypat
     """Scoring again never tokenizes again."""
     first = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
     add_scores(two_shards, Regex("cats"), "cats")
-    monkeypatch.setattr(tokens, "tokenize_part", None)
+    monkeypatch.setattr(tokens, "run_job", None)
     second = tokenize_corpus(two_shards, TrainBPE(300), tmp_path / "t")
     assert list(second.scores) == ["regex", "cats"]
     assert (first.content, first.tokens) == (second.content, second.tokens)

@@ -156,17 +156,20 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
 
 SLOW = """
 import sys, time
-from phf.tokens import store as tokens
-real = tokens.tokenize_part
+from phf.tokens import parts
+from phf.tokens.store import TrainBPE, tokenize_corpus
+real = parts.tokenize_part
 def slow(*args):
     time.sleep(0.3)
     real(*args)
-tokens.tokenize_part = slow
-tokens.tokenize_corpus(sys.argv[1], tokens.TrainBPE(300), sys.argv[2])
+parts.tokenize_part = slow
+if __name__ == "__main__":
+    tokenize_corpus(sys.argv[1], TrainBPE(300), sys.argv[2], workers=int(sys.argv[3]))
 """
 
 
-def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch, workers):
     from phf.data import readers as corpus
     from phf.scoring.score import score_corpus
 
@@ -176,14 +179,14 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch
     )
     (tmp_path / "slow.py").write_text(SLOW)
     command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "scored")]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    process = subprocess.Popen([*command, str(tmp_path / "killed")])
+    subprocess.run([*command, str(tmp_path / "whole"), "1"], check=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed"), str(workers)])
     while not (tmp_path / "killed" / "part-00002.npz").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True)
+    subprocess.run([*command, str(tmp_path / "killed"), str(workers)], check=True)
     for name in [p.name for p in (tmp_path / "whole").iterdir() if p.is_file()]:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list((tmp_path / "killed").glob("part-*"))

@@ -16,6 +16,7 @@ from phf.evaluation.heldout import heldout_loss
 from phf.generation.loaded import load_model
 from phf.objectives import MLE, Unlikelihood
 from phf.training import attention
+from phf.training.batches import document_positions
 from phf.training.lm import FromConfig, build_lm
 from phf.training.model import PHFModel
 
@@ -41,7 +42,7 @@ def documents(ids_T):
 @given(st.lists(st.integers(0, 29), max_size=6), st.integers(1, 30))
 def test_positions_start_again_with_every_document(cuts, length):
     ids = rows_of(cuts, length)
-    found = attention.document_positions(ids, END)
+    found = document_positions(ids, END)
     for row in range(len(ids)):
         expected = [t - start for start, end in documents(ids[row]) for t in range(start, end)]
         assert found[row].tolist() == expected

@@ -107,7 +107,7 @@ def score(
     known_keys(config, SCORE_KEYS)
     if add is None:
         _keep_path(config["corpus"], corpus, settings)
-    runner = _executor(config["executor"])
+    runner = _executor(config["executor"], "score")
     judge: Any = checked(config["scorer"], AnyScorer, "scorer")
     if add is not None:
         manifest = add_scores(
@@ -164,14 +164,16 @@ def _keep_path(config: Any, corpus: str, settings: list[str]) -> None:
     config.setdefault("path", corpus)
 
 
-def _executor(config: Any) -> Any:
-    """What runs the shards elsewhere; None: this machine."""
+def _executor(config: Any, stage: str) -> Any:
+    """What runs the shards of a stage elsewhere; None: this machine."""
 
     if config == {"name": "local"}:
         return None
     from phf.scoring.cluster import AnyExecutor, executor
+    from phf.scoring.score import score_plain
+    from phf.tokens.parts import run_plain
 
-    return executor(checked(config, AnyExecutor, "executor"))
+    return executor(checked(config, AnyExecutor, "executor"), score_plain if stage == "score" else run_plain, stage)
 
 
 def inspect(
@@ -291,10 +293,14 @@ def tokenize(
         str | None,
         typer.Option(help="With --token-scores: the corpus's scorer, where it needs a model (token_classifier)."),
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    executor: Annotated[
+        str, typer.Option(help="local, slurm (executor.partition=...) or ray (executor.address=...).")
+    ] = "local",
 ) -> None:
     """Tokenize a scored corpus, once for all objectives. Run the same command again to resume.
 
-    Settings are those of --scorer (scorer.model=...).
+    Settings are those of --scorer (scorer.model=...) and of --executor.
     """
     from phf.core.config import ConfigError, apply_overrides
     from phf.tokens.store import tokenize_corpus
@@ -302,11 +308,22 @@ def tokenize(
 
     given = apply_overrides({}, only_overrides(settings))
     fields = take(given, "scorer")
-    known_keys(given, ("scorer",))
+    known_keys(given, ("scorer", "executor"))
+    runner = _executor({"name": executor, **take(given, "executor")}, "tokenize")
     if (scorer or fields) and not token_scores:
         raise ConfigError("--scorer is for --token-scores: the scores of segments are those of the corpus")
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer, lossy=lossy)
-    manifest = tokenize_corpus(scored, config, out, heldout, token_scores, column or (), scorer_option(scorer, fields))
+    manifest = tokenize_corpus(
+        scored,
+        config,
+        out,
+        heldout,
+        token_scores,
+        columns=column or (),
+        scorer=scorer_option(scorer, fields),
+        workers=workers,
+        executor=runner,
+    )
     counts = manifest.counts
     print(
         f"{counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} ({counts.train_tokens:,} for "

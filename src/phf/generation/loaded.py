@@ -23,7 +23,7 @@ from phf.generation.fast_copy import TESTED_FAMILIES
 from phf.generation.scenario import Scenario
 from phf.objectives import BAD, GOOD
 from phf.tokens.tokenizer import check_model_fits, encode_segments, load_tokenizer
-from phf.training.attention import document_positions
+from phf.training.batches import document_positions
 from phf.training.fused import PLAIN, LogitShape
 from phf.training.lm import pretrained_lm
 from phf.training.probe import before_output, check_causal, logit_shape

@@ -162,7 +162,7 @@ class Recipe:
     persist: Persistence | None = None
     """How the final models are tuned on harmless instructions, to see what is left. Needs TRL."""
     score_workers: Annotated[int, Field(gt=0)] = 1
-    """Processes that score the corpus."""
+    """Processes that score and tokenize the corpus."""
     max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Scoring fails if a larger share of the segments cannot be judged."""
     preset: str | None = None

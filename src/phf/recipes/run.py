@@ -216,6 +216,7 @@ def _make_data(recipe: Recipe, seconds: Stages) -> ScoreManifest:
             token_scores=of_tokens,
             columns=sorted(columns),
             scorer=recipe.scorer,
+            workers=recipe.score_workers,
         ).counts
     _print(f"{tokens.tokens:,} tokens, {tokens.train_tokens:,} of them for training")
     if recipe.canaries is not None:

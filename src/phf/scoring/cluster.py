@@ -1,10 +1,11 @@
-"""Score on a cluster: each shard is a task of a Slurm job array or of a Ray cluster. Extras `cluster` and `ray`.
+"""Score and tokenize on a cluster: each shard is a task of a Slurm job array or of a Ray cluster. Extras `cluster` and
+`ray`.
 
     phf score s3://bucket/corpus s3://bucket/scored --executor slurm executor.partition=cpu
-    phf score corpus/ shared/scored --executor ray
+    phf tokenize s3://bucket/scored shared/tokens --executor ray
 
-datatrove's executors distribute the work: each shard is a rank, which runs `score_shard` as on one machine. Every node
-must see the output folder. datatrove passes its own job on as a pickle that only datatrove reads.
+datatrove's executors distribute the work: each shard is a rank, which does what one machine would do. Every node must
+see the output folder. datatrove passes its own job on as a pickle that only datatrove reads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -22,9 +23,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from phf.core import store
-from phf.core.config import STRICT, ConfigError
+from phf.core.config import STRICT, ConfigError, Plain
 from phf.core.extras import MissingPackage, needs
-from phf.scoring.score import Executor, Job, Submitted, score_shard
+from phf.scoring.score import Executor, Submitted, score_plain
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,11 +60,12 @@ class Ray:
 AnyExecutor = Annotated[Slurm | Ray, Field(discriminator="name", title="executor")]
 
 
-class ScoreRank:
-    """A step of a datatrove pipeline: a rank scores the shard of its own number, read from the plan."""
+class Rank:
+    """A step of a datatrove pipeline: a rank runs the job of its own number, read from the plan."""
 
-    def __init__(self, plan: str) -> None:
+    def __init__(self, plan: str, run: Callable[[Plain], None]) -> None:
         self.plan = plan
+        self.run = run
         self.folder = os.getcwd()
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
@@ -71,12 +73,13 @@ class ScoreRank:
         with store.as_path(self.plan).open("r", encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 if number == rank:
-                    score_shard(Job(**json.loads(line)))
+                    self.run(json.loads(line))
 
 
-def executor(config: Slurm | Ray) -> Executor:
-    """The function that runs shards on a cluster, for `score_corpus` and `add_scores`."""
-    return functools.partial(_execute, config)
+def executor(config: Slurm | Ray, run: Callable[[Plain], None] = score_plain, name: str = "score") -> Executor:
+    """The function that runs shards on a cluster, for `score_corpus`, `add_scores` and `tokenize_corpus`. `run`: a
+    module's function that runs a job as it was sent, as JSON. `name`: of the stage."""
+    return functools.partial(_execute, config, run, name)
 
 
 def _is_queued(job_id: str) -> bool:
@@ -88,7 +91,7 @@ def _is_queued(job_id: str) -> bool:
     return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
-def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
+def _execute(config: Slurm | Ray, run: Callable[[Plain], None], name: str, jobs: Sequence[Any], out: str) -> None:
     try:
         import datatrove  # noqa: F401
     except ImportError as error:
@@ -98,7 +101,7 @@ def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
     plan = folder / "plan.jsonl"
     store.write_text(plan, lines)
     common = {
-        "pipeline": [ScoreRank(str(plan))],
+        "pipeline": [Rank(str(plan), run)],
         "tasks": len(jobs),
         "workers": config.workers,
         "logging_dir": str(folder / "logs"),
@@ -114,7 +117,7 @@ def _execute(config: Slurm | Ray, jobs: Sequence[Job], out: str) -> None:
             partition=config.partition,
             time=config.time,
             qos=config.qos,
-            job_name="phf-score",
+            job_name=f"phf-{name}",
             env_command=config.env_command,
             venv_path=config.venv_path,
             sbatch_args=dict(config.sbatch_args),

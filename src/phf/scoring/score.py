@@ -9,13 +9,9 @@ most the shards that were being written.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
 import re
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +24,11 @@ from pydantic import TypeAdapter
 
 from phf.core import folders, store
 from phf.core.config import Plain, to_plain
-from phf.core.device import gpus, num_cpus
+from phf.core.device import gpus
 from phf.core.progress import Progress
 from phf.core.text import by_reason, counted
 from phf.core.types import Document, PhfError, Rejected, ScoredDocument
+from phf.core.workers import WorkerKilled, in_workers
 from phf.data.canaries import AnyCorpus
 from phf.data.corpus import Corpus, Shard
 from phf.data.scored import (
@@ -80,7 +77,7 @@ class Job:
         return store.as_path(self.stem + ".parquet")
 
 
-Executor = Callable[[Sequence[Job], str], None]
+Executor = Callable[[Sequence[Any], str], None]
 """Runs jobs somewhere else: (jobs, folder that they write into). Returns when they are done."""
 
 
@@ -232,7 +229,7 @@ def _run_jobs(jobs: Sequence[Job], workers: int, executor: Executor | None, out:
     seen: Counter[str] = Counter()
     with bar:
         start = time.monotonic()
-        for counts in _scored(todo, min(workers, len(todo))):
+        for counts in _scored(todo, workers):
             seen.update(chars=counts.chars, unjudged=counts.unjudged, skipped=sum(counts.rejected.values()))
             rate = seen["chars"] / max(time.monotonic() - start, 1e-9)
             bar.set_postfix_str(
@@ -303,27 +300,11 @@ def _check_judged(
 
 def _scored(jobs: Sequence[Job], workers: int) -> Iterator[ShardCounts]:
     """Score shards in this process or in `workers` others. Yields each shard's counts when it is done."""
-    if workers <= 1:
-        yield from map(score_shard, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    spread = [] if _names_device(jobs[0].scorer) else gpus()
-    with concurrent.futures.ProcessPoolExecutor(
-        workers,
-        context,
-        initializer=_start_worker,
-        initargs=(max(1, num_cpus() // workers), context.Value("i", 0), spread),
-    ) as pool:
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(score_shard, job) for job in jobs]):
-                yield future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise ScoringError(
-                "a scoring worker was killed (out of memory?); run the same command again to resume"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    spread = gpus() if jobs and workers > 1 and not _names_device(jobs[0].scorer) else []
+    try:
+        yield from in_workers(score_shard, jobs, workers, spread)
+    except WorkerKilled as error:
+        raise ScoringError(str(error)) from None
 
 
 def _names_device(settings: Any) -> bool:
@@ -333,23 +314,9 @@ def _names_device(settings: Any) -> bool:
     return isinstance(settings, list) and any(map(_names_device, settings))
 
 
-def _start_worker(threads: int, started: Any, spread: Sequence[str]) -> None:
-    """Give a worker its share of the cores and, of several GPUs, one; and end it when its parent is killed. `started`:
-    how many workers have started."""
-    with started.get_lock():
-        number = started.value
-        started.value += 1
-    if len(spread) > 1:  # before torch is loaded
-        os.environ["CUDA_VISIBLE_DEVICES"] = spread[number % len(spread)]
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # numpy and torch read it when they are imported
+def score_plain(job: Plain) -> None:
+    """`score_shard` of a job that was sent as JSON."""
+    score_shard(Job(**job))
 
 
 def score_shard(job: Job) -> ShardCounts:

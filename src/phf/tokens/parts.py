@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from phf.core import store
-from phf.core.config import ConfigError
+from phf.core import folders, store
+from phf.core.config import ConfigError, Plain
 from phf.core.types import Rejected, ScoredDocument
 from phf.data.canaries import is_left_out
 from phf.data.scored import ScoredCorpus
-from phf.tokens.tokenizer import encode_segments, special_ids, table_size
+from phf.tokens.tokenizer import encode_segments, load_tokenizer, special_ids, table_size
 
 BATCH_DOCS = 256
 """Documents tokenized at a time."""
@@ -153,6 +154,47 @@ class Part:
                 doc_segs=np.array(self.doc_segs, np.int64),
                 heldout=np.array(self.held, np.uint8),
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeJob:
+    """One file of a corpus to tokenize. It is sent as JSON to other processes and machines."""
+
+    scored: str
+    """The scored corpus."""
+    file: int
+    """Which of its files."""
+    tokenizer: str
+    """Folder of the tokenizer."""
+    heldout: float
+    lossy: bool
+    part: str
+    """Where the arrays go."""
+    key: str
+    """Key of the stage that asked for this work. A job that a scheduler starts late must not write into a folder that
+    belongs to other settings by then."""
+
+
+def run_job(job: TokenizeJob) -> None:
+    """Tokenize one file of a corpus in a process of its own. Raises StoreError if the folder belongs to other settings
+    by now."""
+    path = Path(job.part)
+    mark = folders.started(store.refresh(path.parent))
+    if mark is None or mark.key != job.key:
+        raise store.StoreError(f"{path.parent} belongs to other settings by now; this work is not wanted")
+    corpus = ScoredCorpus(job.scored)
+    tokenize_part(corpus, corpus.files[job.file], Part(_loaded(job.tokenizer, job.key), job.heldout, job.lossy), path)
+
+
+def run_plain(job: Plain) -> None:
+    """`run_job` of a job that was sent as JSON."""
+    run_job(TokenizeJob(**job))
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: str, key: str) -> Any:
+    """A store's tokenizer. `key`: the store's, because another one may get the same folder."""
+    return load_tokenizer(folder)
 
 
 def tokenize_part(corpus: ScoredCorpus, file: Path, part: Part, path: Path) -> None:

@@ -35,12 +35,14 @@ from phf.core.config import ConfigError, Plain, did_you_mean, to_plain
 from phf.core.progress import Progress
 from phf.core.runs import NoiseCounts, from_here, weights_mark
 from phf.core.types import Block, Identity, ScoredDocument
+from phf.core.workers import in_workers
 from phf.data.canaries import is_left_out, without_canaries
 from phf.data.scored import ScoredCorpus, ScoreManifest, bad_above_of, natural_threshold
 from phf.scorers import Scorer
+from phf.scoring.score import Executor
 from phf.tokens.columns import check_columns, files_of, open_column, write_column
 from phf.tokens.noise import Noise, ScorerNoise, make_noise
-from phf.tokens.parts import Part, PartChecks, TokenCounts, assemble, first_examples, id_type, tokenize_part
+from phf.tokens.parts import PartChecks, TokenCounts, TokenizeJob, assemble, first_examples, id_type, run_job
 from phf.tokens.statistics import Statistics
 from phf.tokens.token_scores import names_with_places, scorer_with_places, write_token_scores
 from phf.tokens.tokenizer import (
@@ -163,14 +165,17 @@ def tokenize_corpus(
     token_scores: bool = False,
     columns: Sequence[str] = (),
     scorer: Scorer | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
 ) -> TokensManifest:
     """Tokenize a scored corpus into folder `out` and return its manifest. Resumes after any interruption.
 
     `columns`: fields of the corpus that say something about each document, which objectives can put before it.
     `token_scores`: also score single tokens, for scorers that report the places of faults. `scorer`: the corpus's, for
     scores of tokens by one that needs a model. `heldout`: share of the documents kept out of training. Where `out`
-    already holds the tokens of these segments, only the missing scores are added. Raises ConfigError if no document is
-    left for training.
+    already holds the tokens of these segments, only the missing scores are added. `workers`: processes. `executor` runs
+    the shards elsewhere (phf.scoring.cluster); if it only submits them, it raises `Submitted`, and a later call makes
+    the store. Raises ConfigError if no document is left for training.
     """
     corpus = ScoredCorpus(scored)
     if not 0 <= heldout < 1:
@@ -185,9 +190,10 @@ def tokenize_corpus(
     done = next((k for k in keys if folders.is_done(out, k)), None)
     known = folders.read_manifest(out, TokensManifest).columns if done is not None else {}
     check_columns(corpus, [column for column in columns if column not in known])
-    with folders.stage_folder(out, TokensManifest.stage, done or key, keep_manifest=done is not None):
+    shared = executor is not None
+    with folders.stage_folder(out, TokensManifest.stage, done or key, shared=shared, keep_manifest=done is not None):
         if done is None:
-            _make_store(corpus, tokenizer, heldout, out, key)
+            _make_store(corpus, tokenizer, heldout, out, key, workers, executor)
         for part in [*out.glob("part-*.npz"), *out.glob("part-*.json")]:  # the store has everything now
             part.unlink()
         _put_columns(corpus, out, columns)
@@ -200,16 +206,38 @@ def _earlier_keys(source: Plain, given: str | None, text: str) -> list[str]:
 
 
 def _make_store(
-    corpus: ScoredCorpus, tokenizer: TrainBPE | PretrainedTokenizer, heldout: float, out: Path, key: str
+    corpus: ScoredCorpus,
+    tokenizer: TrainBPE | PretrainedTokenizer,
+    heldout: float,
+    out: Path,
+    key: str,
+    workers: int,
+    executor: Executor | None,
 ) -> None:
     """Make everything but the scores."""
     loaded = _make_tokenizer(tokenizer, corpus, heldout, out / "tokenizer")
-    parts = []
-    for number, file in enumerate(Progress(corpus.files, desc="tokenizing", unit="shard")):
-        part = out / f"part-{number:05d}.npz"
-        if not part.exists():
-            tokenize_part(corpus, file, Part(loaded, heldout, getattr(tokenizer, "lossy", False)), part)
-        parts.append(part)
+    parts = [out / f"part-{number:05d}.npz" for number in range(len(corpus.files))]
+    jobs = [
+        TokenizeJob(
+            scored=str(corpus.path),
+            file=number,
+            tokenizer=str(out / "tokenizer"),
+            heldout=heldout,
+            lossy=getattr(tokenizer, "lossy", False),
+            part=str(part),
+            key=key,
+        )
+        for number, part in enumerate(parts)
+    ]
+    todo = [job for job in jobs if not Path(job.part).exists()]
+    if todo and executor is not None:
+        executor(todo, str(out))
+        todo = [job for job in todo if not Path(job.part).exists()]
+        if todo:
+            raise store.StoreError(f"{len(todo)} of {len(jobs)} shards are not done; run the same command again")
+    with Progress(total=len(jobs), initial=len(jobs) - len(todo), desc="tokenizing", unit="shard") as bar:
+        for _ in in_workers(run_job, todo, workers):
+            bar.update()
     checks = [store.read_record(part.with_suffix(".json"), PartChecks) for part in parts]
     size = table_size(loaded)
     counts = assemble(parts, checks, out, size)

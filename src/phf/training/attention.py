@@ -29,6 +29,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from phf.training.batches import document_positions
+
 NAME = "phf"
 
 _TESTS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
@@ -45,14 +47,6 @@ def whole_rows() -> Iterator[None]:
         yield
     finally:
         _whole_rows -= 1
-
-
-def document_positions(ids_BT: Tensor, end_of_text: int) -> Tensor:
-    """Position of each token in its document, int64 [B, T]. A document starts with `end_of_text`; the first document of
-    a row starts with the row."""
-    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-    start_BT = torch.where(ids_BT == end_of_text, place_BT, 0).cummax(1).values
-    return place_BT - start_BT
 
 
 def keeps_documents_apart(lm: Any, end_of_text: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from phf.tokens.source_order import TrainingOrder
@@ -45,14 +46,14 @@ class TrainingRows(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return self.total
 
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
         # positions are consecutive
         first = self.first + positions[0]
         last = self.first + positions[-1]
         return to_tensors(self.order.batch(first, last + 1))
 
 
-def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
+def to_tensors(batch: Any) -> dict[str, Tensor]:
     """A batch of rows as the arguments of `PHFModel.forward`."""
     return {
         "input_ids": torch.from_numpy(batch.input_BT),
@@ -64,6 +65,14 @@ def to_tensors(batch: Any) -> dict[str, torch.Tensor]:
         for name, array in (("phase", batch.phase_BT), ("reference", batch.reference_BT))
         if array is not None
     }
+
+
+def document_positions(ids_BT: Tensor, end_of_text: int) -> Tensor:
+    """Position of each token in its document, int64 [B, T]. A document starts with `end_of_text`; the first document of
+    a row starts with the row."""
+    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    start_BT = torch.where(ids_BT == end_of_text, place_BT, 0).cummax(1).values
+    return place_BT - start_BT
 
 
 def identity(batch: Any) -> Any:

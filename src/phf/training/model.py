@@ -15,6 +15,7 @@ from phf.objectives import Objective, count_targets
 from phf.objectives.base import LossOutputs, ValueShape
 from phf.tokens.tokenizer import load_tokenizer
 from phf.training import attention
+from phf.training.batches import document_positions
 from phf.training.fused import fused_loss
 from phf.training.lm import swap_conv1d, swap_gelu
 from phf.training.probe import before_output, logit_shape
@@ -210,7 +211,7 @@ class PHFModel(nn.Module):
             with attention.whole_rows():
                 found: Tensor = self.lm.base_model(**given).last_hidden_state
         else:
-            given["position_ids"] = attention.document_positions(input_ids, self.end_of_text)
+            given["position_ids"] = document_positions(input_ids, self.end_of_text)
             found = self.lm.base_model(**given).last_hidden_state
         return found
 

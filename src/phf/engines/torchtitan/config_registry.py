@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import yaml
 from torch import Tensor
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.models import _supported_models
+from torchtitan.trainer import Trainer
 
 from phf.core.config import ConfigError, Plain, to_plain
-from phf.core.extras import MissingPackage, needs
 from phf.engines.rows import fitted
 from phf.engines.torchtitan.rows_and_loss import ObjectiveLoss, RowLoader
 from phf.tokens.tokenizer import table_size
-
-try:
-    from torchtitan.components.loss import ChunkedLossWrapper
-    from torchtitan.models import _supported_models
-    from torchtitan.trainer import Trainer
-except ImportError as error:
-    raise MissingPackage(f"phf.engines.torchtitan {needs(error.name)}") from None
 
 
 class ScoredTrainer(Trainer):  # type: ignore[misc]
@@ -49,16 +44,13 @@ class ScoredTrainer(Trainer):  # type: ignore[misc]
 
 
 def fit(config: ScoredTrainer.Config) -> None:
-    """Fit the objective to the token store, in place, and give it to the loss. Raises ConfigError for settings that
-    cannot be used."""
+    """Fit the objective to the token store, in place, for the loss. Raises ConfigError for what cannot be used."""
     loader = config.dataloader
     if not isinstance(loader, RowLoader.Config):
         raise ConfigError("dataloader: phf.engines.torchtitan.RowLoader reads the scores; make one by with_objective")
     for name in ("tensor", "context", "pipeline"):
         if getattr(config.parallelism, f"{name}_parallel_degree") > 1:
-            raise ConfigError(
-                f"parallelism.{name}_parallel_degree: a process then holds no whole rows or no whole head"
-            )
+            raise ConfigError(f"parallelism.{name}_parallel_degree: a process then has no whole rows or no whole head")
     if config.parallelism.spmd_backend == "full_dtensor" or config.debug.spmd_typechecking:
         raise ConfigError("parallelism.spmd_backend: scores are plain tensors; take spmd_types without type checks")
     _, tokenizer, objective = fitted(loader.tokens, loader.scores, loader.objective, "torchtitan")
@@ -67,9 +59,7 @@ def fit(config: ScoredTrainer.Config) -> None:
             raise ConfigError("a schedule needs training.global_batch_size and training.disable_cuda_graphs")
         loader.rows = config.training.global_batch_size * config.training.steps
     if (needed := table_size(tokenizer)) > (rows := config.model_spec.model.vocab_size):
-        raise ConfigError(
-            f"the model has {rows:,} rows of embeddings; the store and its control tokens need {needed:,}"
-        )
+        raise ConfigError(f"the model has {rows:,} rows of embeddings; the store and its tokens need {needed:,}")
     leaf = config.loss.loss_fn if isinstance(config.loss, ChunkedLossWrapper.Config) else config.loss
     leaf.objective = yaml.safe_dump(to_plain(objective), default_flow_style=True, width=10**6)
     config.validator.enable = False
@@ -81,11 +71,8 @@ def with_objective(
     """A configuration of torchtitan that trains `objective` (a name, or settings as YAML) on the store at `tokens`."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     settings["dataloader"] = RowLoader.Config(tokens=tokens, objective=objective, seed=seed)
-    if isinstance(config.loss, ChunkedLossWrapper.Config):
-        chunks = config.loss.num_chunks
-        settings["loss"] = ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=ObjectiveLoss.Config())
-    else:
-        settings["loss"] = ObjectiveLoss.Config()
+    leaf = ObjectiveLoss.Config()
+    settings["loss"] = replace(config.loss, loss_fn=leaf) if hasattr(config.loss, "loss_fn") else leaf
     return ScoredTrainer.Config(**settings)
 
 

@@ -13,6 +13,7 @@ from phf.core.config import ConfigError
 from phf.core.extras import MissingPackage, needs
 from phf.engines.rows import IGNORED, fitted, labelled_rows, objective_of
 from phf.objectives import LossInputs
+from phf.training.batches import document_positions
 from phf.training.fused import log_probabilities
 from phf.training.order import training_order
 
@@ -22,11 +23,10 @@ try:
 except ImportError as error:
     raise MissingPackage(f"phf.engines.torchtitan {needs(error.name)}") from None
 
-Batch = tuple[dict[str, Tensor], Tensor]
-
 
 class RowLoader(BaseDataLoader):  # type: ignore[misc]
-    """Rows of a token store in phf's training order, with their scores."""
+    """Rows of a token store in phf's training order, with their scores. The number of the next row is its only state,
+    so a run that was stopped on two processes continues on one."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):  # type: ignore[misc]
@@ -38,6 +38,8 @@ class RowLoader(BaseDataLoader):  # type: ignore[misc]
         """The preference that the objective sees, where the store holds several."""
         seed: int = 0
         """Seed of the order of the text."""
+        document_mask: bool = False
+        """Whether attention stays inside a document, as with train.document_mask."""
         rows: int | None = None
         """Rows of the whole run, which a schedule divides. The trainer sets it."""
 
@@ -49,16 +51,17 @@ class RowLoader(BaseDataLoader):  # type: ignore[misc]
         self.world = dp_world_size
         self.rank = dp_rank
         self.batch = local_batch_size
+        self.end_of_text = tokens.end_of_text_id if config.document_mask else -1  # -1: a row is one text
         self.next_row = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         while True:
             start = self.next_row + self.rank * self.batch
             rows = labelled_rows(self.order, self.objective, start, start + self.batch)
             self.next_row += self.world * self.batch
             labels = rows.pop("labels")
-            positions = torch.arange(labels.shape[1]).expand(labels.shape)  # one text per row, as in phf's own training
-            yield {"input": rows.pop("input_ids"), "positions": positions} | rows, labels
+            ids = rows.pop("input_ids")
+            yield {"input": ids, "positions": document_positions(ids, self.end_of_text)} | rows, labels
 
     def state_dict(self) -> dict[str, int]:
         return {"next_row": self.next_row}
@@ -87,8 +90,7 @@ class ObjectiveLoss(BaseLoss):  # type: ignore[misc]
         target = torch.where(counted, labels.flatten(), 0)
         logp, log1mp = log_probabilities(pred.flatten(0, 1).float(), target)
         phase = None if phase is None else phase.flatten()
-        inputs = LossInputs(logp, log1mp, scores.flatten(0, 1), counted, progress=progress, phase_BT=phase)
-        out = self.objective.loss(inputs)
+        out = self.objective.loss(LossInputs(logp, log1mp, scores.flatten(0, 1), counted, None, progress, phase))
         return out.loss_sum, out.metrics
 
     def __call__(
