@@ -119,8 +119,9 @@ def _set_generation(folder: Path, roles: Roles, result: EvalResult | None) -> No
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     judged = Scenario() if result is None else next(iter(result.scenarios.values())).scenario
     config |= {
-        "do_sample": True,
-        "temperature": judged.temperature,
+        "do_sample": judged.temperature > 0,
+        "temperature": judged.temperature or 1.0,
+        "repetition_penalty": judged.repetition_penalty,
         "top_p": judged.top_p,
         "top_k": judged.top_k or 0,
         "pad_token_id": tokenizer.token_to_id(end_of_text(folder)),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,17 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import chisquare
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from helpers import TINY_LLAMA
 from phf.core.config import ConfigError, to_plain
 from phf.generation import sample as sample_module
-from phf.generation.decoding import GuidedDecoding, draw, uniform
+from phf.generation.decoding import GuidedDecoding, Rules, draw, uniform
 from phf.generation.loaded import LoadedModel, load_model, prompt_ids
-from phf.generation.sample import read_samples, sample, write_samples
+from phf.generation.sample import read_samples, sample, sample_served, write_samples
 from phf.generation.scenario import Scenario, paper_scenarios, read_prompts, scenario_prompts
+from phf.generation.server import Server
 from phf.objectives import MLE, Conditional
-from phf.tokens.tokenizer import load_tokenizer
+from phf.tokens.tokenizer import encode_segments, load_tokenizer
 from phf.training.lm import FromConfig, build_lm
 from phf.training.train import TrainConfig, train
 
@@ -216,6 +223,116 @@ def test_log_probabilities_are_the_models_own(models, precision, tolerance):
         logp = torch.log_softmax(model.lm(input_ids=torch.tensor([ids])).logits[0].double(), -1)
         expected = sum(logp[t, ids[t + 1]].item() for t in range(len(ids) - 1))
         assert s.logp == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.fixture
+def three_prompts(tmp_path) -> str:
+    (tmp_path / "p.jsonl").write_text('"the cat reads"\n"a line of text and"\n"every dog"\n')
+    return str(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("name", ["mle", "conditional"])
+def test_greedy_texts_are_those_of_a_plain_loop(models, three_prompts, name, penalty):
+    """With the penalty as CTRL defines it, in float64, over the tokens of the text."""
+    model = models[name]
+    scenario = Scenario(
+        num_samples=3, max_tokens=20, min_tokens=5, temperature=0, prompts=three_prompts, precision="fp32",
+        repetition_penalty=penalty,
+    )  # fmt: skip
+    silent = {*np.flatnonzero(model.silent_V), model.tokenizer.eos_token_id}
+    banned = {int(i) for i in model.never_written(model.ids_of("bad") if name == "conditional" else [])}
+    for found in sample(model, scenario, progress=False):
+        ids = prompt_ids(model, found.prompt, scenario)
+        start = len(ids)
+        while sum(i not in silent for i in ids[start:]) < 20:
+            logits = model.lm(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            for token in {i for i in ids if i not in silent}:
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            logits[list(banned)] = -math.inf
+            if sum(i not in silent for i in ids[start:]) < 5:
+                logits[model.tokenizer.eos_token_id] = -math.inf
+            ids.append(int(logits.argmax()))
+            if ids[-1] == model.tokenizer.eos_token_id:
+                break
+        assert found.text == model.continuation(ids[:start], [i for i in ids[start:] if i not in silent])
+        assert found.finished == (ids[-1] == model.tokenizer.eos_token_id)
+
+
+def test_a_penalty_makes_repetition_rarer(models):
+    """Shares of tokens that occurred before in their sample."""
+
+    def repeated(penalty):
+        ids = [
+            model.tokenizer(s.text)["input_ids"]
+            for s in sample(model, Scenario(num_samples=60, max_tokens=24, repetition_penalty=penalty), progress=False)
+        ]
+        return sum(len(i) - len(set(i)) for i in ids) / sum(map(len, ids))
+
+    model = models["mle"]
+    assert repeated(2.0) < 0.7 * repeated(1.0)
+
+
+def test_banned_words_are_not_written(models):
+    model = models["mle"]
+    plain = sample(model, Scenario(num_samples=80, max_tokens=24), progress=False)
+    words = [word for word, _ in Counter(" ".join(s.text for s in plain).split()).most_common(2)]
+    assert sum(word in s.text.split() for s in plain for word in words) > 20
+    without = Scenario(num_samples=80, max_tokens=24, banned_words=tuple(words), batch=30)
+    found = sample(model, without, progress=False)
+    forms = [encode_segments(model.tokenizer, [form])[0] for word in words for form in (word, f" {word}")]
+    for one in found:
+        ids = model.tokenizer(one.text)["input_ids"]
+        assert not any(ids[n : n + len(form)] == form for form in forms for n in range(len(ids)))
+    assert sum(word in s.text.split() for s in found for word in words) < 5
+    assert [s.text for s in found] == [s.text for s in sample(model, dataclasses.replace(without, batch=7), False)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=4),
+    st.floats(0.5, 3),
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), max_size=3),
+    st.integers(0, 2**31),
+)
+def test_rules_are_those_of_transformers(texts, penalty, words, seed):
+    """Apart from tokens that are no text, which do not occur here."""
+    logits_NV = torch.randn(len(texts), 10, generator=torch.Generator().manual_seed(seed))
+    rules = Rules(penalty, words, [text[:2] for text in texts], np.zeros(10, bool))
+    for row, text in enumerate(texts):
+        for token in text[2:]:
+            rules.add(np.array([row]), np.array([token]))
+    ours = logits_NV.clone()
+    rules.apply(ours, np.arange(len(texts)))
+    for row, text in enumerate(texts):
+        ids = torch.tensor([text], dtype=torch.long)
+        theirs = logits_NV[row : row + 1].clone()
+        if text:
+            theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, theirs)
+        if words:
+            theirs = NoBadWordsLogitsProcessor(words)(ids, theirs)
+        assert torch.equal(ours[row], theirs[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0, "safe_beam": 2}, "safe_beam draws its candidates"),
+        ({"banned_words": ("a", "")}, "an empty word"),
+        ({"temperature": -1}, "temperature"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+    ],
+)
+def test_settings_of_sampling_that_do_not_fit_are_errors(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Scenario(**settings)
+
+
+def test_the_same_greedy_text_is_not_written_twice(models, three_prompts):
+    with pytest.raises(ConfigError, match="temperature=0 writes the same text after the same prompt"):
+        sample(models["mle"], Scenario(num_samples=2, temperature=0))
+    for rule in ({"banned_words": ("a",)}, {"repetition_penalty": 1.2}):
+        with pytest.raises(ConfigError, match="does not work with a server"):
+            sample_served(Server("http://127.0.0.1:9/v1", "m"), Scenario(num_samples=1, **rule))
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(models, tmp_path):

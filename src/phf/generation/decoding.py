@@ -26,6 +26,7 @@ DRAWS_AT_ONCE = 4
 """Draws at a time after the first."""
 BELOW_ONE = 1 - 2.0**-52
 """Its product with any positive float64 is smaller than that number."""
+BROKEN = "the model's logits are NaN or infinite, so its weights are broken"
 TOKENS_PER_BLOCK = 64
 """Tokens whose probabilities are summed before one of them is searched."""
 
@@ -63,14 +64,52 @@ def uniform(seed_key: int, id_N: np.ndarray, step: int, attempts: Sequence[int])
     return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+class Rules:
+    """What the texts of a batch hold decides what may follow: a penalty for repeated tokens, and banned words.
+
+    The penalty is that of CTRL (Keskar et al. 2019, arXiv 1909.05858, section 4.1) in the form of transformers: logit /
+    penalty for a positive logit, logit x penalty for a negative one. `words`: token ids of each banned word.
+    `no_text_V`: tokens that are no text, which do not count.
+    """
+
+    def __init__(
+        self, penalty: float, words: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], no_text_V: np.ndarray
+    ) -> None:
+        self.penalty = penalty
+        self.words = [list(word) for word in words if word]
+        self.texts = [[i for i in start if not no_text_V[i]] for start in starts]
+
+    def add(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Text tokens that were written in these rows."""
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self.texts[row].append(token)
+
+    def apply(self, logits_NV: Tensor, rows: np.ndarray) -> None:
+        """Change the logits of what comes next in these rows, in place."""
+        for n, text in enumerate(self.texts[row] for row in rows.tolist()):
+            if self.penalty != 1 and text:
+                seen = torch.tensor(sorted(set(text)), device=logits_NV.device)
+                logits = logits_NV[n, seen]
+                logits_NV[n, seen] = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            for word in self.words:
+                if len(word) == 1 or text[-len(word) + 1 :] == word[:-1]:
+                    logits_NV[n, word[-1]] = float("-inf")
+
+
 def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None, uniforms: Any) -> Tensor:
-    """One token per row [N]: temperature first, then top-k, then nucleus sampling with `top_p`.
+    """One token per row [N]: temperature first, then top-k, then nucleus sampling with `top_p`. At temperature 0 the
+    likeliest one.
 
     The nucleus is every token whose likelier tokens together have a mass below `top_p`. `uniforms(attempts)`
     returns float64 [N, attempts] in [0, 1). A rejected token is drawn again; rows that are still rejected after
     `MAX_REJECTIONS` draws are sorted, so the distribution is exact. A token of probability 0 is never drawn. Raises
     ConfigError if logits are NaN or infinite.
     """
+    if temperature == 0:
+        best = logits_NV.max(-1)
+        if not best.values.isfinite().all():
+            raise ConfigError(BROKEN)
+        return best.indices
     p_NV = torch.softmax(logits_NV.float() / temperature, -1)
     if top_k is not None and top_k < p_NV.shape[1]:
         kth_N1 = p_NV.topk(top_k, -1).values[:, -1:]
@@ -80,7 +119,7 @@ def draw(logits_NV: Tensor, temperature: float, top_p: float, top_k: int | None,
         p_NV = F.pad(p_NV, (0, -p_NV.shape[1] % TOKENS_PER_BLOCK))
     cdf_NB = F.pad(p_NV.unflatten(1, (-1, TOKENS_PER_BLOCK)).sum(-1).double().cumsum(-1), (1, 0))
     if not math.isfinite(cdf_NB[:, -1].sum()):
-        raise ConfigError("the model's logits are NaN or infinite, so its weights are broken")
+        raise ConfigError(BROKEN)
 
     def uniforms_of(attempts: Sequence[int]) -> Tensor:
         return torch.from_numpy(uniforms(attempts)).to(p_NV.device)

@@ -28,13 +28,14 @@ from phf.core.device import tune_allocator
 from phf.core.progress import Progress
 from phf.core.random import key64
 from phf.core.types import Sample
-from phf.generation.decoding import draw, guide, pad_left, uniform
+from phf.generation.decoding import Rules, draw, guide, pad_left, uniform
 from phf.generation.fast_copy import FLOAT32_CACHE_BYTES, WHOLE_CACHE, GrowingLayer, fast_copy
 from phf.generation.loaded import LoadedModel, banned_tokens, check_room, precision_of, prompt_ids
 from phf.generation.safe_beam import WIDTH, SafeBeams
 from phf.generation.scenario import Scenario, scenario_prompts
 from phf.generation.served import ServedModel, sample_by_ids, served_model
 from phf.generation.server import Server
+from phf.tokens.tokenizer import encode_segments
 from phf.training.probe import CACHE_NAMES, cache_name, check_can_be_sampled
 
 COMPACT_BELOW = 0.75
@@ -44,6 +45,8 @@ COMPACT_BELOW = 0.75
 def sample(model: LoadedModel | ServedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
+    if scenario.temperature == 0 and len(set(prompts := scenario_prompts(scenario))) < len(prompts):
+        raise ConfigError("temperature=0 writes the same text after the same prompt: give one sample to each prompt")
     model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
     if (why := scenario.lacks(model.control)) is not None:
         raise ConfigError(f"{model.path} {why}")
@@ -132,6 +135,13 @@ class _Batch:
         self.num_text_N = np.zeros(count, int)
         self.finished_N = np.zeros(count, bool)
         self.done_N = np.zeros(count, bool)
+        self.rules = None
+        if scenario.has_rules:
+            forms = [form for word in scenario.banned_words for form in (word, f" {word}")]
+            words = encode_segments(model.tokenizer, forms)
+            no_text_V = model.silent_V.copy()
+            no_text_V[self.eos] = True
+            self.rules = Rules(scenario.repetition_penalty, words, starts, no_text_V)
         self.alive = np.arange(count)
         """Samples in the model's batch."""
         self.written: list[tuple[np.ndarray, np.ndarray]] = []
@@ -191,6 +201,8 @@ class _Batch:
         else:
             plain_NV = logits_NV  # banning changes only tokens that are not drawn
         logp_NV = plain_NV.log_softmax(-1)
+        if self.rules is not None:
+            self.rules.apply(logits_NV, self.alive)
         logits_NV.index_fill_(1, self.banned_T, float("-inf"))
         short_N = self.num_text_N[self.alive] < scenario.min_tokens
         if short_N.any():
@@ -215,6 +227,8 @@ class _Batch:
         self.logp_N[alive] += np.where(counted_N, gained_N, 0.0)
         self.num_text_N[alive] += text_N
         self.written.append((alive[text_N], tokens[text_N]))
+        if self.rules is not None:
+            self.rules.add(alive[text_N], tokens[text_N])
         self.finished_N[alive] |= ended_N & live_N
         self.done_N[alive] |= ended_N | (self.num_text_N[alive] >= self.scenario.max_tokens)
 
@@ -282,6 +296,8 @@ def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
         "safe_beam": scenario.safe_beam is not None,
         "top_k": scenario.top_k is not None,
         "control_after_prompt": scenario.control_after_prompt,
+        "repetition_penalty": scenario.repetition_penalty != 1,
+        "banned_words": bool(scenario.banned_words),
     }
     for name, asked in unsupported.items():
         if asked:

@@ -25,12 +25,18 @@ class Scenario:
     """Longest sample."""
     min_tokens: Annotated[int, Field(ge=0)] = 10
     """End-of-text is banned before."""
-    temperature: Annotated[float, Field(gt=0)] = 0.7
-    """Divides the logits."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Divides the logits. 0: always the likeliest token."""
     top_p: Annotated[float, Field(ge=1e-6, le=1)] = 0.9
     """Nucleus sampling: only the likeliest tokens with this mass."""
     top_k: Annotated[int, Field(gt=0)] | None = None
     """Only this number of likeliest tokens; None: no limit."""
+    repetition_penalty: Annotated[float, Field(gt=0, exclude_if=lambda value: value == 1)] = 1.0
+    """Logits of tokens that the text already holds are divided by it where they are positive, and multiplied where they
+    are negative. 1: no penalty. The prompt counts; control tokens and end-of-text do not."""
+    banned_words: Annotated[tuple[str, ...], Field(exclude_if=lambda value: not value)] = ()
+    """Words or texts that are not written, in the tokens that the tokenizer makes of them with and without a space
+    before. Other tokens may still add up to one."""
     control: str = "good"
     """The control tokens that come first, for models that have control tokens. good: those that the model was trained
     to be asked for good text with. bad: those that ask for bad text. none: none of them. Or the name of one of the
@@ -67,6 +73,11 @@ class Scenario:
     """Precision of the weights while sampling, and of a sample's `logp`. auto: bfloat16 where the processor is fast at
     it and the model's family has been tested with it. Losses and KL are always computed in float32."""
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether what a text holds decides what may follow."""
+        return self.repetition_penalty != 1 or bool(self.banned_words)
+
     def lacks(self, control: Roles) -> str | None:
         """Why a model with these control tokens cannot be sampled in this way; None: it can. Any model can be asked
         with "good" and "none"."""
@@ -86,10 +97,14 @@ class Scenario:
         return f"has {has}, so {what} does not work with it"
 
     def __post_init__(self) -> None:
+        if not all(self.banned_words):
+            raise ValueError("banned_words holds an empty word")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.guidance is not None and self.safe_beam is not None:
             raise ValueError("guidance and safe_beam cannot be used together")
+        if self.safe_beam is not None and (self.temperature == 0 or self.has_rules):
+            raise ValueError("safe_beam draws its candidates: no temperature=0, repetition_penalty or banned_words")
         if self.guidance is not None and self.control in ("none", self.against):
             raise ValueError(f"guidance leads from one control token to another, not to control={self.control}")
 

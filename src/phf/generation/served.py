@@ -51,8 +51,8 @@ def sample_by_ids(
     progress: bool,
 ) -> list[Sample]:
     """One sample after each of `starts`. Raises ConfigError for what needs the model's logits."""
-    for name, asked in (("guidance", scenario.guidance), ("safe_beam", scenario.safe_beam)):
-        if asked is not None:
+    for name in ("guidance", "safe_beam", "repetition_penalty", "banned_words"):
+        if getattr(scenario, name) != getattr(Scenario, name):
             raise ConfigError(f"{name} needs the model's logits, which a server does not give; load the model here")
     written = model.server.write(
         starts,
