@@ -35,7 +35,7 @@ class Scenario:
     """Logits of tokens that the text already holds are divided by it where they are positive, and multiplied where they
     are negative. 1: no penalty. The prompt counts; control tokens and end-of-text do not."""
     banned_words: Annotated[tuple[str, ...], Field(exclude_if=lambda value: not value)] = ()
-    """Words or texts that are not written, in the tokens that the tokenizer makes of them with and without a space
+    """Words or texts that are not written, in the tokens that the tokenizer reads them as, with and without a space
     before. Other tokens may still add up to one."""
     control: str = "good"
     """The control tokens that come first, for models that have control tokens. good: those that the model was trained
