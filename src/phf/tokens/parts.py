@@ -182,8 +182,8 @@ def run_job(job: TokenizeJob) -> None:
     mark = folders.started(store.refresh(path.parent))
     if mark is None or mark.key != job.key:
         raise store.StoreError(f"{path.parent} belongs to other settings by now; this work is not wanted")
-    corpus = ScoredCorpus(job.scored)
-    tokenize_part(corpus, corpus.files[job.file], Part(_loaded(job.tokenizer, job.key), job.heldout, job.lossy), path)
+    corpus, tokenizer = _opened(job.scored, job.tokenizer, job.key)
+    tokenize_part(corpus, corpus.files[job.file], Part(tokenizer, job.heldout, job.lossy), path)
 
 
 def run_plain(job: Plain) -> None:
@@ -192,9 +192,10 @@ def run_plain(job: Plain) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(folder: str, key: str) -> Any:
-    """A store's tokenizer. `key`: the store's, because another one may get the same folder."""
-    return load_tokenizer(folder)
+def _opened(scored: str, tokenizer: str, key: str) -> tuple[ScoredCorpus, Any]:
+    """A scored corpus and a store's tokenizer, for all jobs of a process. `key`: the store's, because another store may
+    get the same folder."""
+    return ScoredCorpus(scored), load_tokenizer(tokenizer)
 
 
 def tokenize_part(corpus: ScoredCorpus, file: Path, part: Part, path: Path) -> None:
