@@ -3,7 +3,8 @@
     python benchmarks/tokenize_corpus.py --out benchmarks/results/tokenize_corpus.json
 
 The text is Python's standard library, `copies` times. `datasets.map` tokenizes the same segments with the same
-tokenizer in two processes and saves them; it checks nothing. `tokens`: in the store.
+tokenizer in two processes and saves them, and first reads the Parquet files into its own format; it checks nothing.
+`tokens`: in the store.
 """
 
 from __future__ import annotations

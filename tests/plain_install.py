@@ -8,24 +8,22 @@ from __future__ import annotations
 import hashlib
 import sys
 
-from phf import MLE, Conditional, Filtering, Hide, TokenStore, training_order
+from phf import TokenStore, training_order
 from phf.core.config import validate
 from phf.objectives import AnyObjective
 from phf.tokens.tokenizer import add_control_tokens
 
-LATER = {"name": "conditional", "threshold": 0.0}
-SCHEDULE = {"name": "schedule", "phases": [{"objective": {"name": "mle"}, "until": 0.5}, {"objective": LATER}]}
+CONDITIONAL = {"name": "conditional", "threshold": 0.0}
 OBJECTIVES = [
-    MLE(),
-    Conditional(threshold=0.0),
-    Filtering(threshold=0.0),
-    Hide(threshold=0.0),
-    validate(SCHEDULE, AnyObjective, "objective"),
+    *({"name": name} for name in ("mle", "unlikelihood", "masking", "rwr", "awr", "quantile", "weights", "sgtm")),
+    *({"name": name, "threshold": 0.0} for name in ("filtering", "hide")),
+    CONDITIONAL,
+    {"name": "schedule", "phases": [{"objective": {"name": "mle"}, "until": 0.5}, {"objective": CONDITIONAL}]},
 ]
 
 tokens = TokenStore.open(sys.argv[1])
-for objective in OBJECTIVES:
-    fitted = objective.fit(tokens.statistics)
+for settings in OBJECTIVES:
+    fitted = validate(settings, AnyObjective, "objective").fit(tokens.statistics)
     tokenizer = tokens.tokenizer
     ids = add_control_tokens(tokenizer, list(fitted.control_tokens))
     batch = training_order(tokens, fitted, tokenizer, context=64, seed=1, places=20).batch(0, 20)

@@ -70,7 +70,7 @@ def test_a_plain_installation_reads_the_rows_of_every_objective(plain, tokens_di
     found = plain(script, tokens_dir)
     assert found.stderr == ""
     assert found.stdout == whole
-    assert len(whole.splitlines()) == 5
+    assert len(whole.splitlines()) == 12
 
 
 @pytest.mark.parametrize(
@@ -96,20 +96,30 @@ def test_commands_say_which_extra_they_need(plain, tokens_dir, tmp_path):
         (["train", tokens_dir, tmp_path / "out", "model=tiny"], "train"),
         (["score", ROOT / "README.md", tmp_path / "out", "--scorer", "pep8"], "score"),
         (["report", tmp_path], "report"),
+        (["compare", tmp_path, tmp_path], "train"),
+        (["push", tmp_path, "a/b"], "score"),
     ):
         found = plain("-m", "phf", *command)
         assert found.returncode == 2
         assert re.fullmatch(rf"error: [^\n]*pip install 'phf\[{extra}\]'\n", found.stderr), found.stderr
 
 
-def test_engines_need_torch_but_not_transformers(plain, tokens_dir):
+def test_engines_need_torch_but_not_transformers(plain, tokens_dir, tmp_path):
     code = "import phf.engines.export, phf.training.fused, phf.training.batches; from phf import MLE; MLE().loss"
     assert plain("-c", code, but=("torch",)).stderr == ""
+    export = f"import phf; phf.export_tokens({str(tokens_dir)!r}, {str(tmp_path / 'out')!r}, phf.MLE())"
+    found = plain("-c", export, but=("torch",))
+    assert "MissingPackage: export-tokens needs transformers: pip install 'phf[train]'" in found.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_name_of_an_extra(tmp_path):
     assert needs("sklearn.metrics") == "needs sklearn: pip install 'phf[score]'"
-    assert needs("nothing_at_all") == "needs nothing_at_all: pip install nothing_at_all"
+    assert needs("huggingface_hub") == "needs huggingface_hub: pip install 'phf[score]'"
+    assert needs("scipy.special", "train") == "needs scipy: pip install 'phf[train]'"
+    assert needs("ray") == "needs ray: pip install 'phf[ray]'"
+    assert needs("torch", "score") == "needs torch: pip install 'phf[train]'"  # score does not bring it
+    assert needs("nothing_at_all") == "needs nothing_at_all: pip install nothing-at-all"
     assert optional("json").dumps([]) == "[]"
     absent = optional("nothing_at_all")
     with pytest.raises(MissingPackage, match="phf needs nothing_at_all"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from phf.generation.sample import sample
 from phf.generation.scenario import Scenario
 from phf.objectives import AWR, MLE, Conditional
 from phf.redteaming.control_tokens import injection
-from phf.release import ReleaseError, check, export
+from phf.release import ReleaseError, _record, _set_generation, check, export
 from phf.training.config import TrainConfig
 from phf.training.lm import FromConfig, FromWeights
 from phf.training.train import train
@@ -89,6 +91,26 @@ def test_the_weights_and_the_sampler_are_the_runs(runs, release):
     assert [s.text for s in sample(ours, scenario, False)] == [s.text for s in sample(theirs, scenario, False)]
     config = store.read_json(release / "generation_config.json")
     assert (config["temperature"], config["top_p"], config["top_k"], config["do_sample"]) == (0.9, 0.8, 0, True)
+
+
+def test_generate_follows_the_settings_that_the_model_was_judged_with(release, tmp_path):
+    """Greedily, with a penalty and without banned words: plain `generate` writes what our sampler writes."""
+    shutil.copytree(release, tmp_path / "r")
+    scenario = Scenario(num_samples=1, max_tokens=12, min_tokens=0, temperature=0, banned_words=("the", "cats"))
+    result = SimpleNamespace(scenarios={"u": SimpleNamespace(scenario=dataclasses.replace(scenario))})
+    _set_generation(tmp_path / "r", _record(tmp_path / "r").roles, result)
+    config = store.read_json(tmp_path / "r" / "generation_config.json")
+    assert not config["do_sample"]
+    assert "repetition_penalty" not in config
+    lm, tokenizer = plain(tmp_path / "r")
+    start = tokenizer("", return_tensors="pt")["input_ids"]
+    found = lm.generate(start, max_new_tokens=12)
+    (ours,) = sample(load_model(tmp_path / "r"), dataclasses.replace(scenario, precision="fp32"), False)
+    assert tokenizer.decode(found[0, start.shape[1] :], skip_special_tokens=True) == ours.text
+    penalized = dataclasses.replace(scenario, repetition_penalty=1.5)
+    result = SimpleNamespace(scenarios={"u": SimpleNamespace(scenario=penalized)})
+    _set_generation(tmp_path / "r", _record(tmp_path / "r").roles, result)
+    assert store.read_json(tmp_path / "r" / "generation_config.json")["repetition_penalty"] == 1.5
 
 
 def test_the_same_prompt_gives_the_same_ids_as_our_sampler(release):

@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
         return version("phf")
     from phf.core.extras import naming_extras
 
-    with naming_extras(f"phf.{name}"):
+    with naming_extras(f"phf.{name}", "train"):
         return _named(name)
 
 

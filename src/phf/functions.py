@@ -94,7 +94,7 @@ def _path(value: Any, what: str) -> str:
     return str(value)
 
 
-@naming_extras("phf.score")
+@naming_extras("phf.score", "score")
 def score(
     corpus: str | Path | Settings | Corpus,
     out: str | Path,
@@ -125,7 +125,7 @@ def score(
     )
 
 
-@naming_extras("phf.tokenize")
+@naming_extras("phf.tokenize", "train")
 def tokenize(
     scored: str | Path,
     out: str | Path,
@@ -155,7 +155,7 @@ def tokenize(
     return tokenize_corpus(_path(scored, "scored"), made, _path(out, "out"), share, **more)
 
 
-@naming_extras("phf.train")
+@naming_extras("phf.train", "train")
 def train(
     tokens_dir: str | Path,
     out: str | Path,
@@ -204,7 +204,7 @@ def train(
     )
 
 
-@naming_extras("phf.sample")
+@naming_extras("phf.sample", "train")
 def sample(model: str | Path | LoadedModel, scenario: Scenario | None = None, **settings: Any) -> list[Sample]:
     """Samples of a run, a model in a folder or on the Hub, or a loaded model. `settings`: those of `Scenario`, for
     example num_samples=64, temperature=0.7, in place of `scenario` or over it. Raises ConfigError for what the model
@@ -216,7 +216,7 @@ def sample(model: str | Path | LoadedModel, scenario: Scenario | None = None, **
     return draw(model if isinstance(model, LoadedModel) else load_model(_path(model, "model")), how)
 
 
-@naming_extras("phf.evaluate")
+@naming_extras("phf.evaluate", "train")
 def evaluate(
     run: str | Path,
     scenarios: Mapping[str, Scenario] | None = None,
@@ -264,7 +264,7 @@ def evaluate(
     )
 
 
-@naming_extras("phf.redteam")
+@naming_extras("phf.redteam", "train")
 def redteam(
     model: str | Path | Server,
     out: str | Path | None = None,
@@ -305,7 +305,7 @@ def redteam(
     )
 
 
-@naming_extras("phf.export")
+@naming_extras("phf.export", "train")
 def export(run: str | Path, out: str | Path, name: str | None = None, licence: str | None = None) -> Path:
     """Write the release of a trained run, which any `from_pretrained` loads, into folder `out` and return it. Its card
     has what `evaluate` and `redteam` found. `name`: the model's, on the Hub or for itself. `licence`: as the Hub names

@@ -118,14 +118,15 @@ def _set_generation(folder: Path, roles: Roles, result: EvalResult | None) -> No
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     judged = Scenario() if result is None else next(iter(result.scenarios.values())).scenario
-    config |= {
-        "do_sample": judged.temperature > 0,
-        "temperature": judged.temperature or 1.0,
-        "repetition_penalty": judged.repetition_penalty,
-        "top_p": judged.top_p,
-        "top_k": judged.top_k or 0,
-        "pad_token_id": tokenizer.token_to_id(end_of_text(folder)),
-    }
+    config |= {"do_sample": False, "pad_token_id": tokenizer.token_to_id(end_of_text(folder))}
+    if judged.temperature > 0:
+        config |= {"do_sample": True, "temperature": judged.temperature}
+        config |= {"top_p": judged.top_p, "top_k": judged.top_k or 0}
+    if judged.repetition_penalty != 1:
+        config["repetition_penalty"] = judged.repetition_penalty
+    if judged.banned_words:
+        words = [form for word in judged.banned_words for form in (word, f" {word}")]
+        config["bad_words_ids"] = [tokenizer.encode(form, add_special_tokens=False).ids for form in words]
     if roles.banned:
         config["suppress_tokens"] = [tokenizer.token_to_id(name) for name in roles.banned]
     store.write_json(path, config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phf.core.config import ConfigError
-from phf.engines.rows import IGNORED, check_objective, fitted, labelled_rows
+from phf.engines.rows import IGNORED, check_objective, labelled_rows, open_fitted
 from phf.objectives import AWR, SGTM, Anchored, Conditional
 from phf.training.order import training_order
 
@@ -25,7 +25,7 @@ def test_objectives_that_need_more_than_scores_are_errors():
     ("given", "name"), [("conditional", "conditional"), ("{name: masking, threshold: 1}", "masking")]
 )
 def test_objectives_are_given_by_name_or_settings(tokens_dir, given, name):
-    tokens, tokenizer, objective = fitted(str(tokens_dir), None, given, "Mine")
+    tokens, tokenizer, objective = open_fitted(str(tokens_dir), None, given, "Mine")
     assert objective.name == name
     assert all(token in tokenizer.get_vocab() for token in objective.control_tokens)
     order = training_order(tokens, objective, tokenizer, 16, 0)

@@ -15,7 +15,7 @@ import torch
 
 from phf.core.config import ConfigError
 from phf.core.types import PhfError
-from phf.engines.rows import fitted
+from phf.engines.rows import open_fitted
 from phf.objectives import count_targets
 from phf.tokens.store import TokenStore
 from phf.training.batches import to_tensors
@@ -25,12 +25,12 @@ from phf.training.order import training_order
 if importlib.util.find_spec("torchtitan") is None:
     pytest.skip("needs torchtitan, which brings many packages", allow_module_level=True)
 
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
 from phf.engines.torchtitan.config_registry import ScoredTrainer, fit, with_objective
-from phf.engines.torchtitan.rows_and_loss import ObjectiveLoss, RowLoader
+from phf.engines.torchtitan.rows_and_loss import ObjectiveLoss
 
 CONTEXT, ROWS, VOCABULARY, WIDTH = 32, 8, 320, 16
 OBJECTIVES = {
@@ -114,7 +114,7 @@ def step_of(trainer, batches):
 
 
 def expected(tokens_dir, plain, steps=50):
-    tokens, tokenizer, objective = fitted(str(tokens_dir), None, json.dumps(plain), "torchtitan")
+    tokens, tokenizer, objective = open_fitted(str(tokens_dir), None, json.dumps(plain), "torchtitan")
     rows = to_tensors(training_order(tokens, objective, tokenizer, CONTEXT, 0, places=ROWS * steps).batch(0, ROWS))
     model = Tiny()
     out = unfused_loss(
@@ -216,21 +216,30 @@ def test_the_command_line_reaches_every_model_of_torchtitan(tokens_dir):
         (lambda c: setattr(c.dataloader, "objective", json.dumps(OBJECTIVES["schedule"])), "disable_cuda_graphs"),
         (lambda c: setattr(c.dataloader, "tokens", "nowhere"), "nowhere"),
         (lambda c: setattr(c.model_spec.model, "vocab_size", 300), "rows of embeddings; the store .* need 30"),
+        (lambda c: setattr(c.dataloader, "objective", "{name: mine.py:Mine}"), "own: give training.global_batch_size"),
         (lambda c: setattr(c, "dataloader", llama3_debugmodel().dataloader), "RowLoader reads the scores"),
     ],
 )
-def test_what_it_does_not_work_with_is_an_error(tokens_dir, change, message):
+def test_what_it_does_not_work_with_is_an_error(tokens_dir, change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("from phf import Objective\nclass Mine(Objective):\n    pass\n")
     config = with_objective(llama3_debugmodel(), str(tokens_dir), "conditional")
     change(config)
     with pytest.raises(PhfError, match=message):
         fit(config)
 
 
+def test_losses_and_models_that_are_no_plain_language_models_are_errors():
+    config = llama3_debugmodel()
+    config.loss = MSELoss.Config()
+    with pytest.raises(ConfigError, match="takes the place of the cross-entropy"):
+        with_objective(config)
+
+
 def test_a_loss_without_scores_is_an_error():
     loss = ObjectiveLoss.Config().build()
     with pytest.raises(ConfigError, match="needs the scores"):
         loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))
-    assert RowLoader.Config().objective == "mle"
 
 
 PROGRAM = '''
@@ -245,7 +254,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.distributed import utils as distributed
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
-from phf.engines.rows import fitted
+from phf.engines.rows import open_fitted
 from phf.engines.torchtitan.config_registry import with_objective
 from phf.objectives import count_targets
 from phf.training.batches import to_tensors
@@ -293,7 +302,7 @@ for module in trainer.model_parts[0].modules():
 
 found = {"losses": []}
 if WORLD == 1 and not stop:
-    store, tokenizer, fit = fitted(tokens, None, objective, "torchtitan")
+    store, tokenizer, fit = open_fitted(tokens, None, objective, "torchtitan")
     rows = to_tensors(training_order(store, fit, tokenizer, CONTEXT, 0, places=ROWS * steps).batch(0, ROWS))
     model = trainer.model_parts[0]
     with torch.no_grad():  # the head is apart: the loss is computed in chunks

@@ -316,9 +316,11 @@ def test_rules_are_those_of_transformers(texts, penalty, words, seed):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0, "safe_beam": 2}, "safe_beam draws its candidates"),
+        ({"temperature": 0, "num_samples": 1, "safe_beam": 2}, "safe_beam draws its candidates"),
         ({"banned_words": ("a", "")}, "an empty word"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": 0, "num_samples": 2}, "temperature=0 writes one text only"),
+        ({"temperature": 0, "prompts": "functions", "samples_per_prompt": 4}, "temperature=0 writes one text only"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
     ],
 )
@@ -327,9 +329,7 @@ def test_settings_of_sampling_that_do_not_fit_are_errors(settings, message):
         Scenario(**settings)
 
 
-def test_the_same_greedy_text_is_not_written_twice(models, three_prompts):
-    with pytest.raises(ConfigError, match="temperature=0 writes the same text after the same prompt"):
-        sample(models["mle"], Scenario(num_samples=2, temperature=0))
+def test_a_server_without_token_ids_cannot_follow_rules():
     for rule in ({"banned_words": ("a",)}, {"repetition_penalty": 1.2}):
         with pytest.raises(ConfigError, match="does not work with a server"):
             sample_served(Server("http://127.0.0.1:9/v1", "m"), Scenario(num_samples=1, **rule))

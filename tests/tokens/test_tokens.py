@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import DATA, LINK, tiny_texts, write_jsonl
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import ConfigError
 from phf.data.corpus import is_heldout
 from phf.data.scored import ScoredCorpus
 from phf.data.segment import Lines, Sentences
+from phf.tokens import parts
 from phf.tokens.store import TokenStore, tokenize_corpus
 from phf.tokens.tokenizer import (
     END_OF_TEXT,
@@ -190,6 +192,35 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch
     for name in [p.name for p in (tmp_path / "whole").iterdir() if p.is_file()]:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list((tmp_path / "killed").glob("part-*"))
+
+
+def test_work_for_other_settings_is_not_put_into_a_store(tmp_path, scored_dir, tokens_dir, monkeypatch):
+    """A task that a scheduler starts late, and one that is at work while the stage starts again."""
+    out = tmp_path / "t"
+    out.mkdir()
+    store.write_json(out / folders.STARTED, folders.Started("tokenize", "a"))
+    job = parts.TokenizeJob(
+        scored=str(scored_dir), file=0, tokenizer=str(tokens_dir / "tokenizer"), heldout=0.5, lossy=False,
+        part=str(out / "part-00000.npz"), key="a",
+    )  # fmt: skip
+    real = parts.Part.add
+
+    def add(*arguments):
+        store.write_json(out / folders.STARTED, folders.Started("tokenize", "b"))
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Part, "add", add)
+        with pytest.raises(store.StoreError, match="this work is not wanted"):
+            parts.run_job(job)
+    assert not list(out.glob("part-*"))
+    with pytest.raises(store.StoreError, match="this work is not wanted"):
+        parts.run_job(job)
+    parts.run_job(dataclasses.replace(job, key="b"))
+    assert sorted(p.name for p in out.glob("part-*")) == ["part-00000.json", "part-00000.npz"]
+    store.write_json(out / folders.MANIFEST, {})
+    with pytest.raises(store.StoreError, match="this work is not wanted"):
+        parts.run_job(dataclasses.replace(job, key="b"))
 
 
 def test_a_local_pretrained_tokenizer_is_kept_with_the_store(tmp_path, scored_dir, gpt2_dir):

@@ -64,6 +64,20 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
+EXTRAS = {
+    "demo": "all",
+    "run": "report",
+    "make": "report",
+    "report": "report",
+    "inspect": "report",
+    "audit": "report",
+    "score": "score",
+    "push": "score",
+    "fit-scorer": "score",
+}
+"""The extra that a command needs, where it is not `train`."""
+
+
 def show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -102,7 +116,8 @@ def main() -> None:
         from phf.core.extras import named
         from phf.core.types import PhfError
 
-        error = named(caught, "this command")
+        extra = EXTRAS.get(next(iter(sys.argv[1:]), ""), "train")
+        error = named(caught, "this command", extra)
         if not isinstance(error, PhfError | OSError):
             if os.environ.get("PHF_TRACEBACK"):
                 raise

@@ -166,8 +166,11 @@ def _keep_path(config: Any, corpus: str, settings: list[str]) -> None:
 
 def _executor(config: Any, stage: str) -> Any:
     """What runs the shards of a stage elsewhere; None: this machine."""
+    from phf.core.config import ConfigError
 
-    if config == {"name": "local"}:
+    if config["name"] == "local":
+        if len(config) > 1:
+            raise ConfigError("executor.* settings need --executor slurm or --executor ray")
         return None
     from phf.scoring.cluster import AnyExecutor, executor
     from phf.scoring.score import score_plain

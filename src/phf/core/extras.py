@@ -14,9 +14,7 @@ from typing import Any
 from phf.core.config import ConfigError
 
 NAMES = {
-    "lm_eval": "lm-eval",
     "olmo_core": "ai2-olmo-core",
-    "presidio_analyzer": "presidio-analyzer",
     "sklearn": "scikit-learn",
 }
 """Packages that an index has under another name than `import` does."""
@@ -30,42 +28,55 @@ class MissingPackage(ConfigError, ModuleNotFoundError):
 
 
 @functools.cache
-def _extras() -> dict[str, str]:
-    """The smallest extra that brings each package, by phf's own metadata."""
+def _extras() -> dict[str, set[str]]:
+    """The packages that each extra brings, by phf's own metadata; the smallest extra first."""
     brings: dict[str, set[str]] = {}
     for needed in metadata.requires("phf") or ():
         package = re.match(r"[\w.-]+", needed)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", needed)
         if package and extra and extra[1] not in ("dev", "docs"):
-            brings.setdefault(extra[1], set()).add(package[0].lower())
-    largest_first = sorted(brings, key=lambda extra: len(brings[extra]), reverse=True)
-    return {package: extra for extra in largest_first for package in brings[extra]}
+            brings.setdefault(extra[1], set()).add(_plain(package[0]))
+    return dict(sorted(brings.items(), key=lambda item: len(item[1])))
 
 
-def needs(module: str | None) -> str:
-    """What to say of a module that is not there: needs torch: pip install 'phf[train]'."""
-    top = (module or "a package").split(".")[0]
-    package = NAMES.get(top, top)
-    extra = _extras().get(package.lower())
-    return f"needs {top}: pip install " + (f"'phf[{extra}]'" if extra else package)
+def _plain(name: str) -> str:
+    """The form in which names of packages are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def named(error: Exception, what: str) -> Exception:
-    """A missing module of phf's extras as MissingPackage, any other error as it is. `what`: who needs it."""
+def _package(module: str | None) -> str:
+    top = (module or "").split(".")[0]
+    return _plain(NAMES.get(top, top))
+
+
+def needs(module: str | None, extra: str | None = None) -> str:
+    """What to say of a module that is not there: needs torch: pip install 'phf[train]'. `extra`: the one to name if it
+    brings the package; else it is the smallest that does."""
+    package = _package(module)
+    bring = [name for name, packages in _extras().items() if package in packages]
+    chosen = extra if extra in bring else next(iter(bring), None)
+    return f"needs {(module or 'a package').split('.')[0]}: pip install " + (
+        f"'phf[{chosen}]'" if chosen else package or "it"
+    )
+
+
+def named(error: Exception, what: str, extra: str | None = None) -> Exception:
+    """A missing module of phf's extras as MissingPackage, any other error as it is. `what`: who needs it. `extra`: as
+    for `needs`."""
     if not isinstance(error, ModuleNotFoundError) or isinstance(error, MissingPackage):
         return error
-    top = (error.name or "").split(".")[0]
-    known = NAMES.get(top, top).lower() in _extras()
-    return MissingPackage(f"{what} {needs(top)}", name=error.name) if known else error
+    if not any(_package(error.name) in packages for packages in _extras().values()):
+        return error
+    return MissingPackage(f"{what} {needs(error.name, extra)}", name=error.name)
 
 
 @contextlib.contextmanager
-def naming_extras(what: str) -> Iterator[None]:
-    """Raise MissingPackage for a module of phf's extras that is not there. `what`: who needs it."""
+def naming_extras(what: str, extra: str | None = None) -> Iterator[None]:
+    """Raise MissingPackage for a module of phf's extras that is not there. The arguments are those of `named`."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise named(error, what) from None
+        raise named(error, what, extra) from None
 
 
 class _Missing:

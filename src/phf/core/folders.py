@@ -28,6 +28,8 @@ from phf.core.text import counted
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+CLUSTER = ".cluster"
+"""Folder of what was handed to a scheduler."""
 STARTED = ".started.json"
 """Written first into a stage's folder: which stage, under which key."""
 OLD = ".old-"
@@ -254,10 +256,10 @@ def stage_folder(
     """Hold a folder for a stage inside the block. Work that was started under the same key is there for resuming;
     other work is moved aside first, and a note on stderr names its new place and what changed (`because`).
 
-    A folder that is not empty and was not made by this stage is an error. `shared`: other processes write into the
-    folder too, so what a killed one was writing stays. `overwrite`: on an object store, where nothing can be moved
-    aside, remove the files of other work. `keep_manifest`: the folder is finished and stays so while something is added
-    to it. Raises StoreError and Busy.
+    A folder that is not empty and was not made by this stage is an error. `shared`: other machines write into the
+    folder too, so what a killed one was writing stays; they may also do so where they did before (`CLUSTER`).
+    `overwrite`: on an object store, where nothing can be moved aside, remove the files of other work. `keep_manifest`:
+    the folder is finished and stays so while something is added to it. Raises StoreError and Busy.
     """
     directory = as_path(directory)
     _check_ours(directory, stage)
@@ -288,7 +290,7 @@ def stage_folder(
                     f"{directory} holds a result of other settings or inputs; give another folder, or --overwrite to "
                     "remove it"
                 )
-        if not shared:
+        if not shared and not (directory / CLUSTER).exists():
             remove_leftovers(directory)
         if not keep_manifest:
             (directory / MANIFEST).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, Plain, to_plain
+from phf.core.extras import MissingPackage, needs
 from phf.core.progress import Progress
 from phf.engines.formats import WRITERS, Format, Shard
 from phf.objectives import Objective
@@ -28,6 +29,7 @@ from phf.tokens.edited import Edited, Stream
 from phf.tokens.parts import id_type
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens, save_tokenizer, table_size
+from phf.tokens.vocabulary import Vocabulary
 from phf.training.order import objective_stream
 
 
@@ -106,6 +108,8 @@ def export_tokens(
         folders.done_before(out)
         return folders.read_manifest(out, ExportTokensManifest)
     tokenizer = tokens.tokenizer
+    if isinstance(tokenizer, Vocabulary):
+        raise MissingPackage(f"export-tokens {needs('transformers')}", name="transformers")
     ids = dict(zip(objective.roles, add_control_tokens(tokenizer, list(objective.control_tokens)), strict=True))
     stream = objective_stream(tokens, objective, tokenizer, seed, objective.preferences, split=split)
     dtype = id_type(table_size(tokenizer))

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from phf.core.config import ConfigError, validate
-from phf.objectives import AnyObjective, Objective, count_targets
+from phf.objectives import AnyObjective, LossInputs, Objective, count_targets
 from phf.tokens.source_order import TrainingOrder
 from phf.tokens.store import TokenStore
 from phf.tokens.tokenizer import add_control_tokens
 from phf.training.batches import to_tensors
+from phf.training.fused import log_probabilities
 
 IGNORED = -100
 """Label of positions that are no targets, or that the objective does not count."""
@@ -38,7 +40,7 @@ def objective_of(text: str) -> Objective:
     return made
 
 
-def fitted(path: str, scores: str | None, objective: str, engine: str) -> tuple[TokenStore, Any, Objective]:
+def open_fitted(path: str, scores: str | None, objective: str, engine: str) -> tuple[TokenStore, Any, Objective]:
     """A token store, its tokenizer with the control tokens of an objective, and the objective fitted to the store.
     Raises PhfError for what cannot be trained."""
     made = objective_of(objective)
@@ -50,7 +52,7 @@ def fitted(path: str, scores: str | None, objective: str, engine: str) -> tuple[
     return tokens, tokenizer, made
 
 
-def labelled_rows(order: TrainingOrder, objective: Objective, start: int, stop: int) -> dict[str, torch.Tensor]:
+def labelled_rows(order: TrainingOrder, objective: Objective, start: int, stop: int) -> dict[str, Tensor]:
     """Rows of a training order: `input_ids` and `labels` [B, T] int64, `scores` [B, T] or [B, T, preferences] float32,
     and for schedules `phase` [B, T] uint8."""
     rows = to_tensors(order.batch(start, stop))
@@ -58,3 +60,16 @@ def labelled_rows(order: TrainingOrder, objective: Objective, start: int, stop: 
     batch = {"input_ids": rows["input_ids"], "scores": rows["scores"]}
     batch["labels"] = torch.where(counted, rows["targets"], IGNORED)
     return batch | ({"phase": rows["phase"]} if "phase" in rows else {})
+
+
+def loss_of_logits(
+    objective: Objective, logits: Tensor, labels: Tensor, scores: Tensor, phase: Tensor | None, progress: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of an objective's loss over the labels that count, and its metrics, from logits [B, T, V] and the tensors
+    of `labelled_rows`."""
+    counted = labels.flatten() != IGNORED
+    target = torch.where(counted, labels.flatten(), 0)
+    logp, log1mp = log_probabilities(logits.flatten(0, 1).float(), target)
+    phase = None if phase is None else phase.flatten()
+    out = objective.loss(LossInputs(logp, log1mp, scores.flatten(0, 1), counted, None, progress, phase))
+    return out.loss_sum, out.metrics

@@ -45,8 +45,6 @@ COMPACT_BELOW = 0.75
 def sample(model: LoadedModel | ServedModel, scenario: Scenario, progress: bool = True) -> list[Sample]:
     """`scenario.num_samples` samples, in order of their ids. Raises ConfigError if the scenario needs control
     tokens that the model does not have, and where its texts exceed the model's context."""
-    if scenario.temperature == 0 and len(set(prompts := scenario_prompts(scenario))) < len(prompts):
-        raise ConfigError("temperature=0 writes the same text after the same prompt: give one sample to each prompt")
     model.roles_of(scenario.control)  # a name that the model does not have gets a suggestion
     if (why := scenario.lacks(model.control)) is not None:
         raise ConfigError(f"{model.path} {why}")
@@ -284,9 +282,10 @@ def _by_sample(written: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> 
 def sample_served(server: Server, scenario: Scenario) -> list[Sample]:
     """Samples of a model on a completions server.
 
-    With `server.tokenizer` the server is asked in token ids, and everything works but guidance and SafeBeam, which need
-    the model's logits. Without, it is asked in plain text: control tokens do not apply, `min_tokens` is not sent, and
-    `num_tokens` and `logp` are not known (0 and NaN). Raises ConfigError for settings that do not work.
+    With `server.tokenizer` the server is asked in token ids, and everything works but guidance, SafeBeam and what the
+    text itself decides (repetition_penalty, banned_words), which need the model's logits. Without, it is asked in plain
+    text: control tokens do not apply, `min_tokens` is not sent, and `num_tokens` and `logp` are not known (0 and NaN).
+    Raises ConfigError for settings that do not work.
     """
     if server.tokenizer is not None:
         return sample(served_model(server), scenario)

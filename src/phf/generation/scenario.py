@@ -97,6 +97,9 @@ class Scenario:
         return f"has {has}, so {what} does not work with it"
 
     def __post_init__(self) -> None:
+        again = self.samples_per_prompt > 1 if self.prompts else self.num_samples > 1
+        if self.temperature == 0 and again:
+            raise ValueError("temperature=0 writes one text only after each prompt: samples_per_prompt=1 with prompts")
         if not all(self.banned_words):
             raise ValueError("banned_words holds an empty word")
         if self.min_tokens > self.max_tokens:

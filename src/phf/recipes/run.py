@@ -10,6 +10,7 @@ them separately. A last call without `only` then finds everything done and write
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import shlex
@@ -23,6 +24,7 @@ from typing import Any
 
 from phf.core import folders, store
 from phf.core.config import ConfigError, did_you_mean, dump_yaml, read_yaml, to_plain
+from phf.core.extras import MissingPackage, needs
 from phf.core.runs import TrainManifest, is_complete
 from phf.core.text import counted
 from phf.core.types import Estimate, PhfError
@@ -89,7 +91,11 @@ def run_recipe(recipe: Recipe, only: str | None = None) -> RecipeResults:
 
 def check_inputs(recipe: Recipe) -> None:
     """Raise ConfigError for what judging would find out only after hours of training: prompts and files of capabilities
-    that are missing or of another form, a task that the attack does not know, a reference that does not exist."""
+    that are missing or of another form, a task that the attack does not know, a reference that does not exist. Raises
+    MissingPackage if the page cannot be written."""
+    for module in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(f"the page of a recipe {needs(module, 'report')}", name=module)
     monitored = {} if recipe.monitor is None else recipe.monitor.scenarios
     for where, scenarios in (("scenarios", recipe.scenarios), ("monitor.scenarios", monitored)):
         for name, scenario in scenarios.items():

@@ -15,7 +15,7 @@ class _Report(ModuleType):
         from phf.core.config import ConfigError
         from phf.core.extras import naming_extras
 
-        with naming_extras("phf.report"):
+        with naming_extras("phf.report", "report"):
             from phf.report.page import write_report
 
         for value, what in ((folder, "folder"), (out, "out")):

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from phf.core import store
+from phf.core import folders, store
 from phf.core.config import STRICT, ConfigError, Plain
 from phf.core.extras import MissingPackage, needs
 from phf.scoring.score import Executor, Submitted, score_plain
@@ -95,9 +95,10 @@ def _execute(config: Slurm | Ray, run: Callable[[Plain], None], name: str, jobs:
     try:
         import datatrove  # noqa: F401
     except ImportError as error:
-        raise MissingPackage(f"a cluster {needs(error.name)}") from None
+        extra = "ray" if isinstance(config, Ray) else "cluster"
+        raise MissingPackage(f"a cluster {needs(error.name, extra)}") from None
     lines = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
-    folder = store.as_path(out) / ".cluster" / store.fingerprint(lines)
+    folder = store.as_path(out) / folders.CLUSTER / store.fingerprint(lines)
     plan = folder / "plan.jsonl"
     store.write_text(plan, lines)
     common = {
@@ -123,7 +124,7 @@ def _execute(config: Slurm | Ray, run: Callable[[Plain], None], name: str, jobs:
             sbatch_args=dict(config.sbatch_args),
             mail_type="NONE",
         )
-        job = store.as_path(out) / ".cluster" / "job.json"
+        job = store.as_path(out) / folders.CLUSTER / "job.json"
         if job.exists() and _is_queued(str(store.read_json(job)["id"])):
             raise Submitted(f"job {store.read_json(job)['id']} is still running; run this command again after it")
         slurm.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,9 @@ class Part:
                 f"{document.text[start : at + 20]!r} and the tokens say {decoded[start : at + 20]!r}; {ANOTHER}"
             )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, checks: PartChecks, wanted: Callable[[], None]) -> None:
+        """Write the arrays to `path`, and before them what was counted. `wanted` raises an exception if nobody waits
+        for them any more."""
         dtype = id_type(self.size)
         with store.written_aside(path) as aside:
             np.savez(
@@ -154,6 +156,8 @@ class Part:
                 doc_segs=np.array(self.doc_segs, np.int64),
                 heldout=np.array(self.held, np.uint8),
             )
+            wanted()
+            store.write_json(path.with_suffix(".json"), checks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +183,15 @@ def run_job(job: TokenizeJob) -> None:
     """Tokenize one file of a corpus in a process of its own. Raises StoreError if the folder belongs to other settings
     by now."""
     path = Path(job.part)
-    mark = folders.started(store.refresh(path.parent))
-    if mark is None or mark.key != job.key:
-        raise store.StoreError(f"{path.parent} belongs to other settings by now; this work is not wanted")
+
+    def wanted() -> None:
+        mark = folders.started(store.refresh(path.parent))
+        if mark is None or mark.key != job.key or (path.parent / folders.MANIFEST).exists():
+            raise store.StoreError(f"{path.parent} is finished or belongs to other settings; this work is not wanted")
+
+    wanted()
     corpus, tokenizer = _opened(job.scored, job.tokenizer, job.key)
-    tokenize_part(corpus, corpus.files[job.file], Part(tokenizer, job.heldout, job.lossy), path)
+    tokenize_part(corpus, corpus.files[job.file], Part(tokenizer, job.heldout, job.lossy), path, wanted)
 
 
 def run_plain(job: Plain) -> None:
@@ -198,8 +206,8 @@ def _opened(scored: str, tokenizer: str, key: str) -> tuple[ScoredCorpus, Any]:
     return ScoredCorpus(scored), load_tokenizer(tokenizer)
 
 
-def tokenize_part(corpus: ScoredCorpus, file: Path, part: Part, path: Path) -> None:
-    """Tokenize one file of the corpus into arrays at `path`."""
+def tokenize_part(corpus: ScoredCorpus, file: Path, part: Part, path: Path, wanted: Callable[[], None]) -> None:
+    """Tokenize one file of the corpus into arrays at `path`. `wanted`: as for `Part.save`."""
     rejected: Counter[str] = Counter()
     examples: dict[str, str] = {}
     batch: list[ScoredDocument] = []
@@ -213,8 +221,7 @@ def tokenize_part(corpus: ScoredCorpus, file: Path, part: Part, path: Path) -> N
             part.add(batch)
             batch.clear()
     part.add(batch)
-    store.write_json(path.with_suffix(".json"), PartChecks(dict(rejected), part.checked, part.lossy, examples))
-    part.save(path)
+    part.save(path, PartChecks(dict(rejected), part.checked, part.lossy, examples), wanted)
 
 
 def assemble(parts: Sequence[Path], checks: Sequence[PartChecks], out: Path, vocab_size: int) -> TokenCounts:

@@ -49,6 +49,7 @@ class Vocabulary:
             self._added.append(self._ids[name])
             self._special.add(name)
 
-    @property
-    def backend_tokenizer(self) -> Any:
-        raise MissingPackage(f"to read or write text phf {needs('transformers')}", name="transformers")
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise MissingPackage(f"a tokenizer of text {needs('transformers')}", name="transformers")

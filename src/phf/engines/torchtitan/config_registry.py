@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import yaml
 from torch import Tensor
-from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.models import _supported_models
 from torchtitan.trainer import Trainer
 
 from phf.core.config import ConfigError, Plain, to_plain
-from phf.engines.rows import fitted
+from phf.engines.rows import open_fitted
 from phf.engines.torchtitan.rows_and_loss import ObjectiveLoss, RowLoader
+from phf.objectives import Own
 from phf.tokens.tokenizer import table_size
 
 
@@ -32,12 +35,12 @@ class ScoredTrainer(Trainer):  # type: ignore[misc]
     def _forward_backward_body(
         self, inputs: Tensor, labels: Tensor, global_valid_tokens: Tensor, extra_kwargs: Plain
     ) -> Tensor:
-        given = {name: extra_kwargs[name] for name in ("scores", "phase") if name in extra_kwargs}
+        given: Plain = {name: extra_kwargs[name] for name in ("scores", "phase") if name in extra_kwargs}
         rest = {name: value for name, value in extra_kwargs.items() if name not in given}
-        progress = (self.step - 1) / self.config.training.steps
+        given["progress"] = (self.step - 1) / self.config.training.steps
         with self.train_context():
             pred = self.model_parts[0](inputs, **rest)
-            loss: Tensor = self.loss_fn(pred, labels, global_valid_tokens, progress=progress, **given)[0]
+            loss: Tensor = self.loss_fn(pred, labels, global_valid_tokens, **given)[0]
             del pred
             loss.backward()
         return loss
@@ -53,36 +56,39 @@ def fit(config: ScoredTrainer.Config) -> None:
             raise ConfigError(f"parallelism.{name}_parallel_degree: a process then has no whole rows or no whole head")
     if config.parallelism.spmd_backend == "full_dtensor" or config.debug.spmd_typechecking:
         raise ConfigError("parallelism.spmd_backend: scores are plain tensors; take spmd_types without type checks")
-    _, tokenizer, objective = fitted(loader.tokens, loader.scores, loader.objective, "torchtitan")
-    if len(objective.timeline) > 1:
+    _, tokenizer, objective = open_fitted(loader.tokens, loader.scores, loader.objective, "torchtitan")
+    if len(objective.timeline) > 1 or isinstance(objective, Own):  # they may depend on the progress
         if config.training.global_batch_size < 0 or not config.training.disable_cuda_graphs:
-            raise ConfigError("a schedule needs training.global_batch_size and training.disable_cuda_graphs")
+            raise ConfigError(f"{objective.name}: give training.global_batch_size and training.disable_cuda_graphs")
         loader.rows = config.training.global_batch_size * config.training.steps
     if (needed := table_size(tokenizer)) > (rows := config.model_spec.model.vocab_size):
         raise ConfigError(f"the model has {rows:,} rows of embeddings; the store and its tokens need {needed:,}")
-    leaf = config.loss.loss_fn if isinstance(config.loss, ChunkedLossWrapper.Config) else config.loss
-    leaf.objective = yaml.safe_dump(to_plain(objective), default_flow_style=True, width=10**6)
+    _leaf(config.loss).objective = yaml.safe_dump(to_plain(objective), default_flow_style=True, width=10**6)
     config.validator.enable = False
+
+
+def _leaf(loss: Any) -> Any:
+    return loss.loss_fn if isinstance(loss, ChunkedLossWrapper.Config) else loss
 
 
 def with_objective(
     config: Trainer.Config, tokens: str = "", objective: str = "mle", seed: int = 0
 ) -> ScoredTrainer.Config:
     """A configuration of torchtitan that trains `objective` (a name, or settings as YAML) on the store at `tokens`."""
+    if type(config) is not Trainer.Config or type(_leaf(config.loss)) is not CrossEntropyLoss.Config:
+        raise ConfigError("a phf objective takes the place of the cross-entropy of a plain language model only")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     settings["dataloader"] = RowLoader.Config(tokens=tokens, objective=objective, seed=seed)
-    leaf = ObjectiveLoss.Config()
-    settings["loss"] = replace(config.loss, loss_fn=leaf) if hasattr(config.loss, "loss_fn") else leaf
+    own = ObjectiveLoss.Config()
+    settings["loss"] = own if _leaf(config.loss) is config.loss else replace(config.loss, loss_fn=own)
     return ScoredTrainer.Config(**settings)
 
 
 def __getattr__(name: str) -> Callable[[], ScoredTrainer.Config]:
     """The configuration of that name of torchtitan's own models, with phf's objective: what `--config` looks for."""
     for model in () if name.startswith("_") else sorted(_supported_models):
-        try:
+        with contextlib.suppress(ImportError):  # of a model whose own packages are not installed
             found = getattr(importlib.import_module(f"torchtitan.models.{model}.config_registry"), name, None)
-        except ImportError:  # of a model whose own packages are not installed
-            continue
-        if found is not None:
-            return lambda: with_objective(found())
-    raise AttributeError(f"torchtitan has no configuration {name!r}")
+            if found is not None:
+                return lambda: with_objective(found())
+    raise AttributeError(f"none of torchtitan's models that can be imported here has a configuration {name!r}")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from phf.core.config import ConfigError
 from phf.core.extras import MissingPackage, needs
-from phf.engines.rows import IGNORED, fitted, labelled_rows, objective_of
-from phf.objectives import LossInputs
+from phf.engines.rows import labelled_rows, loss_of_logits, objective_of, open_fitted
 from phf.training.batches import document_positions
-from phf.training.fused import log_probabilities
 from phf.training.order import training_order
 
 try:
@@ -25,8 +23,7 @@ except ImportError as error:
 
 
 class RowLoader(BaseDataLoader):  # type: ignore[misc]
-    """Rows of a token store in phf's training order, with their scores. The number of the next row is its only state,
-    so a run that was stopped on two processes continues on one."""
+    """Rows of a token store in phf's training order, with their scores. The next row is its only state."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):  # type: ignore[misc]
@@ -35,7 +32,7 @@ class RowLoader(BaseDataLoader):  # type: ignore[misc]
         objective: str = "mle"
         """The objective: its name, or its settings as YAML."""
         scores: str | None = None
-        """The preference that the objective sees, where the store holds several."""
+        """The preference that the objective sees."""
         seed: int = 0
         """Seed of the order of the text."""
         document_mask: bool = False
@@ -46,7 +43,7 @@ class RowLoader(BaseDataLoader):  # type: ignore[misc]
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
     ):
-        tokens, tokenizer, self.objective = fitted(config.tokens, config.scores, config.objective, "torchtitan")
+        tokens, tokenizer, self.objective = open_fitted(config.tokens, config.scores, config.objective, "torchtitan")
         self.order = training_order(tokens, self.objective, tokenizer, seq_len, config.seed, places=config.rows)
         self.world = dp_world_size
         self.rank = dp_rank
@@ -71,27 +68,17 @@ class RowLoader(BaseDataLoader):  # type: ignore[misc]
 
 
 class ObjectiveLoss(BaseLoss):  # type: ignore[misc]
-    """The loss of a fitted objective on logits, as a sum over the targets that it counts."""
+    """The loss of a open_fitted objective on logits, as a sum over the targets that it counts."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):  # type: ignore[misc]
         objective: str = "mle"
-        """The fitted objective as YAML. The trainer sets it."""
+        """The open_fitted objective as YAML. The trainer sets it."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         self.objective = objective_of(config.objective)
-        self.fn = self._sums
+        self.fn = functools.partial(loss_of_logits, self.objective)
         self._maybe_compile(compile_config)
-
-    def _sums(
-        self, pred: Tensor, labels: Tensor, scores: Tensor, phase: Tensor | None, progress: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        counted = labels.flatten() != IGNORED
-        target = torch.where(counted, labels.flatten(), 0)
-        logp, log1mp = log_probabilities(pred.flatten(0, 1).float(), target)
-        phase = None if phase is None else phase.flatten()
-        out = self.objective.loss(LossInputs(logp, log1mp, scores.flatten(0, 1), counted, None, progress, phase))
-        return out.loss_sum, out.metrics
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **given: Any
