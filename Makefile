@@ -57,7 +57,7 @@ newest:  ## Build and check the packages; a short recipe with the newest allowed
 	$(PYTHON) -m venv $$place/plain; \
 	$$place/plain/bin/python -m pip install -q $$place/wheel/*.whl; \
 	(cd $$place && venv/bin/phf run pep8 quick corpus.max_files=60); \
-	tokens=$$(echo $$place/runs/pep8/tokens*); \
+	tokens=$$(echo $$place/runs/*/tokens); \
 	for name in venv plain; do $$place/$$name/bin/python tests/plain_install.py "$$tokens" > $$place/$$name.txt; done; \
 	cmp $$place/venv.txt $$place/plain.txt && cat $$place/plain.txt && $$place/plain/bin/phf --help > $$place/help.txt
 
