@@ -46,9 +46,11 @@ def disturb(point: int, how: str, report: Path) -> None:
             here = seen
             if here == point and (point % 2 or how == "full"):
                 strike()
-            result = call(*args, **named)
-            if here == point and point % 2 == 0 and how != "full":
-                strike()
+            try:
+                result = call(*args, **named)
+            finally:  # also where there was nothing to change
+                if here == point and point % 2 == 0 and how != "full":
+                    strike()
             if point == 0:
                 handle = plain_open(str(report), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.write(handle, str(seen).encode())
