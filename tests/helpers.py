@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -414,6 +415,36 @@ def rule_judge() -> Iterator[RuleJudge]:
         yield server
     finally:
         server.shutdown()
+
+
+ENGINE_OBJECTIVES = {
+    "mle": {"name": "mle"},
+    "conditional": {"name": "conditional"},
+    "unlikelihood": {"name": "unlikelihood"},
+    "masking": {"name": "masking"},
+    "rwr": {"name": "rwr"},
+    "weights": {"name": "weights", "points": [[0, 1], [0.01, 0.2]]},
+    "sixty-fourth": {"name": "weights", "points": [[0, 1]], "norm": 64},
+    "tag": {"name": "tag"},
+    "hide": {"name": "hide"},
+    "schedule": {
+        "name": "schedule",
+        "phases": [{"objective": {"name": "mle"}, "until": 0.01}, {"objective": {"name": "unlikelihood"}}],
+    },
+}
+"""What the adapters of other trainers are tested with."""
+
+
+def found_by(program: Path, world: int, *arguments: Any) -> Any:
+    """What a program prints after FOUND, as JSON, on `world` processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command = [sys.executable, *launch, str(program), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=500
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("FOUND "))
 
 
 class JsonServer(ThreadingHTTPServer):

@@ -125,8 +125,8 @@ def _set_generation(folder: Path, roles: Roles, result: EvalResult | None) -> No
     if judged.repetition_penalty != 1:
         config["repetition_penalty"] = judged.repetition_penalty
     if judged.banned_words:
-        words = [form for word in judged.banned_words for form in (word, f" {word}")]
-        config["bad_words_ids"] = [tokenizer.encode(form, add_special_tokens=False).ids for form in words]
+        forms = judged.banned_forms
+        config["bad_words_ids"] = [tokenizer.encode(form, add_special_tokens=False).ids for form in forms]
     if roles.banned:
         config["suppress_tokens"] = [tokenizer.token_to_id(name) for name in roles.banned]
     store.write_json(path, config)

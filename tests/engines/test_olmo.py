@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from helpers import LINK, tiny_texts, write_jsonl
+from helpers import ENGINE_OBJECTIVES, LINK, found_by, tiny_texts, write_jsonl
 from phf.data.readers import Jsonl
 from phf.data.segment import Lines
 from phf.scoring.score import score_corpus
@@ -130,22 +127,6 @@ if world > 1:
     teardown_training_environment()
 """
 
-OBJECTIVES = {
-    "mle": {"name": "mle"},
-    "conditional": {"name": "conditional"},
-    "unlikelihood": {"name": "unlikelihood"},
-    "masking": {"name": "masking"},
-    "rwr": {"name": "rwr"},
-    "weights": {"name": "weights", "points": [[0, 1], [0.01, 0.2]]},
-    "sixty-fourth": {"name": "weights", "points": [[0, 1]], "norm": 64},
-    "tag": {"name": "tag"},
-    "hide": {"name": "hide"},
-    "schedule": {
-        "name": "schedule",
-        "phases": [{"objective": {"name": "mle"}, "until": 0.01}, {"objective": {"name": "unlikelihood"}}],
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -157,23 +138,14 @@ def place(tmp_path_factory):
 
 
 def run(place, world, *arguments):
-    launch = [sys.executable] if world == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)
-    ]  # fmt: skip
-    command = [*launch, str(place / "program.py"), str(place), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=500
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix("FOUND "))
+    return found_by(place / "program.py", world, place, *arguments)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_losses_and_gradients_are_the_formula_s(place, world):
     """With two processes, their shares of counted targets differ."""
-    found = run(place, world, "gradients", json.dumps(OBJECTIVES))
-    assert found.keys() == OBJECTIVES.keys()
+    found = run(place, world, "gradients", json.dumps(ENGINE_OBJECTIVES))
+    assert found.keys() == ENGINE_OBJECTIVES.keys()
     for name, one in found.items():
         assert one["loss"] == pytest.approx(one["want"], rel=1e-5), name
         assert one["error"] < 1e-5, name
@@ -185,7 +157,7 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one_and_is_judged(place, tmp_
     from phf.evaluation.evaluate import evaluate_model
     from phf.generation.scenario import Scenario
 
-    settings = json.dumps(OBJECTIVES["conditional"])
+    settings = json.dumps(ENGINE_OBJECTIVES["conditional"])
     whole = run(place, 1, "fit", settings, tmp_path / "whole", 12, 0)
     first = run(place, 2, "fit", settings, tmp_path / "parts", 12, 5)
     second = run(place, 1, "fit", settings, tmp_path / "parts", 12, 0)

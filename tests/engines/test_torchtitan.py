@@ -6,13 +6,11 @@ import contextlib
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from helpers import ENGINE_OBJECTIVES, found_by
 from phf.core.config import ConfigError
 from phf.core.types import PhfError
 from phf.engines.rows import open_fitted
@@ -33,21 +31,6 @@ from phf.engines.torchtitan.config_registry import ScoredTrainer, fit, with_obje
 from phf.engines.torchtitan.rows_and_loss import ObjectiveLoss
 
 CONTEXT, ROWS, VOCABULARY, WIDTH = 32, 8, 320, 16
-OBJECTIVES = {
-    "mle": {"name": "mle"},
-    "conditional": {"name": "conditional"},
-    "unlikelihood": {"name": "unlikelihood"},
-    "masking": {"name": "masking"},
-    "rwr": {"name": "rwr"},
-    "weights": {"name": "weights", "points": [[0, 1], [0.01, 0.2]]},
-    "sixty-fourth": {"name": "weights", "points": [[0, 1]], "norm": 64},
-    "tag": {"name": "tag"},
-    "hide": {"name": "hide"},
-    "schedule": {
-        "name": "schedule",
-        "phases": [{"objective": {"name": "mle"}, "until": 0.01}, {"objective": {"name": "unlikelihood"}}],
-    },
-}
 
 
 class Tiny(torch.nn.Module):
@@ -128,11 +111,11 @@ def expected(tokens_dir, plain, steps=50):
 
 
 @pytest.mark.parametrize("chunks", [0, 4], ids=["bare", "in chunks"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ENGINE_OBJECTIVES)
 def test_losses_and_gradients_are_the_formula_s(tokens_dir, name, chunks):
-    config = config_of(tokens_dir, OBJECTIVES[name], chunks)
+    config = config_of(tokens_dir, ENGINE_OBJECTIVES[name], chunks)
     loss, gradient = step_of(trainer_of(config), [next(iter(loader_of(config)))])
-    wanted, wanted_gradient = expected(tokens_dir, OBJECTIVES[name])
+    wanted, wanted_gradient = expected(tokens_dir, ENGINE_OBJECTIVES[name])
     assert loss == pytest.approx(wanted, rel=1e-5)
     assert (gradient - wanted_gradient).norm() <= 1e-5 * wanted_gradient.norm()
 
@@ -141,25 +124,25 @@ def test_losses_and_gradients_are_the_formula_s(tokens_dir, name, chunks):
 def test_a_sixty_fourth_of_the_weight_gives_a_sixty_fourth_of_the_gradient(tokens_dir, chunks):
     found = {}
     for name in ("mle", "sixty-fourth"):
-        config = config_of(tokens_dir, OBJECTIVES[name], chunks)
+        config = config_of(tokens_dir, ENGINE_OBJECTIVES[name], chunks)
         found[name] = step_of(trainer_of(config), [next(iter(loader_of(config)))])[1]
     torch.testing.assert_close(found["sixty-fourth"] * 64, found["mle"], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("chunks", [0, 4], ids=["bare", "in chunks"])
 def test_processes_with_unequal_shares_together_give_the_formula(tokens_dir, chunks):
-    config = config_of(tokens_dir, OBJECTIVES["masking"], chunks)
+    config = config_of(tokens_dir, ENGINE_OBJECTIVES["masking"], chunks)
     batches = [next(iter(loader_of(config, world=2, rank=rank))) for rank in (0, 1)]
     shares = [int((labels != -100).sum()) for _, labels in batches]
     assert shares[0] != shares[1]
     loss, gradient = step_of(trainer_of(config), batches)
-    wanted, wanted_gradient = expected(tokens_dir, OBJECTIVES["masking"])
+    wanted, wanted_gradient = expected(tokens_dir, ENGINE_OBJECTIVES["masking"])
     assert loss == pytest.approx(wanted, rel=1e-5)
     assert (gradient - wanted_gradient).norm() <= 1e-5 * wanted_gradient.norm()
 
 
 def test_a_loader_continues_on_another_number_of_processes(tokens_dir):
-    config = config_of(tokens_dir, OBJECTIVES["conditional"])
+    config = config_of(tokens_dir, ENGINE_OBJECTIVES["conditional"])
     whole = list(itertools.islice(loader_of(config), 6))
     pair = [loader_of(config, world=2, rank=rank) for rank in (0, 1)]
     parts = [list(itertools.islice(loader, 3)) for loader in pair]
@@ -179,7 +162,7 @@ def test_a_loader_continues_on_another_number_of_processes(tokens_dir):
 
 
 def test_positions_start_again_with_each_document_if_that_is_wanted(tokens_dir):
-    config = config_of(tokens_dir, OBJECTIVES["mle"])
+    config = config_of(tokens_dir, ENGINE_OBJECTIVES["mle"])
     whole, _ = next(iter(loader_of(config)))
     assert torch.equal(whole["positions"], torch.arange(CONTEXT).expand(ROWS, CONTEXT))
     config.dataloader.document_mask = True
@@ -213,7 +196,10 @@ def test_the_command_line_reaches_every_model_of_torchtitan(tokens_dir):
         (lambda c: setattr(c.dataloader, "objective", "awr"), "needs a value head"),
         (lambda c: setattr(c.dataloader, "objective", "condtional"), "conditional"),
         (lambda c: setattr(c.dataloader, "objective", "{name: ["), "objective: not YAML"),
-        (lambda c: setattr(c.dataloader, "objective", json.dumps(OBJECTIVES["schedule"])), "disable_cuda_graphs"),
+        (
+            lambda c: setattr(c.dataloader, "objective", json.dumps(ENGINE_OBJECTIVES["schedule"])),
+            "disable_cuda_graphs",
+        ),
         (lambda c: setattr(c.dataloader, "tokens", "nowhere"), "nowhere"),
         (lambda c: setattr(c.model_spec.model, "vocab_size", 300), "rows of embeddings; the store .* need 30"),
         (lambda c: setattr(c.dataloader, "objective", "{name: mine.py:Mine}"), "own: give training.global_batch_size"),
@@ -325,20 +311,13 @@ torch.distributed.destroy_process_group()
 
 def run(folder, world, *arguments):
     (folder / "program.py").write_text(PROGRAM)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command = [*launch, str(folder / "program.py"), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=500
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix("FOUND "))
+    return found_by(folder / "program.py", world, *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["conditional", "unlikelihood", "masking"])
 def test_torchtitan_s_own_trainer_trains_and_continues_on_another_number_of_processes(tokens_dir, tmp_path, name):
-    objective = json.dumps(OBJECTIVES[name])
+    objective = json.dumps(ENGINE_OBJECTIVES[name])
     whole = run(tmp_path, 1, tokens_dir, objective, tmp_path / "whole", 8, 0)
     assert whole["losses"][0][1] == pytest.approx(whole["formula"], rel=1e-5)
     assert whole["losses"][-1][1] < whole["losses"][0][1]

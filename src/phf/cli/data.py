@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -84,7 +85,7 @@ def score(
     from phf.data.scored import bad_above_of
     from phf.data.segment import AnySegmenter
     from phf.scorers import AnyScorer
-    from phf.scoring.score import add_scores, score_corpus
+    from phf.scoring.score import add_scores, score_corpus, score_plain
 
     folders, settings = split_settings(arguments)
     wanted = 1 if add is None else 0
@@ -107,7 +108,7 @@ def score(
     known_keys(config, SCORE_KEYS)
     if add is None:
         _keep_path(config["corpus"], corpus, settings)
-    runner = _executor(config["executor"], "score")
+    runner = _executor(config["executor"], "score", score_plain)
     judge: Any = checked(config["scorer"], AnyScorer, "scorer")
     if add is not None:
         manifest = add_scores(
@@ -164,8 +165,8 @@ def _keep_path(config: Any, corpus: str, settings: list[str]) -> None:
     config.setdefault("path", corpus)
 
 
-def _executor(config: Any, stage: str) -> Any:
-    """What runs the shards of a stage elsewhere; None: this machine."""
+def _executor(config: Any, stage: str, run: Callable[[Any], None]) -> Any:
+    """What runs the shards of a stage elsewhere; None: this machine. `run`: does a job that was sent as JSON."""
     from phf.core.config import ConfigError
 
     if config["name"] == "local":
@@ -173,10 +174,8 @@ def _executor(config: Any, stage: str) -> Any:
             raise ConfigError("executor.* settings need --executor slurm or --executor ray")
         return None
     from phf.scoring.cluster import AnyExecutor, executor
-    from phf.scoring.score import score_plain
-    from phf.tokens.parts import run_plain
 
-    return executor(checked(config, AnyExecutor, "executor"), score_plain if stage == "score" else run_plain, stage)
+    return executor(checked(config, AnyExecutor, "executor"), run, stage)
 
 
 def inspect(
@@ -306,13 +305,14 @@ def tokenize(
     Settings are those of --scorer (scorer.model=...) and of --executor.
     """
     from phf.core.config import ConfigError, apply_overrides
+    from phf.tokens.parts import run_plain
     from phf.tokens.store import tokenize_corpus
     from phf.tokens.tokenizer import PretrainedTokenizer, TrainBPE
 
     given = apply_overrides({}, only_overrides(settings))
     fields = take(given, "scorer")
     known_keys(given, ("scorer", "executor"))
-    runner = _executor({"name": executor, **take(given, "executor")}, "tokenize")
+    runner = _executor({"name": executor, **take(given, "executor")}, "tokenize", run_plain)
     if (scorer or fields) and not token_scores:
         raise ConfigError("--scorer is for --token-scores: the scores of segments are those of the corpus")
     config = TrainBPE(vocab_size) if tokenizer is None else PretrainedTokenizer(tokenizer, lossy=lossy)

@@ -230,6 +230,14 @@ def started(directory: Path) -> Started | None:
     return read_record(path, Started) if path.exists() else None
 
 
+def check_wanted(directory: Path, key: str) -> None:
+    """Raise StoreError unless a folder still waits for work under this key: a scheduler may start work late, and other
+    settings may have taken the folder since."""
+    mark = started(store.refresh(directory))
+    if mark is None or mark.key != key or (directory / MANIFEST).exists():
+        raise StoreError(f"{directory} is finished or belongs to other settings by now; this work is not wanted")
+
+
 def finish(directory: str | Path, manifest: M) -> M:
     """Write the manifest. From now on the folder counts as finished. Returns the manifest as a reader will see it."""
     directory = as_path(directory)

@@ -76,7 +76,8 @@ class Rules:
         self, penalty: float, words: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], no_text_V: np.ndarray
     ) -> None:
         self.penalty = penalty
-        self.words = [list(word) for word in words if word]
+        self.tokens = [word[0] for word in words if len(word) == 1]
+        self.words = [list(word) for word in words if len(word) > 1]
         self.texts = [[i for i in start if not no_text_V[i]] for start in starts]
 
     def add(self, rows: np.ndarray, tokens: np.ndarray) -> None:
@@ -86,13 +87,14 @@ class Rules:
 
     def apply(self, logits_NV: Tensor, rows: np.ndarray) -> None:
         """Change the logits of what comes next in these rows, in place."""
+        logits_NV[:, self.tokens] = float("-inf")
         for n, text in enumerate(self.texts[row] for row in rows.tolist()):
             if self.penalty != 1 and text:
                 seen = torch.tensor(sorted(set(text)), device=logits_NV.device)
                 logits = logits_NV[n, seen]
                 logits_NV[n, seen] = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
             for word in self.words:
-                if len(word) == 1 or text[-len(word) + 1 :] == word[:-1]:
+                if text[-len(word) + 1 :] == word[:-1]:
                     logits_NV[n, word[-1]] = float("-inf")
 
 

@@ -135,8 +135,7 @@ class _Batch:
         self.done_N = np.zeros(count, bool)
         self.rules = None
         if scenario.has_rules:
-            forms = [form for word in scenario.banned_words for form in (word, f" {word}")]
-            words = encode_segments(model.tokenizer, forms)
+            words = encode_segments(model.tokenizer, scenario.banned_forms)
             no_text_V = model.silent_V.copy()
             no_text_V[self.eos] = True
             self.rules = Rules(scenario.repetition_penalty, words, starts, no_text_V)

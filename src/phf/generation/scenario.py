@@ -78,6 +78,11 @@ class Scenario:
         """Whether what a text holds decides what may follow."""
         return self.repetition_penalty != 1 or bool(self.banned_words)
 
+    @property
+    def banned_forms(self) -> list[str]:
+        """The banned words with and without a space before."""
+        return [form for word in self.banned_words for form in (word, f" {word}")]
+
     def lacks(self, control: Roles) -> str | None:
         """Why a model with these control tokens cannot be sampled in this way; None: it can. Any model can be asked
         with "good" and "none"."""

@@ -320,8 +320,8 @@ def score_plain(job: Plain) -> None:
 
 
 def score_shard(job: Job) -> ShardCounts:
-    """Score one shard, write its files and return its counts. Raises ScoringError if the folder belongs to other
-    settings by now."""
+    """Score one shard, write its files and return its counts. Raises StoreError if the folder does not wait
+    for it any more."""
     _check_wanted(job)
     scorer: Scorer = TypeAdapter(AnyScorer).validate_python(job.scorer)
     with store.written_aside(job.output) as aside:
@@ -360,11 +360,8 @@ def _unscored(item: Document, segmenter: Segmenter, scorer: Scorer) -> ScoredDoc
 
 
 def _check_wanted(job: Job) -> None:
-    mark = folders.started(store.refresh(store.as_path(job.stem).parent))
-    if job.key is not None and (mark is None or mark.key != job.key):
-        raise ScoringError(
-            f"{store.as_path(job.stem).parent} belongs to other settings by now; this work is not wanted"
-        )
+    if job.key is not None:
+        folders.check_wanted(store.as_path(job.stem).parent, job.key)
 
 
 class _Tally:

@@ -183,12 +183,7 @@ def run_job(job: TokenizeJob) -> None:
     """Tokenize one file of a corpus in a process of its own. Raises StoreError if the folder belongs to other settings
     by now."""
     path = Path(job.part)
-
-    def wanted() -> None:
-        mark = folders.started(store.refresh(path.parent))
-        if mark is None or mark.key != job.key or (path.parent / folders.MANIFEST).exists():
-            raise store.StoreError(f"{path.parent} is finished or belongs to other settings; this work is not wanted")
-
+    wanted = functools.partial(folders.check_wanted, path.parent, job.key)
     wanted()
     corpus, tokenizer = _opened(job.scored, job.tokenizer, job.key)
     tokenize_part(corpus, corpus.files[job.file], Part(tokenizer, job.heldout, job.lossy), path, wanted)
